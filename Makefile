@@ -1,0 +1,67 @@
+# Every target first sets up .venv, when it is missing or when what it was made from has changed.
+#
+#   make demo              train the demo preset on the built-in data; an unfinished run goes on
+#   make test              all tests (ARGS="-k composite" picks some, JOBS=8 uses more cores)
+#   make lint              ruff
+#   make test TORCH=2.10.0 another torch, with the Triton that belongs to it (V100s need at most 2.10)
+#   make clean             remove what set-up, tests and builds left (not runs/)
+
+PYTHON  ?= python3
+RUN_DIR ?= runs/demo
+JOBS    ?= 2
+ARGS    ?=
+
+TESTED_TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+TORCH        ?= $(TESTED_TORCH)
+
+# The Triton that each torch was released with.
+TRITON_2.8.0  := 3.4.0
+TRITON_2.9.0  := 3.5.0
+TRITON_2.9.1  := 3.5.1
+TRITON_2.10.0 := 3.6.0
+TRITON_2.11.0 := 3.6.0
+TRITON_2.12.0 := 3.7.0
+TRITON_2.12.1 := 3.7.1
+TRITON_2.13.0 := 3.7.1
+TRITON_2.14.0 := 3.8.0
+TRITON_2.14.1 := 3.8.0
+TRITON_2.15.0 := 3.9.0
+TRITON        ?= $(or $(TRITON_$(TORCH)),$(error TORCH=$(TORCH): name its Triton too, as in TRITON=3.7.1. Known: \
+	$(sort $(patsubst TRITON_%,%,$(filter TRITON_2.%,$(.VARIABLES))))))
+
+# Another torch brings its own wishes for setuptools, the one pin that then must go.
+ifneq ($(TORCH),$(TESTED_TORCH))
+REPIN = -e 's/^torch==.*/torch==$(TORCH)/' -e 's/^triton==.*/triton==$(TRITON)/' -e '/^setuptools==/d'
+endif
+
+VENV  := .venv
+READY := $(VENV)/ready
+
+.PHONY: demo test lint clean force
+
+demo: $(READY)
+	$(VENV)/bin/python train.py demo --run-dir $(RUN_DIR) --resume auto
+
+test: $(READY)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) $(ARGS)
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): $(VENV)/constraints.txt setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "The tested versions need Python 3.11 or newer; name one, as in: make PYTHON=python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -c $< -e '.[test]'
+	@touch $@
+
+# Written anew at every call, but touched only when it says something new: that is what re-installs.
+$(VENV)/constraints.txt: force
+	@mkdir -p $(VENV)
+	@sed -e '' $(REPIN) constraints.txt > $@.new
+	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi

@@ -1,0 +1,176 @@
+"""Cameras: angle priors, camera-to-world matrices and the rays of an image or of a patch of it.
+
+Conventions: the camera sits on a sphere of `radius` around the origin at (yaw, pitch, roll), looks at the origin, world
+up is +y. Pitch is the polar angle, measured from +y: 0 is above the object, pi/2 is level with it, pi is below it.
+Camera axes are right, up, backward (it looks along its own -z). Roll is stored with the poses and unused.
+Angles are in radians, the field of view in degrees.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+PRIORS = ("custom", "uniform", "normal", "truncated_gaussian", "spherical_uniform")
+POLE_MARGIN = 1e-5  # pitch stays this far from the poles, where "left" is undefined
+
+
+def sample_angles(
+    num: int,
+    prior: str,
+    *,
+    yaw_mean: float = 0.0,
+    yaw_spread: float = math.pi,
+    pitch_mean: float = math.pi / 2,
+    pitch_spread: float = math.pi / 2,
+    draws: Tensor | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Draws camera angles from a prior that has a formula.
+
+    With u uniform in [0, 1) and n standard normal, per angle:
+      uniform             2 (u - 0.5) spread + mean
+      normal              n spread + mean
+      truncated_gaussian  the same, n being the first of four draws that lies in (-2, 2)
+      spherical_uniform   yaw as uniform; pitch = arccos(1 - 2 v), v = 2 (u - 0.5) spread / pi + mean / pi
+
+    Args:
+        num: How many cameras.
+        prior: One of the four names above (`custom`, the poses of a data set, is drawn by the data set).
+        draws: The numbers to use in place of fresh ones: [num, 2], or [num, 2, 4] for `truncated_gaussian`
+            (column 0 is yaw, column 1 is pitch).
+
+    Returns:
+        [num, 3] float32: yaw, pitch in [1e-5, pi - 1e-5], roll = 0.
+
+    Raises:
+        ValueError: Unknown prior, or `draws` of another shape.
+    """
+    if prior not in PRIORS[1:]:
+        raise ValueError(f"sample_angles: prior must be one of {', '.join(PRIORS[1:])}, got {prior!r}")
+    shape = (num, 2, 4) if prior == "truncated_gaussian" else (num, 2)
+    if draws is None:
+        # Drawn one angle after the other, so that yaw comes first in the random stream.
+        random = torch.rand if prior in ("uniform", "spherical_uniform") else torch.randn
+        draws = torch.stack([random((num, *shape[2:]), device=device) for _ in range(2)], dim=1)
+    if tuple(draws.shape) != shape:
+        raise ValueError(f"sample_angles: draws must have shape {shape} for prior {prior}, got {tuple(draws.shape)}")
+
+    if prior == "truncated_gaussian":
+        first_inside = (draws.abs() < 2).float().argmax(dim=-1, keepdim=True)
+        draws = draws.gather(-1, first_inside).squeeze(-1)
+    yaw, pitch = draws.unbind(dim=1)
+    if prior in ("normal", "truncated_gaussian"):
+        yaw, pitch = yaw * yaw_spread + yaw_mean, pitch * pitch_spread + pitch_mean
+    else:
+        yaw = (yaw - 0.5) * 2 * yaw_spread + yaw_mean
+        if prior == "uniform":
+            pitch = (pitch - 0.5) * 2 * pitch_spread + pitch_mean
+        else:
+            v = (pitch - 0.5) * 2 * (pitch_spread / math.pi) + pitch_mean / math.pi
+            pitch = torch.arccos(1 - 2 * v.clamp(POLE_MARGIN, 1 - POLE_MARGIN))
+    pitch = pitch.clamp(POLE_MARGIN, math.pi - POLE_MARGIN)
+    return torch.stack([yaw, pitch, torch.zeros_like(yaw)], dim=1)
+
+
+def cam2world_matrix(angles: Tensor, radius: float | Tensor) -> Tensor:
+    """Camera-to-world matrices of cameras on a sphere that look at the origin.
+
+    position = radius (sin p cos y, cos p, sin p sin y); growing yaw moves the camera to its own left, growing pitch
+    moves it down. Columns: right, up, backward, position.
+
+    Args:
+        angles: [B, 3] yaw, pitch, roll (unused) in radians; pitch is clamped to [1e-5, pi - 1e-5].
+        radius: Distance from the origin, a number or [B].
+
+    Returns:
+        [B, 4, 4], dtype of `angles`.
+    """
+    yaw = angles[:, 0]
+    pitch = angles[:, 1].clamp(POLE_MARGIN, math.pi - POLE_MARGIN)
+    outward = torch.stack([pitch.sin() * yaw.cos(), pitch.cos(), pitch.sin() * yaw.sin()], dim=-1)  # [B, 3]
+    forward = -outward
+    world_up = torch.tensor([0.0, 1.0, 0.0], dtype=angles.dtype, device=angles.device).expand_as(forward)
+    left = torch.nn.functional.normalize(torch.cross(world_up, forward, dim=-1), dim=-1)
+    up = torch.nn.functional.normalize(torch.cross(forward, left, dim=-1), dim=-1)
+    radius = torch.as_tensor(radius, dtype=angles.dtype, device=angles.device).expand(len(angles))
+    matrix = torch.zeros(len(angles), 4, 4, dtype=angles.dtype, device=angles.device)
+    matrix[:, :3] = torch.stack([-left, up, outward, outward * radius[:, None]], dim=-1)
+    matrix[:, 3, 3] = 1
+    return matrix
+
+
+def pixel_grid(
+    resolution: int,
+    patch_scale: Tensor | None = None,
+    patch_offset: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Image-plane coordinates of the pixels, corner-aligned: x from -1 to 1 left to right, y from 1 to -1 top to bottom.
+
+    A patch of scale s and offset (ox, oy) sees x' = (x + 1) s - 1 + 2 ox and y' = (y + 1) s - 1 + 2 oy, so `offset_y` is
+    measured from the bottom of the image.
+
+    Args:
+        resolution: Pixels along each side of the image or patch.
+        patch_scale: [B] in (0, 1], or None for the whole image.
+        patch_offset: [B, 2] (x, y), each in [0, 1 - scale].
+
+    Returns:
+        [B, resolution * resolution, 2] (B = 1 without a patch), row by row from the top.
+    """
+    if patch_scale is not None:
+        dtype, device = patch_scale.dtype, patch_scale.device
+    axis = torch.linspace(-1, 1, resolution, dtype=dtype, device=device)
+    y, x = torch.meshgrid(axis.flip(0), axis, indexing="ij")
+    grid = torch.stack([x, y], dim=-1).reshape(1, -1, 2)  # [1, R, 2]
+    if patch_scale is not None:
+        grid = (grid + 1) * patch_scale[:, None, None] - 1 + 2 * patch_offset[:, None, :]
+    return grid
+
+
+def camera_rays(
+    cam2world: Tensor,
+    fov: float | Tensor,
+    resolution: int,
+    patch_scale: Tensor | None = None,
+    patch_offset: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """World-space rays of the pixels of an image or of a patch of it.
+
+    Camera-space direction = norm(x', y', -1 / tan(fov / 2)).
+
+    Args:
+        cam2world: [B, 4, 4].
+        fov: Field of view in degrees, a number or [B].
+        resolution: Pixels along each side.
+        patch_scale: [B] or None.
+        patch_offset: [B, 2] or None.
+
+    Returns:
+        ray_origins [B, R, 3] and unit ray_directions [B, R, 3], R = resolution^2, row by row from the top.
+    """
+    batch = len(cam2world)
+    grid = pixel_grid(resolution, patch_scale, patch_offset, dtype=cam2world.dtype, device=cam2world.device)
+    grid = grid.to(cam2world.dtype).expand(batch, -1, -1)
+    fov = torch.as_tensor(fov, dtype=cam2world.dtype, device=cam2world.device).expand(batch)
+    depth = -1 / torch.tan(torch.deg2rad(fov) / 2)
+    directions = torch.cat([grid, depth[:, None, None].expand(-1, grid.shape[1], 1)], dim=-1)
+    directions = torch.nn.functional.normalize(directions, dim=-1)
+    directions = directions @ cam2world[:, :3, :3].transpose(1, 2)
+    origins = cam2world[:, None, :3, 3].expand_as(directions)
+    return origins, directions
+
+
+def frustum_extent(fov: float, radius: float, ray_start: float, ray_end: float) -> float:
+    """How far from the origin the view frustum reaches, over all directions (world units).
+
+    The corner ray leaves the optical axis by a, tan a = sqrt(2) tan(fov / 2); its points at t = ray_start and ray_end
+    are the farthest: sqrt((t cos a - radius)^2 + (t sin a)^2). Rendering is sound only if that is at most `cube_scale`.
+    """
+    a = math.atan(math.sqrt(2) * math.tan(math.radians(fov) / 2))
+    return max(math.hypot(t * math.cos(a) - radius, t * math.sin(a)) for t in (ray_start, ray_end))

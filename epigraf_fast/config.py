@@ -1,0 +1,411 @@
+"""Settings: frozen dataclasses, the presets, and every check that can be made before the first heavy call."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from .camera import frustum_extent
+from .errors import UserError
+
+PRESETS = ("demo", "ffhq", "cats", "plants", "food")
+
+
+@dataclass(frozen=True)
+class CameraConfig:
+    """Where cameras are and what they see. A data set that stores its own camera replaces all but the prior."""
+
+    prior: Literal["custom", "uniform", "normal", "truncated_gaussian", "spherical_uniform"] = "custom"
+    """Fake cameras: `custom` takes the poses of the data set, the others have a formula."""
+    yaw_mean: float = 0.0
+    """Radians."""
+    yaw_spread: float = math.pi
+    pitch_mean: float = math.pi / 2
+    pitch_spread: float = math.pi / 2
+    fov: float = 12.0
+    """Field of view, degrees."""
+    radius: float = 1.0
+    """Distance of cameras from the origin, world units, as all lengths here."""
+    ray_start: float = 0.88
+    ray_end: float = 1.12
+    cube_scale: float = 0.2
+    """Half size of the cube that the planes span; the view frustum must stay inside."""
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """Mapping, synthesis network and decoder."""
+
+    z_dim: int = 512
+    w_dim: int = 512
+    mapping_layers: int = 2
+    plane_resolution: int = 512
+    plane_channels: int = 32
+    """Features of one plane."""
+    channel_base: int = 32768
+    """Channels at a resolution: min(channel_base / resolution, channel_max)."""
+    channel_max: int = 512
+    decoder_hidden: int = 64
+    pose_conditioning: bool = False
+    """Whether the mapping sees the camera (against 3D biases of a data set)."""
+    pose_swap_probability: float = 0.5
+    """Final probability of showing the mapping another sample's camera (1 at the start)."""
+    pose_swap_kimg: float = 1000.0
+
+
+@dataclass(frozen=True)
+class RendererConfig:
+    """Samples along a ray, and how raw density becomes opacity."""
+
+    coarse_samples: int = 48
+    fine_samples: int = 48
+    density_activation: Literal["softplus", "relu"] = "softplus"
+    softplus_beta: float = 1.0
+    density_shift: float = 0.0
+    """Added to the raw density before the activation."""
+    density_noise: float = 1.0
+    """Standard deviation of the noise on raw densities at the start of training; falls linearly to 0."""
+    density_noise_kimg: float = 5000.0
+    white_background: bool = False
+    last_back: bool = False
+    """Gives the last sample all remaining weight."""
+
+
+@dataclass(frozen=True)
+class DiscriminatorConfig:
+    """The patch discriminator."""
+
+    channel_base: int = 16384
+    channel_max: int = 512
+    modulate: Literal["input", "output", "none"] = "input"
+    """What of each block's conv1 the hypernetwork scales: input channels (published code), output channels (paper, Eq. 2),
+    or nothing, without any patch embedding (the "standard" ablation)."""
+    code_dim: int = 512
+    """Width of the hypernetwork."""
+    patch_steps: int = 1000
+    """Steps that patch scales and offsets are resolved into."""
+    patch_table_dim: int = 256
+    camera_conditioning: bool = False
+    camera_steps: int = 64
+    camera_dropout: float = 0.5
+    minibatch_std_group: int = 4
+
+
+@dataclass(frozen=True)
+class PatchConfig:
+    """Patches and their annealed scales."""
+
+    resolution: int = 64
+    """Pixels along each side of a patch."""
+    distribution: Literal["beta", "uniform", "discrete", "graf", "gnerf"] = "beta"
+    beta_start: float = 0.001
+    """Beta(1, beta): from the whole image ..."""
+    beta_end: float = 0.8
+    """... to almost uniform."""
+    anneal_kimg: float = 10_000.0
+    num_scales: int = 2
+    """Of the discrete distribution: evenly spaced from 0.25 to 1."""
+    groups: Literal["strided", "consecutive"] = "strided"
+    """Which samples share a draw: those of a minibatch-std group, or neighbours (published code)."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How the data set is read."""
+
+    labels: bool = False
+    """Train class-conditionally on the set's labels."""
+    mirror: bool = True
+    """Doubles the set: every image flipped left-right with its yaw negated."""
+    workers: int = 2
+    """Loader processes; 0 loads in the training process."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Losses, regularization and averages."""
+
+    g_lr: float = 0.0025
+    d_lr: float = 0.002
+    beta1: float = 0.0
+    beta2: float = 0.99
+    r1_gamma: float = 0.05
+    r1_interval: int = 16
+    """Iterations between two R1 steps."""
+    blur_sigma: float = 10.0
+    """Standard deviation of the blur of D's input at the start, pixels (a Gaussian 2^-(i/sigma)^2)."""
+    blur_kimg: float = 200.0
+    ema_kimg: float | None = None
+    """Half life of the average generator; default 0.3125 x batch."""
+    ema_rampup: float = 0.05
+    """The half life is at most this share of the images seen."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A training run, whole."""
+
+    preset: str = "demo"
+    data: str = "builtin"
+    """A zip or folder of images with dataset.json, or `builtin`."""
+    resolution: int = 64
+    """Of the data set's images."""
+    batch: int = 64
+    """Images per iteration, over all micro-batches."""
+    micro_batch: int | None = None
+    """Images in memory at once; default: the whole batch."""
+    kimg: float = 20_000.0
+    """Length of training, thousands of real images."""
+    run_dir: str = "runs/run"
+    seed: int = 0
+    precision: Literal["fp32", "tf32", "fp16"] = "fp32"
+    """fp32: the published arithmetic (on a GPU, D's top 4 blocks in fp16); tf32: the same with TF32 matrix products; fp16:
+    G's top 4 resolutions in fp16 too. A CPU computes in fp32."""
+    backend: str | None = None
+    """Of the ops: reference, or default: the fastest that is there."""
+    device: str | None = None
+    """cpu or cuda; default: a GPU if there is one."""
+    log_kimg: float = 4.0
+    """Between two lines of the log."""
+    snapshot_kimg: float = 200.0
+    """Between two sample grids."""
+    checkpoint_kimg: float = 200.0
+    keep_checkpoints: int = 3
+    grid: tuple[int, int] = (8, 4)
+    """Columns and rows of the sample grids."""
+    metric_images: int = 0
+    """Generated images that fd_efficientnet is measured on, before and after training; 0 measures nothing."""
+    turntable: int = 0
+    """Objects of the turntable that a finished run leaves; 0 for none."""
+    camera: CameraConfig = field(default_factory=CameraConfig)
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    renderer: RendererConfig = field(default_factory=RendererConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    patch: PatchConfig = field(default_factory=PatchConfig)
+    loader: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    @property
+    def micro(self) -> int:
+        """The micro-batch in force."""
+        return self.batch if self.micro_batch is None else self.micro_batch
+
+
+def preset(name: str) -> Config:
+    """The settings of a preset: the paper's, for the data set of that name; `demo` for the built-in data on a CPU."""
+    if name == "demo":
+        return _demo()
+    if name == "ffhq":
+        return Config(
+            preset=name,
+            data="datasets/ffhq.zip",
+            resolution=512,
+            kimg=20_000,
+            run_dir="runs/ffhq",
+            generator=GeneratorConfig(pose_conditioning=True),
+            discriminator=DiscriminatorConfig(camera_conditioning=True),
+            optim=OptimConfig(r1_gamma=0.1),
+        )
+    if name == "cats":
+        return Config(
+            preset=name,
+            data="datasets/cats.zip",
+            resolution=256,
+            kimg=15_000,
+            run_dir="runs/cats",
+            discriminator=DiscriminatorConfig(camera_conditioning=True),
+        )
+    if name in ("plants", "food"):
+        return Config(
+            preset=name,
+            data=f"datasets/{name}.zip",
+            resolution=256,
+            kimg=15_000,
+            run_dir=f"runs/{name}",
+            camera=CameraConfig(
+                prior="spherical_uniform", fov=30.0, radius=1.0, ray_start=0.75, ray_end=1.25, cube_scale=0.475
+            ),
+            renderer=RendererConfig(white_background=True),
+            loader=DataConfig(labels=True),
+        )
+    raise UserError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+
+
+def _demo() -> Config:
+    """Small enough for minutes on two CPU cores. The built-in data stores its camera, in units that suit densities."""
+    return Config(
+        preset="demo",
+        data="builtin",
+        resolution=64,
+        batch=16,
+        kimg=20.0,
+        run_dir="runs/demo",
+        log_kimg=0.16,
+        snapshot_kimg=2.0,
+        checkpoint_kimg=2.0,
+        metric_images=1000,
+        turntable=6,
+        camera=CameraConfig(
+            prior="spherical_uniform", fov=30.0, radius=8.0, ray_start=6.0, ray_end=10.0, cube_scale=3.8
+        ),
+        generator=GeneratorConfig(
+            z_dim=128,
+            w_dim=128,
+            plane_resolution=64,
+            plane_channels=16,
+            channel_base=2048,
+            channel_max=128,
+            decoder_hidden=32,
+        ),
+        renderer=RendererConfig(
+            coarse_samples=16, fine_samples=16, density_shift=-3.0, density_noise_kimg=10.0, white_background=True
+        ),
+        discriminator=DiscriminatorConfig(channel_base=2048, channel_max=128, code_dim=128, patch_table_dim=64),
+        patch=PatchConfig(resolution=16, anneal_kimg=20.0),
+        loader=DataConfig(workers=0),
+        optim=OptimConfig(g_lr=0.005, d_lr=0.004, r1_gamma=0.1, blur_sigma=0.0),
+    )
+
+
+def _power_of_two(value: int) -> bool:
+    return value > 0 and value & (value - 1) == 0
+
+
+def check(config: Config) -> None:
+    """Raises UserError, one line naming the setting and the fix, unless the settings can train."""
+    c = config
+    for name, value, least in (
+        ("resolution", c.resolution, 8),
+        ("patch.resolution", c.patch.resolution, 8),
+        ("generator.plane_resolution", c.generator.plane_resolution, 8),
+    ):
+        if not _power_of_two(value) or value < least:
+            raise UserError(f"{name} must be a power of two of at least {least}, got {value}")
+    if c.patch.resolution > c.resolution:
+        raise UserError(
+            f"patch.resolution must be at most the resolution {c.resolution}, got {c.patch.resolution}: "
+            f"set --patch.resolution {c.resolution}"
+        )
+    if c.batch < 1 or c.micro < 1 or c.batch % c.micro:
+        raise UserError(f"batch must be a positive multiple of micro_batch, got {c.batch} and {c.micro}")
+    group = min(c.discriminator.minibatch_std_group, c.micro)
+    if group < 1 or c.micro % group:
+        raise UserError(
+            f"micro_batch must be a multiple of discriminator.minibatch_std_group = {group}, got {c.micro}: "
+            f"set --micro-batch {max(group, c.micro // max(group, 1) * group)}"
+        )
+    positive = {
+        "kimg": c.kimg,
+        "log_kimg": c.log_kimg,
+        "snapshot_kimg": c.snapshot_kimg,
+        "checkpoint_kimg": c.checkpoint_kimg,
+        "keep_checkpoints": c.keep_checkpoints,
+        "patch.anneal_kimg": c.patch.anneal_kimg,
+        "patch.num_scales": c.patch.num_scales,
+        "patch.beta_start": c.patch.beta_start,
+        "patch.beta_end": c.patch.beta_end,
+        "generator.z_dim": c.generator.z_dim,
+        "generator.w_dim": c.generator.w_dim,
+        "generator.mapping_layers": c.generator.mapping_layers,
+        "generator.plane_channels": c.generator.plane_channels,
+        "generator.channel_base": c.generator.channel_base,
+        "generator.channel_max": c.generator.channel_max,
+        "generator.decoder_hidden": c.generator.decoder_hidden,
+        "generator.pose_swap_kimg": c.generator.pose_swap_kimg,
+        "discriminator.channel_base": c.discriminator.channel_base,
+        "discriminator.channel_max": c.discriminator.channel_max,
+        "discriminator.code_dim": c.discriminator.code_dim,
+        "discriminator.patch_steps": c.discriminator.patch_steps,
+        "discriminator.camera_steps": c.discriminator.camera_steps,
+        "renderer.softplus_beta": c.renderer.softplus_beta,
+        "renderer.density_noise_kimg": c.renderer.density_noise_kimg,
+        "optim.g_lr": c.optim.g_lr,
+        "optim.d_lr": c.optim.d_lr,
+        "optim.r1_interval": c.optim.r1_interval,
+        "optim.blur_kimg": c.optim.blur_kimg,
+        "camera.radius": c.camera.radius,
+        "camera.ray_start": c.camera.ray_start,
+        "camera.cube_scale": c.camera.cube_scale,
+        "grid": min(c.grid),
+    }
+    not_negative = {
+        "metric_images": c.metric_images,
+        "turntable": c.turntable,
+        "loader.workers": c.loader.workers,
+        "renderer.density_noise": c.renderer.density_noise,
+        "optim.r1_gamma": c.optim.r1_gamma,
+        "optim.blur_sigma": c.optim.blur_sigma,
+        "optim.ema_rampup": c.optim.ema_rampup,
+        "optim.ema_kimg": c.optim.ema_kimg or 0.0,
+        "discriminator.patch_table_dim": c.discriminator.patch_table_dim,
+    }
+    for names, bound, words in ((positive, 0, "positive"), (not_negative, -1e-30, "zero or more")):
+        for name, value in names.items():
+            if not (math.isfinite(value) and value > bound):
+                raise UserError(f"{name} must be finite and {words}, got {value}")
+    for name, value in (
+        ("discriminator.camera_dropout", c.discriminator.camera_dropout),
+        ("generator.pose_swap_probability", c.generator.pose_swap_probability),
+        ("optim.beta1", c.optim.beta1),
+        ("optim.beta2", c.optim.beta2),
+    ):
+        if not 0 <= value <= 1:
+            raise UserError(f"{name} must be in [0, 1], got {value}")
+    if c.renderer.coarse_samples < 3 or c.renderer.fine_samples < 0:
+        raise UserError(
+            f"renderer.coarse_samples must be at least 3 and fine_samples at least 0, "
+            f"got {c.renderer.coarse_samples} and {c.renderer.fine_samples}"
+        )
+    check_camera(c.camera)
+
+
+def check_camera(camera: CameraConfig) -> None:
+    """The frustum exists and stays inside the cube."""
+    if not 0 < camera.fov < 180:
+        raise UserError(f"camera.fov must be between 0 and 180 degrees, got {camera.fov}")
+    if not camera.ray_start < camera.ray_end:
+        raise UserError(f"camera.ray_end must exceed ray_start = {camera.ray_start}, got {camera.ray_end}")
+    extent = frustum_extent(camera.fov, camera.radius, camera.ray_start, camera.ray_end)
+    if not extent <= camera.cube_scale:
+        raise UserError(
+            f"the view frustum reaches {extent:.4f} from the origin, outside the cube of half size camera.cube_scale = "
+            f"{camera.cube_scale}: set --camera.cube-scale {math.ceil(extent * 1000) / 1000} or narrow the rays"
+        )
+
+
+def with_data_camera(config: Config, camera: dict[str, float] | None) -> Config:
+    """The settings with the camera that a data set stores (fov, radius, ray_start, ray_end, cube_scale), if it does."""
+    return config if camera is None else replace(config, camera=replace(config.camera, **camera))
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Nested plain values, for JSON and checkpoints."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """The inverse of `to_dict`. Raises UserError on a setting that this version does not know."""
+    parts = {
+        f.name: f.default_factory for f in dataclasses.fields(Config) if f.default_factory is not dataclasses.MISSING
+    }
+    try:
+        nested = {name: parts[name](**value) if name in parts else value for name, value in values.items()}
+        nested["grid"] = tuple(values["grid"]) if "grid" in values else Config.grid
+        return Config(**nested)
+    except TypeError as error:
+        raise UserError(f"the stored settings do not fit this version: {error}") from None
+
+
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Settings that differ, as dotted name -> (old, new)."""
+
+    def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for key, value in values.items():
+            out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        return out
+
+    a, b = flat(to_dict(old)), flat(to_dict(new))
+    return {key: (a[key], b[key]) for key in a if a[key] != b[key]}

@@ -1,0 +1,11 @@
+"""The one exception that stands for a mistake in what a user gave us."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """A fault in the user's input: data, settings or a checkpoint.
+
+    The message is one line that names the fault and the fix. Command-line programs print it without a traceback and
+    leave with exit code 2.
+    """

@@ -1,0 +1,366 @@
+"""Renders meshes into a data set: a zip of PNG images with known cameras in its dataset.json.
+
+    python -m epigraf_fast.make_dataset --recipe builtin --out objects64.zip
+    python -m epigraf_fast.make_dataset --recipe megascans --meshes FOLDER --resolution 256 --out plants.zip
+
+`builtin` renders objects that the package pybullet carries (the set in epigraf_fast/builtin/), `megascans` a folder of
+.obj, .ply, .stl, .glb or .gltf files the way the paper's Megascans sets were made; its subfolders become classes. The
+cameras are uniform on the sphere and look at the centre of the object's box. Lights stand still in the world, so that
+shading belongs to the object. The background is white. A seed fixes objects and cameras.
+
+Needs `pip install 'epigraf_fast[make_dataset]'`. Without a display VTK renders through the system's EGL or OSMesa
+library; Mesa's software driver will do (a bare Debian gets it from `apt install libegl1`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import io
+import json
+import math
+import os
+import random
+import re
+import sys
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+from tqdm import tqdm
+
+from .camera import cam2world_matrix, sample_angles
+from .errors import UserError
+
+MESH_SUFFIXES = (".obj", ".ply", ".stl", ".glb", ".gltf")
+SUPERSAMPLING = 4
+AMBIENT = 0.4
+GREY = (0.7, 0.7, 0.7)  # of meshes without colours
+PYBULLET_ATTRIBUTION = (
+    "Renderings of pybullet_data/random_urdfs from pybullet 3.2.7 (Bullet Physics SDK, Erwin Coumans and contributors, "
+    "http://bulletphysics.org), zlib licence."
+)
+LIGHTS = (((0.5, 0.9, 0.6), 0.62), ((-0.9, -0.1, 0.3), 0.36), ((0.2, -0.6, -0.9), 0.26))  # (towards the light, power)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a kind of objects is put before the camera. Lengths in world units, `fov` in degrees."""
+
+    fov: float
+    radius: float
+    ray_start: float
+    ray_end: float
+    cube_scale: float
+    views: int
+    min_alpha: float  # objects that cover less of the image, on average over the views, are dropped
+    sphere_radius: float | None = None  # scale to this bounding sphere...
+    box_side: float | None = None  # ... or to this longest side of the box
+    min_box_volume: float = 0.0
+
+    def camera(self) -> dict[str, float]:
+        return {key: getattr(self, key) for key in ("fov", "radius", "ray_start", "ray_end", "cube_scale")}
+
+
+RECIPES = {
+    # Megascans-like geometry in units 8 times larger: distances of order one between the samples of a ray make
+    # densities learnable fast. The sphere is 5% smaller than the largest in view, 8 sin(15 degrees).
+    "builtin": Recipe(
+        fov=30, radius=8, ray_start=6, ray_end=10, cube_scale=3.8, views=10, min_alpha=0.17, sphere_radius=1.95
+    ),
+    # The paper's rendering. The rays cover the sphere that is in view, of radius 3.5 sin(22.5 degrees) = 1.339.
+    "megascans": Recipe(
+        fov=45,
+        radius=3.5,
+        ray_start=2.1,
+        ray_end=4.9,
+        cube_scale=2.6,
+        views=128,
+        min_alpha=0.03,
+        box_side=2,
+        min_box_volume=2,
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    name: str
+    path: Path
+    color: tuple[float, float, float] | None = None  # None: the file's own materials
+    label: int | None = None
+
+
+def vtk_view_angle(fov: float, resolution: int) -> float:
+    """VTK's view angle (degrees) for our `fov`: ours ends at the centres of the border pixels, VTK's at their edges."""
+    return 2 * math.degrees(math.atan(math.tan(math.radians(fov) / 2) * resolution / (resolution - 1)))
+
+
+def downsample(image: np.ndarray, factor: int) -> np.ndarray:
+    """Box filter: [H * factor, W * factor, C] uint8 to [H, W, C] uint8."""
+    height, width, channels = image.shape
+    blocks = image.reshape(height // factor, factor, width // factor, factor, channels)
+    return blocks.mean(axis=(1, 3)).round().astype(np.uint8)
+
+
+def bounds(points: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """Centre of the box [3], its sides [3] and the radius of the sphere around that centre, of points [N, 3]."""
+    low, high = points.min(axis=0), points.max(axis=0)
+    centre = (low + high) / 2
+    return centre, high - low, float(np.linalg.norm(points - centre, axis=1).max())
+
+
+def scale_for(recipe: Recipe, sides: np.ndarray, sphere_radius: float) -> float:
+    """The factor from file units to world units."""
+    return recipe.sphere_radius / sphere_radius if recipe.sphere_radius else recipe.box_side / float(sides.max())
+
+
+def pybullet_meshes(seed: int) -> Iterator[Mesh]:
+    """The 1000 random objects of pybullet in a random order, but those too dark or too pale to show on white."""
+    # Found without importing pybullet_data: only its files are needed.
+    spec = importlib.util.find_spec("pybullet_data")
+    if spec is None:
+        raise UserError("pybullet is not installed: pip install 'epigraf_fast[make_dataset]'")
+    folders = sorted((Path(spec.origin).parent / "random_urdfs").iterdir())
+    random.Random(seed).shuffle(folders)
+    for folder in folders:
+        urdf = (folder / f"{folder.name}.urdf").read_text()
+        color = tuple(map(float, re.search(r'<color rgba="([^"]+)"', urdf)[1].split()[:3]))
+        luminance = float(np.dot(color, (0.299, 0.587, 0.114)))
+        if max(color) >= 0.55 and luminance <= 0.8:
+            yield Mesh(folder.name, folder / f"{folder.name}.obj", color)
+
+
+def folder_meshes(folder: Path) -> tuple[list[Mesh], list[str]]:
+    """The meshes under a folder and, if they lie in subfolders, the class names (the first level of folders)."""
+    if not folder.is_dir():
+        raise UserError(f"--meshes {folder} is not a folder: give a folder of {', '.join(MESH_SUFFIXES)} files")
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in MESH_SUFFIXES)
+    if not paths:
+        raise UserError(f"--meshes {folder} has no {', '.join(MESH_SUFFIXES)} file: give a folder of meshes")
+    relative = [path.relative_to(folder) for path in paths]
+    nested = [len(path.parts) > 1 for path in relative]
+    if any(nested) and not all(nested):
+        stray = relative[nested.index(False)]
+        raise UserError(f"--meshes {folder}: {stray} is in no class folder but others are: move it into one")
+    classes = sorted({path.parts[0] for path in relative}) if all(nested) else []
+    label = {name: index for index, name in enumerate(classes)}
+    names = [path.with_suffix("").as_posix() for path in relative]
+    return [Mesh(n, p, label=label.get(r.parts[0])) for n, p, r in zip(names, paths, relative, strict=True)], classes
+
+
+def material_file(path: Path) -> Path | None:
+    """The .mtl that an .obj names, if both are so."""
+    if path.suffix.lower() == ".obj":
+        with path.open(errors="replace") as lines:
+            names = (line.split(maxsplit=1)[1].strip() for line in lines if line.startswith("mtllib "))
+            return next((path.parent / name for name in names if (path.parent / name).is_file()), None)
+    return None
+
+
+class Renderer:
+    """An off-screen VTK window with a white background and lights fixed in the world."""
+
+    def __init__(self, recipe: Recipe, resolution: int) -> None:
+        try:
+            import pyvista
+            from vtkmodules.vtkCommonCore import vtkLogger
+        except ImportError as error:
+            raise UserError(f"{error.name} is not installed: pip install 'epigraf_fast[make_dataset]'") from None
+        vtkLogger.SetStderrVerbosity(vtkLogger.VERBOSITY_ERROR)  # else it warns that there is no X server
+        self.pyvista, self.recipe = pyvista, recipe
+        size = resolution * SUPERSAMPLING
+        self.plotter = pyvista.Plotter(off_screen=True, window_size=(size, size), lighting="none")
+        self.plotter.set_background("white")
+        self.plotter.render_window.SetMultiSamples(0)
+        self.plotter.camera.view_angle = vtk_view_angle(recipe.fov, resolution)
+
+    def render(self, mesh: Mesh, angles: torch.Tensor) -> tuple[list[np.ndarray], float] | None:
+        """Views of a mesh.
+
+        Args:
+            angles: [V, 3] yaw, pitch, roll.
+
+        Returns:
+            V images [R, R, 3] uint8 and their mean alpha, or None for a mesh without extent or below `min_box_volume`.
+        """
+        recipe, plotter = self.recipe, self.plotter
+        points = self._load(mesh)
+        if not (len(points) and np.isfinite(points).all() and np.ptp(points, axis=0).any()):
+            return None
+        centre, sides, sphere_radius = bounds(points)
+        scale = scale_for(recipe, sides, sphere_radius)
+        if np.prod(sides * scale) < recipe.min_box_volume:
+            return None
+
+        # The camera goes into the file's units rather than the object into the world's; the lights are directional.
+        depth = recipe.radius / scale
+        near, far = depth - 1.01 * sphere_radius, depth + 1.01 * sphere_radius
+        images, alphas = [], []
+        for cam2world in cam2world_matrix(angles.double(), recipe.radius).numpy():  # [4, 4]
+            plotter.camera.position = centre + cam2world[:3, 3] / scale
+            plotter.camera.focal_point = centre
+            plotter.camera.up = cam2world[:3, 1]
+            plotter.camera.clipping_range = max(near, 1e-3 * depth), far
+            plotter.render()
+            rgba = plotter.screenshot(transparent_background=True, return_img=True)  # its colours lie over white
+            images.append(downsample(rgba[..., :3], SUPERSAMPLING))
+            alphas.append(rgba[..., 3].mean() / 255)
+        return images, float(np.mean(alphas))
+
+    def _load(self, mesh: Mesh) -> np.ndarray:
+        """Makes the mesh the scene's only object, with diffuse materials. Returns its points [N, 3]."""
+        plotter, path = self.plotter, mesh.path
+        plotter.clear_actors()
+        plotter.renderer.RemoveAllViewProps()  # actors of the importers below
+        materials = material_file(path) if mesh.color is None else None
+        if path.suffix.lower() in (".glb", ".gltf"):
+            plotter.import_gltf(path, set_camera=False)
+        elif materials is not None:
+            plotter.import_obj(path, materials)
+        else:
+            surface = self.pyvista.read(path)
+            surface = surface.compute_normals(cell_normals=False, split_vertices=True, feature_angle=30)
+            colors = next((name for name in ("RGB", "RGBA") if name in surface.point_data), None)
+            plotter.add_mesh(surface, color=mesh.color or GREY, scalars=colors, rgb=bool(colors), smooth_shading=True)
+        plotter.renderer.remove_all_lights()  # lights of the importers
+        for direction, power in LIGHTS:
+            plotter.add_light(self.pyvista.Light(position=direction, intensity=power, light_type="scene light"))
+
+        actors = plotter.renderer.GetActors()
+        points = [np.zeros((0, 3))]
+        for actor in (actors.GetItemAsObject(index) for index in range(actors.GetNumberOfItems())):
+            material = actor.GetProperty()
+            texture = material.GetTexture("albedoTex")  # of a glTF material, which reflects unless made a plain one
+            if texture is not None:
+                texture.UseSRGBColorSpaceOff()
+                material.RemoveAllTextures()
+                actor.SetTexture(texture)
+            if actor.GetTexture() is not None:
+                actor.ForceOpaqueOn()  # leaves are cards with holes: as translucent ones they would show in any order
+            material.SetInterpolationToPhong()
+            material.SetAmbientColor(material.GetDiffuseColor())
+            material.SetAmbient(AMBIENT)
+            material.SetDiffuse(1)
+            material.SetSpecular(0)
+            actor.GetMapper().Update()
+            vertices = np.asarray(self.pyvista.wrap(actor.GetMapper().GetInput()).points, dtype=np.float64)
+            to_scene = self.pyvista.array_from_vtkmatrix(actor.GetMatrix())
+            points.append(vertices @ to_scene[:3, :3].T + to_scene[:3, 3])
+        return np.concatenate(points)
+
+
+def render_dataset(
+    meshes: Iterable[Mesh],
+    out: Path,
+    recipe: Recipe,
+    *,
+    resolution: int,
+    seed: int = 0,
+    limit: int | None = None,
+    classes: Sequence[str] = (),
+    attribution: str = "",
+) -> tuple[int, int]:
+    """Writes the zip: object/view.png, both counted from 0, and dataset.json.
+
+    Args:
+        limit: Stop after this many objects.
+
+    Returns:
+        How many objects were kept and how many dropped.
+    """
+    renderer = Renderer(recipe, resolution)
+    generator = torch.Generator().manual_seed(seed)
+    objects, labels, camera_angles, dropped = [], [], {}, 0
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f"{out.name}.partial")
+    try:
+        with zipfile.ZipFile(partial, "w") as archive:
+            for mesh in tqdm(meshes, desc="objects", unit="", disable=None):
+                if len(objects) == limit:
+                    break
+                draws = torch.rand(recipe.views, 2, generator=generator)
+                angles = sample_angles(recipe.views, "spherical_uniform", draws=draws)
+                views, alpha = renderer.render(mesh, angles) or ([], 0)
+                if not views or alpha < recipe.min_alpha:
+                    dropped += 1
+                    continue
+                for view, image in enumerate(views):
+                    name = f"{len(objects):04d}/{view:03d}.png"
+                    png = io.BytesIO()
+                    PIL.Image.fromarray(image).save(png, "png", optimize=True)
+                    archive.writestr(zipfile.ZipInfo(name), png.getvalue())  # undated: equal runs, equal files
+                    camera_angles[name] = [round(angle, 6) for angle in angles[view].tolist()]
+                    labels.append([name, mesh.label])
+                objects.append(mesh.name)
+            metadata = {
+                "attribution": attribution,
+                "camera": recipe.camera(),
+                "objects": objects,
+                "classes": list(classes),
+                "labels": labels if classes else None,
+                "camera_angles": camera_angles,
+            }
+            archive.writestr(zipfile.ZipInfo("dataset.json"), json.dumps(metadata), zipfile.ZIP_DEFLATED)
+        if not objects:
+            raise UserError(f"all {dropped} meshes were dropped as too thin: lower --min-alpha or use other meshes")
+        os.replace(partial, out)
+    finally:
+        partial.unlink(missing_ok=True)
+    return len(objects), dropped
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m epigraf_fast.make_dataset", description="Renders meshes into a data set with known cameras."
+    )
+    parser.add_argument("--recipe", choices=RECIPES, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="the zip to write")
+    parser.add_argument("--meshes", type=Path, help="folder of meshes (megascans); its subfolders become classes")
+    parser.add_argument("--resolution", type=int, default=64)
+    parser.add_argument("--objects", type=int, help="how many objects at most (builtin: 400)")
+    parser.add_argument("--views", type=int, help="images per object (builtin: 10, megascans: 128)")
+    parser.add_argument("--min-alpha", type=float, help="drop objects covering less of the image (plants: 0.03)")
+    parser.add_argument("--attribution", default="", help="text for dataset.json: source and licence of the meshes")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(args)
+    try:
+        run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def run(options: argparse.Namespace) -> None:
+    overrides = {"views": options.views, "min_alpha": options.min_alpha}
+    given = {key: value for key, value in overrides.items() if value is not None}
+    recipe = dataclasses.replace(RECIPES[options.recipe], **given)
+    if options.resolution < 4 or options.resolution & (options.resolution - 1):
+        raise UserError(f"--resolution must be a power of two, at least 4, got {options.resolution}")
+    if options.recipe == "builtin":
+        meshes, classes = pybullet_meshes(options.seed), []
+        limit, attribution = options.objects or 400, PYBULLET_ATTRIBUTION
+    else:
+        if options.meshes is None:
+            raise UserError("--recipe megascans needs --meshes FOLDER")
+        meshes, classes = folder_meshes(options.meshes)
+        limit, attribution = options.objects, options.attribution
+    kept, dropped = render_dataset(
+        meshes,
+        options.out,
+        recipe,
+        resolution=options.resolution,
+        seed=options.seed,
+        limit=limit,
+        classes=classes,
+        attribution=attribution,
+    )
+    print(f"{options.out}: {kept * recipe.views} images of {kept} objects, {dropped} meshes dropped as too thin")
+
+
+if __name__ == "__main__":
+    main()

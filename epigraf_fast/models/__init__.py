@@ -1,0 +1,1 @@
+"""The networks: generator (mapping, synthesis, decoder, renderer) and discriminator."""

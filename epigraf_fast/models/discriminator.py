@@ -1,0 +1,179 @@
+"""The scale- and location-aware patch discriminator (paper, section 3.2)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..config import DiscriminatorConfig
+from .layers import CLAMP, Conv2d, FullyConnected, ScalarEncoder, camera_numbers, channels_at
+from .mapping import Mapping
+
+
+def minibatch_std(x: Tensor, group: int) -> Tensor:
+    """Appends one channel: the standard deviation over a group, averaged over channels and pixels.
+
+    With G = min(group, B) and n = B / G, group j holds the samples j, j + n, j + 2n, ...
+
+    Args:
+        x: [B, C, H, W], B a multiple of G.
+
+    Returns:
+        [B, C+1, H, W].
+    """
+    batch, _, height, width = x.shape
+    group = min(group, batch)
+    if batch % group:
+        raise ValueError(f"minibatch_std: the batch must be a multiple of the group size {group}, got {batch}")
+    y = x.unflatten(0, (group, batch // group))
+    std = (y.var(dim=0, unbiased=False) + 1e-8).sqrt().mean(dim=(1, 2, 3))  # [n]
+    std = std.repeat(group).view(batch, 1, 1, 1).expand(-1, -1, height, width)
+    return torch.cat([x, std], dim=1)
+
+
+class DiscriminatorBlock(nn.Module):
+    """conv0, conv1 and a 1x1 skip; conv1's channels are scaled by sigma = 1 + tanh(affine(patch code)).
+
+    Args:
+        c_in: Channels that the block works at.
+        c_out: Channels that it ends at.
+        from_rgb: Whether the block begins with the image.
+        down: 1 (leading blocks) or 2.
+        modulate: "input" or "output", what of conv1 sigma scales (paper, Eq. 2: output), or "none".
+        code_dim: Width of the patch code.
+    """
+
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        *,
+        from_rgb: bool,
+        down: int,
+        modulate: str,
+        code_dim: int,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.modulate = modulate
+        self.from_rgb = Conv2d(3, c_in, 1, backend=backend) if from_rgb else None
+        self.conv0 = Conv2d(c_in, c_in, 3, backend=backend)
+        self.conv1 = Conv2d(c_in, c_out, 3, down=down, gain=math.sqrt(0.5), backend=backend)
+        self.skip = Conv2d(
+            c_in, c_out, 1, down=down, act="linear", bias=False, clamp=None, gain=math.sqrt(0.5), backend=backend
+        )
+        if modulate != "none":
+            self.affine = FullyConnected(code_dim, c_in if modulate == "input" else c_out)
+
+    def sigma(self, code: Tensor) -> Tensor:
+        """The modulation [B, c_in or c_out], in (0, 2)."""
+        return 1 + self.affine(code).tanh()
+
+    def forward(self, x: Tensor, code: Tensor | None) -> Tensor:
+        if self.from_rgb is not None:
+            x = self.from_rgb(x)
+        in_scale = self.sigma(code) if self.modulate == "input" else None
+        out_scale = self.sigma(code) if self.modulate == "output" else None
+        return self.skip(x) + self.conv1(self.conv0(x), in_scale, out_scale)
+
+
+class Discriminator(nn.Module):
+    """Judges r x r patches of R x R images, knowing their scale and position.
+
+    log2(R / r) leading blocks keep the size, then residual blocks go down to 4x4; channels are
+    min(channel_base / res, channel_max), `res` counting the leading blocks as if they were at R. A hypernetwork turns the
+    encoded (scale, offset x, offset y) into the code that modulates the blocks; the projection head compares the last
+    layer with a mapping of label, patch and camera.
+
+    Args:
+        config: Settings.
+        resolution: R.
+        patch_resolution: r.
+        label_dim: Numbers of a class label, 0 for none.
+        half_blocks: Top blocks in fp16 (on a GPU).
+        backend: See `ops`.
+    """
+
+    def __init__(
+        self,
+        config: DiscriminatorConfig,
+        resolution: int,
+        patch_resolution: int,
+        *,
+        label_dim: int = 0,
+        half_blocks: int = 0,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.label_dim, self.patch_resolution = config, label_dim, patch_resolution
+        self.resolutions = [2**i for i in range(resolution.bit_length() - 1, 2, -1)]  # R, R/2, ..., 8
+        self.half_resolutions = self.resolutions[:half_blocks]
+
+        head_dim = label_dim
+        if config.modulate != "none":
+            self.patch_encoder = ScalarEncoder(config.patch_steps, config.patch_table_dim)
+            patch_dim = 3 * self.patch_encoder.dim
+            self.hypernetwork = Mapping(0, patch_dim, config.code_dim)
+            head_dim += patch_dim
+        if config.camera_conditioning:
+            self.camera_encoder = ScalarEncoder(config.camera_steps)
+            head_dim += 2 * self.camera_encoder.dim
+
+        for res in self.resolutions:
+            c_in, c_out = (channels_at(r, config.channel_base, config.channel_max) for r in (res, res // 2))
+            block = DiscriminatorBlock(
+                c_in,
+                c_out,
+                from_rgb=res == resolution,
+                down=1 if res > patch_resolution else 2,
+                modulate=config.modulate,
+                code_dim=config.code_dim,
+                backend=backend,
+            )
+            self.add_module(f"b{res}", block)
+        width = channels_at(4, config.channel_base, config.channel_max)
+        self.conv = Conv2d(width + 1, width, 3, clamp=CLAMP, backend=backend)
+        self.fc = FullyConnected(width * 16, width, act="lrelu")
+        self.out = FullyConnected(width, width if head_dim else 1)
+        self.head = Mapping(0, head_dim, width) if head_dim else None
+
+    def forward(
+        self,
+        patches: Tensor,
+        patch_scale: Tensor,
+        patch_offset: Tensor,
+        label: Tensor | None = None,
+        angles: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [B], large for real.
+
+        Args:
+            patches: [B, 3, r, r].
+            patch_scale, patch_offset: [B], [B, 2].
+            label: [B, L], if the data set has labels.
+            angles: [B, 3], with camera conditioning.
+        """
+        expected = [3, self.patch_resolution, self.patch_resolution]
+        if list(patches.shape[1:]) != expected:
+            raise ValueError(f"Discriminator: patches must have shape {['B', *expected]}, got {list(patches.shape)}")
+        condition = [label] if self.label_dim else []
+        code = None
+        if self.config.modulate != "none":
+            encoded = self.patch_encoder(torch.cat([patch_scale[:, None], patch_offset], dim=1))
+            code = self.hypernetwork(None, encoded)
+            condition.append(encoded)
+        if self.config.camera_conditioning:
+            features = self.camera_encoder(camera_numbers(angles))
+            condition.append(torch.nn.functional.dropout(features, self.config.camera_dropout, self.training))
+
+        x = patches
+        for res in self.resolutions:
+            half = x.is_cuda and res in self.half_resolutions
+            x = getattr(self, f"b{res}")(x.to(torch.float16 if half else patches.dtype), code)
+        x = minibatch_std(x.to(patches.dtype), self.config.minibatch_std_group)
+        x = self.out(self.fc(self.conv(x).flatten(1)))
+        if self.head is None:
+            return x.squeeze(1)
+        return (x * self.head(None, torch.cat(condition, dim=1))).sum(dim=1) / math.sqrt(x.shape[1])

@@ -1,0 +1,125 @@
+"""Layers with an equalized learning rate, and the encoder of scalars. Raw weights are N(0, 1), scaled where they are used."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+
+LOW_PASS = (0.125, 0.375, 0.375, 0.125)  # [1, 3, 3, 1] of sum 1, the filter of every up- and downsampling
+CLAMP = 256.0  # activations are clamped to this, in fp32 too
+
+
+def channels_at(resolution: int, channel_base: int, channel_max: int) -> int:
+    """min(channel_base / resolution, channel_max)."""
+    return max(1, min(channel_base // resolution, channel_max))
+
+
+class FullyConnected(nn.Module):
+    """y = act(x W^T m / sqrt(n_in) + b m), m the learning-rate multiplier; W is drawn from N(0, 1) / m.
+
+    Args:
+        act: An activation of `ops.bias_act`.
+        bias_init: The effective bias at initialization.
+    """
+
+    def __init__(
+        self, n_in: int, n_out: int, *, act: str = "linear", lr_multiplier: float = 1.0, bias_init: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.act = act
+        self.lr_multiplier = lr_multiplier
+        self.weight = nn.Parameter(torch.randn(n_out, n_in) / lr_multiplier)
+        self.bias = nn.Parameter(torch.full((n_out,), bias_init / lr_multiplier))
+
+    def effective(self) -> tuple[Tensor, Tensor]:
+        """Weight [n_out, n_in] and bias [n_out] with the equalized learning rate folded in."""
+        return self.weight * (self.lr_multiplier / math.sqrt(self.weight.shape[1])), self.bias * self.lr_multiplier
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, n_in] -> [B, n_out]
+        weight, bias = self.effective()
+        y = torch.nn.functional.linear(x, weight, bias)
+        return y if self.act == "linear" else ops.bias_act(y, act=self.act)
+
+
+class Conv2d(nn.Module):
+    """A k x k convolution with equalized learning rate, downsampling, bias, activation and clamp.
+
+    The bias is used as it is (no multiplier). A layer gain multiplies the activation's gain and the clamp.
+
+    Args:
+        kernel_size: Odd.
+        down: 1 or 2.
+        act, bias: As `ops.bias_act`; bias=False leaves it out.
+        clamp: Bound of the output before the layer gain, or None.
+        backend: See `ops`.
+    """
+
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        kernel_size: int,
+        *,
+        down: int = 1,
+        act: str = "lrelu",
+        bias: bool = True,
+        clamp: float | None = CLAMP,
+        gain: float = 1.0,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.down, self.act, self.backend = down, act, backend
+        self.gain = gain * (math.sqrt(2) if act == "lrelu" else 1.0)
+        self.clamp = None if clamp is None else clamp * gain
+        self.weight = nn.Parameter(torch.randn(c_out, c_in, kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.zeros(c_out)) if bias else None
+        self.register_buffer("low_pass", torch.tensor(LOW_PASS), persistent=False)
+
+    def forward(self, x: Tensor, in_scale: Tensor | None = None, out_scale: Tensor | None = None) -> Tensor:
+        """x [B, c_in, H, W] -> [B, c_out, H / down, W / down], channels scaled by in_scale [B, c_in], out_scale [B, c_out]."""
+        weight = (self.weight / math.sqrt(self.weight[0].numel())).to(x.dtype)
+        if in_scale is not None:
+            x = x * in_scale.to(x.dtype)[:, :, None, None]
+        x = ops.conv2d_resample(x, weight, kernel=self.low_pass, down=self.down, backend=self.backend)
+        if out_scale is not None:
+            x = x * out_scale.to(x.dtype)[:, :, None, None]
+        return ops.bias_act(x, self.bias, act=self.act, gain=self.gain, clamp=self.clamp, backend=self.backend)
+
+
+class ScalarEncoder(nn.Module):
+    """Encodes numbers by Fourier features, and optionally by a learned table, coordinate by coordinate (SPEC section 8).
+
+    For one number v: sin(v m pi 2^k / 2^L), k = 0..L-1, L = ceil(log2 m); the cosines; the table's row round(v m), halves
+    to even.
+
+    Args:
+        max_value: m, the number of steps that [0, 1] is resolved into.
+        table_dim: Width of the learned table of m + 1 rows, shared by all coordinates; 0 for none.
+    """
+
+    def __init__(self, max_value: int, table_dim: int = 0) -> None:
+        super().__init__()
+        self.max_value = max_value
+        levels = math.ceil(math.log2(max_value))
+        frequencies = max_value * math.pi * 2.0 ** (torch.arange(levels) - levels)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.table = nn.Parameter(torch.randn(max_value + 1, table_dim)) if table_dim else None
+        self.dim = 2 * levels + table_dim  # numbers per coordinate
+
+    def forward(self, values: Tensor) -> Tensor:  # [B, D] -> [B, D * dim]
+        phases = values[..., None] * self.frequencies
+        encoded = [phases.sin(), phases.cos()]
+        if self.table is not None:
+            rows = (values * self.max_value).round().long().clamp(0, self.max_value)
+            encoded.append(torch.nn.functional.embedding(rows, self.table))
+        return torch.cat(encoded, dim=-1).flatten(1)
+
+
+def camera_numbers(angles: Tensor) -> Tensor:
+    """Yaw and pitch as conditioning: sign(a) (|a| mod 2 pi) / (2 pi). [B, 3] radians -> [B, 2] in (-1, 1)."""
+    angles = angles[:, :2]
+    return angles.sign() * (angles.abs() % (2 * math.pi)) / (2 * math.pi)

@@ -1,0 +1,33 @@
+"""The public ops: each validates its arguments, picks a backend and owns the autograd.
+
+Legend of the shape comments, everywhere in this package:
+
+  B  batch (images)            R  rays of one image        S  samples of one ray      N  points
+  C  channels                  H, W  height, width         K  fine samples of one ray L  label numbers
+
+planes are [B, 3*C, H, W]; points [B, N, 3]; t, a distance along a unit ray in world units, [B, R, S]; images are in
+[-1, 1]. Every op takes `backend`: None for the fastest that is there for the tensors' device, or one of
+`backends.BACKENDS`; one that is named and missing is an error that says how to get it.
+"""
+
+from .bias_act import bias_act
+from .composite import Composite, composite
+from .decode_triplane import decode_triplane, decode_triplane_rays
+from .modulated_conv2d import conv2d_resample, modulated_conv2d
+from .sample_importance import invert_cdf, sample_importance
+from .sample_triplane import sample_triplane
+from .upfirdn2d import upfirdn2d
+
+__all__ = [
+    "Composite",
+    "bias_act",
+    "composite",
+    "conv2d_resample",
+    "decode_triplane",
+    "decode_triplane_rays",
+    "invert_cdf",
+    "modulated_conv2d",
+    "sample_importance",
+    "sample_triplane",
+    "upfirdn2d",
+]

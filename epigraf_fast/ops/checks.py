@@ -1,0 +1,77 @@
+"""Argument checks of the public ops. They look at shapes, dtypes and devices only: none makes a GPU wait."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def check_shape(op: str, name: str, tensor: Tensor, expected: tuple[int | str, ...]) -> None:
+    """Compares a shape with a pattern, in which a string stands for any size.
+
+    Raises:
+        TypeError: It is not a tensor (None for a tensor that is needed).
+        ValueError: `op: name must have shape [...], got [...]`.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+    shape = tuple(tensor.shape)
+    fits = len(shape) == len(expected) and all(
+        isinstance(want, str) or got == want for got, want in zip(shape, expected, strict=True)
+    )
+    if not fits:
+        pattern = ", ".join(str(size) for size in expected)
+        raise ValueError(f"{op}: {name} must have shape [{pattern}], got {list(shape)}")
+
+
+def check_together(op: str, **tensors: Tensor | None) -> None:
+    """All given tensors are floating point and on one device.
+
+    Raises:
+        TypeError: A tensor is not a tensor or not floating point.
+        ValueError: Devices differ.
+    """
+    first_name, first = None, None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{op}: {name} must be floating point, got {tensor.dtype}")
+        if first is None:
+            first_name, first = name, tensor
+        elif tensor.device != first.device:
+            raise ValueError(f"{op}: {name} must be on {first.device} as {first_name} is, got {tensor.device}")
+
+
+def check_choice(op: str, name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises ValueError when `value` is none of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_broadcast(op: str, name: str, tensor: Tensor, target: tuple[int, ...]) -> None:
+    """`tensor` broadcasts to `target` without enlarging it.
+
+    Raises:
+        ValueError: `op: name must broadcast to [...], got [...]`.
+    """
+    shape = (1,) * (len(target) - tensor.ndim) + tuple(tensor.shape)
+    if len(shape) != len(target) or any(got not in (1, want) for got, want in zip(shape, target, strict=True)):
+        raise ValueError(f"{op}: {name} must broadcast to {list(target)}, got {list(tensor.shape)}")
+
+
+def check_clamp(op: str, clamp: float | None) -> None:
+    """Raises ValueError when `clamp` is neither None nor positive."""
+    if clamp is not None and not clamp > 0:
+        raise ValueError(f"{op}: clamp must be positive or None, got {clamp}")
+
+
+def check_planes(op: str, planes: Tensor) -> None:
+    """planes are [B, 3*C, H, W] with at least one texel."""
+    check_shape(op, "planes", planes, ("B", "3*C", "H", "W"))
+    if planes.shape[1] % 3 or 0 in planes.shape[1:]:
+        raise ValueError(
+            f"{op}: planes must have 3*C channels (three planes of C each) and at least one texel, "
+            f"got {list(planes.shape)}"
+        )

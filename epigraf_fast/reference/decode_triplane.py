@@ -1,0 +1,51 @@
+"""Colour and density of points: tri-plane features through a two-layer network (paper, section 3.1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .sample_triplane import sample_triplane
+
+
+def decode_triplane(planes: Tensor, points: Tensor, w0: Tensor, b0: Tensor, w1: Tensor, b1: Tensor) -> Tensor:
+    """out = w1 lrelu(w0 feature + b0) + b1, lrelu with slope 0.2 and gain sqrt(2).
+
+    Args:
+        planes: [B, 3*C, H, W].
+        points: [B, N, 3], in units of the cube's half size.
+        w0, b0: [hidden, C], [hidden]; the equalized learning rate is already in them.
+        w1, b1: [out, hidden], [out].
+
+    Returns:
+        [B, N, out]: raw colour, then raw density last.
+    """
+    features = sample_triplane(planes, points)
+    hidden = torch.nn.functional.linear(features, w0, b0)
+    hidden = torch.nn.functional.leaky_relu(hidden, 0.2) * 2**0.5
+    return torch.nn.functional.linear(hidden, w1, b1)
+
+
+def decode_triplane_rays(
+    planes: Tensor,
+    ray_origins: Tensor,
+    ray_directions: Tensor,
+    t: Tensor,
+    w0: Tensor,
+    b0: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    cube_scale: float = 1.0,
+) -> Tensor:
+    """The same at the points (ray_origin + t ray_direction) / cube_scale.
+
+    Args:
+        ray_origins, ray_directions: [B, R, 3], world units.
+        t: [B, R, S], distances along the rays, world units.
+        cube_scale: Half size of the cube that the planes span, world units.
+
+    Returns:
+        [B, R, S, out].
+    """
+    points = (ray_origins[:, :, None] + t[..., None] * ray_directions[:, :, None]) / cube_scale  # [B, R, S, 3]
+    return decode_triplane(planes, points.flatten(1, 2), w0, b0, w1, b1).unflatten(1, t.shape[1:])

@@ -1,0 +1,48 @@
+"""Tri-plane features of points (paper, section 3.1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Coordinates that each plane is read at: (horizontal, vertical).
+PLANE_AXES = ((0, 1), (0, 2), (1, 2))
+
+
+def sample_triplane(planes: Tensor, points: Tensor) -> Tensor:
+    """feature(p) = 1/3 sum_k bilinear(plane_k, p[axes_k]); -1 and +1 are the centres of the border texels.
+
+    Texels outside a plane count as zero. Bilinear sampling is written with gathers, so that it has every derivative, to
+    planes and to points.
+
+    Args:
+        planes: [B, 3*C, H, W], channels 0..C-1 being the first plane; no copy when channels_last.
+        points: [B, N, 3].
+
+    Returns:
+        [B, N, C].
+    """
+    batch, channels, height, width = planes.shape
+    channels //= 3
+    texels = planes.permute(0, 2, 3, 1).reshape(batch * height * width * 3, channels)  # row: ((b*H + y)*W + x)*3 + k
+
+    # From 3 on every tap is outside, however small the plane; the clamp keeps the integer conversion in range.
+    position = points.clamp(-3, 3)[:, :, torch.tensor(PLANE_AXES, device=points.device)]  # [B, N, 3, 2]
+    x = (position[..., 0] + 1) * ((width - 1) / 2)
+    y = (position[..., 1] + 1) * ((height - 1) / 2)
+    x_floor, y_floor = x.detach().floor(), y.detach().floor()
+    right, down = x - x_floor, y - y_floor
+    x_corners = torch.stack([x_floor, x_floor, x_floor + 1, x_floor + 1], dim=-1)  # [B, N, 3, 4]
+    y_corners = torch.stack([y_floor, y_floor + 1, y_floor, y_floor + 1], dim=-1)
+    tap_weights = torch.stack([1 - right, 1 - right, right, right], dim=-1)
+    tap_weights = tap_weights * torch.stack([1 - down, down, 1 - down, down], dim=-1)
+    inside = (x_corners >= 0) & (x_corners < width) & (y_corners >= 0) & (y_corners < height)
+    tap_weights = (tap_weights * inside).to(planes.dtype)
+
+    column = x_corners.long().clamp(0, width - 1)
+    row = y_corners.long().clamp(0, height - 1)
+    image = torch.arange(batch, device=planes.device)[:, None, None, None]
+    plane = torch.arange(3, device=planes.device)[:, None]
+    index = ((image * height + row) * width + column) * 3 + plane
+    taps = texels.index_select(0, index.flatten()).view(*index.shape, channels)  # [B, N, 3, 4, C]
+    return (taps * tap_weights[..., None]).sum(dim=(2, 3)) / 3

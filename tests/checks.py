@@ -1,0 +1,176 @@
+"""What the tests measure with: the only table of tolerances, and the assertions that read it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.gradcheck import GradcheckError
+
+# name: (relative, absolute); |actual - expected| <= absolute + relative |expected|, element by element.
+TOLERANCES: dict[torch.dtype | str, tuple[float, float]] = {
+    # One formula evaluated in two orders, in the dtype of the actual tensor.
+    torch.float64: (1e-10, 1e-12),
+    torch.float32: (1e-5, 2e-6),
+    torch.float16: (4e-3, 2e-3),
+    torch.bfloat16: (3e-2, 2e-2),
+    # The same numbers: copies, layouts, a fixed order of operations.
+    "exact": (0.0, 0.0),
+    # Numbers worked by hand, or printed, to seven digits.
+    "hand": (1e-6, 1e-7),
+    # A whole modulated layer in fp16 against the same in fp32: products of hundreds of rounded numbers.
+    "fp16_layer": (1e-2, 1e-2),
+    # An analytic derivative against a central difference of step GRADCHECK_STEP, in float64.
+    "gradcheck": (1e-6, 1e-7),
+}
+GRADCHECK_STEP = 1e-6
+SIGMAS = 4.0  # how far a statistic of a seeded draw may lie from its mean, in standard deviations
+
+# A kernel may err so many times as much as the reference does in the kernel's own dtype, plus so many roundings of the
+# largest value, for the cases where the reference happens to be exact.
+ERROR_FACTOR = 2.0
+ERROR_ROUNDINGS = 2.0
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Standard normal numbers that depend on shape and seed only."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def draw_uniform(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Uniform numbers in [0, 1) that depend on shape and seed only."""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def layouts(x: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The same values in other memory layouts; what lies between them is NaN."""
+    gapped = x.new_full((*x.shape[:-1], 2 * x.shape[-1] + 1), torch.nan)
+    gapped[..., 1::2] = x
+    yield "every second element, from the second", gapped[..., 1::2]
+    yield "first and last dimension swapped", x.transpose(0, -1).contiguous().transpose(0, -1)
+    if x.ndim == 4:
+        yield "channels_last", x.contiguous(memory_format=torch.channels_last)
+
+
+def assert_finite(actual: Tensor, what: str) -> None:
+    """No NaN, no infinity."""
+    bad = ~torch.isfinite(actual)
+    if bad.any():
+        first = tuple(bad.nonzero()[0].tolist())
+        raise AssertionError(
+            f"{what}: {int(bad.sum())} of {bad.numel()} values are NaN or infinite, the first at {first}: "
+            f"{actual[first].item()}"
+        )
+
+
+def _index(position: tuple[Tensor, ...]) -> tuple[int, ...]:
+    return tuple(int(i) for i in position)
+
+
+def _tensor(x: Any) -> Tensor:
+    return x.detach() if isinstance(x, Tensor) else torch.as_tensor(x, dtype=torch.float64)
+
+
+def _compared(actual: Any, expected: Any, what: str) -> tuple[Tensor, Tensor]:
+    actual, expected = _tensor(actual), _tensor(expected)
+    if actual.shape != expected.shape:
+        raise AssertionError(f"{what}: shape {list(actual.shape)}, expected {list(expected.shape)}")
+    assert_finite(expected, f"{what} (expected)")
+    assert_finite(actual, what)
+    return actual.cpu().double(), expected.cpu().double()
+
+
+def assert_close(actual: Any, expected: Any, what: str, tolerance: torch.dtype | str | None = None) -> None:
+    """Equal shape, everything finite, every element within the tolerance named; default: that of the actual dtype."""
+    if tolerance is None:
+        tolerance = actual.dtype if isinstance(actual, Tensor) else torch.float64
+    relative, absolute = TOLERANCES[tolerance]
+    actual, expected = _compared(actual, expected, what)
+    excess = (actual - expected).abs() - (absolute + relative * expected.abs())
+    if (excess > 0).any():
+        worst = torch.unravel_index(excess.argmax(), excess.shape)
+        raise AssertionError(
+            f"{what}: {int((excess > 0).sum())} of {excess.numel()} values are off, the worst at {_index(worst)}: "
+            f"got {actual[worst].item():.17g}, expected {expected[worst].item():.17g} "
+            f"(tolerance {tolerance}: relative {relative:g}, absolute {absolute:g})"
+        )
+
+
+def assert_error_within_reference(actual: Tensor, reference: Tensor, truth: Tensor, what: str) -> None:
+    """max |actual - truth| <= 2 max |reference - truth| + a rounding or two of the largest value.
+
+    Args:
+        actual: What a kernel gave.
+        reference: What the reference gave in the kernel's own dtype.
+        truth: What the reference gave in float64.
+    """
+    if truth.dtype != torch.float64 or reference.dtype != actual.dtype:
+        raise AssertionError(
+            f"{what}: dtypes are {actual.dtype}, {reference.dtype} and {truth.dtype}; the first two must agree and the "
+            f"third be float64"
+        )
+    rounding = torch.finfo(actual.dtype).eps
+    actual, truth = _compared(actual, truth, what)
+    reference, _ = _compared(reference, truth, f"{what} (reference)")
+    if truth.numel() == 0:
+        return
+    errors = (actual - truth).abs()
+    allowed = ERROR_FACTOR * (reference - truth).abs().max() + ERROR_ROUNDINGS * rounding * truth.abs().max()
+    if errors.max() > allowed:
+        worst = torch.unravel_index(errors.argmax(), errors.shape)
+        raise AssertionError(
+            f"{what}: the error {errors.max().item():.3g} at {_index(worst)} is above {allowed.item():.3g} "
+            f"({ERROR_FACTOR:g} times the reference's own {(reference - truth).abs().max().item():.3g}): "
+            f"got {actual[worst].item():.9g}, truth {truth[worst].item():.9g}"
+        )
+
+
+def _differentiable_outputs(outputs: Any) -> tuple[Tensor, ...]:
+    outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+    return tuple(output for output in outputs if output is not None)
+
+
+def _compare_with_differences(function: Callable[[Tensor], Any], x: Tensor, what: str) -> None:
+    relative, absolute = TOLERANCES["gradcheck"]
+    try:
+        torch.autograd.gradcheck(
+            function, (x.detach().clone().requires_grad_(),), eps=GRADCHECK_STEP, rtol=relative, atol=absolute
+        )
+    except GradcheckError as error:
+        raise AssertionError(f"{what}: {error}") from None
+
+
+def gradcheck(function: Callable[..., Any], inputs: dict[str, Tensor], what: str) -> None:
+    """First derivatives of `function(**inputs)`, a tensor or several, to each float64 input against differences."""
+    for name, x in inputs.items():
+        _compare_with_differences(
+            lambda x, name=name: _differentiable_outputs(function(**{**inputs, name: x})),
+            x,
+            f"{what}: gradient to {name}",
+        )
+
+
+def gradgradcheck(function: Callable[..., Any], inputs: dict[str, Tensor], what: str) -> None:
+    """Second derivatives: the gradient to each input, differentiated to every input and to the incoming gradients."""
+    with torch.no_grad():
+        outputs = _differentiable_outputs(function(**inputs))
+    incoming = {f"grad_y[{i}]": draw(*y.shape, seed=100 + i) for i, y in enumerate(outputs)}
+    everything = {**inputs, **incoming}
+    for first in inputs:
+        for second, x in everything.items():
+
+            def gradient(x: Tensor, first: str = first, second: str = second) -> Tensor:
+                values = {**everything, second: x}
+                if first != second:
+                    values[first] = values[first].detach().clone().requires_grad_()
+                ys = _differentiable_outputs(function(**{name: values[name] for name in inputs}))
+                pairs = [(y, values[name]) for y, name in zip(ys, incoming, strict=True) if y.requires_grad]
+                if not pairs:
+                    return torch.zeros_like(values[first])
+                ys, grad_ys = zip(*pairs, strict=True)
+                (grad_x,) = torch.autograd.grad(ys, values[first], grad_ys, create_graph=True, materialize_grads=True)
+                return grad_x
+
+            _compare_with_differences(gradient, x, f"{what}: gradient to {first}, differentiated to {second}")

@@ -1,0 +1,112 @@
+"""The assertions themselves fail where they should, and say what failed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from checks import assert_close, assert_error_within_reference, assert_finite, draw, gradcheck, gradgradcheck, layouts
+
+
+def test_assert_close_names_the_tensor_and_the_worst_element():
+    expected = torch.zeros(2, 3)
+    actual = expected.clone()
+    assert_close(actual, expected, "rgb")
+    actual[1, 2], actual[0, 1] = 0.5, 0.1
+    with pytest.raises(AssertionError, match=r"rgb: 2 of 6 values are off, the worst at \(1, 2\): got 0.5"):
+        assert_close(actual, expected, "rgb")
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_assert_close_looks_at_nan_and_infinity_first(bad):
+    x = torch.tensor([0.0, bad])
+    with pytest.raises(AssertionError, match=r"depth: 1 of 2 values are NaN or infinite, the first at \(1,\)"):
+        assert_close(x, torch.tensor([5.0, 0.0]), "depth")
+    with pytest.raises(AssertionError, match=r"depth \(expected\)"):
+        assert_close(x, x, "depth")  # even where both agree
+    with pytest.raises(AssertionError, match="depth: 1 of 2"):
+        assert_finite(x, "depth")
+
+
+def test_assert_close_refuses_another_shape():
+    with pytest.raises(AssertionError, match=r"u: shape \[3\], expected \[1, 3\]"):
+        assert_close(torch.zeros(3), torch.zeros(1, 3), "u")
+
+
+def test_tolerance_is_that_of_the_actual_dtype():
+    assert_close(torch.tensor(1.0) + 5e-6, 1.0, "float32")
+    with pytest.raises(AssertionError, match="float64"):
+        assert_close(torch.tensor(1.0, dtype=torch.float64) + 5e-6, 1.0, "float64")
+
+
+def test_error_may_be_twice_that_of_the_reference():
+    truth = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    reference = torch.tensor([1.0, 2.001])
+    assert_error_within_reference(torch.tensor([1.0019, 2.0]), reference, truth, "y")
+    with pytest.raises(AssertionError, match=r"y: the error 0.0021 at \(0,\)"):
+        assert_error_within_reference(torch.tensor([1.0021, 2.0]), reference, truth, "y")
+
+
+def test_error_of_one_rounding_passes_beside_an_exact_reference():
+    truth = torch.tensor([1.0, 3.0], dtype=torch.float64)
+    off_by_one = torch.tensor([1.0, 3.0]).nextafter(torch.tensor(9.0))
+    assert_error_within_reference(off_by_one, truth.float(), truth, "y")
+    with pytest.raises(AssertionError, match="y: the error"):
+        assert_error_within_reference(off_by_one + 1e-5, truth.float(), truth, "y")
+
+
+def test_error_needs_a_float64_truth_and_equal_dtypes():
+    x = torch.ones(2)
+    with pytest.raises(AssertionError, match="dtypes"):
+        assert_error_within_reference(x, x, x, "y")
+    with pytest.raises(AssertionError, match="dtypes"):
+        assert_error_within_reference(x.half(), x, x.double(), "y")
+
+
+class _WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 3 * x
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        return 2 * grad_y
+
+
+class _DetachedGradient(torch.autograd.Function):
+    """x^2 whose backward forgets that it depends on x: what a bare kernel call in a backward does."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        (x,) = ctx.saved_tensors
+        return 2 * x.detach() * grad_y
+
+
+def test_gradcheck_names_the_wrong_gradient():
+    inputs = {"a": draw(2, seed=1), "b": draw(2, seed=2)}
+    gradcheck(lambda a, b: (a * b, a.exp()), inputs, "product")
+    with pytest.raises(AssertionError, match="product: gradient to b"):
+        gradcheck(lambda a, b: a * _WrongGradient.apply(b), inputs, "product")
+
+
+def test_gradgradcheck_names_the_wrong_second_derivative():
+    inputs = {"a": draw(2, seed=1), "b": draw(2, seed=2)}
+    gradgradcheck(lambda a, b: (a * b, (a * b).exp()), inputs, "product")
+    gradcheck(lambda a, b: a * _DetachedGradient.apply(b), inputs, "product")
+    with pytest.raises(AssertionError, match="product: gradient to b, differentiated to b"):
+        gradgradcheck(lambda a, b: a * _DetachedGradient.apply(b), inputs, "product")
+
+
+def test_layouts_keep_the_values():
+    x = draw(2, 3, 4, 5)
+    names = []
+    for name, view in layouts(x):
+        names.append(name)
+        assert not view.is_contiguous()
+        assert_close(view, x, name, "exact")
+    assert len(names) == 3

@@ -1,0 +1,383 @@
+"""composite: the reference against closed forms and rays worked by hand."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+
+import pytest
+import torch
+
+from checks import assert_close, assert_finite, draw, draw_uniform, gradcheck, gradgradcheck, layouts
+from epigraf_fast import ops
+
+composite = functools.partial(ops.composite, backend="reference")
+LN2 = math.log(2)
+OPAQUE = 1e4  # raw density
+
+
+def ray(values):
+    """Numbers as the one ray of one image: [1, 1, ...]."""
+    return torch.tensor(values, dtype=torch.float64)[None, None]
+
+
+# Three samples one unit apart, the last interval 1 too, of density ln 2 each: every opacity is 1 - exp(-ln 2) = 1/2,
+# T = 1, 1/2, 1/4 and w = 1/2, 1/4, 1/8. Four colours of 1, 10, 100 times 1, 2, 3, 4.
+HAND_T = ray([1, 2, 3])
+HAND_VALUES = ray([[1, 2, 3, 4, LN2], [10, 20, 30, 40, LN2], [100, 200, 300, 400, LN2]])
+HAND = functools.partial(composite, HAND_T, HAND_VALUES, activation="relu", last_interval=1.0)
+
+
+def random_ray_sets(coarse=4, fine=3, colours=2, batch=1, rays=2):
+    """Two sets with distinct, sorted depths that interleave."""
+    t = draw_uniform(batch, rays, coarse, seed=1).sort(dim=-1).values
+    t_fine = draw_uniform(batch, rays, fine, seed=2).sort(dim=-1).values
+    return {
+        "t": t,
+        "values": draw(batch, rays, coarse, colours + 1, seed=3),
+        "t_fine": t_fine,
+        "values_fine": draw(batch, rays, fine, colours + 1, seed=4),
+    }
+
+
+def test_ray_by_hand():
+    result = HAND(return_weights=True)
+    assert_close(result.weights, ray([0.5, 0.25, 0.125]), "weights", "hand")
+    # rgb = 0.5 * 1 + 0.25 * 10 + 0.125 * 100 = 15.5, times 1, 2, 3, 4. depth = 0.5 + 0.5 + 0.375, not divided by 0.875.
+    assert_close(result.rgb, ray([15.5, 31, 46.5, 62]), "rgb", "hand")
+    assert_close(result.depth, ray(1.375), "depth", "hand")
+    assert_close(result.weight_sum, ray(0.875), "weight_sum", "hand")
+    # In front of the last sample 1/4 is left (1/8 behind it).
+    assert_close(result.final_transmittance, ray(0.25), "final_transmittance", "hand")
+
+
+def test_weights_are_returned_only_on_demand():
+    assert HAND().weights is None
+    assert HAND()._fields == ("rgb", "depth", "weight_sum", "final_transmittance", "weights")
+
+
+def test_last_back_by_hand():
+    # The last weight grows by 1 - 0.875 to 0.25: rgb = 15.5 + 12.5 = 28, depth = 1.375 + 0.375 = 1.75.
+    result = HAND(last_back=True, return_weights=True)
+    assert_close(result.weights, ray([0.5, 0.25, 0.25]), "weights", "hand")
+    assert_close(result.rgb, ray([28, 56, 84, 112]), "rgb", "hand")
+    assert_close(result.depth, ray(1.75), "depth", "hand")
+    assert_close(result.weight_sum, ray(0.875), "weight_sum, before last_back", "hand")
+    assert_close(result.final_transmittance, ray(0.25), "final_transmittance", "hand")
+
+
+def test_white_background_by_hand():
+    result = HAND(white_background=True, return_weights=True)  # the first three colours get 0.125
+    assert_close(result.rgb, ray([15.625, 31.125, 46.625, 62]), "rgb", "hand")
+    assert_close(result.depth, ray(1.375), "depth", "hand")
+    assert_close(result.weights, ray([0.5, 0.25, 0.125]), "weights", "hand")
+
+
+def test_last_back_and_white_background_add_twice():
+    assert_close(HAND(last_back=True, white_background=True).rgb, ray([28.125, 56.125, 84.125, 112]), "rgb", "hand")
+
+
+def test_background_by_hand():
+    result = HAND(background=ray([8, -8, 0, 4]))  # times 1/4
+    assert_close(result.rgb, ray([17.5, 29, 46.5, 63]), "rgb", "hand")
+    assert_close(result.weight_sum, ray(0.875), "weight_sum", "hand")
+    result = HAND(background=ray([8, -8, 0, 4]), white_background=True, last_back=True)
+    assert_close(result.rgb, ray([30.125, 54.125, 84.125, 113]), "rgb with everything", "hand")
+
+
+@pytest.mark.parametrize("colours", [1, 2, 3])
+def test_white_background_of_few_colours(colours):
+    values = torch.cat([HAND_VALUES[..., :colours], HAND_VALUES[..., -1:]], dim=-1)
+    actual = composite(HAND_T, values, activation="relu", last_interval=1.0, white_background=True).rgb
+    assert_close(actual, ray([15.625, 31.125, 46.625][:colours]), "rgb", "hand")
+
+
+@pytest.mark.parametrize(
+    ("settings", "raw", "opacity"),
+    [
+        ({}, 0.0, 0.5),  # softplus(0) = ln 2
+        ({"softplus_beta": 2.0}, 0.0, 1 - 2**-0.5),  # softplus(0) / 2 = ln(2) / 2
+        ({"softplus_beta": 2.0}, 1.0, 1 - (1 + math.e**2) ** -0.5),  # ln(1 + e^2) / 2
+        ({"density_shift": 3.0}, -3.0, 0.5),
+        ({"softplus_beta": 2.0, "density_shift": 3.0}, -3.0, 1 - 2**-0.5),
+        ({"activation": "relu"}, LN2, 0.5),
+        ({"activation": "relu", "density_shift": 2 * LN2}, -LN2, 0.5),
+        ({"activation": "relu"}, -1.0, 0.0),
+        ({"activation": "relu", "softplus_beta": 5.0}, LN2, 0.5),
+        ({"density_noise": 3.0}, -3.0, 0.5),
+        ({"density_noise": 1.0, "density_shift": 2.0}, -3.0, 0.5),
+        ({"activation": "relu", "density_noise": -1.0}, LN2 + 1, 0.5),  # inside the activation
+        ({"activation": "relu", "density_noise": -9.0}, LN2, 0.0),
+    ],
+)
+def test_density_by_hand(settings, raw, opacity):
+    if "density_noise" in settings:
+        settings = {**settings, "density_noise": ray([settings["density_noise"]])}
+    result = composite(ray([2.0]), ray([[1.0, raw]]), last_interval=1.0, **settings)
+    assert_close(result.weight_sum, ray(opacity), "opacity", "hand")
+
+
+@pytest.mark.parametrize("last_interval", [1e-3, 1.0])
+def test_last_interval(last_interval):
+    # A single sample: its opacity comes from last_interval alone, and nothing is in front of it.
+    result = composite(ray([2.0]), ray([[3.0, 0.0]]), last_interval=last_interval)
+    opacity = 1 - math.exp(-LN2 * last_interval)
+    assert_close(result.rgb, ray([3 * opacity]), "rgb", "hand")
+    assert_close(result.depth, ray(2 * opacity), "depth", "hand")
+    assert_close(result.final_transmittance, ray(1.0), "final_transmittance", "exact")
+
+
+def test_last_interval_is_endless_by_default():
+    result = composite(ray([1.0, 2.0]), ray([[1.0, 0.0], [10.0, 0.0]]))  # 1/2, then all the rest
+    assert_close(result.rgb, ray([5.5]), "rgb", "hand")
+    assert_close(result.weight_sum, ray(1.0), "weight_sum", "hand")
+    # ln(1 + e^-25) = 1.3887944e-11 is a very thin medium, but over 1e10 it stops 1 - exp(-0.13887944) = 0.1296670.
+    result = composite(ray([1.0]), ray([[1.0, -25.0]]))
+    assert_close(result.weight_sum, ray(0.1296670), "weight_sum of a thin medium", "hand")
+
+
+@pytest.mark.parametrize("samples", [1, 2, 7, 96])
+def test_constant_density_has_a_closed_form(samples):
+    sigma, length = 1.7, 2.0
+    t = torch.arange(samples, dtype=torch.float64) * (length / samples)
+    values = torch.tensor([0.3, -0.8, sigma], dtype=torch.float64).expand(1, 1, samples, 3)
+    result = composite(t[None, None], values, activation="relu", last_interval=length / samples)
+    opacity = 1 - math.exp(-sigma * length)
+    assert_close(result.weight_sum, ray(opacity), "weight_sum", "hand")
+    assert_close(result.rgb, ray([0.3 * opacity, -0.8 * opacity]), "rgb", "hand")
+    behind = math.exp(-sigma * length * (samples - 1) / samples)
+    assert_close(result.final_transmittance, ray(behind), "final_transmittance", "hand")
+
+
+def test_opaque_ray():
+    # The first sample stops everything but the floor: T = 1, 1e-10, 1e-20.
+    values = ray([[1, OPAQUE], [10, OPAQUE], [100, OPAQUE]])
+    result = composite(HAND_T, values, white_background=True, return_weights=True)
+    assert_close(result.rgb, ray([1.0]), "rgb", "hand")
+    assert_close(result.weights[..., 0], ray(1.0), "first weight", "hand")
+    assert_close(result.weights[..., 1] * 1e10, ray(1.0), "second weight, times 1e10", "hand")
+    assert_close(result.final_transmittance * 1e20, ray(1.0), "final_transmittance, times 1e20", "hand")
+    assert_close(composite(HAND_T, values, last_back=True).depth, ray(1.0), "depth", "hand")
+
+
+def test_empty_ray():
+    values = ray([[1, -5], [10, -5], [100, -5]])
+    empty = functools.partial(composite, HAND_T, values, activation="relu")
+    result = empty(return_weights=True)
+    assert_close(result.weights, ray([0.0, 0.0, 0.0]), "weights", "exact")
+    assert_close(result.rgb, ray([0.0]), "rgb (mid-grey)", "exact")
+    assert_close(result.final_transmittance, ray(1.0), "final_transmittance", "hand")
+    assert_close(empty(white_background=True).rgb, ray([1.0]), "rgb before white", "exact")
+    assert_close(empty(last_back=True).rgb, ray([100.0]), "rgb with last_back", "exact")
+    assert_close(empty(last_back=True).depth, ray(3.0), "depth with last_back", "exact")
+    assert_close(empty(background=ray([-0.4])).rgb, ray([-0.4]), "rgb before a background", "hand")
+
+
+def test_thin_media_keep_their_precision():
+    # 1 - exp(-1e-7) is 0 or 1.2e-7 when it is rounded to float32 before the subtraction.
+    values = torch.tensor([[[[1.0, 1e-7]]]])
+    actual = composite(torch.ones(1, 1, 1), values, activation="relu", last_interval=1.0).weight_sum
+    assert_close(actual * 1e7, torch.ones(1, 1), "opacity, times 1e7")
+
+
+@pytest.mark.parametrize("fine", [1, 3, 5])
+def test_two_sets_equal_one_that_was_sorted_by_hand(fine):
+    sets = random_ray_sets(fine=fine, batch=2, rays=3)
+    noise, background = draw(2, 3, 4 + fine, seed=5), draw(2, 3, 2, seed=6)
+    t = torch.empty(2, 3, 4 + fine, dtype=torch.float64)
+    values = torch.empty(2, 3, 4 + fine, 3, dtype=torch.float64)
+    for b in range(2):
+        for r in range(3):
+            samples = [*zip(sets["t"][b, r].tolist(), sets["values"][b, r], strict=True)]
+            samples += zip(sets["t_fine"][b, r].tolist(), sets["values_fine"][b, r], strict=True)
+            for i, (depth, value) in enumerate(sorted(samples, key=lambda sample: sample[0])):
+                t[b, r, i], values[b, r, i] = depth, value
+    settings = {"density_noise": noise, "background": background, "last_interval": 0.3, "return_weights": True}
+    expected = composite(t, values, **settings)
+    for name, actual in composite(**sets, **settings)._asdict().items():
+        assert_close(actual, getattr(expected, name), name)
+
+
+def test_second_set_need_not_be_sorted():
+    sets = random_ray_sets(fine=5)
+    order = torch.tensor([3, 0, 4, 1, 2])
+    shuffled = {**sets, "t_fine": sets["t_fine"][..., order], "values_fine": sets["values_fine"][..., order, :]}
+    assert_close(composite(**shuffled).rgb, composite(**sets).rgb, "rgb", "exact")
+
+
+def test_equal_depths_list_fine_first():
+    # At t = 1: fine, then coarse. The fine sample's interval is zero, so the coarse one counts with its colour 1.
+    settings = {"activation": "relu", "last_interval": 1.0, "return_weights": True}
+    result = composite(ray([1.0]), ray([[1.0, LN2]]), ray([1.0]), ray([[10.0, LN2]]), **settings)
+    assert_close(result.weights, ray([0.0, 0.5]), "weights", "hand")
+    assert_close(result.rgb, ray([0.5]), "rgb", "hand")
+    # Three pairs: 16 samples or fewer may be sorted by another algorithm than many, so also a long ray.
+    for samples in (3, 64):
+        t = torch.arange(samples, dtype=torch.float64)[None, None]
+        coarse = torch.tensor([1.0, LN2], dtype=torch.float64).expand(1, 1, samples, 2)
+        fine = torch.tensor([10.0, LN2], dtype=torch.float64).expand(1, 1, samples, 2)
+        result = composite(t, coarse, t, fine, **settings)
+        assert_close(result.weights[..., ::2], torch.zeros(1, 1, samples), f"fine weights of {samples}", "exact")
+        assert_close(result.rgb[..., 0], result.weight_sum, f"rgb of {samples}")
+        assert_close(result.weight_sum, ray(1 - 0.5**samples), f"weight_sum of {samples}", "hand")
+
+
+def test_noise_is_that_of_the_sorted_samples():
+    # Sorted: coarse (t = 1), fine (2), coarse (3). The noise opens the second alone: it is the fine one.
+    noise = ray([0, LN2, 0])
+    values, values_fine = ray([[1.0, 0.0], [100.0, 0.0]]), ray([[10.0, 0.0]])
+    result = composite(
+        ray([1.0, 3.0]), values, ray([2.0]), values_fine, density_noise=noise, activation="relu", last_interval=1.0
+    )
+    assert_close(result.rgb, ray([5.0]), "rgb", "hand")
+
+
+def differentiable(**settings):
+    """All five results, as a function of tensors."""
+    return lambda **inputs: tuple(composite(**inputs, **settings, return_weights=True))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"last_interval": 0.4},
+        {"softplus_beta": 3.0, "density_shift": 0.5, "last_back": True, "white_background": True},
+        {"activation": "relu", "last_interval": 1e-3, "last_back": True},
+    ],
+)
+def test_derivatives_of_one_set(settings):
+    sets = random_ray_sets(coarse=4)
+    inputs = {"t": sets["t"], "values": sets["values"], "density_noise": draw(1, 2, 4, seed=7)}
+    gradcheck(differentiable(**settings), inputs, "composite")
+    gradgradcheck(differentiable(**settings), inputs, "composite")
+
+
+def test_derivatives_of_two_sets():
+    inputs = {
+        **random_ray_sets(coarse=3, fine=2, colours=1),
+        "density_noise": draw(1, 2, 5, seed=5),
+        "background": draw(1, 2, 1, seed=6),
+    }
+    gradcheck(differentiable(last_interval=0.4, white_background=True), inputs, "composite")
+    gradgradcheck(differentiable(last_interval=0.4, white_background=True), inputs, "composite")
+
+
+def test_gradient_to_colours_is_the_weight():
+    values = HAND_VALUES.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(
+        composite(HAND_T, values, activation="relu", last_interval=1.0).rgb[..., 1].sum(), values
+    )
+    assert_close(gradient[..., 1], ray([0.5, 0.25, 0.125]), "gradient to colour 1", "hand")
+    assert_close(gradient[..., 0], ray([0.0, 0.0, 0.0]), "gradient to colour 0", "exact")
+    # To densities: opacity a_i changes by (1 - a_i) = 1/2 per unit; rgb[1] by T_i c_i less what is behind, per unit of
+    # transmittance: sample 0: 1/2 (2 - (0.5 * 20 + 0.25 * 200)); 1: 1/4 (20 - 0.5 * 200); 2: 1/8 * 200.
+    assert_close(gradient[..., -1], ray([-29.0, -20.0, 25.0]), "gradient to densities", "hand")
+
+
+def test_relu_kink_has_no_gradient():
+    values = ray([[3.0, 0.0], [5.0, 0.0]]).requires_grad_()
+    result = composite(ray([1.0, 2.0]), values, activation="relu")
+    assert_close(result.weight_sum, ray(0.0), "weight_sum", "exact")
+    (gradient,) = torch.autograd.grad(result.rgb.sum(), values)
+    assert_close(gradient, torch.zeros(1, 1, 2, 2), "gradient at the kink", "exact")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("activation", ["softplus", "relu"])
+@pytest.mark.parametrize("raw", [OPAQUE, -OPAQUE, 0.0])
+def test_extreme_densities_have_finite_derivatives(raw, activation, dtype):
+    t = draw_uniform(1, 2, 96, seed=1).sort(dim=-1).values.to(dtype).requires_grad_()
+    values = draw(1, 2, 96, 4, seed=2).to(dtype)
+    values[..., -1] = raw
+    values[:, 1, ::2, -1] *= -1  # the second ray alternates
+    values.requires_grad_()
+    for name in ("rgb", "depth", "weight_sum", "final_transmittance"):
+        y = getattr(composite(t, values, activation=activation, white_background=True), name)
+        assert_finite(y, name)
+        gradients = torch.autograd.grad(y.square().sum(), (t, values), create_graph=True, materialize_grads=True)
+        for target, gradient in zip(("t", "values"), gradients, strict=True):
+            assert_finite(gradient, f"gradient of {name} to {target}")
+        penalty = sum(gradient.square().sum() for gradient in gradients)
+        seconds = torch.autograd.grad(penalty, (t, values), materialize_grads=True)
+        for target, second in zip(("t", "values"), seconds, strict=True):
+            assert_finite(second, f"second derivative of {name} to {target}")
+
+
+def test_opaque_ray_has_the_gradients_of_its_first_sample():
+    values = torch.ones(1, 1, 96, 2)
+    values[..., -1] = OPAQUE
+    values.requires_grad_()
+    t = torch.linspace(0.9, 1.1, 96)[None, None]
+    (gradient,) = torch.autograd.grad(composite(t, values).rgb.sum(), values)
+    expected = torch.zeros(1, 1, 96, 2)
+    expected[0, 0, 0, 0] = 1
+    assert_close(gradient, expected, "gradient to values")
+
+
+@pytest.mark.parametrize(("batch", "rays"), [(0, 2), (2, 0)])
+@pytest.mark.parametrize("fine", [None, 0, 3])
+def test_no_rays(batch, rays, fine):
+    sets = {"t": draw(batch, rays, 4), "values": draw(batch, rays, 4, 3).requires_grad_()}
+    if fine is not None:
+        sets |= {"t_fine": draw(batch, rays, fine), "values_fine": draw(batch, rays, fine, 3)}
+    result = composite(**sets, last_back=True, white_background=True, return_weights=True)
+    assert result.rgb.shape == (batch, rays, 2)
+    assert result.weights.shape == (batch, rays, 4 + (fine or 0))
+    for single in result[1:4]:
+        assert single.shape == (batch, rays)
+    (gradient,) = torch.autograd.grad(result.rgb.sum(), sets["values"])
+    assert gradient.shape == (batch, rays, 4, 3)
+
+
+def test_empty_second_set_changes_nothing():
+    sets = random_ray_sets(fine=0)
+    assert_close(composite(**sets).rgb, composite(sets["t"], sets["values"]).rgb, "rgb", "exact")
+
+
+def test_layout_does_not_matter():
+    inputs = {**random_ray_sets(batch=2), "density_noise": draw(2, 2, 7, seed=5), "background": draw(2, 2, 2, seed=6)}
+    expected = composite(**inputs)
+    for changed, x in inputs.items():
+        for name, view in layouts(x):
+            actual = composite(**{**inputs, changed: view})
+            for field in expected._fields[:4]:
+                assert_close(getattr(actual, field), getattr(expected, field), f"{field}, {changed}: {name}")
+
+
+def test_float32():
+    sets = random_ray_sets(coarse=48, fine=48, colours=3)
+    expected = composite(**sets, return_weights=True)
+    for name, actual in composite(**{k: x.float() for k, x in sets.items()}, return_weights=True)._asdict().items():
+        assert actual.dtype == torch.float32
+        assert_close(actual, getattr(expected, name), name)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"t": draw(2, 4)}, ValueError, "t must have shape [B, R, S], got [2, 4]"),
+        ({"t": torch.zeros(1, 2, 4, dtype=torch.int64)}, TypeError, "t must be floating point, got torch.int64"),
+        ({"values": draw(1, 2, 3, 3)}, ValueError, "values must have shape [1, 2, 4, C+1], got [1, 2, 3, 3]"),
+        ({"values": draw(1, 2, 4, 1)}, ValueError, "values must hold a sample with a colour and a density at least"),
+        ({"t": draw(1, 2, 0), "values": draw(1, 2, 0, 3)}, ValueError, "values must hold a sample"),
+        ({"values": None}, TypeError, "values must be a tensor, got NoneType"),
+        ({"t_fine": None}, ValueError, "t_fine and values_fine must be given together"),
+        ({"values_fine": None}, ValueError, "t_fine and values_fine must be given together"),
+        ({"t_fine": draw(1, 3, 3)}, ValueError, "t_fine must have shape [1, 2, S_fine], got [1, 3, 3]"),
+        ({"values_fine": draw(1, 2, 3, 4)}, ValueError, "values_fine must have shape [1, 2, 3, 3], got [1, 2, 3, 4]"),
+        ({"values_fine": draw(1, 2, 2, 3)}, ValueError, "values_fine must have shape [1, 2, 3, 3], got [1, 2, 2, 3]"),
+        ({"density_noise": draw(1, 2, 4)}, ValueError, "density_noise must have shape [1, 2, 7], got [1, 2, 4]"),
+        ({"background": draw(1, 2, 3)}, ValueError, "background must have shape [1, 2, 2], got [1, 2, 3]"),
+        ({"background": 1.0}, TypeError, "background must be a tensor, got float"),
+        (
+            {"background": torch.zeros(1, 2, 2, device="meta")},
+            ValueError,
+            "background must be on cpu as t is, got meta",
+        ),
+        ({"activation": "exp"}, ValueError, "activation must be one of softplus, relu, got 'exp'"),
+    ],
+)
+def test_errors(change, error, message):
+    with pytest.raises(error, match=re.escape(f"composite: {message}")):
+        composite(**{**random_ray_sets(), **change})

@@ -1,0 +1,220 @@
+"""decode_triplane and decode_triplane_rays: the reference against the formula and numbers worked by hand."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import pytest
+import torch
+
+from checks import assert_close, draw, draw_uniform, gradcheck, gradgradcheck, layouts
+from epigraf_fast import ops
+
+decode_triplane = functools.partial(ops.decode_triplane, backend="reference")
+decode_triplane_rays = functools.partial(ops.decode_triplane_rays, backend="reference")
+
+
+def network(channels=3, hidden=5, out=4, dtype=torch.float64):
+    return {
+        "w0": draw(hidden, channels, seed=11, dtype=dtype),
+        "b0": draw(hidden, seed=12, dtype=dtype),
+        "w1": draw(out, hidden, seed=13, dtype=dtype),
+        "b1": draw(out, seed=14, dtype=dtype),
+    }
+
+
+def hand_network():
+    as_tensor = functools.partial(torch.tensor, dtype=torch.float64)
+    return {
+        "w0": as_tensor([[1], [-1]]),
+        "b0": as_tensor([0, 1]),
+        "w1": as_tensor([[1, 0], [0, 1], [1, 1]]),
+        "b1": as_tensor([0, 1, 0]),
+    }
+
+
+def test_value_by_hand():
+    planes = torch.tensor([3, 6, 9], dtype=torch.float64).view(1, 3, 1, 1)  # the feature is 6, everywhere
+    points = torch.zeros(1, 1, 3, dtype=torch.float64)
+    # Before the activation: 6 and -6 + 1 = -5; after it: 6 sqrt(2) = 8.4852814 and -5 * 0.2 * sqrt(2) = -1.4142136.
+    # Out: the first; the second + 1; their sum.
+    assert_close(
+        decode_triplane(planes, points, **hand_network()), [[[8.4852814, -0.4142136, 7.0710678]]], "out", "hand"
+    )
+
+
+def test_gradients_by_hand():
+    planes = torch.tensor([3, 6, 9], dtype=torch.float64).view(1, 3, 1, 1).requires_grad_()
+    net = {name: x.requires_grad_() for name, x in hand_network().items()}
+    out = decode_triplane(planes, torch.zeros(1, 1, 3, dtype=torch.float64), **net)
+    gradients = torch.autograd.grad(out[..., 2].sum(), [planes, *net.values()])
+    root = 2**0.5
+    # Output 2 is root * (lrelu(f) + lrelu(1 - f)) with f = 6, slopes 1 and 0.2: to f root (1 - 0.2), a third per plane.
+    expected = {
+        "planes": torch.full((1, 3, 1, 1), root * 0.8 / 3),
+        "w0": [[6 * root], [6 * 0.2 * root]],
+        "b0": [root, 0.2 * root],
+        "w1": [[0, 0], [0, 0], [6 * root, -root]],
+        "b1": [0, 0, 1],
+    }
+    for (name, value), gradient in zip(expected.items(), gradients, strict=True):
+        assert_close(gradient, value, f"gradient to {name}", "hand")
+
+
+def test_kink_has_the_slope_of_the_negative_side():
+    planes = torch.zeros(1, 3, 1, 1, dtype=torch.float64, requires_grad=True)
+    net = hand_network()
+    net["b0"] = torch.zeros(2, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(decode_triplane(planes, torch.zeros(1, 1, 3), **net)[..., 0].sum(), planes)
+    assert_close(gradient, torch.full((1, 3, 1, 1), 0.2 * 2**0.5 / 3), "gradient at the kink", "hand")
+
+
+@pytest.mark.parametrize(("channels", "hidden", "out"), [(32, 64, 4), (5, 7, 4), (1, 1, 1)])
+def test_equals_the_formula(channels, hidden, out):
+    planes = draw(2, 3 * channels, 5, 6, seed=1)
+    points = 2.4 * draw_uniform(2, 17, 3, seed=2) - 1.2
+    net = network(channels, hidden, out)
+    features = ops.sample_triplane(planes, points, backend="reference")
+    before = torch.einsum("bnc,hc->bnh", features, net["w0"]) + net["b0"]
+    after = 2**0.5 * torch.where(before > 0, before, before / 5)
+    expected = torch.einsum("bnh,oh->bno", after, net["w1"]) + net["b1"]
+    assert_close(decode_triplane(planes, points, **net), expected, "out")
+
+
+def test_points_of_a_ray_by_hand():
+    # From (0.1, 0, 1) along (0, 0, -1): t = 0.7 is (0.1, 0, 0.3), t = 1.5 is (0.1, 0, -0.5); divided by 0.5 that is
+    # (0.2, 0, 0.6) and (0.2, 0, -1).
+    planes, net = draw(1, 9, 4, 4), network()
+    origins = torch.tensor([[[0.1, 0, 1]]], dtype=torch.float64)
+    directions = torch.tensor([[[0, 0, -1]]], dtype=torch.float64)
+    t = torch.tensor([[[0.7, 1.5]]], dtype=torch.float64)
+    points = torch.tensor([[[0.2, 0, 0.6], [0.2, 0, -1]]], dtype=torch.float64)
+    actual = decode_triplane_rays(planes, origins, directions, t, **net, cube_scale=0.5)
+    assert_close(actual, decode_triplane(planes, points, **net)[:, None], "out")
+
+
+@pytest.mark.parametrize("cube_scale", [1.0, 0.2])
+def test_rays_equal_points(cube_scale):
+    planes, net = draw(2, 9, 4, 5, seed=1), network()
+    origins, directions = 0.1 * draw(2, 3, 3, seed=2), 0.2 * draw(2, 3, 3, seed=3)
+    t = draw_uniform(2, 3, 4, seed=4)
+    actual = decode_triplane_rays(planes, origins, directions, t, **net, cube_scale=cube_scale)
+    assert actual.shape == (2, 3, 4, 4)
+    for ray in range(3):
+        for sample in range(4):
+            points = (origins[:, ray] + t[:, ray, sample, None] * directions[:, ray]) / cube_scale
+            expected = decode_triplane(planes, points[:, None], **net)[:, 0]
+            assert_close(actual[:, ray, sample], expected, f"ray {ray}, sample {sample}")
+
+
+def test_derivatives_at_points():
+    inputs = {
+        "planes": draw(1, 6, 3, 2, seed=1),
+        "points": 2.4 * draw_uniform(1, 2, 3, seed=2) - 1.2,
+        **network(channels=2, hidden=3, out=2),
+    }
+    gradcheck(decode_triplane, inputs, "decode_triplane")
+    gradgradcheck(decode_triplane, inputs, "decode_triplane")
+
+
+def test_derivatives_along_rays():
+    inputs = {
+        "planes": draw(1, 3, 3, 2, seed=1),
+        "ray_origins": 0.1 * draw(1, 2, 3, seed=2),
+        "ray_directions": 0.5 * draw(1, 2, 3, seed=3),
+        "t": draw_uniform(1, 2, 2, seed=4),
+        **network(channels=1, hidden=3, out=2),
+    }
+    function = functools.partial(decode_triplane_rays, cube_scale=0.7)
+    gradcheck(function, inputs, "decode_triplane_rays")
+    gradgradcheck(function, inputs, "decode_triplane_rays")
+
+
+@pytest.mark.parametrize(("batch", "rays", "samples"), [(0, 2, 3), (2, 0, 3), (2, 2, 0)])
+def test_empty(batch, rays, samples):
+    planes, net = draw(batch, 9, 3, 4).requires_grad_(), network()
+    out = decode_triplane(planes, draw(batch, rays * samples, 3), **net)
+    assert out.shape == (batch, rays * samples, 4)
+    out = decode_triplane_rays(
+        planes, draw(batch, rays, 3), draw(batch, rays, 3), draw(batch, rays, samples), **net, cube_scale=0.2
+    )
+    assert out.shape == (batch, rays, samples, 4)
+    (gradient,) = torch.autograd.grad(out.sum(), planes)
+    assert_close(gradient, torch.zeros(batch, 9, 3, 4), "gradient to planes", "exact")
+
+
+def test_layout_does_not_matter():
+    inputs = {
+        "planes": draw(2, 9, 4, 5, seed=1),
+        "ray_origins": 0.1 * draw(2, 3, 3, seed=2),
+        "ray_directions": 0.5 * draw(2, 3, 3, seed=3),
+        "t": draw_uniform(2, 3, 4, seed=4),
+        **network(),
+    }
+    expected = decode_triplane_rays(**inputs)
+    for changed, x in inputs.items():
+        for name, view in layouts(x):
+            assert_close(decode_triplane_rays(**{**inputs, changed: view}), expected, f"{changed}: {name}")
+
+
+def test_float32():
+    inputs = {"planes": draw(1, 9, 4, 4), "points": draw_uniform(1, 9, 3), **network()}
+    out = decode_triplane(**{name: x.float() for name, x in inputs.items()})
+    assert out.dtype == torch.float32
+    assert_close(out, decode_triplane(**inputs), "out")
+
+
+NETWORK_ERRORS = [
+    ({"planes": draw(9, 3, 4)}, ValueError, "planes must have shape [B, 3*C, H, W]"),
+    ({"planes": draw(2, 8, 3, 4)}, ValueError, "planes must have 3*C channels"),
+    ({"w0": draw(5, 4)}, ValueError, "w0 must have shape [hidden, 3], got [5, 4]"),
+    ({"b0": draw(4)}, ValueError, "b0 must have shape [5], got [4]"),
+    ({"w1": draw(4, 4)}, ValueError, "w1 must have shape [out, 5], got [4, 4]"),
+    ({"b1": draw(1, 4)}, ValueError, "b1 must have shape [4], got [1, 4]"),
+    ({"b1": None}, TypeError, "b1 must be a tensor, got NoneType"),
+    ({"w1": torch.zeros(4, 5, dtype=torch.int8)}, TypeError, "w1 must be floating point, got torch.int8"),
+    ({"w0": torch.zeros(5, 3, device="meta")}, ValueError, "w0 must be on cpu as planes is, got meta"),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        *NETWORK_ERRORS,
+        ({"points": draw(2, 6, 2)}, ValueError, "points must have shape [2, N, 3], got [2, 6, 2]"),
+        ({"points": draw(1, 6, 3)}, ValueError, "points must have shape [2, N, 3], got [1, 6, 3]"),
+        ({"points": 1.0}, TypeError, "points must be a tensor, got float"),
+    ],
+)
+def test_errors_at_points(change, error, message):
+    arguments = {"planes": draw(2, 9, 3, 4), "points": draw(2, 6, 3), **network(), **change}
+    with pytest.raises(error, match=re.escape(f"decode_triplane: {message}")):
+        decode_triplane(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        *NETWORK_ERRORS,
+        ({"ray_origins": draw(2, 6, 2)}, ValueError, "ray_origins must have shape [2, R, 3], got [2, 6, 2]"),
+        ({"ray_directions": draw(2, 5, 3)}, ValueError, "ray_directions must have shape [2, 6, 3], got [2, 5, 3]"),
+        ({"t": draw(2, 5, 4)}, ValueError, "t must have shape [2, 6, S], got [2, 5, 4]"),
+        ({"t": draw(2, 6)}, ValueError, "t must have shape [2, 6, S], got [2, 6]"),
+        ({"cube_scale": 0.0}, ValueError, "cube_scale must be finite and positive (it divides the points), got 0.0"),
+        ({"cube_scale": -1.0}, ValueError, "cube_scale must be finite and positive"),
+        ({"cube_scale": float("inf")}, ValueError, "cube_scale must be finite and positive"),
+        ({"cube_scale": float("nan")}, ValueError, "cube_scale must be finite and positive"),
+    ],
+)
+def test_errors_along_rays(change, error, message):
+    arguments = {
+        "planes": draw(2, 9, 3, 4),
+        "ray_origins": draw(2, 6, 3),
+        "ray_directions": draw(2, 6, 3),
+        "t": draw(2, 6, 4),
+        **network(),
+        **change,
+    }
+    with pytest.raises(error, match=re.escape(f"decode_triplane_rays: {message}")):
+        decode_triplane_rays(**arguments)

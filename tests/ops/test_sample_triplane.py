@@ -1,0 +1,203 @@
+"""sample_triplane: the reference against numbers worked by hand and against torch's grid_sample."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import pytest
+import torch
+
+from checks import assert_close, assert_finite, draw, draw_uniform, gradcheck, gradgradcheck, layouts
+from epigraf_fast import ops
+
+sample_triplane = functools.partial(ops.sample_triplane, backend="reference")
+
+# One channel, three planes of 2 rows and 3 columns.
+HAND_PLANES = torch.tensor(
+    [[[[0, 1, 2], [10, 11, 12]], [[0, 100, 200], [0, 0, 400]], [[1, 3, 0], [5, 7, 0]]]], dtype=torch.float64
+)
+HAND_POINT = torch.tensor([[[0.5, -0.5, 0.0]]], dtype=torch.float64)
+
+
+def grid_sample_triplane(planes, points):
+    """The same through torch: one call per plane, then the mean."""
+    samples = []
+    for plane, axes in zip(planes.chunk(3, dim=1), ([0, 1], [0, 2], [1, 2]), strict=True):
+        grid = points[:, None, :, axes]  # [B, 1, N, 2]
+        sample = torch.nn.functional.grid_sample(plane, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
+        samples.append(sample[:, :, 0].transpose(1, 2))
+    return torch.stack(samples).mean(dim=0)
+
+
+def test_value_by_hand():
+    # plane 0 at (c0, c1) = (0.5, -0.5): column (0.5 + 1) * 2/2 = 1.5, row (-0.5 + 1) * 1/2 = 0.25;
+    #   row 0 is 1.5 there and row 1 is 11.5: 1.5 + 0.25 * 10 = 4
+    # plane 1 at (c0, c2) = (0.5, 0): column 1.5, row 0.5; rows are 150 and 200 there: 175
+    # plane 2 at (c1, c2) = (-0.5, 0): column 0.5, row 0.5; rows are 2 and 6 there: 4
+    # mean: (4 + 175 + 4) / 3 = 61
+    assert_close(sample_triplane(HAND_PLANES, HAND_POINT), [[[61.0]]], "feature")
+
+
+def test_gradients_by_hand():
+    planes, point = HAND_PLANES.clone().requires_grad_(), HAND_POINT.clone().requires_grad_()
+    grad_planes, grad_points = torch.autograd.grad(sample_triplane(planes, point).sum(), (planes, point))
+    # A column is 1 wide in coordinates and a row 2. To c0: plane 0 slopes by 1 per column; plane 1 by 100 in row 0 and
+    # 400 in row 1, 250 half-way. To c1: plane 0 by 10 per row, 5 per unit; plane 2 by 2 per column. To c2: plane 1 by
+    # 50 per row, 25 per unit; plane 2 by 4 per row, 2 per unit. All divided by 3.
+    assert_close(grad_points, [[[251 / 3, 7 / 3, 9.0]]], "gradient to points")
+    # The tap weights, over 3: columns weigh (0, 1/2, 1/2) in planes 0 and 1, (1/2, 1/2, 0) in plane 2;
+    # rows (3/4, 1/4) in plane 0, (1/2, 1/2) in the others.
+    expected = torch.tensor(
+        [
+            [[0, 0.375, 0.375], [0, 0.125, 0.125]],
+            [[0, 0.25, 0.25], [0, 0.25, 0.25]],
+            [[0.25, 0.25, 0], [0.25, 0.25, 0]],
+        ],
+        dtype=torch.float64,
+    )
+    assert_close(grad_planes, expected[None] / 3, "gradient to planes")
+
+
+def test_corners_are_texel_centres():
+    # (-1, -1, -1) is the first texel of every plane: 0, 0, 1. (1, 1, 1) is the last: 12, 400, 0.
+    corners = torch.tensor([[[-1, -1, -1], [1, 1, 1]]], dtype=torch.float64)
+    assert_close(sample_triplane(HAND_PLANES, corners), [[[1 / 3], [412 / 3]]], "corners")
+
+
+def test_texels_outside_count_as_zero():
+    # c0 = 1.5 is column 2.5: half of the last column is left. At c1 = c2 = -1: plane 0 gives 2 / 2, plane 1 200 / 2,
+    # plane 2 at (-1, -1) 1. c0 = 2 is column 3: nothing of planes 0 and 1. c0 = -1.25 is column -0.25: 3/4 of column 0.
+    points = torch.tensor([[[1.5, -1, -1], [2, -1, -1], [-1.25, 1, 1]]], dtype=torch.float64)
+    # Third point: plane 0 row 1 column 0: 10 * 3/4; plane 1: 0; plane 2 at (1, 1): 0.
+    assert_close(sample_triplane(HAND_PLANES, points), [[[102 / 3], [1 / 3], [7.5 / 3]]], "outside")
+
+
+@pytest.mark.parametrize("channels", [1, 5, 8])
+@pytest.mark.parametrize(("height", "width"), [(7, 4), (2, 9), (16, 16), (1, 6), (6, 1), (1, 1)])
+def test_equals_grid_sample(channels, height, width):
+    planes = draw(2, 3 * channels, height, width, seed=1).requires_grad_()
+    points = (4 * draw_uniform(2, 50, 3, seed=2) - 2).requires_grad_()  # a good part is outside
+    grad_y = draw(2, 50, channels, seed=3)
+    expected = grid_sample_triplane(planes, points)
+    actual = sample_triplane(planes, points)
+    assert_close(actual, expected, "feature")
+    expected_gradients = torch.autograd.grad(expected, (planes, points), grad_y)
+    for name, actual_gradient, expected_gradient in zip(
+        ("planes", "points"), torch.autograd.grad(actual, (planes, points), grad_y), expected_gradients, strict=True
+    ):
+        assert_close(actual_gradient, expected_gradient, f"gradient to {name}")
+
+
+def test_second_derivatives_equal_those_of_grid_sample():
+    planes, points = draw(1, 6, 4, 5, seed=1).requires_grad_(), (2 * draw_uniform(1, 9, 3) - 1).requires_grad_()
+    results = []
+    for function in (sample_triplane, grid_sample_triplane):
+        gradients = torch.autograd.grad(function(planes, points).square().sum(), (planes, points), create_graph=True)
+        results.append(torch.autograd.grad(sum(g.square().sum() for g in gradients), (planes, points)))
+    for name, actual, expected in zip(("planes", "points"), *results, strict=True):
+        assert_close(actual, expected, f"second derivative to {name}")
+
+
+def test_cell_borders():
+    # With 5 texels on a side these are exactly texels, the borders -1 and 1 among them, and the first ones outside.
+    axis = torch.tensor([-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5], dtype=torch.float64)
+    points = torch.cartesian_prod(axis, axis, axis)[None].requires_grad_()
+    planes = draw(1, 6, 5, 5, seed=1)
+    actual, expected = sample_triplane(planes, points), grid_sample_triplane(planes, points)
+    assert_close(actual, expected, "feature")
+    grad_y = draw(1, len(axis) ** 3, 2, seed=2)
+    (actual_gradient,) = torch.autograd.grad(actual, points, grad_y)
+    (expected_gradient,) = torch.autograd.grad(expected, points, grad_y)
+    assert_close(actual_gradient, expected_gradient, "gradient to points")
+
+
+def test_constant_planes_have_no_gradient_to_points_on_texels():
+    points = torch.tensor([[[-1.0, 0.0, 0.5], [0.0, 0.0, 0.0]]], dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(sample_triplane(torch.ones_like(draw(1, 3, 5, 5)), points).sum(), points)
+    assert_close(gradient, torch.zeros(1, 2, 3), "gradient to points", "exact")
+
+
+@pytest.mark.parametrize(("height", "width"), [(4, 4), (2, 2), (4, 1)])
+@pytest.mark.parametrize("far", [1e9, -1e9, 1e30, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_far_points_are_empty(far, height, width, dtype):
+    planes = draw(1, 6, height, width, dtype=dtype).requires_grad_()
+    points = torch.full((1, 2, 3), far, dtype=dtype)
+    points[0, 1] = torch.tensor([0.0, far, 0.0], dtype=dtype)  # outside planes 0 and 2 only
+    points.requires_grad_()
+    features = sample_triplane(planes, points)
+    assert_close(features[0, 0], torch.zeros(2), "far feature", "exact")
+    inside = sample_triplane(planes[:, 2:4].repeat(1, 3, 1, 1), torch.zeros(1, 1, 3, dtype=dtype))
+    if width > 1:  # else plane 2, whose horizontal coordinate is far, has its only column everywhere
+        assert_close(features[0, 1], inside[0, 0] / 3, "feature outside two planes")
+    for name, gradient in zip(("planes", "points"), torch.autograd.grad(features.sum(), (planes, points)), strict=True):
+        assert_finite(gradient, f"gradient to {name}")
+
+
+def test_a_point_that_is_nan_shows():
+    points = torch.tensor([[[0.0, torch.nan, 0.0], [0.0, 0.0, 0.0]]])
+    features = sample_triplane(torch.ones(1, 3, 4, 4), points)
+    assert features[0, 0].isnan().all()
+    assert_close(features[0, 1], [1.0], "its neighbour")
+
+
+@pytest.mark.parametrize(("height", "width", "channels"), [(3, 4, 2), (1, 3, 1), (2, 2, 1)])
+def test_first_and_second_derivatives(height, width, channels):
+    inputs = {
+        "planes": draw(2, 3 * channels, height, width, seed=1),
+        "points": 2.6 * draw_uniform(2, 3, 3, seed=2) - 1.3,
+    }
+    gradcheck(sample_triplane, inputs, "sample_triplane")
+    gradgradcheck(sample_triplane, inputs, "sample_triplane")
+
+
+@pytest.mark.parametrize(("batch", "points"), [(0, 4), (2, 0), (0, 0)])
+def test_empty(batch, points):
+    planes = draw(batch, 6, 3, 4).requires_grad_()
+    features = sample_triplane(planes, draw(batch, points, 3))
+    assert features.shape == (batch, points, 2)
+    (gradient,) = torch.autograd.grad(features.sum(), planes)
+    assert_close(gradient, torch.zeros(batch, 6, 3, 4), "gradient to planes", "exact")
+
+
+def test_layout_does_not_matter():
+    planes, points = draw(2, 6, 3, 4), draw(2, 5, 3)
+    expected = sample_triplane(planes, points)
+    for name, view in layouts(planes):
+        assert_close(sample_triplane(view, points), expected, f"planes: {name}", "exact")
+    for name, view in layouts(points):
+        assert_close(sample_triplane(planes, view), expected, f"points: {name}", "exact")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_result_has_the_dtype_of_the_planes(dtype):
+    planes, points = draw(1, 6, 4, 4), 2 * draw_uniform(1, 20, 3) - 1
+    features = sample_triplane(planes.to(dtype), points.float())
+    assert features.dtype == dtype
+    assert_close(features, sample_triplane(planes, points), "feature")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"planes": draw(6, 3, 4)}, ValueError, "planes must have shape [B, 3*C, H, W], got [6, 3, 4]"),
+        ({"planes": draw(2, 7, 3, 4)}, ValueError, "planes must have 3*C channels"),
+        (
+            {"planes": draw(2, 6, 0, 4)},
+            ValueError,
+            "planes must have 3*C channels (three planes of C each) and at least",
+        ),
+        ({"planes": draw(2, 0, 3, 4)}, ValueError, "planes must have 3*C channels"),
+        ({"planes": torch.zeros(2, 6, 3, 4, dtype=torch.int32)}, TypeError, "planes must be floating point, got"),
+        ({"planes": [1.0]}, TypeError, "planes must be a tensor, got list"),
+        ({"points": draw(2, 5, 2)}, ValueError, "points must have shape [2, N, 3], got [2, 5, 2]"),
+        ({"points": draw(1, 5, 3)}, ValueError, "points must have shape [2, N, 3], got [1, 5, 3]"),
+        ({"points": torch.zeros(2, 5, 3, dtype=torch.int64)}, TypeError, "points must be floating point"),
+        ({"points": torch.zeros(2, 5, 3, device="meta")}, ValueError, "points must be on cpu as planes is, got meta"),
+    ],
+)
+def test_errors(change, error, message):
+    arguments = {"planes": draw(2, 6, 3, 4), "points": draw(2, 5, 3), **change}
+    with pytest.raises(error, match=re.escape(f"sample_triplane: {message}")):
+        sample_triplane(**arguments)

@@ -1,0 +1,228 @@
+"""The rendering tool: its arithmetic, and where a marker lands in its images."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from epigraf_fast import make_dataset
+from epigraf_fast.camera import cam2world_matrix, frustum_extent
+from epigraf_fast.data import ImageDataset
+from epigraf_fast.errors import UserError
+from epigraf_fast.make_dataset import RECIPES
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_keeps_its_frustum_in_the_cube_and_its_sphere_in_sight(name):
+    recipe = RECIPES[name]
+    extent = frustum_extent(recipe.fov, recipe.radius, recipe.ray_start, recipe.ray_end)
+    assert 0.95 * recipe.cube_scale < extent <= recipe.cube_scale
+    visible = recipe.radius * math.sin(math.radians(recipe.fov) / 2)
+    assert recipe.ray_start <= recipe.radius - visible
+    assert recipe.radius + visible <= recipe.ray_end
+    assert recipe.sphere_radius is None or 0.9 * visible < recipe.sphere_radius < 0.96 * visible
+
+
+def test_view_angle_puts_fov_on_pixel_centres():
+    half = math.radians(make_dataset.vtk_view_angle(30, 64)) / 2
+    # The outermost centres lie half a pixel, 1/64 of the half width, inside VTK's frustum.
+    assert math.tan(half) * (1 - 1 / 64) == pytest.approx(math.tan(math.radians(15)))
+
+
+def test_downsample_averages_blocks():
+    image = np.zeros((4, 6, 3), np.uint8)
+    image[0, 0] = 255, 100, 8
+    small = make_dataset.downsample(image, 2)
+    assert small.shape == (2, 3, 3)
+    assert small[0, 0].tolist() == [64, 25, 2]
+    assert not small[1:].any()
+    assert not small[:, 1:].any()
+
+
+def test_bounds_and_scale():
+    points = np.array([[1, 0, 0], [3, 0, 0], [2, 4, 0], [2, 0, 1.0]])
+    centre, sides, sphere_radius = make_dataset.bounds(points)
+    assert centre.tolist() == [2, 2, 0.5]
+    assert sides.tolist() == [2, 4, 1]
+    assert sphere_radius == pytest.approx(math.sqrt(1 + 4 + 0.25))
+    assert make_dataset.scale_for(RECIPES["megascans"], sides, sphere_radius) == 0.5
+    assert make_dataset.scale_for(RECIPES["builtin"], sides, sphere_radius) * sphere_radius == pytest.approx(1.95)
+
+
+def touch(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+def test_subfolders_become_classes(tmp_path):
+    meshes, classes = make_dataset.folder_meshes(
+        touch(tmp_path, "pear/1/x.obj", "fig/y.PLY", "fig/y.txt", "pear/2.glb")
+    )
+    assert classes == ["fig", "pear"]
+    assert [(mesh.name, mesh.label) for mesh in meshes] == [("fig/y", 0), ("pear/1/x", 1), ("pear/2", 1)]
+
+
+def test_flat_folder_has_no_classes(tmp_path):
+    meshes, classes = make_dataset.folder_meshes(touch(tmp_path, "b.stl", "a.gltf"))
+    assert classes == []
+    assert [(mesh.name, mesh.label) for mesh in meshes] == [("a", None), ("b", None)]
+
+
+def test_folder_faults(tmp_path):
+    with pytest.raises(UserError, match="none is not a folder"):
+        make_dataset.folder_meshes(tmp_path / "none")
+    with pytest.raises(UserError, match=r"has no \.obj"):
+        make_dataset.folder_meshes(touch(tmp_path, "x.txt"))
+    with pytest.raises(UserError, match=r"b\.obj is in no class folder"):
+        make_dataset.folder_meshes(touch(tmp_path, "fig/a.obj", "b.obj"))
+
+
+def test_material_file(tmp_path):
+    path = tmp_path / "x.obj"
+    path.write_text("# made by hand\nmtllib my leaves.mtl\nv 0 0 0\n")
+    assert make_dataset.material_file(path) is None
+    touch(tmp_path, "my leaves.mtl")
+    assert make_dataset.material_file(path) == tmp_path / "my leaves.mtl"
+    assert make_dataset.material_file(tmp_path / "my leaves.mtl") is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--recipe", "megascans"], "needs --meshes"),
+        (["--recipe", "megascans", "--meshes", "/none"], "/none is not a folder"),
+        (["--recipe", "builtin", "--resolution", "48"], "power of two"),
+    ],
+)
+def test_command_line_faults_are_one_line(arguments, words, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        make_dataset.main([*arguments, "--out", str(tmp_path / "x.zip")])
+    assert caught.value.code == 2
+    message = capsys.readouterr().err
+    assert words in message
+    assert message.count("\n") == 1
+
+
+def test_missing_packages_are_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyvista", None)
+    with pytest.raises(UserError, match=r"pyvista is not installed: pip install 'epigraf_fast\[make_dataset\]'"):
+        make_dataset.Renderer(RECIPES["builtin"], 64)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pybullet is not installed"):
+        next(make_dataset.pybullet_meshes(seed=0))
+
+
+@pytest.fixture(scope="module")
+def pyvista():
+    """pyvista, where it can render: without an OpenGL driver VTK may take the whole process down."""
+    module = pytest.importorskip("pyvista", reason="needs the extra make_dataset")
+    program = "import pyvista; pyvista.Plotter(off_screen=True).screenshot(return_img=True)"
+    if subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=120, check=False).returncode:
+        pytest.skip("VTK cannot render here: no EGL or OSMesa library")
+    return module
+
+
+def cubes(pyvista, path: Path, *colored: tuple[tuple[float, float, float], tuple[int, int, int]], side: float) -> Path:
+    """Writes a .ply of cubes with given centres and colours."""
+    meshes = []
+    for centre, color in colored:
+        cube = pyvista.Cube(center=centre, x_length=side, y_length=side, z_length=side).triangulate().clean()
+        cube = pyvista.PolyData(cube.points, cube.faces)
+        cube.point_data["RGB"] = np.tile(np.array(color, np.uint8), (cube.n_points, 1))
+        meshes.append(cube)
+    pyvista.merge(meshes).save(path, texture="RGB")
+    return path
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("corner", [(1, 1, 1), (-1, 1, 1), (1, -1, 1), (1, 1, -1)])
+def test_markers_land_where_camera_py_says(pyvista, tmp_path, recipe, corner):
+    """A small red cube and a blue one opposite, away from the file's origin: the red one's centroid in the image."""
+    recipe, resolution, side = RECIPES[recipe], 32, 0.1
+    red, shift = np.array(corner) * 0.8, np.array([3.0, -2.0, 1.0])
+    path = cubes(
+        pyvista, tmp_path / "x.ply", (tuple(red + shift), (255, 0, 0)), (tuple(shift - red), (0, 0, 255)), side=side
+    )
+    angles = torch.tensor([[0.3, 1.0, 0], [2.0, 2.4, 0], [-1.2, 0.4, 0], [-2.9, 1.7, 0]], dtype=torch.float64)
+    recipe = make_dataset.dataclasses.replace(recipe, min_box_volume=0)
+    views, _ = make_dataset.Renderer(recipe, resolution).render(make_dataset.Mesh("x", path), angles)
+
+    scale = make_dataset.scale_for(recipe, 2 * (abs(red) + side / 2), float(np.linalg.norm(abs(red) + side / 2)))
+    cam2world = cam2world_matrix(angles, recipe.radius).numpy()
+    tangent = math.tan(math.radians(recipe.fov) / 2)
+    for view, matrix in zip(views, cam2world, strict=True):
+        x, y, z = matrix[:3, :3].T @ (red * scale - matrix[:3, 3])
+        expected = (np.array([x, -y]) / (-z * tangent) + 1) / 2 * (resolution - 1)
+        weight = np.where(view[..., 0] > view[..., 2], 255.0 - view[..., 1], 0)
+        rows, columns = np.mgrid[:resolution, :resolution]
+        found = np.array([(weight * columns).sum(), (weight * rows).sum()]) / weight.sum()
+        np.testing.assert_allclose(found, expected, atol=0.25)
+
+
+def test_lights_stay_with_the_object(pyvista, tmp_path):
+    """Faces keep their brightness from every side, the background is white, the sphere's whole disc is in view."""
+    path = tmp_path / "cube.stl"
+    pyvista.Cube().triangulate().save(path)
+    angles = torch.tensor([[0.0, math.pi / 2, 0], [0.4, 1.2, 0], [-0.4, 1.8, 0], [math.pi, math.pi / 2, 0]])
+    views, alpha = make_dataset.Renderer(RECIPES["builtin"], 32).render(make_dataset.Mesh("cube", path), angles)
+    plus_x, minus_x = views[0][16, 16], views[3][16, 16]
+    assert int(plus_x[0]) - int(minus_x[0]) > 10
+    for view in views[1:3]:
+        assert (view[16, 16] == plus_x).all()
+    for view in views:
+        border = np.concatenate([view[0], view[-1], view[:, 0], view[:, -1]])
+        assert (border == 255).all()
+    assert 0.2 < alpha < 0.6
+
+
+def test_folder_to_data_set(pyvista, tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / "meshes" / folder).mkdir(parents=True)
+    cubes(pyvista, tmp_path / "meshes/b/cube.ply", ((5, 0, 0), (200, 40, 40)), side=9)
+    pyvista.Plane().triangulate().save(tmp_path / "meshes/a/sheet.stl")  # no volume: dropped
+    pyvista.Sphere().save(tmp_path / "meshes/a/ball.stl")
+    (tmp_path / "meshes/a/nothing.obj").write_text("# no vertex\n")
+    arguments = ["--recipe", "megascans", "--meshes", str(tmp_path / "meshes"), "--views", "3", "--resolution", "16"]
+    for name in ("one.zip", "two.zip"):
+        make_dataset.main([*arguments, "--attribution", "ours", "--out", str(tmp_path / "sets" / name)])
+    one, two = tmp_path / "sets/one.zip", tmp_path / "sets/two.zip"
+    assert one.read_bytes() == two.read_bytes()
+
+    dataset = ImageDataset(one, 16, use_labels=True, mirror=False)
+    dataset.check_images()
+    assert len(dataset) == 6
+    assert dataset.labels.tolist() == 3 * [[1, 0]] + 3 * [[0, 1]]
+    assert dataset.camera == RECIPES["megascans"].camera()
+    with zipfile.ZipFile(one) as archive:
+        metadata = json.loads(archive.read("dataset.json"))
+    assert metadata["objects"] == ["a/ball", "b/cube"]
+    assert metadata["classes"] == ["a", "b"]
+    assert metadata["attribution"] == "ours"
+    image = dataset[3][0].float()
+    assert image[0, 8, 8] > 3 * image[1, 8, 8]  # the red of the file's vertices
+
+    with pytest.raises(SystemExit):
+        make_dataset.main([*arguments, "--min-alpha", "0.99", "--out", str(tmp_path / "sets/none.zip")])
+    assert sorted(path.name for path in (tmp_path / "sets").iterdir()) == ["one.zip", "two.zip"]
+
+
+def test_builtin_set_is_reproduced(pyvista, tmp_path):
+    """The first object of the shipped set comes out again, but for the rounding of another OpenGL driver."""
+    pytest.importorskip("pybullet_data", reason="needs the extra make_dataset")
+    out = tmp_path / "objects.zip"
+    make_dataset.main(["--recipe", "builtin", "--objects", "1", "--out", str(out)])
+    ours, shipped = ImageDataset(out, mirror=False), ImageDataset("builtin", mirror=False)
+    assert torch.equal(ours.angles, shipped.angles[:10])
+    for index in range(10):
+        assert (ours[index][0].float() - shipped[index][0].float()).abs().mean() < 1
