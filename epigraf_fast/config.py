@@ -80,8 +80,8 @@ class DiscriminatorConfig:
     channel_base: int = 16384
     channel_max: int = 512
     modulate: Literal["input", "output", "none"] = "input"
-    """What of each block's conv1 the hypernetwork scales: input channels (published code), output channels (paper, Eq. 2),
-    or nothing, without any patch embedding (the "standard" ablation)."""
+    """What of each block's conv1 the hypernetwork scales: input channels (published code), output channels (paper,
+    Eq. 2), or nothing, without any patch embedding (the "standard" ablation)."""
     code_dim: int = 512
     """Width of the hypernetwork."""
     patch_steps: int = 1000
@@ -91,6 +91,8 @@ class DiscriminatorConfig:
     camera_steps: int = 64
     camera_dropout: float = 0.5
     minibatch_std_group: int = 4
+    half_blocks: int = 0
+    """Top blocks in fp16 on a GPU; 4 in the published runs. Opt-in until a GPU has run it."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,6 @@ class OptimConfig:
 class Config:
     """A training run, whole."""
 
-    preset: str = "demo"
     data: str = "builtin"
     """A zip or folder of images with dataset.json, or `builtin`."""
     resolution: int = 64
@@ -161,8 +162,8 @@ class Config:
     run_dir: str = "runs/run"
     seed: int = 0
     precision: Literal["fp32", "tf32", "fp16"] = "fp32"
-    """fp32: the published arithmetic (on a GPU, D's top 4 blocks in fp16); tf32: the same with TF32 matrix products; fp16:
-    G's top 4 resolutions in fp16 too. A CPU computes in fp32."""
+    """fp32: no TF32, and fp16 only in discriminator.half_blocks; tf32: the same with TF32 matrix products; fp16: also the
+    top 4 resolutions of G and blocks of D in fp16. A CPU computes in fp32."""
     backend: str | None = None
     """Of the ops: reference, or default: the fastest that is there."""
     device: str | None = None
@@ -199,7 +200,6 @@ def preset(name: str) -> Config:
         return _demo()
     if name == "ffhq":
         return Config(
-            preset=name,
             data="datasets/ffhq.zip",
             resolution=512,
             kimg=20_000,
@@ -210,7 +210,6 @@ def preset(name: str) -> Config:
         )
     if name == "cats":
         return Config(
-            preset=name,
             data="datasets/cats.zip",
             resolution=256,
             kimg=15_000,
@@ -219,7 +218,6 @@ def preset(name: str) -> Config:
         )
     if name in ("plants", "food"):
         return Config(
-            preset=name,
             data=f"datasets/{name}.zip",
             resolution=256,
             kimg=15_000,
@@ -236,7 +234,6 @@ def preset(name: str) -> Config:
 def _demo() -> Config:
     """Small enough for minutes on two CPU cores. The built-in data stores its camera, in units that suit densities."""
     return Config(
-        preset="demo",
         data="builtin",
         resolution=64,
         batch=16,
@@ -339,6 +336,7 @@ def check(config: Config) -> None:
         "optim.blur_sigma": c.optim.blur_sigma,
         "optim.ema_rampup": c.optim.ema_rampup,
         "optim.ema_kimg": c.optim.ema_kimg or 0.0,
+        "discriminator.half_blocks": c.discriminator.half_blocks,
         "discriminator.patch_table_dim": c.discriminator.patch_table_dim,
     }
     for names, bound, words in ((positive, 0, "positive"), (not_negative, -1e-30, "zero or more")):

@@ -9,3 +9,7 @@ class UserError(ValueError):
     The message is one line that names the fault and the fix. Command-line programs print it without a traceback and
     leave with exit code 2.
     """
+
+
+class DivergenceError(RuntimeError):
+    """A loss is not finite any more. The message says where the last good checkpoint is."""

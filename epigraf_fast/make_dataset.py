@@ -154,7 +154,7 @@ def folder_meshes(folder: Path) -> tuple[list[Mesh], list[str]]:
 
 
 def material_file(path: Path) -> Path | None:
-    """The .mtl that an .obj names, if both are so."""
+    """The .mtl that an .obj names; None if there is none, or for another kind of file."""
     if path.suffix.lower() == ".obj":
         with path.open(errors="replace") as lines:
             names = (line.split(maxsplit=1)[1].strip() for line in lines if line.startswith("mtllib "))
@@ -224,9 +224,12 @@ class Renderer:
             plotter.import_obj(path, materials)
         else:
             surface = self.pyvista.read(path)
-            surface = surface.compute_normals(cell_normals=False, split_vertices=True, feature_angle=30)
-            colors = next((name for name in ("RGB", "RGBA") if name in surface.point_data), None)
-            plotter.add_mesh(surface, color=mesh.color or GREY, scalars=colors, rgb=bool(colors), smooth_shading=True)
+            if surface.GetNumberOfPolys():
+                surface = surface.compute_normals(cell_normals=False, split_vertices=True, feature_angle=30)
+                colors = next((name for name in ("RGB", "RGBA") if name in surface.point_data), None)
+                plotter.add_mesh(
+                    surface, color=mesh.color or GREY, scalars=colors, rgb=bool(colors), smooth_shading=True
+                )
         plotter.renderer.remove_all_lights()  # lights of the importers
         for direction, power in LIGHTS:
             plotter.add_light(self.pyvista.Light(position=direction, intensity=power, light_type="scene light"))

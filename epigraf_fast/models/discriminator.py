@@ -83,9 +83,9 @@ class Discriminator(nn.Module):
     """Judges r x r patches of R x R images, knowing their scale and position.
 
     log2(R / r) leading blocks keep the size, then residual blocks go down to 4x4; channels are
-    min(channel_base / res, channel_max), `res` counting the leading blocks as if they were at R. A hypernetwork turns the
-    encoded (scale, offset x, offset y) into the code that modulates the blocks; the projection head compares the last
-    layer with a mapping of label, patch and camera.
+    min(channel_base / res, channel_max), `res` counting the leading blocks as if they were at R. A hypernetwork turns
+    the encoded (scale, offset x, offset y) into the code that modulates the blocks; the projection head compares the
+    last layer with a mapping of label, patch and camera.
 
     Args:
         config: Settings.

@@ -1,4 +1,4 @@
-"""Layers with an equalized learning rate, and the encoder of scalars. Raw weights are N(0, 1), scaled where they are used."""
+"""Layers with an equalized learning rate (raw weights are N(0, 1), scaled where they are used), and a scalar encoder."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Conv2d(nn.Module):
         self.register_buffer("low_pass", torch.tensor(LOW_PASS), persistent=False)
 
     def forward(self, x: Tensor, in_scale: Tensor | None = None, out_scale: Tensor | None = None) -> Tensor:
-        """x [B, c_in, H, W] -> [B, c_out, H / down, W / down], channels scaled by in_scale [B, c_in], out_scale [B, c_out]."""
+        """[B, c_in, H, W] -> [B, c_out, H / down, W / down]; in_scale [B, c_in], out_scale [B, c_out] scale channels."""
         weight = (self.weight / math.sqrt(self.weight[0].numel())).to(x.dtype)
         if in_scale is not None:
             x = x * in_scale.to(x.dtype)[:, :, None, None]
@@ -91,10 +91,10 @@ class Conv2d(nn.Module):
 
 
 class ScalarEncoder(nn.Module):
-    """Encodes numbers by Fourier features, and optionally by a learned table, coordinate by coordinate (SPEC section 8).
+    """Encodes numbers by Fourier features and optionally a learned table, coordinate by coordinate (SPEC section 8).
 
-    For one number v: sin(v m pi 2^k / 2^L), k = 0..L-1, L = ceil(log2 m); the cosines; the table's row round(v m), halves
-    to even.
+    For one number v: sin(v m pi 2^k / 2^L), k = 0..L-1, L = ceil(log2 m); the cosines; the table's row round(v m),
+    halves to even.
 
     Args:
         max_value: m, the number of steps that [0, 1] is resolved into.

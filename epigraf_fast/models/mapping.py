@@ -1,4 +1,4 @@
-"""The mapping network: latent code and conditions to style vectors. Also the hypernetwork and head of the discriminator."""
+"""The mapping network: latent code and conditions to style vectors; also hypernetwork and head of the discriminator."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ class Rendering(NamedTuple):
 def stratified_t(ray_start: float, ray_end: float, samples: int, jitter: Tensor) -> Tensor:
     """Depths evenly spaced in [ray_start, ray_end], ends included, each moved inside its stratum.
 
-    The stratum of a depth reaches to the midpoints with its neighbours; the first begins and the last ends at its depth.
+    A stratum reaches to the midpoints with the neighbours; the first begins and the last ends at its depth.
 
     Args:
         jitter: [..., samples] in [0, 1).

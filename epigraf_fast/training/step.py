@@ -18,7 +18,7 @@ from .losses import blur, discriminator_loss, generator_loss, r1_penalty
 from .patches import extract_patches, sample_patches
 from .schedule import blur_sigma, density_noise_std, ema_decay, pose_swap_probability
 
-HALF_BLOCKS = 4  # resolutions or blocks, counted from the top, that run in fp16 where the precision says so
+HALF_BLOCKS = 4  # top resolutions of G and blocks of D in fp16, with precision fp16 on a GPU
 
 
 class Samples(NamedTuple):
@@ -55,13 +55,12 @@ class Trainer:
     def __init__(self, config: Config, dataset: ImageDataset, device: torch.device) -> None:
         self.config, self.device = config, device
         self.labels, self.angles = dataset.labels.to(device), dataset.angles.to(device)
-        on_gpu = device.type == "cuda"
         shared = {"label_dim": dataset.label_dim, "backend": config.backend}
         self.generator = Generator(
             config.generator,
             config.renderer,
             config.camera,
-            half_blocks=HALF_BLOCKS if on_gpu and config.precision == "fp16" else 0,
+            half_blocks=HALF_BLOCKS if config.precision == "fp16" else 0,
             **shared,
         )
         if config.camera.prior == "custom":
@@ -70,7 +69,7 @@ class Trainer:
             config.discriminator,
             config.resolution,
             config.patch.resolution,
-            half_blocks=HALF_BLOCKS if on_gpu else 0,
+            half_blocks=HALF_BLOCKS if config.precision == "fp16" else config.discriminator.half_blocks,
             **shared,
         )
         self.generator.to(device)

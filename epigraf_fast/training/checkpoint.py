@@ -1,0 +1,164 @@
+"""Checkpoints: written whole or not at all, read without running code, complete enough to continue exactly.
+
+A checkpoint is `torch.save` of nested dicts, lists, tensors and numbers, and loads with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import re
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..config import Config, differences, from_dict, to_dict
+from ..errors import UserError
+
+FORMAT = "epigraf_fast"
+VERSION = 1
+NAME = re.compile(r"checkpoint-(\d{9})\.pt")
+
+
+def random_state() -> dict[str, Any]:
+    """The states of python's, numpy's and torch's global generators, as plain values and tensors."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """The inverse of `random_state`. GPU states are restored where the same number of GPUs is there."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def checkpoint_path(run_dir: Path, cur_nimg: int) -> Path:
+    """Where the checkpoint at `cur_nimg` images belongs."""
+    return run_dir / "checkpoints" / f"checkpoint-{cur_nimg:09d}.pt"
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """The run's checkpoints, oldest first."""
+    found = (run_dir / "checkpoints").glob("checkpoint-*.pt")
+    return sorted(path for path in found if NAME.fullmatch(path.name))
+
+
+def save_checkpoint(run_dir: Path, config: Config, trainer_state: dict[str, Any], keep: int) -> Path:
+    """Writes a checkpoint to a temporary file, renames it into place, and removes all but the newest `keep`.
+
+    Args:
+        trainer_state: `Trainer.state_dict()`.
+
+    Returns:
+        Its path.
+    """
+    path = checkpoint_path(run_dir, trainer_state["cur_nimg"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "config": to_dict(config),
+        "trainer": trainer_state,
+        "random": random_state(),
+    }
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # the rename itself survives a power cut
+    finally:
+        os.close(directory)
+    for old in list_checkpoints(run_dir)[:-keep]:
+        old.unlink()
+    for left in path.parent.glob("*.tmp"):  # of a process that was killed while writing
+        left.unlink()
+    return path
+
+
+def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[Config, dict[str, Any]]:
+    """Reads a checkpoint.
+
+    Returns:
+        Its settings, and a dict with "trainer" (for `Trainer.load_state_dict`) and "random" (for `set_random_state`).
+
+    Raises:
+        UserError: Missing, damaged, or not a checkpoint of this format and version.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path}: give a checkpoint file or a run folder")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"checkpoint {path} cannot be read ({reason[:120]}): use the one before it") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path} is not a checkpoint of epigraf_fast")
+    if content["version"] != VERSION:
+        raise UserError(f"checkpoint {path} has version {content['version']}, this release reads version {VERSION}")
+    return from_dict(content["config"]), {"trainer": content["trainer"], "random": content["random"]}
+
+
+def find_checkpoint(resume: str, run_dir: Path) -> Path | None:
+    """What `--resume` means: a checkpoint file, a run folder (its newest readable one), or "auto".
+
+    "auto" is the newest readable checkpoint of `run_dir`, or None when it has none. A damaged newest one is skipped with
+    a warning.
+
+    Raises:
+        UserError: Nothing to resume from.
+    """
+    path = run_dir if resume == "auto" else Path(resume)
+    if path.is_file():
+        return path
+    candidates = list_checkpoints(path)
+    for candidate in reversed(candidates):
+        try:
+            load_checkpoint(candidate)
+        except UserError as error:
+            warnings.warn(f"{error}", stacklevel=2)
+            continue
+        return candidate
+    if resume == "auto" and not candidates:
+        return None
+    raise UserError(f"{path} holds no readable checkpoint: give a checkpoint file or a run folder")
+
+
+# What a checkpoint's networks and optimizers depend on; everything else may change on resume.
+STRUCTURE = ("resolution", "generator.", "discriminator.", "patch.resolution", "loader.labels", "loader.mirror", "seed")
+FREE = ("generator.pose_swap_probability", "generator.pose_swap_kimg", "discriminator.camera_dropout")
+
+
+def check_resumable(stored: Config, config: Config) -> list[str]:
+    """Compares the settings of a checkpoint with those of the run that continues it.
+
+    Returns:
+        One line per harmless difference.
+
+    Raises:
+        UserError: A difference that the checkpoint cannot be continued with.
+    """
+    lines = []
+    for name, (old, new) in differences(stored, config).items():
+        if name.startswith(STRUCTURE) and name not in FREE:
+            raise UserError(f"cannot resume: {name} is {new}, but the checkpoint was made with {old}: set it to that")
+        lines.append(f"{name}: {old} -> {new}")
+    return lines

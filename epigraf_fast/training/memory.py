@@ -1,0 +1,59 @@
+"""How much memory a training step will take, measured on tensors that hold no data."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..config import Config
+from ..models.discriminator import Discriminator
+from ..models.generator import Generator
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Numbers that are trained."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def meta_networks(config: Config, label_dim: int) -> tuple[Generator, Discriminator]:
+    """Generator and discriminator without memory behind them."""
+    with torch.device("meta"):
+        shared = {"label_dim": label_dim, "backend": config.backend}
+        generator = Generator(config.generator, config.renderer, config.camera, **shared)
+        return generator, Discriminator(config.discriminator, config.resolution, config.patch.resolution, **shared)
+
+
+def step_bytes(config: Config, generator: Generator, discriminator: Discriminator) -> tuple[int, int]:
+    """Estimates the memory of a training step in fp32.
+
+    Args:
+        generator, discriminator: Of `meta_networks`.
+
+    Returns:
+        Bytes of weights, gradients, Adam's moments and the average generator; and bytes that the generator's phase, the
+        largest, keeps for its backward pass at one micro-batch.
+    """
+    fixed = 4 * (5 * parameter_count(generator) + 4 * parameter_count(discriminator))
+    parameters = {id(p) for module in (generator, discriminator) for p in module.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if id(tensor) not in parameters:
+            kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    num = config.micro
+    with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        label = torch.empty(num, generator.label_dim)
+        angles, scale, offset = torch.empty(num, 3), torch.empty(num), torch.empty(num, 2)
+        patches = generator(
+            torch.empty(num, generator.z_dim),
+            angles,
+            label,
+            resolution=config.patch.resolution,
+            patch_scale=scale,
+            patch_offset=offset,
+            density_noise_std=1.0,
+        ).rgb
+        discriminator(patches, scale, offset, label, angles)
+    return fixed, sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

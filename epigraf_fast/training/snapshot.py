@@ -1,0 +1,88 @@
+"""What a run leaves to look at: sample grids, depth grids, a turntable, and the measured distance to the data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..config import Config
+from ..data import ImageDataset
+from ..models.generator import Generator
+from .log import RunLog, depth_to_uint8, save_gif, save_png, tile, to_uint8
+from .metrics import FeatureDistance
+from .sampling import BATCH, fixed_latents, render_images, render_turntable
+
+TURNTABLE_FRAMES = 36
+TURNTABLE_SECONDS = 3.0
+METRIC_SEED = 10_000  # other latents than those of the grids
+
+
+class Snapshots:
+    """Writes pictures and measurements of one run, always of the same latent codes and cameras.
+
+    Args:
+        config, dataset: Of the run.
+        generator: The average generator.
+        log: The run's.
+    """
+
+    def __init__(self, config: Config, dataset: ImageDataset, generator: Generator, log: RunLog) -> None:
+        self.config, self.dataset, self.generator, self.log = config, dataset, generator, log
+        self.run_dir = Path(config.run_dir)
+        columns, rows = config.grid
+        self.latents = fixed_latents(columns * rows, generator, dataset, config.camera, config.seed)
+
+    def reals(self) -> Path:
+        """A grid of real images."""
+        columns, rows = self.config.grid
+        index = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(self.config.seed))
+        images = torch.stack([self.dataset[i][0] for i in index.repeat(columns * rows)[: columns * rows].tolist()])
+        path = self.run_dir / "samples" / "reals.png"
+        save_png(tile(images, columns), path)
+        return path
+
+    def grids(self, cur_nimg: int) -> tuple[Path, Path]:
+        """Grids of images and of their depth."""
+        camera, columns = self.config.camera, self.config.grid[0]
+        batches = list(render_images(self.generator, *self.latents, self.config.resolution))
+        rgb = tile(to_uint8(torch.cat([b.rgb for b in batches])), columns)
+        depth = torch.cat([b.depth for b in batches])
+        depth = tile(depth_to_uint8(depth, camera.ray_start, camera.ray_end), columns)
+        paths = []
+        for name, picture in (("images", rgb), ("depth", depth)):
+            paths.append(self.run_dir / "samples" / f"{name}-{cur_nimg:09d}.png")
+            save_png(picture, paths[-1])
+            self.log.image(f"samples/{name}", picture, cur_nimg)
+        return paths[0], paths[1]
+
+    def turntable(self) -> Path:
+        """A GIF of a few objects, once around."""
+        latents = (x[: self.config.turntable] for x in self.latents[:2])
+        frames = render_turntable(self.generator, *latents, TURNTABLE_FRAMES, self.config.resolution)
+        frames = np.stack([tile(to_uint8(frame), frame.shape[0]) for frame in frames])  # [T, H, B*W, 3]
+        path = self.run_dir / "turntable.gif"
+        save_gif(frames, path, TURNTABLE_FRAMES / TURNTABLE_SECONDS)
+        return path
+
+    def measure(self, cur_nimg: int) -> float:
+        """fd_efficientnet of `metric_images` generated against as many real images; added to metrics.json."""
+        num = self.config.metric_images
+        distance = FeatureDistance(self.latents[0].device)
+        index = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(METRIC_SEED))[:num].tolist()
+        for first in range(0, len(index), BATCH):
+            distance.update_real(torch.stack([self.dataset[i][0] for i in index[first : first + BATCH]]))
+        latents = fixed_latents(num, self.generator, self.dataset, self.config.camera, METRIC_SEED)
+        for images in render_images(self.generator, *latents, self.config.resolution):
+            distance.update_fake(to_uint8(images.rgb))
+        value = distance.compute()
+        path = self.run_dir / "metrics.json"
+        entries = json.loads(path.read_text()) if path.is_file() else []
+        entries = [entry for entry in entries if entry["cur_nimg"] < cur_nimg]
+        entries.append({"cur_nimg": cur_nimg, "fd_efficientnet": value, "generated": num, "real": len(index)})
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(entries, indent=2) + "\n")
+        temporary.replace(path)
+        return value

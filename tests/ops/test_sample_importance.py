@@ -1,0 +1,264 @@
+"""sample_importance and invert_cdf: the reference against SPEC section 5 in plain Python and against the density."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from checks import SIGMAS, assert_close, assert_finite, draw, draw_uniform, layouts
+from epigraf_fast import ops
+
+sample_importance = functools.partial(ops.sample_importance, backend="reference")
+invert_cdf = functools.partial(ops.invert_cdf, backend="reference")
+
+
+def literal_inversion(bins, weights, u):
+    """One ray, one number after the other."""
+    pdf = [w + 1e-5 for w in weights]
+    cdf = [0.0]
+    for p in pdf:
+        cdf.append(cdf[-1] + p / sum(pdf))
+    samples = []
+    for x in u:
+        first = 0
+        while first < len(cdf) and cdf[first] < x:
+            first += 1
+        lower, upper = max(first - 1, 0), min(first, len(weights))
+        d = cdf[upper] - cdf[lower]
+        if d < 1e-5:
+            d = 1.0
+        samples.append(bins[lower] + (x - cdf[lower]) / d * (bins[upper] - bins[lower]))
+    return samples
+
+
+def literal_importance(t, raw, u, activation="softplus", softplus_beta=1.0, density_shift=0.0):
+    """One ray. The last interval sets the last weight only, and that one is dropped."""
+    weights, transmittance = [], 1.0
+    for i in range(len(t)):
+        x = raw[i] + density_shift
+        density = max(x, 0.0) if activation == "relu" else math.log(1 + math.exp(softplus_beta * x)) / softplus_beta
+        interval = t[i + 1] - t[i] if i + 1 < len(t) else 1e10
+        opacity = 1 - math.exp(-interval * density)
+        weights.append(opacity * transmittance)
+        transmittance *= 1 - opacity + 1e-10
+    bins = [(t[i] + t[i + 1]) / 2 for i in range(len(t) - 1)]
+    return literal_inversion(bins, [w + 1e-5 for w in weights][1:-1], u)
+
+
+def rays(batch=2, rays=3, samples=6, scale=3.0):
+    return {
+        "t": draw_uniform(batch, rays, samples, seed=1).sort(dim=-1).values + 1,
+        "raw_density": scale * draw(batch, rays, samples, seed=2),
+        "u": draw_uniform(batch, rays, 9, seed=3),
+    }
+
+
+def as_tensor(values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def test_inversion_by_hand():
+    # The two bins have probability 1/4 and 3/4 (the weights and the floor of 1e-5 add up to 1 and 3).
+    # u = 1/8: half-way through the first bin. 1/4: its end. 5/8: half-way through the second. 0 and 1: both ends.
+    samples = invert_cdf(as_tensor([0, 1, 3]), as_tensor([1 - 1e-5, 3 - 1e-5]), as_tensor([0.125, 0.25, 0.625, 0, 1]))
+    assert_close(samples, [0.5, 1.0, 2.0, 0.0, 3.0], "samples")
+
+
+def test_slots_narrower_than_1e_5_by_hand():
+    # The middle bin has 1e-5 / (2 + 3e-5) = 5e-6 of the probability, centred at u = 1/2: d counts as 1 there, so the
+    # sample lies (u - cdf) / 1 = 2.5e-6 bin widths (of 10) behind the bin's start, not 0.5.
+    samples = invert_cdf(as_tensor([0, 1, 11, 12]), as_tensor([1, 0, 1]), as_tensor([0.5]))
+    assert_close(samples, [1 + 25e-6 / (1 + 1.5e-5)], "sample in an empty bin")
+
+
+def test_empty_ray_is_sampled_evenly():
+    # All weights equal (the floors): even between the first and the last midpoint, 0.5 and 2.5.
+    t, u = as_tensor([[[0, 1, 2, 3]]]), as_tensor([[[0, 0.25, 0.5, 1]]])
+    samples = sample_importance(t, torch.full((1, 1, 4), -1.0, dtype=torch.float64), u, activation="relu")
+    assert_close(samples, [[[0.5, 1.0, 1.5, 2.5]]], "samples")
+
+
+def test_opaque_sample_by_hand():
+    # Weights 0, 1, 0, 0: the middle ones are 1 and 0, and 1 + 2e-5 and 2e-5 with both floors. The bin of the opaque
+    # sample, 0.5 to 1.5, gets p = (1 + 2e-5) / (1 + 4e-5): u = 1/2 is at 0.5 + 0.5 / p = 1.00001 to first order, where
+    # one floor alone would give half of that excess.
+    t, raw = as_tensor([[[0, 1, 2, 3]]]), as_tensor([[[-1, 1e4, -1, -1]]])
+    samples = sample_importance(t, raw, as_tensor([[[0.5, 0.0]]]), activation="relu")
+    assert_close(samples, [[[0.5 + 0.5 * (1 + 4e-5) / (1 + 2e-5), 0.5]]], "samples")
+    assert abs(samples[0, 0, 0].item() - 1.00001) < 1e-9
+
+
+def test_first_and_last_weight_are_dropped():
+    for raw in ([1e4, -1, -1, -1, -1], [-1, -1, -1, -1, 1e4]):
+        samples = sample_importance(
+            as_tensor([[[0, 1, 2, 3, 4]]]), as_tensor([[raw]]), as_tensor([[[0, 0.5, 1]]]), activation="relu"
+        )
+        assert_close(samples, [[[0.5, 2.0, 3.5]]], f"samples of {raw}")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"activation": "relu"},
+        {"softplus_beta": 4.0},
+        {"density_shift": -1.5},
+        {"activation": "relu", "density_shift": 0.7},
+        {"last_interval": 1e-3},
+    ],
+)
+@pytest.mark.parametrize("samples", [3, 6, 17])
+def test_equals_the_literal_formula(settings, samples):
+    inputs = rays(samples=samples)
+    actual = sample_importance(**inputs, **settings)
+    literal_settings = {name: value for name, value in settings.items() if name != "last_interval"}
+    for b in range(2):
+        for r in range(3):
+            ray = [inputs[name][b, r].tolist() for name in ("t", "raw_density", "u")]
+            expected = literal_importance(*ray, **literal_settings)
+            assert_close(actual[b, r], expected, f"image {b}, ray {r}")
+
+
+@pytest.mark.parametrize("bins", [1, 2, 7])
+def test_inversion_equals_the_literal_formula(bins):
+    edges = draw(3, bins + 1, seed=1).sort(dim=-1).values
+    weights = draw_uniform(3, bins, seed=2) ** 8  # some are next to nothing
+    weights[:, -1] = 1  # else u = 1 falls into the last bin or behind it as the sum rounds
+    u = torch.cat([draw_uniform(3, 20, seed=3), as_tensor([0, 1]).expand(3, 2)], dim=-1)
+    actual = invert_cdf(edges, weights, u)
+    for i in range(3):
+        expected = literal_inversion(edges[i].tolist(), weights[i].tolist(), u[i].tolist())
+        assert_close(actual[i], expected, f"row {i}")
+        assert_close(invert_cdf(edges[i], weights[i], u[i]), actual[i], f"row {i} alone")
+
+
+def test_even_u_is_deterministic_and_reaches_both_ends():
+    inputs = rays(samples=6)
+    inputs["u"] = (torch.arange(6, dtype=torch.float64) / 5).expand(2, 3, 6)
+    state = torch.get_rng_state()
+    samples = sample_importance(**inputs)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert_close(sample_importance(**inputs), samples, "second call", "exact")
+    midpoints = (inputs["t"][..., 1:] + inputs["t"][..., :-1]) / 2
+    assert_close(samples[..., 0], midpoints[..., 0], "u = 0")
+    assert_close(samples[..., -1], midpoints[..., -1], "u = 1")
+    assert (samples.diff(dim=-1) > 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1e4])
+def test_samples_lie_between_the_midpoints(scale, dtype):
+    t = draw_uniform(4, 50, 48, seed=1).sort(dim=-1).values.to(dtype)
+    u = torch.cat([draw_uniform(4, 50, 62, seed=3), torch.tensor([0.0, 1.0]).expand(4, 50, 2)], dim=-1).to(dtype)
+    samples = sample_importance(t, (scale * draw(4, 50, 48, seed=2)).to(dtype), u)
+    assert samples.dtype == dtype
+    assert_finite(samples, "samples")
+    midpoints = (t[..., 1:] + t[..., :-1]) / 2
+    slack = 4 * torch.finfo(dtype).eps  # the interpolation rounds
+    assert (samples >= midpoints[..., :1] - slack).all()
+    assert (samples <= midpoints[..., -1:] + slack).all()
+
+
+def test_samples_follow_the_density():
+    bins, weights = as_tensor([0, 0.5, 0.6, 2, 3, 3.5]), as_tensor([0.1, 2.0, 0.5, 0.0, 1.0])
+    num = 20000
+    samples = invert_cdf(bins, weights, draw_uniform(num, seed=5)).sort().values.numpy()
+    cdf = np.concatenate([[0], np.cumsum(weights.numpy() / 3.6)])  # piecewise linear between the bins
+    # Kolmogorov-Smirnov: sqrt(num) times the largest distance has mean 0.87 and standard deviation 0.26.
+    distance = np.abs(np.interp(samples, bins.numpy(), cdf) - (np.arange(num) + 0.5) / num).max()
+    assert distance * num**0.5 < 0.87 + SIGMAS * 0.26
+    counts = np.histogram(samples, bins.numpy())[0]
+    probabilities = np.diff(cdf)
+    spread = np.sqrt(num * probabilities * (1 - probabilities))
+    assert (np.abs(counts - num * probabilities) <= SIGMAS * spread + 1).all()
+
+
+def test_no_gradient():
+    inputs = {name: x.requires_grad_() for name, x in rays().items()}
+    assert not sample_importance(**inputs).requires_grad
+    bins, weights, u = (draw_uniform(n).sort().values.requires_grad_() for n in (4, 3, 5))
+    assert not invert_cdf(bins, weights, u).requires_grad
+
+
+def test_without_u_torch_draws_as_many_as_there_are_samples():
+    inputs = {name: x for name, x in rays().items() if name != "u"}
+    torch.manual_seed(7)
+    samples = sample_importance(**inputs)
+    torch.manual_seed(7)
+    u = torch.rand(2, 3, 6, dtype=torch.float64)
+    assert_close(samples, sample_importance(**inputs, u=u), "samples", "exact")
+    torch.manual_seed(7)
+    sample_importance(**inputs, u=u)
+    assert_close(torch.rand(2, 3, 6, dtype=torch.float64), u, "the generator, not used when u is given", "exact")
+
+
+def test_result_is_in_the_order_of_u():
+    inputs, order = rays(), torch.randperm(9, generator=torch.Generator().manual_seed(1))
+    expected = sample_importance(**inputs)[..., order]
+    inputs["u"] = inputs["u"][..., order]
+    assert_close(sample_importance(**inputs), expected, "samples", "exact")
+
+
+@pytest.mark.parametrize(("batch", "rays_", "fine"), [(0, 2, 3), (2, 0, 3), (2, 2, 0), (1, 1, 1)])
+def test_empty_and_single(batch, rays_, fine):
+    t = draw_uniform(batch, rays_, 4).sort(dim=-1).values
+    samples = sample_importance(t, draw(batch, rays_, 4), draw_uniform(batch, rays_, fine))
+    assert samples.shape == (batch, rays_, fine)
+    assert_finite(samples, "samples")
+
+
+def test_layout_does_not_matter():
+    inputs = rays()
+    expected = sample_importance(**inputs)
+    for changed, x in inputs.items():
+        for name, view in layouts(x):
+            assert_close(sample_importance(**{**inputs, changed: view}), expected, f"{changed}: {name}")
+
+
+def test_result_has_the_dtype_of_the_bins():
+    bins, weights, u = as_tensor([0, 1, 3]), as_tensor([1, 3]), as_tensor([0.2, 0.7])
+    expected = invert_cdf(bins, weights, u)
+    for dtypes in [(torch.float32,) * 3, (torch.float32, torch.float64, torch.float32)]:
+        actual = invert_cdf(*(x.to(dtype) for x, dtype in zip((bins, weights, u), dtypes, strict=True)))
+        assert actual.dtype == torch.float32
+        assert_close(actual, expected, f"samples of {dtypes}")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"t": draw(2, 6)}, ValueError, "t must have shape [B, R, S], got [2, 6]"),
+        ({"t": None}, TypeError, "t must be a tensor, got NoneType"),
+        ({"raw_density": draw(2, 3, 5)}, ValueError, "raw_density must have shape [2, 3, 6], got [2, 3, 5]"),
+        ({"t": draw(2, 3, 2), "raw_density": draw(2, 3, 2)}, ValueError, "t must hold at least 3 samples"),
+        ({"u": draw(2, 4, 9)}, ValueError, "u must have shape [2, 3, K], got [2, 4, 9]"),
+        ({"u": torch.zeros(2, 3, 9, dtype=torch.int64)}, TypeError, "u must be floating point, got torch.int64"),
+        ({"u": torch.zeros(2, 3, 9, device="meta")}, ValueError, "u must be on cpu as t is, got meta"),
+        ({"activation": "exp"}, ValueError, "activation must be one of softplus, relu, got 'exp'"),
+    ],
+)
+def test_errors(change, error, message):
+    with pytest.raises(error, match=re.escape(f"sample_importance: {message}")):
+        sample_importance(**{**rays(), **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"bins": draw(3, 1), "weights": draw(3, 0)}, ValueError, "bins must have shape [..., M + 1]"),
+        ({"bins": torch.tensor(1.0)}, ValueError, "bins must have shape [..., M + 1] with M of at least 1, got []"),
+        ({"bins": [0.0, 1.0]}, TypeError, "bins must be a tensor, got list"),
+        ({"weights": draw(3, 5)}, ValueError, "weights must have shape [3, 4], got [3, 5]"),
+        ({"u": draw(2, 7)}, ValueError, "u must have shape [3, K], got [2, 7]"),
+        ({"u": draw(7)}, ValueError, "u must have shape [3, K], got [7]"),
+    ],
+)
+def test_inversion_errors(change, error, message):
+    arguments = {"bins": draw(3, 5), "weights": draw_uniform(3, 4), "u": draw_uniform(3, 7), **change}
+    with pytest.raises(error, match=re.escape(f"invert_cdf: {message}")):
+        invert_cdf(**arguments)

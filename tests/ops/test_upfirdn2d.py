@@ -1,0 +1,232 @@
+"""upfirdn2d: the reference against loops and numbers worked by hand."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import pytest
+import torch
+
+from checks import assert_close, draw, gradcheck, gradgradcheck, layouts
+from epigraf_fast import ops
+
+upfirdn2d = functools.partial(ops.upfirdn2d, backend="reference")
+BLUR = torch.tensor([1, 3, 3, 1], dtype=torch.float64) / 8
+
+
+def row(*values):
+    """Numbers as one row of one image."""
+    return torch.tensor(values, dtype=torch.float64)[None, None, None]
+
+
+def literal(x, kernel, up=1, down=1, padding=(0, 0, 0, 0), flip=False, gain=1.0):
+    """One image, one number after the other: lists in, lists out."""
+    height, width = len(x), len(x[0])
+    if not isinstance(kernel[0], list):
+        kernel = [[a * b for b in kernel] for a in kernel]
+    left, right, top, bottom = padding
+
+    def sample(y, x_):  # of the padded image of zero-inserted samples
+        y, x_ = y - top, x_ - left
+        if 0 <= y < height * up and 0 <= x_ < width * up and y % up == 0 and x_ % up == 0:
+            return x[y // up][x_ // up]
+        return 0.0
+
+    tall, wide = len(kernel), len(kernel[0])
+    out = []
+    for y in range(0, height * up + top + bottom - tall + 1, down):
+        out.append([])
+        for x_ in range(0, width * up + left + right - wide + 1, down):
+            total = 0.0
+            for i in range(tall):
+                for j in range(wide):
+                    # Convolution: the tap of largest index meets the first sample.
+                    tap = kernel[i][j] if flip else kernel[tall - 1 - i][wide - 1 - j]
+                    total += gain * tap * sample(y + i, x_ + j)
+            out[-1].append(total)
+    return out
+
+
+def test_convolution_and_correlation_by_hand():
+    kernel = torch.tensor([[1, 10, 100]], dtype=torch.float64)
+    assert_close(upfirdn2d(row(1, 2, 3), kernel), row(123), "convolution")  # 1 * 100 + 2 * 10 + 3 * 1
+    assert_close(upfirdn2d(row(1, 2, 3), kernel, flip=True), row(321), "correlation")  # 1 * 1 + 2 * 10 + 3 * 100
+    assert_close(upfirdn2d(row(1, 2, 3), kernel, gain=-2), row(-246), "gain")
+
+
+def test_resampling_by_hand():
+    kernel = torch.tensor([[1, 1]], dtype=torch.float64)
+    # Two zero-inserted samples are 1 0 2 0, two rows of them as many zeros: rows 1 0 2 0 and 0 0 0 0.
+    assert_close(upfirdn2d(row(1, 2), kernel, up=2), [[[[1, 2, 2], [0, 0, 0]]]], "up")
+    # One zero before: 0 1 0 2 0.
+    assert_close(upfirdn2d(row(1, 2), kernel, up=2, padding=(1, 0, 0, -1)), row(1, 1, 2, 2), "up, padded")
+    assert_close(upfirdn2d(row(1, 2), kernel, up=2, down=2, padding=(1, 0, 0, 0)), row(1, 2), "up and down")
+    # Sums of neighbours 3 5 7 9, of which every second stays.
+    assert_close(upfirdn2d(row(1, 2, 3, 4, 5), kernel, down=2), row(3, 7), "down")
+    assert_close(upfirdn2d(row(1, 2, 3, 4, 5), kernel, down=3), row(3, 9), "down 3")
+
+
+def test_one_dimensional_kernel_is_its_outer_product():
+    x, taps = draw(2, 3, 6, 7), draw(3, seed=1)
+    outer = taps[:, None] * taps[None, :]
+    for flip in (False, True):
+        expected = upfirdn2d(x, outer, up=2, padding=(1, 2, 0, 1), flip=flip, gain=3.0)
+        assert_close(upfirdn2d(x, taps, up=2, padding=(1, 2, 0, 1), flip=flip, gain=3.0), expected, f"flip {flip}")
+
+
+@pytest.mark.parametrize(
+    "kernel_shape",
+    [(1, 1), (2, 3), (4, 4), (3, 1), (4,)],
+)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"padding": (1, 2, 3, 0), "flip": True, "gain": 0.7},
+        {"padding": (4, 4, 4, 4), "down": 2},
+        {"up": 2, "padding": (2, 1, 3, 1), "gain": 4.0},
+        {"up": 3, "down": 2, "padding": (0, 2, 1, 0), "flip": True},
+        {"up": 2, "padding": (-1, -2, 3, -1)},
+        {"down": 3, "padding": (-1, 2, 0, -1), "flip": True},
+        {"padding": (-6, 9, 9, -6)},  # crops everything, then only zeros are left
+    ],
+)
+def test_equals_the_loops(settings, kernel_shape):
+    x, kernel = draw(2, 2, 4, 5), draw(*kernel_shape, seed=1)
+    actual = upfirdn2d(x, kernel, **settings)
+    for image in range(2):
+        for channel in range(2):
+            expected = literal(x[image, channel].tolist(), kernel.tolist(), **settings)
+            assert_close(actual[image, channel], expected, f"image {image}, channel {channel}")
+
+
+def test_padding_is_before_and_after_x_then_y():
+    x, kernel = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+    y = upfirdn2d(x, kernel, padding=(1, 2, 3, 4))
+    assert y.shape == (1, 1, 8, 4)
+    assert y[0, 0, 3, 1] == 1
+    assert y.sum() == 1
+    assert_close(upfirdn2d(x, kernel, padding=2), upfirdn2d(x, kernel, padding=(2, 2, 2, 2)), "one number", "exact")
+
+
+@pytest.mark.parametrize("taps", range(1, 8))
+@pytest.mark.parametrize(("height", "width"), [(6, 12), (5, 7), (1, 1)])
+def test_sizes_of_the_standard_paddings(taps, height, width):
+    kernel = torch.ones(taps, dtype=torch.float64) / taps
+    x = draw(1, 1, height, width)
+    before, after = taps // 2, (taps - 1) // 2
+    assert upfirdn2d(x, kernel, padding=(before, after) * 2).shape == (1, 1, height, width)
+    for factor in (2, 3):
+        if taps >= factor:
+            before, after = (taps + factor - 1) // 2, (taps - factor) // 2
+            y = upfirdn2d(x, kernel, up=factor, padding=(before, after) * 2)
+            assert y.shape == (1, 1, height * factor, width * factor)
+            if height % factor == width % factor == 0:
+                before, after = (taps - factor + 1) // 2, (taps - factor) // 2
+                y = upfirdn2d(x, kernel, down=factor, padding=(before, after) * 2)
+                assert y.shape == (1, 1, height // factor, width // factor)
+
+
+def test_upsampling_by_hand():
+    # One pixel, the third of five: upsampled it lies at 4, padded at 6; 1 3 3 1 then covers outputs 3 to 6, which is
+    # symmetric about 4.5, the middle of the pixel's two. Weights 2/8 per axis; 3/4 and 1/4 in the rows.
+    y = upfirdn2d(row(0, 0, 1, 0, 0), BLUR, up=2, padding=(2, 1, 2, 1), gain=4.0)
+    across = torch.tensor([0, 0, 0, 0.25, 0.75, 0.75, 0.25, 0, 0, 0], dtype=torch.float64)
+    assert_close(y[0, 0], torch.stack([0.75 * across, 0.75 * across]), "upsampled pixel")
+    y = upfirdn2d(torch.ones(1, 1, 4, 4, dtype=torch.float64), BLUR, up=2, padding=(2, 1, 2, 1), gain=4.0)
+    assert_close(y[..., 1:-1, 1:-1], torch.ones(1, 1, 6, 6), "a constant stays constant")
+
+
+def test_downsampling_by_hand():
+    # Padded by 1: the first output weighs -1..2 by 1 3 3 1 over 8, the second 1..4; rows of one weigh 3/8 (0 1 0 0).
+    x = row(8, 16, 24, 32).expand(1, 1, 4, 4)
+    y = upfirdn2d(x, BLUR, down=2, padding=(1, 1, 1, 1))
+    across = torch.tensor([(3 * 8 + 3 * 16 + 24) / 8, (16 + 3 * 24 + 3 * 32) / 8], dtype=torch.float64)
+    assert_close(y[0, 0], torch.stack([7 / 8 * across, 7 / 8 * across]), "downsampled ramp")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"up": 2, "padding": (2, 1, 2, 1), "gain": 4.0},
+        {"down": 2, "padding": (1, 1, 1, 1), "flip": True},
+        {"up": 2, "down": 3, "padding": (-1, 3, 2, 0)},
+    ],
+)
+def test_adjoint(settings):
+    x, kernel = draw(2, 3, 5, 6).requires_grad_(), draw(3, 4, seed=1)
+    y = upfirdn2d(x, kernel, **settings)
+    other = draw(*y.shape, seed=2)
+    (adjoint,) = torch.autograd.grad(y, x, other)
+    assert_close((adjoint * x).sum(), (other * y).sum(), "<x, A^T y>")
+
+
+def test_transpose_of_upsampling_is_downsampling():
+    # By 2, with [1,3,3,1]: the gradient of the one is the other with the kernel flipped.
+    x = draw(1, 2, 4, 6).requires_grad_()
+    y = upfirdn2d(x, BLUR, up=2, padding=(2, 1, 2, 1))
+    grad_y = draw(*y.shape, seed=1)
+    (gradient,) = torch.autograd.grad(y, x, grad_y)
+    assert_close(gradient, upfirdn2d(grad_y, BLUR, down=2, padding=(1, 1, 1, 1), flip=True), "gradient to x")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"up": 2, "padding": (2, 1, -1, 1), "gain": 4.0},
+        {"down": 2, "padding": (1, 1, 1, 1), "flip": True},
+    ],
+)
+@pytest.mark.parametrize("kernel_shape", [(2, 3), (3,)])
+def test_first_and_second_derivatives(settings, kernel_shape):
+    inputs = {"x": draw(1, 2, 3, 3), "kernel": draw(*kernel_shape, seed=1)}
+    function = functools.partial(upfirdn2d, **settings)
+    gradcheck(function, inputs, "upfirdn2d")
+    gradgradcheck(function, inputs, "upfirdn2d")
+
+
+def test_empty_batch():
+    x = torch.zeros(0, 3, 4, 4, requires_grad=True)
+    y = upfirdn2d(x, BLUR, up=2, padding=(2, 1, 2, 1))
+    assert y.shape == (0, 3, 8, 8)
+    assert torch.autograd.grad(y.sum(), x)[0].shape == x.shape
+
+
+def test_layout_does_not_matter():
+    x, kernel = draw(2, 3, 4, 5), draw(3, 2, seed=1)
+    function = functools.partial(upfirdn2d, up=2, down=3, padding=(1, 2, 1, 0), gain=2.0)
+    expected = function(x, kernel)
+    for name, view in layouts(x):
+        assert_close(function(view, kernel), expected, f"x: {name}")
+    for name, view in layouts(kernel):
+        assert_close(function(x, view), expected, f"kernel: {name}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_result_has_the_dtype_of_x(dtype):
+    x = draw(1, 2, 6, 6).to(dtype)
+    y = upfirdn2d(x, BLUR.float(), up=2, padding=(2, 1, 2, 1), gain=4.0)
+    assert y.dtype == dtype
+    assert_close(y, upfirdn2d(x.double(), BLUR, up=2, padding=(2, 1, 2, 1), gain=4.0), "y")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": draw(3, 4, 4)}, ValueError, "x must have shape [B, C, H, W], got [3, 4, 4]"),
+        ({"x": torch.zeros(1, 1, 4, 4, dtype=torch.uint8)}, TypeError, "x must be floating point, got torch.uint8"),
+        ({"kernel": [1.0, 2.0]}, TypeError, "kernel must be a tensor, got list"),
+        ({"kernel": draw(2, 2, 2)}, ValueError, "kernel must have shape [k] or [kh, kw], got [2, 2, 2]"),
+        ({"kernel": draw(0)}, ValueError, "kernel must have shape [k] or [kh, kw], got [0]"),
+        ({"kernel": torch.zeros(4, device="meta")}, ValueError, "kernel must be on cpu as x is, got meta"),
+        ({"up": 0}, ValueError, "up and down must be at least 1, got 0 and 1"),
+        ({"down": -1}, ValueError, "up and down must be at least 1, got 1 and -1"),
+        ({"padding": (1, 2)}, ValueError, "padding must be one number or four (x, x, y, y), got 2"),
+        ({"padding": (-1, 0, 0, 0)}, ValueError, "the padded image must be at least as large as the kernel [4]"),
+        ({"padding": (0, 0, -3, 2)}, ValueError, "the padded image must be at least as large as the kernel [4]"),
+    ],
+)
+def test_errors(change, error, message):
+    with pytest.raises(error, match=re.escape(f"upfirdn2d: {message}")):
+        upfirdn2d(**{"x": draw(1, 1, 4, 4), "kernel": draw(4), **change})

@@ -1,0 +1,196 @@
+"""Trains EpiGRAF: parse, build, loop, save.
+
+python train.py demo
+python train.py ffhq --data datasets/ffhq.zip --resolution 512 --batch 64 --run-dir runs/ffhq
+python train.py ffhq --data datasets/ffhq.zip --dry-run
+python train.py ffhq --data datasets/ffhq.zip --run-dir runs/ffhq --resume auto
+"""
+
+import json
+import random
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+
+from epigraf_fast import doctor
+from epigraf_fast.config import PRESETS, Config, check, preset, to_dict, with_data_camera
+from epigraf_fast.data import ImageDataset, make_loader
+from epigraf_fast.errors import DivergenceError, UserError
+from epigraf_fast.training.checkpoint import (
+    check_resumable,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+    set_random_state,
+)
+from epigraf_fast.training.log import RunLog
+from epigraf_fast.training.memory import meta_networks, parameter_count, step_bytes
+from epigraf_fast.training.snapshot import Snapshots
+from epigraf_fast.training.step import Trainer
+
+
+class StopRequest:
+    """SIGTERM and Ctrl-C ask the loop to save and leave; a second Ctrl-C interrupts at once."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._asked)
+
+    def _asked(self, number: int, frame: object) -> None:
+        self.signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0 done, 1 training diverged, 2 a fault in the input, 128 + n stopped by signal n."""
+    command = parse(argv)
+    try:
+        config, device = command.config, pick_device(command.config)
+        check(config)
+        dataset = ImageDataset(
+            config.data, config.resolution, use_labels=config.loader.labels, mirror=config.loader.mirror
+        )
+        config = with_data_camera(config, dataset.camera)
+        check(config)
+        if command.dry_run:
+            return dry_run(config, dataset)
+        return train(config, dataset, device, command.resume)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except DivergenceError as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 1
+
+
+def parse(argv: list[str] | None):
+    """The command line; every setting of `Config` is a flag, and each preset a subcommand with its own defaults."""
+    import tyro
+
+    @dataclass(frozen=True)
+    class Command:
+        config: Annotated[Config, tyro.conf.arg(name="")]
+        resume: str | None = None
+        """Continue: a checkpoint, a run folder, or `auto` for the newest checkpoint in --run-dir, if there is one."""
+        dry_run: bool = False
+        """Print the settings, parameter counts and a memory estimate, check the data, and leave."""
+
+    presets = {name: (f"the {name} preset", Command(preset(name))) for name in PRESETS}
+    return tyro.extras.overridable_config_cli(presets, prog="train.py", description=__doc__, args=argv)
+
+
+def pick_device(config: Config) -> torch.device:
+    """The device to train on, with the arithmetic that the precision asks for switched on."""
+    name = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("device is cuda, but torch sees no GPU: see python -m epigraf_fast.doctor")
+    if name == "cpu" and config.precision != "fp32":
+        raise UserError(f"precision {config.precision} needs a GPU, a CPU computes in fp32: set --precision fp32")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision != "fp32"
+    return torch.device(name)
+
+
+def dry_run(config: Config, dataset: ImageDataset) -> int:
+    """Checks everything that can be checked without training, and prints what would be trained."""
+    generator, discriminator = meta_networks(config, dataset.label_dim)
+    fixed, step = step_bytes(config, generator, discriminator)
+    dataset.check_images(progress=True)
+    print(json.dumps(to_dict(config), indent=2))
+    print(f"data: {config.data}: {len(dataset):,} images (mirrored: {config.loader.mirror}), all readable")
+    print(f"parameters: G {parameter_count(generator):,}, D {parameter_count(discriminator):,}")
+    print(
+        f"memory, estimated in fp32: {fixed / 2**30:.2f} GiB for weights, gradients, Adam and the average, "
+        f"{step / 2**30:.2f} GiB for a micro-batch of {config.micro}"
+    )
+    return 0
+
+
+def train(config: Config, dataset: ImageDataset, device: torch.device, resume: str | None) -> int:
+    """Builds or restores a run, and trains it to its end."""
+    run_dir = Path(config.run_dir)
+    checkpoint = find_checkpoint(resume, run_dir) if resume else None
+    if not resume and list_checkpoints(run_dir):
+        raise UserError(f"{run_dir} already holds a run: add --resume auto, or choose another --run-dir")
+    random.seed(config.seed)
+    np.random.seed(config.seed)  # noqa: NPY002 - libraries draw from it
+    torch.manual_seed(config.seed)
+    trainer = Trainer(config, dataset, device)
+    if checkpoint:
+        stored_config, stored = load_checkpoint(checkpoint)
+        changes = check_resumable(stored_config, config)
+        trainer.load_state_dict(stored["trainer"])
+        set_random_state(stored["random"])
+        print(f"continuing from {checkpoint}", *changes, sep="\n  ")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    print(doctor.format_backends(doctor.report()))
+
+    stop = StopRequest()
+    log = RunLog(run_dir, config.kimg, trainer.cur_nimg)
+    snapshots = Snapshots(config, dataset, trainer.average, log)
+    total = round(config.kimg * 1000)
+    if trainer.cur_nimg == 0:
+        log.say(f"real images:     {snapshots.reals()}")
+        log.say(f"initial samples: {snapshots.grids(0)[0]}")
+        if config.metric_images:
+            log.say(f"fd_efficientnet: {snapshots.measure(0):.1f}")
+    loader = make_loader(dataset, config.batch, config.seed, trainer.cur_nimg, config.loader.workers, device=device)
+
+    def crossed(kimg: float) -> bool:
+        """Whether the last iteration stepped over a multiple of this many kimg."""
+        interval = round(kimg * 1000)
+        return trainer.cur_nimg // interval != (trainer.cur_nimg - config.batch) // interval
+
+    def save() -> Path:
+        require_finite(trainer, run_dir)
+        return save_checkpoint(run_dir, config, trainer.state_dict(), config.keep_checkpoints)
+
+    log.pause()
+    while trainer.cur_nimg < total:
+        trainer.iteration(*next(loader))
+        log.advance(trainer.cur_nimg)
+        if crossed(config.log_kimg):
+            log.write(trainer.cur_nimg, require_finite(trainer, run_dir))
+            trainer.reset_statistics()
+        if crossed(config.snapshot_kimg):
+            snapshots.grids(trainer.cur_nimg)
+            log.pause()
+        if stop.signal or crossed(config.checkpoint_kimg) or trainer.cur_nimg >= total:
+            path = save()
+            log.pause()
+        if stop.signal:
+            log.close()
+            print(f"stopped by signal {stop.signal}; saved {path}; go on with --resume {run_dir}")
+            return 128 + stop.signal
+
+    log.say(f"samples:         {' '.join(map(str, snapshots.grids(trainer.cur_nimg)))}")
+    if config.turntable:
+        log.say(f"turntable:       {snapshots.turntable()}")
+    if config.metric_images:
+        log.say(f"fd_efficientnet: {snapshots.measure(trainer.cur_nimg):.1f} ({run_dir / 'metrics.json'})")
+    log.close()
+    return 0
+
+
+def require_finite(trainer: Trainer, run_dir: Path) -> dict[str, float]:
+    """The statistics, if every one is finite."""
+    statistics = trainer.statistics()
+    broken = [name for name, value in statistics.items() if not np.isfinite(value)]
+    if broken:
+        last = [str(path) for path in list_checkpoints(run_dir)[-1:]]
+        raise DivergenceError(
+            f"{', '.join(broken)} not finite at {trainer.cur_nimg} images; nothing was saved over the last good "
+            f"checkpoint ({last[0] if last else 'none yet'}). Lower the learning rates, or raise optim.r1_gamma"
+        )
+    return statistics
+
+
+if __name__ == "__main__":
+    sys.exit(main())
