@@ -45,6 +45,7 @@ setup(
         "triton>=3.4; platform_system == 'Linux'",
         "numpy>=1.26",
         "pillow>=10",
+        "imageio>=2.28",
         "tyro>=0.9",
         "tqdm>=4.60",
         "tensorboard>=2.17",

@@ -137,10 +137,11 @@ def train(config: Config, dataset: ImageDataset, device: torch.device, resume: s
     snapshots = Snapshots(config, dataset, trainer.average, log)
     total = round(config.kimg * 1000)
     if trainer.cur_nimg == 0:
-        log.say(f"real images:     {snapshots.reals()}")
-        log.say(f"initial samples: {snapshots.grids(0)[0]}")
-        if config.metric_images:
-            log.say(f"fd_efficientnet: {snapshots.measure(0):.1f}")
+        with log.pause():
+            log.say(f"real images:     {snapshots.reals()}")
+            log.say(f"initial samples: {snapshots.grids(0)[0]}")
+            if config.metric_images:
+                log.say(f"fd_efficientnet: {snapshots.measure(0):.1f}")
     loader = make_loader(dataset, config.batch, config.seed, trainer.cur_nimg, config.loader.workers, device=device)
 
     def crossed(kimg: float) -> bool:
@@ -152,7 +153,6 @@ def train(config: Config, dataset: ImageDataset, device: torch.device, resume: s
         require_finite(trainer, run_dir)
         return save_checkpoint(run_dir, config, trainer.state_dict(), config.keep_checkpoints)
 
-    log.pause()
     while trainer.cur_nimg < total:
         trainer.iteration(*next(loader))
         log.advance(trainer.cur_nimg)
@@ -160,11 +160,11 @@ def train(config: Config, dataset: ImageDataset, device: torch.device, resume: s
             log.write(trainer.cur_nimg, require_finite(trainer, run_dir))
             trainer.reset_statistics()
         if crossed(config.snapshot_kimg):
-            snapshots.grids(trainer.cur_nimg)
-            log.pause()
+            with log.pause():
+                snapshots.grids(trainer.cur_nimg)
         if stop.signal or crossed(config.checkpoint_kimg) or trainer.cur_nimg >= total:
-            path = save()
-            log.pause()
+            with log.pause():
+                path = save()
         if stop.signal:
             log.close()
             print(f"stopped by signal {stop.signal}; saved {path}; go on with --resume {run_dir}")

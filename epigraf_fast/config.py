@@ -68,6 +68,8 @@ class RendererConfig:
     density_noise: float = 1.0
     """Standard deviation of the noise on raw densities at the start of training; falls linearly to 0."""
     density_noise_kimg: float = 5000.0
+    last_interval: float = 1e10
+    """Length given to the last sample: 1e10 makes what is behind it opaque, 1e-3 leaves it to the background."""
     white_background: bool = False
     last_back: bool = False
     """Gives the last sample all remaining weight."""
@@ -252,7 +254,7 @@ def _demo() -> Config:
             w_dim=128,
             plane_resolution=64,
             plane_channels=16,
-            channel_base=2048,
+            channel_base=1024,
             channel_max=128,
             decoder_hidden=32,
         ),
@@ -317,6 +319,7 @@ def check(config: Config) -> None:
         "discriminator.patch_steps": c.discriminator.patch_steps,
         "discriminator.camera_steps": c.discriminator.camera_steps,
         "renderer.softplus_beta": c.renderer.softplus_beta,
+        "renderer.last_interval": c.renderer.last_interval,
         "renderer.density_noise_kimg": c.renderer.density_noise_kimg,
         "optim.g_lr": c.optim.g_lr,
         "optim.d_lr": c.optim.d_lr,

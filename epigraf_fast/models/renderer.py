@@ -94,6 +94,7 @@ class Renderer(nn.Module):
             "activation": config.density_activation,
             "softplus_beta": config.softplus_beta,
             "density_shift": config.density_shift,
+            "last_interval": config.last_interval,
             "backend": self.backend,
         }
         if stochastic:

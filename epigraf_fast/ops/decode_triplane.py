@@ -6,10 +6,12 @@ import math
 
 from torch import Tensor
 
+from ..reference.decode_triplane import decode_features, points_on_rays
 from ..reference.decode_triplane import decode_triplane as _reference
 from ..reference.decode_triplane import decode_triplane_rays as _reference_rays
 from .backends import resolve
 from .checks import check_planes, check_shape, check_together
+from .sample_triplane import sample_triplane_cpu
 
 
 def _check_network(op: str, planes: Tensor, w0: Tensor, b0: Tensor, w1: Tensor, b1: Tensor) -> None:
@@ -41,7 +43,7 @@ def decode_triplane(
     Returns:
         [B, N, out]: raw colour, raw density last.
 
-    Derivatives: reference any order, to everything.
+    Derivatives: reference any order, to everything; cpu the first.
 
     Raises:
         ValueError, TypeError: Wrong ranks, shapes, dtypes or devices; unknown or missing backend.
@@ -49,7 +51,8 @@ def decode_triplane(
     check_together("decode_triplane", planes=planes, points=points, w0=w0, b0=b0, w1=w1, b1=b1)
     _check_network("decode_triplane", planes, w0, b0, w1, b1)
     check_shape("decode_triplane", "points", points, (planes.shape[0], "N", 3))
-    resolve("decode_triplane", backend, planes.device.type)
+    if resolve("decode_triplane", backend, planes.device.type) == "cpu":
+        return decode_features(sample_triplane_cpu(planes, points), w0, b0, w1, b1)
     return _reference(planes, points, w0, b0, w1, b1)
 
 
@@ -77,7 +80,7 @@ def decode_triplane_rays(
     Returns:
         [B, R, S, out]: raw colour, raw density last.
 
-    Derivatives: reference any order, to everything.
+    Derivatives: reference any order, to everything; cpu the first.
 
     Raises:
         ValueError, TypeError: Wrong ranks, shapes, dtypes or devices; a cube_scale that is not finite and positive;
@@ -93,5 +96,8 @@ def decode_triplane_rays(
     check_shape(op, "t", t, (planes.shape[0], ray_origins.shape[1], "S"))
     if not (math.isfinite(cube_scale) and cube_scale > 0):
         raise ValueError(f"{op}: cube_scale must be finite and positive (it divides the points), got {cube_scale}")
-    resolve("decode_triplane", backend, planes.device.type)
+    if resolve("decode_triplane", backend, planes.device.type) == "cpu":
+        points = points_on_rays(ray_origins, ray_directions, t) / cube_scale
+        features = sample_triplane_cpu(planes, points.flatten(1, 2))
+        return decode_features(features, w0, b0, w1, b1).unflatten(1, t.shape[1:])
     return _reference_rays(planes, ray_origins, ray_directions, t, w0, b0, w1, b1, cube_scale)

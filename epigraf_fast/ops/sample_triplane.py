@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from ..reference.sample_triplane import PLANE_AXES
 from ..reference.sample_triplane import sample_triplane as _reference
 from .backends import resolve
 from .checks import check_planes, check_shape, check_together
@@ -22,7 +24,7 @@ def sample_triplane(planes: Tensor, points: Tensor, *, backend: str | None = Non
     Returns:
         [B, N, C], dtype of `planes`.
 
-    Derivatives: reference any order, to planes and points.
+    Derivatives: reference any order, to planes and points; cpu (torch's grid sampler) the first.
 
     Raises:
         ValueError, TypeError: Wrong ranks, shapes, dtypes or devices; unknown or missing backend.
@@ -30,5 +32,17 @@ def sample_triplane(planes: Tensor, points: Tensor, *, backend: str | None = Non
     check_together("sample_triplane", planes=planes, points=points)
     check_planes("sample_triplane", planes)
     check_shape("sample_triplane", "points", points, (planes.shape[0], "N", 3))
-    resolve("sample_triplane", backend, planes.device.type)
+    if resolve("sample_triplane", backend, planes.device.type) == "cpu":
+        return sample_triplane_cpu(planes, points)
     return _reference(planes, points)
+
+
+def sample_triplane_cpu(planes: Tensor, points: Tensor) -> Tensor:
+    """The same by torch's vectorized grid sampler. Before torch 2.13 it has no second derivative, and says so."""
+    channels = planes.shape[1] // 3
+    features = 0
+    for plane, axes in zip(planes.split(channels, dim=1), PLANE_AXES, strict=True):
+        grid = points[:, :, None, axes].to(planes.dtype)  # [B, N, 1, 2]
+        sampled = torch.nn.functional.grid_sample(plane, grid, padding_mode="zeros", align_corners=True)
+        features = features + sampled.squeeze(3)  # [B, C, N]
+    return features.transpose(1, 2) / 3

@@ -20,7 +20,11 @@ def decode_triplane(planes: Tensor, points: Tensor, w0: Tensor, b0: Tensor, w1: 
     Returns:
         [B, N, out]: raw colour, then raw density last.
     """
-    features = sample_triplane(planes, points)
+    return decode_features(sample_triplane(planes, points), w0, b0, w1, b1)
+
+
+def decode_features(features: Tensor, w0: Tensor, b0: Tensor, w1: Tensor, b1: Tensor) -> Tensor:
+    """The network alone: [B, N, C] -> [B, N, out]."""
     hidden = torch.nn.functional.linear(features, w0, b0)
     hidden = torch.nn.functional.leaky_relu(hidden, 0.2) * 2**0.5
     return torch.nn.functional.linear(hidden, w1, b1)
@@ -47,5 +51,10 @@ def decode_triplane_rays(
     Returns:
         [B, R, S, out].
     """
-    points = (ray_origins[:, :, None] + t[..., None] * ray_directions[:, :, None]) / cube_scale  # [B, R, S, 3]
+    points = points_on_rays(ray_origins, ray_directions, t) / cube_scale
     return decode_triplane(planes, points.flatten(1, 2), w0, b0, w1, b1).unflatten(1, t.shape[1:])
+
+
+def points_on_rays(ray_origins: Tensor, ray_directions: Tensor, t: Tensor) -> Tensor:
+    """ray_origin + t ray_direction: [B, R, 3], [B, R, 3], [B, R, S] -> [B, R, S, 3]."""
+    return ray_origins[:, :, None] + t[..., None] * ray_directions[:, :, None]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,8 @@ from ..errors import UserError
 class RunLog:
     """Writes what a run measures.
 
-    `stats.jsonl` has one object per line: cur_nimg, kimg, seconds (of training, over all sessions), sec_per_kimg,
-    img_per_sec, and every statistic. A resumed run drops the lines beyond its checkpoint, so that no image counts twice.
+    `stats.jsonl` has one object per line: cur_nimg, kimg, seconds (over all sessions), sec_per_kimg, img_per_sec, and
+    every statistic. A resumed run drops the lines beyond its checkpoint, so that no image counts twice.
 
     Args:
         run_dir: Where.
@@ -36,6 +38,7 @@ class RunLog:
         self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self.seconds_before = kept[-1]["seconds"] if kept else 0.0
         self.started = self.last_time = time.perf_counter()
+        self.idle = 0.0  # seconds since the last line that were not training
         self.last_nimg = cur_nimg
         self.board = SummaryWriter(run_dir / "tensorboard", purge_step=cur_nimg or None)
         self.bar = tqdm(
@@ -54,8 +57,8 @@ class RunLog:
     def write(self, cur_nimg: int, statistics: dict[str, float]) -> None:
         """Writes one line of statistics everywhere."""
         now = time.perf_counter()
-        images, seconds = cur_nimg - self.last_nimg, now - self.last_time
-        self.last_nimg, self.last_time = cur_nimg, now
+        images, seconds = cur_nimg - self.last_nimg, now - self.last_time - self.idle
+        self.last_nimg, self.last_time, self.idle = cur_nimg, now, 0.0
         speed = {"sec_per_kimg": seconds / images * 1000, "img_per_sec": images / seconds} if images else {}
         line = {
             "cur_nimg": cur_nimg,
@@ -73,9 +76,12 @@ class RunLog:
             shown = {"s/kimg": f"{speed['sec_per_kimg']:.1f}", "img/s": f"{speed['img_per_sec']:.1f}"} | shown
         self.bar.set_postfix(shown, refresh=False)
 
-    def pause(self) -> None:
-        """Call after work that is not training (pictures, checkpoints, metrics), so that speeds leave it out."""
-        self.last_time = time.perf_counter()
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """For work that is not training (pictures, checkpoints, metrics): speeds leave it out."""
+        begun = time.perf_counter()
+        yield
+        self.idle += time.perf_counter() - begun
 
     def image(self, name: str, picture: np.ndarray, cur_nimg: int) -> None:
         """Adds a uint8 [H, W, 3] picture to TensorBoard."""

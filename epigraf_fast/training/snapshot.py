@@ -33,6 +33,7 @@ class Snapshots:
         self.config, self.dataset, self.generator, self.log = config, dataset, generator, log
         self.run_dir = Path(config.run_dir)
         columns, rows = config.grid
+        self.distance: FeatureDistance | None = None  # once needed, with the real images seen
         self.latents = fixed_latents(columns * rows, generator, dataset, config.camera, config.seed)
 
     def reals(self) -> Path:
@@ -70,18 +71,20 @@ class Snapshots:
     def measure(self, cur_nimg: int) -> float:
         """fd_efficientnet of `metric_images` generated against as many real images; added to metrics.json."""
         num = self.config.metric_images
-        distance = FeatureDistance(self.latents[0].device)
-        index = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(METRIC_SEED))[:num].tolist()
-        for first in range(0, len(index), BATCH):
-            distance.update_real(torch.stack([self.dataset[i][0] for i in index[first : first + BATCH]]))
+        if self.distance is None:
+            self.distance = FeatureDistance(self.latents[0].device)
+            index = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(METRIC_SEED))[:num]
+            for part in index.split(BATCH):
+                self.distance.update_real(torch.stack([self.dataset[i][0] for i in part.tolist()]))
+        self.distance.reset_fake()
         latents = fixed_latents(num, self.generator, self.dataset, self.config.camera, METRIC_SEED)
         for images in render_images(self.generator, *latents, self.config.resolution):
-            distance.update_fake(to_uint8(images.rgb))
-        value = distance.compute()
+            self.distance.update_fake(to_uint8(images.rgb))
+        value = self.distance.compute()
         path = self.run_dir / "metrics.json"
         entries = json.loads(path.read_text()) if path.is_file() else []
         entries = [entry for entry in entries if entry["cur_nimg"] < cur_nimg]
-        entries.append({"cur_nimg": cur_nimg, "fd_efficientnet": value, "generated": num, "real": len(index)})
+        entries.append({"cur_nimg": cur_nimg, "fd_efficientnet": value, "images": num})
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(entries, indent=2) + "\n")
         temporary.replace(path)

@@ -353,6 +353,24 @@ def test_float32():
         assert_close(actual, getattr(expected, name), name)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e3])
+def test_float32_derivatives(scale):
+    # In units of the largest; at 1e3 most rays are opaque and transmittances underflow.
+    sets = {name: x.float() for name, x in random_ray_sets(coarse=48, fine=48, colours=3, rays=20).items()}
+    for x in (sets["values"], sets["values_fine"]):
+        x[..., -1] *= scale
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        inputs = {name: x.to(dtype).requires_grad_(name.startswith("values")) for name, x in sets.items()}
+        values = (inputs["values"], inputs["values_fine"])
+        first = torch.autograd.grad(composite(**inputs).rgb.square().sum(), values, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), values)
+        results.append([*first, *second])
+    for order, (actual, expected) in enumerate(zip(*results, strict=True)):
+        largest = expected.abs().max()
+        assert_close(actual.double() / largest, expected / largest, f"derivative {order}", torch.float32)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

@@ -1,0 +1,105 @@
+"""Which backend a call gets, and what it says when there is none."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import pytest
+import torch
+
+from checks import assert_close, draw
+from epigraf_fast import ops
+from epigraf_fast.ops import backends
+
+NET = {"w0": draw(5, 2), "b0": draw(5), "w1": draw(4, 5), "b1": draw(4)}
+T = torch.arange(4.0).expand(1, 2, 4)
+
+# public op: (the op in the table of backends, a call that lacks the backend)
+CALLS = {
+    "sample_triplane": ("sample_triplane", functools.partial(ops.sample_triplane, draw(1, 6, 2, 2), draw(1, 3, 3))),
+    "decode_triplane": (
+        "decode_triplane",
+        functools.partial(ops.decode_triplane, draw(1, 6, 2, 2), draw(1, 3, 3), **NET),
+    ),
+    "decode_triplane_rays": (
+        "decode_triplane",
+        functools.partial(
+            ops.decode_triplane_rays, draw(1, 6, 2, 2), draw(1, 2, 3), draw(1, 2, 3), draw(1, 2, 4), **NET
+        ),
+    ),
+    "sample_importance": (
+        "sample_importance",
+        functools.partial(ops.sample_importance, T, draw(1, 2, 4, dtype=torch.float32), T / 3),
+    ),
+    "invert_cdf": ("sample_importance", functools.partial(ops.invert_cdf, T[0, 0], T[0, 0, 1:], T[0, 0] / 3)),
+    "composite": ("composite", functools.partial(ops.composite, T, draw(1, 2, 4, 4, dtype=torch.float32))),
+    "bias_act": ("bias_act", functools.partial(ops.bias_act, draw(2, 3), draw(3))),
+    "upfirdn2d": ("upfirdn2d", functools.partial(ops.upfirdn2d, draw(1, 2, 4, 4), draw(3))),
+    "conv2d_resample": (
+        "modulated_conv2d",
+        functools.partial(ops.conv2d_resample, draw(1, 2, 4, 4), draw(3, 2, 3, 3)),
+    ),
+    "modulated_conv2d": (
+        "modulated_conv2d",
+        functools.partial(ops.modulated_conv2d, draw(1, 2, 4, 4), draw(3, 2, 3, 3), draw(1, 2)),
+    ),
+}
+
+
+def test_status_covers_the_table():
+    status = backends.status()
+    assert tuple(status) == backends.OPS
+    for op, row in status.items():
+        assert tuple(row) == backends.BACKENDS, op
+        assert row["reference"] is None, op
+        assert all(reason is None or reason for reason in row.values()), op
+
+
+def test_every_public_op_is_called_here():
+    assert {*CALLS} == {*ops.__all__} - {"Composite"}
+    assert {op for op, _ in CALLS.values()} == {*backends.OPS}
+
+
+@pytest.mark.parametrize("op", backends.OPS)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_resolve_gives_one_that_is_there(op, device):
+    chosen = backends.resolve(op, None, device)
+    assert backends.status()[op][chosen] is None
+    assert backends.resolve(op, "reference", device) == "reference"
+
+
+def test_resolve_says_why_one_is_missing(monkeypatch):
+    status = {"bias_act": dict.fromkeys(backends.BACKENDS)}
+    status["bias_act"]["cuda"] = "the extension was not built"
+    monkeypatch.setattr(backends, "status", lambda: status)
+    message = r"bias_act: backend 'cuda' is not available on \w+ \(the extension was not built\)"
+    with pytest.raises(ValueError, match=message):
+        backends.resolve("bias_act", "cuda", "cuda")
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_missing_backend_is_an_error_that_says_why(name):
+    op, call = CALLS[name]
+    for backend, reason in backends.status()[op].items():
+        if reason is not None:
+            message = re.escape(f"{op}: backend {backend!r} is not available on cpu ({reason})")
+            with pytest.raises(ValueError, match=message):
+                call(backend=backend)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_unknown_backend_is_an_error_that_lists_the_known(name):
+    op, call = CALLS[name]
+    message = re.escape(f"{op}: backend must be None or one of reference, triton, cuda, cpu, got 'numpy'")
+    with pytest.raises(ValueError, match=message):
+        call(backend="numpy")
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_default_gives_what_the_reference_gives(name):
+    _, call = CALLS[name]
+    actual, expected = call(), call(backend="reference")
+    if name == "composite":
+        actual, expected = actual.rgb, expected.rgb
+    assert_close(actual, expected, name)
