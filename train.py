@@ -1,11 +1,12 @@
 """Trains EpiGRAF: parse, build, loop, save.
 
-python train.py demo
-python train.py ffhq --data datasets/ffhq.zip --resolution 512 --batch 64 --run-dir runs/ffhq
-python train.py ffhq --data datasets/ffhq.zip --dry-run
-python train.py ffhq --data datasets/ffhq.zip --run-dir runs/ffhq --resume auto
+  python train.py demo
+  python train.py ffhq --data datasets/ffhq.zip --resolution 512 --batch 64 --run-dir runs/ffhq
+  python train.py ffhq --data datasets/ffhq.zip --dry-run
+  python train.py ffhq --data datasets/ffhq.zip --run-dir runs/ffhq --resume auto
 """
 
+import contextlib
 import json
 import random
 import signal
@@ -32,7 +33,7 @@ from epigraf_fast.training.checkpoint import (
 from epigraf_fast.training.log import RunLog
 from epigraf_fast.training.memory import meta_networks, parameter_count, step_bytes
 from epigraf_fast.training.snapshot import Snapshots
-from epigraf_fast.training.step import Trainer
+from epigraf_fast.training.step import Trainer, check_backend
 
 
 class StopRequest:
@@ -52,8 +53,9 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 done, 1 training diverged, 2 a fault in the input, 128 + n stopped by signal n."""
     command = parse(argv)
     try:
-        config, device = command.config, pick_device(command.config)
+        config = command.config
         check(config)
+        device = pick_device(config)
         dataset = ImageDataset(
             config.data, config.resolution, use_labels=config.loader.labels, mirror=config.loader.mirror
         )
@@ -93,6 +95,7 @@ def pick_device(config: Config) -> torch.device:
         raise UserError("device is cuda, but torch sees no GPU: see python -m epigraf_fast.doctor")
     if name == "cpu" and config.precision != "fp32":
         raise UserError(f"precision {config.precision} needs a GPU, a CPU computes in fp32: set --precision fp32")
+    check_backend(config.backend, name)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision != "fp32"
     return torch.device(name)
 
@@ -113,7 +116,7 @@ def dry_run(config: Config, dataset: ImageDataset) -> int:
 
 
 def train(config: Config, dataset: ImageDataset, device: torch.device, resume: str | None) -> int:
-    """Builds or restores a run, and trains it to its end."""
+    """Builds or restores a run, and trains it."""
     run_dir = Path(config.run_dir)
     checkpoint = find_checkpoint(resume, run_dir) if resume else None
     if not resume and list_checkpoints(run_dir):
@@ -131,9 +134,13 @@ def train(config: Config, dataset: ImageDataset, device: torch.device, resume: s
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
     print(doctor.format_backends(doctor.report()))
+    with contextlib.closing(RunLog(run_dir, config.kimg, trainer.cur_nimg)) as log:
+        return loop(config, dataset, trainer, log)
 
-    stop = StopRequest()
-    log = RunLog(run_dir, config.kimg, trainer.cur_nimg)
+
+def loop(config: Config, dataset: ImageDataset, trainer: Trainer, log: RunLog) -> int:
+    """Trains a run to its end, or until a signal."""
+    run_dir, stop = Path(config.run_dir), StopRequest()
     snapshots = Snapshots(config, dataset, trainer.average, log)
     total = round(config.kimg * 1000)
     if trainer.cur_nimg == 0:
@@ -142,7 +149,7 @@ def train(config: Config, dataset: ImageDataset, device: torch.device, resume: s
             log.say(f"initial samples: {snapshots.grids(0)[0]}")
             if config.metric_images:
                 log.say(f"fd_efficientnet: {snapshots.measure(0):.1f}")
-    loader = make_loader(dataset, config.batch, config.seed, trainer.cur_nimg, config.loader.workers, device=device)
+    loader = make_loader(dataset, config.batch, config.seed, trainer.cur_nimg, config.loader.workers, device=trainer.device)
 
     def crossed(kimg: float) -> bool:
         """Whether the last iteration stepped over a multiple of this many kimg."""
@@ -166,8 +173,7 @@ def train(config: Config, dataset: ImageDataset, device: torch.device, resume: s
             with log.pause():
                 path = save()
         if stop.signal:
-            log.close()
-            print(f"stopped by signal {stop.signal}; saved {path}; go on with --resume {run_dir}")
+            log.say(f"stopped by signal {stop.signal}; saved {path}; go on with --run-dir {run_dir} --resume auto")
             return 128 + stop.signal
 
     log.say(f"samples:         {' '.join(map(str, snapshots.grids(trainer.cur_nimg)))}")
@@ -175,7 +181,6 @@ def train(config: Config, dataset: ImageDataset, device: torch.device, resume: s
         log.say(f"turntable:       {snapshots.turntable()}")
     if config.metric_images:
         log.say(f"fd_efficientnet: {snapshots.measure(trainer.cur_nimg):.1f} ({run_dir / 'metrics.json'})")
-    log.close()
     return 0
 
 

@@ -110,10 +110,10 @@ def pixel_grid(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Image-plane coordinates of the pixels, corner-aligned: x from -1 to 1 left to right, y from 1 to -1 top to bottom.
+    """Image-plane coordinates of the pixels, corner-aligned: x from -1 to 1 rightwards, y from 1 to -1 downwards.
 
-    A patch of scale s and offset (ox, oy) sees x' = (x + 1) s - 1 + 2 ox and y' = (y + 1) s - 1 + 2 oy, so `offset_y` is
-    measured from the bottom of the image.
+    A patch of scale s and offset (ox, oy) sees x' = (x + 1) s - 1 + 2 ox and y' = (y + 1) s - 1 + 2 oy, so `offset_y`
+    is measured from the bottom of the image.
 
     Args:
         resolution: Pixels along each side of the image or patch.

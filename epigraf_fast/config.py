@@ -164,8 +164,8 @@ class Config:
     run_dir: str = "runs/run"
     seed: int = 0
     precision: Literal["fp32", "tf32", "fp16"] = "fp32"
-    """fp32: no TF32, and fp16 only in discriminator.half_blocks; tf32: the same with TF32 matrix products; fp16: also the
-    top 4 resolutions of G and blocks of D in fp16. A CPU computes in fp32."""
+    """fp32: no TF32, and fp16 only in discriminator.half_blocks; tf32: the same with TF32 matrix products; fp16: also
+    the top 4 resolutions of G and blocks of D in fp16. A CPU computes in fp32."""
     backend: str | None = None
     """Of the ops: reference, or default: the fastest that is there."""
     device: str | None = None
@@ -290,10 +290,12 @@ def check(config: Config) -> None:
     if c.batch < 1 or c.micro < 1 or c.batch % c.micro:
         raise UserError(f"batch must be a positive multiple of micro_batch, got {c.batch} and {c.micro}")
     group = min(c.discriminator.minibatch_std_group, c.micro)
-    if group < 1 or c.micro % group:
+    if group < 1:
+        raise UserError(f"discriminator.minibatch_std_group must be at least 1, got {group}")
+    if c.micro % group:
         raise UserError(
             f"micro_batch must be a multiple of discriminator.minibatch_std_group = {group}, got {c.micro}: "
-            f"set --micro-batch {max(group, c.micro // max(group, 1) * group)}"
+            f"set --micro-batch {c.micro // group * group}"
         )
     positive = {
         "kimg": c.kimg,

@@ -47,7 +47,7 @@ def report() -> Report:
             "epigraf_fast": __version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "torch's CUDA": torch.version.cuda,
+            "torch_cuda": torch.version.cuda,
             "triton": _version("triton"),
             "numpy": _version("numpy"),
             "nvcc": _nvcc(),

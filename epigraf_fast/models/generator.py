@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
-from ..camera import cam2world_matrix, camera_rays
 from ..config import CameraConfig, GeneratorConfig, RendererConfig
 from .decoder import Decoder
 from .layers import camera_numbers
 from .mapping import StyleMapping
-from .renderer import Renderer, Rendering
+from .renderer import Images, Renderer, render_planes
 from .synthesis import Synthesis
-
-EVALUATION_CHUNK = 2**18  # samples in flight when a full image is rendered without gradients
-
-
-class Images(NamedTuple):
-    """Rendered images."""
-
-    rgb: Tensor  # [B, 3, H, W], about [-1, 1]
-    depth: Tensor  # [B, 1, H, W] sum of w t, world units; not normalized
-    weight_sum: Tensor  # [B, 1, H, W] opacity
 
 
 class Generator(nn.Module):
@@ -103,37 +90,18 @@ class Generator(nn.Module):
         fov: float | Tensor | None = None,
         **render_options: bool | float | Tensor | None,
     ) -> Images:
-        """Renders planes from cameras, as full images or patches of resolution^2 pixels.
-
-        Without gradients the rays go through in chunks, so that memory stays bounded at any resolution.
-
-        Args:
-            planes: [B, 3*C, H, W].
-            angles: [B, 3] radians.
-            patch_scale, patch_offset: [B], [B, 2], or None for the whole image.
-            fov: Degrees, a number or [B]; default: the camera's.
-            render_options: See `Renderer.forward`.
-        """
-        cam2world = cam2world_matrix(angles, self.camera.radius)
-        fov = self.camera.fov if fov is None else fov
-        rays = camera_rays(cam2world, fov, resolution, patch_scale, patch_offset)
-        num_rays = resolution**2
-        chunk = num_rays
-        if not torch.is_grad_enabled():
-            samples = self.renderer.config.coarse_samples + self.renderer.config.fine_samples
-            chunk = max(1, EVALUATION_CHUNK // (len(planes) * samples))
-        parts = []
-        for first in range(0, num_rays, chunk):
-            part = slice(first, first + chunk)
-            # Draws that were handed in are per ray, and are cut with the rays.
-            options = {k: v[:, part] if isinstance(v, Tensor) and v.ndim == 3 else v for k, v in render_options.items()}
-            parts.append(self.renderer(planes, self.decoder, rays[0][:, part], rays[1][:, part], **options))
-        whole = Rendering(*(torch.cat(x, dim=1) for x in zip(*parts, strict=True))) if len(parts) > 1 else parts[0]
-        size = (resolution, resolution)
-        return Images(
-            whole.rgb.transpose(1, 2).unflatten(2, size),
-            whole.depth[:, None].unflatten(2, size),
-            whole.weight_sum[:, None].unflatten(2, size),
+        """Renders planes [B, 3*C, H, W] as full images or patches of resolution^2 pixels; see `render_planes`."""
+        return render_planes(
+            self.renderer,
+            self.decoder,
+            self.camera,
+            planes,
+            angles,
+            resolution,
+            patch_scale,
+            patch_offset,
+            fov=fov,
+            **render_options,
         )
 
     def forward(

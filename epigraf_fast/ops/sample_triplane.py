@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..reference.sample_triplane import PLANE_AXES
 from ..reference.sample_triplane import sample_triplane as _reference
 from .backends import resolve
 from .checks import check_planes, check_shape, check_together
@@ -39,10 +38,10 @@ def sample_triplane(planes: Tensor, points: Tensor, *, backend: str | None = Non
 
 def sample_triplane_cpu(planes: Tensor, points: Tensor) -> Tensor:
     """The same by torch's vectorized grid sampler. Before torch 2.13 it has no second derivative, and says so."""
-    channels = planes.shape[1] // 3
+    positions = points[..., :2], points[..., ::2], points[..., 1:]  # [B, N, 2] each: reference's PLANE_AXES, as views
     features = 0
-    for plane, axes in zip(planes.split(channels, dim=1), PLANE_AXES, strict=True):
-        grid = points[:, :, None, axes].to(planes.dtype)  # [B, N, 1, 2]
+    for plane, position in zip(planes.chunk(3, dim=1), positions, strict=True):
+        grid = position[:, :, None].to(planes.dtype)  # [B, N, 1, 2]
         sampled = torch.nn.functional.grid_sample(plane, grid, padding_mode="zeros", align_corners=True)
         features = features + sampled.squeeze(3)  # [B, C, N]
     return features.transpose(1, 2) / 3

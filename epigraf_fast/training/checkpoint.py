@@ -88,7 +88,8 @@ def save_checkpoint(run_dir: Path, config: Config, trainer_state: dict[str, Any]
     finally:
         os.close(directory)
     for old in list_checkpoints(run_dir)[:-keep]:
-        old.unlink()
+        if old != path:  # which is not the last one where a damaged one was passed over on resume
+            old.unlink()
     for left in path.parent.glob("*.tmp"):  # of a process that was killed while writing
         left.unlink()
     return path
@@ -120,13 +121,18 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[Con
 def find_checkpoint(resume: str, run_dir: Path) -> Path | None:
     """What `--resume` means: a checkpoint file, a run folder (its newest readable one), or "auto".
 
-    "auto" is the newest readable checkpoint of `run_dir`, or None when it has none. A damaged newest one is skipped with
-    a warning.
+    "auto" is the newest readable checkpoint of `run_dir`, or None when it has none. A damaged newest one is skipped
+    with a warning.
 
     Raises:
-        UserError: Nothing to resume from.
+        UserError: Nothing to resume from, or `run_dir` holds a run that goes on from somewhere else.
     """
     path = run_dir if resume == "auto" else Path(resume)
+    own = list_checkpoints(run_dir)
+    if own and path.resolve() not in (run_dir.resolve(), own[-1].resolve()):
+        raise UserError(
+            f"{run_dir} already holds a run that reaches {own[-1].name}: choose another --run-dir to go on from {path}"
+        )
     if path.is_file():
         return path
     candidates = list_checkpoints(path)

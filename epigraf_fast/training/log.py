@@ -40,7 +40,7 @@ class RunLog:
         self.started = self.last_time = time.perf_counter()
         self.idle = 0.0  # seconds since the last line that were not training
         self.last_nimg = cur_nimg
-        self.board = SummaryWriter(run_dir / "tensorboard", purge_step=cur_nimg or None)
+        self.board = SummaryWriter(run_dir / "tensorboard", purge_step=cur_nimg + 1)
         self.bar = tqdm(
             total=round(kimg, 3),
             initial=round(cur_nimg / 1000, 3),

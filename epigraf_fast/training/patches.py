@@ -34,8 +34,8 @@ def sample_patches(
         resolution: R.
         batch: Images per iteration.
         num: Samples in this micro-batch, a multiple of min(group, num).
-        group: The minibatch-std group: sample i takes draw i mod n, n = num / group ("strided"; those groups are strided,
-            too), or i div group ("consecutive").
+        group: The minibatch-std group: sample i takes draw i mod n, n = num / group ("strided"; those groups are
+            strided, too), or i div group ("consecutive").
         scale_draw, offset_draw: Uniform [n], [n, 2] in place of fresh draws.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Everything that changes during training, as functions of the images seen at the start of an iteration (`cur_nimg`)."""
+"""Everything that changes during training, as functions of `cur_nimg`, the images seen at an iteration's start."""
 
 from __future__ import annotations
 

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from ..camera import sample_angles
 from ..config import Config
 from ..data import ImageDataset
+from ..errors import UserError
 from ..models.discriminator import Discriminator
 from ..models.generator import Generator
+from ..ops import backends
 from .ema import average_of, update_average
 from .losses import blur, discriminator_loss, generator_loss, r1_penalty
 from .patches import extract_patches, sample_patches
@@ -35,12 +37,21 @@ class Samples(NamedTuple):
 
 
 def swap_poses(angles: Tensor, probability: float) -> Tensor:
-    """Each pose is picked with a probability, and the picked ones are rolled by one among themselves. [N, 3] -> [N, 3]."""
+    """Each pose is picked with a probability; the picked ones are rolled by one among themselves. [N, 3] -> [N, 3]."""
     picked = torch.rand(len(angles), device=angles.device) < probability
     places = (~picked).to(torch.uint8).argsort(stable=True)  # those of the picked ones come first
     rank = picked.cumsum(0) - 1
     before = places[(rank - 1) % picked.sum().clamp(min=1)]
     return torch.where(picked[:, None], angles[before], angles)
+
+
+def check_backend(backend: str | None, device_type: str) -> None:
+    """Raises UserError unless every op has the backend on this kind of device."""
+    for op in backends.OPS:
+        try:
+            backends.resolve(op, backend, device_type)
+        except ValueError as error:
+            raise UserError(f"{error} (leave --backend out)") from None
 
 
 class Trainer:
@@ -83,7 +94,7 @@ class Trainer:
         self.cur_nimg = 0
         self.iterations = 0
         self.augment_p = torch.zeros([], device=device)
-        self.sums: dict[str, Tensor] = {}  # of every statistic since `take_statistics`, and how many went in
+        self.sums: dict[str, Tensor] = {}  # of every statistic since `reset_statistics`, and how many went in
         self.counts: dict[str, int] = {}
 
     def _adam(self, module: nn.Module, lr: float, lazy: float) -> torch.optim.Adam:
@@ -250,9 +261,20 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`."""
-        for name in ("generator", "discriminator", "average", "g_optimizer", "d_optimizer"):
-            getattr(self, name).load_state_dict(state[name])
+        """The inverse of `state_dict`; learning rates and betas stay those of the settings.
+
+        Raises:
+            UserError: The networks have other shapes.
+        """
+        try:
+            for name in ("generator", "discriminator", "average"):
+                getattr(self, name).load_state_dict(state[name])
+        except RuntimeError:  # the settings agree, so it is the number of classes
+            raise UserError(
+                f"the checkpoint's {name} does not fit, the data set has other labels: give the set it was trained on"
+            ) from None
+        for optimizer, name in ((self.g_optimizer, "g_optimizer"), (self.d_optimizer, "d_optimizer")):
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state[name]["state"]})
         self.cur_nimg, self.iterations = state["cur_nimg"], state["iterations"]
         self.augment_p.copy_(state["augment_p"])
         self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}

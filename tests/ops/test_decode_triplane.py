@@ -1,4 +1,4 @@
-"""decode_triplane and decode_triplane_rays: the reference against the formula and numbers worked by hand."""
+"""decode_triplane and decode_triplane_rays, reference and cpu, against the formula and numbers worked by hand."""
 
 from __future__ import annotations
 
@@ -11,8 +11,22 @@ import torch
 from checks import assert_close, draw, draw_uniform, gradcheck, gradgradcheck, layouts
 from epigraf_fast import ops
 
-decode_triplane = functools.partial(ops.decode_triplane, backend="reference")
-decode_triplane_rays = functools.partial(ops.decode_triplane_rays, backend="reference")
+BACKENDS = ["reference", "cpu"]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param
+
+
+@pytest.fixture
+def decode_triplane(backend):
+    return functools.partial(ops.decode_triplane, backend=backend)
+
+
+@pytest.fixture
+def decode_triplane_rays(backend):
+    return functools.partial(ops.decode_triplane_rays, backend=backend)
 
 
 def network(channels=3, hidden=5, out=4, dtype=torch.float64):
@@ -34,7 +48,7 @@ def hand_network():
     }
 
 
-def test_value_by_hand():
+def test_value_by_hand(decode_triplane):
     planes = torch.tensor([3, 6, 9], dtype=torch.float64).view(1, 3, 1, 1)  # the feature is 6, everywhere
     points = torch.zeros(1, 1, 3, dtype=torch.float64)
     # Before the activation: 6 and -6 + 1 = -5; after it: 6 sqrt(2) = 8.4852814 and -5 * 0.2 * sqrt(2) = -1.4142136.
@@ -44,7 +58,7 @@ def test_value_by_hand():
     )
 
 
-def test_gradients_by_hand():
+def test_gradients_by_hand(decode_triplane):
     planes = torch.tensor([3, 6, 9], dtype=torch.float64).view(1, 3, 1, 1).requires_grad_()
     net = {name: x.requires_grad_() for name, x in hand_network().items()}
     out = decode_triplane(planes, torch.zeros(1, 1, 3, dtype=torch.float64), **net)
@@ -62,7 +76,7 @@ def test_gradients_by_hand():
         assert_close(gradient, value, f"gradient to {name}", "hand")
 
 
-def test_kink_has_the_slope_of_the_negative_side():
+def test_kink_has_the_slope_of_the_negative_side(decode_triplane):
     planes = torch.zeros(1, 3, 1, 1, dtype=torch.float64, requires_grad=True)
     net = hand_network()
     net["b0"] = torch.zeros(2, dtype=torch.float64)
@@ -71,7 +85,7 @@ def test_kink_has_the_slope_of_the_negative_side():
 
 
 @pytest.mark.parametrize(("channels", "hidden", "out"), [(32, 64, 4), (5, 7, 4), (1, 1, 1)])
-def test_equals_the_formula(channels, hidden, out):
+def test_equals_the_formula(decode_triplane, channels, hidden, out):
     planes = draw(2, 3 * channels, 5, 6, seed=1)
     points = 2.4 * draw_uniform(2, 17, 3, seed=2) - 1.2
     net = network(channels, hidden, out)
@@ -82,7 +96,7 @@ def test_equals_the_formula(channels, hidden, out):
     assert_close(decode_triplane(planes, points, **net), expected, "out")
 
 
-def test_points_of_a_ray_by_hand():
+def test_points_of_a_ray_by_hand(decode_triplane, decode_triplane_rays):
     # From (0.1, 0, 1) along (0, 0, -1): t = 0.7 is (0.1, 0, 0.3), t = 1.5 is (0.1, 0, -0.5); divided by 0.5 that is
     # (0.2, 0, 0.6) and (0.2, 0, -1).
     planes, net = draw(1, 9, 4, 4), network()
@@ -95,7 +109,7 @@ def test_points_of_a_ray_by_hand():
 
 
 @pytest.mark.parametrize("cube_scale", [1.0, 0.2])
-def test_rays_equal_points(cube_scale):
+def test_rays_equal_points(decode_triplane, decode_triplane_rays, cube_scale):
     planes, net = draw(2, 9, 4, 5, seed=1), network()
     origins, directions = 0.1 * draw(2, 3, 3, seed=2), 0.2 * draw(2, 3, 3, seed=3)
     t = draw_uniform(2, 3, 4, seed=4)
@@ -108,17 +122,25 @@ def test_rays_equal_points(cube_scale):
             assert_close(actual[:, ray, sample], expected, f"ray {ray}, sample {sample}")
 
 
-def test_derivatives_at_points():
+def check_derivatives(function, inputs, backend, what):
+    gradcheck(function, inputs, what)
+    try:
+        gradgradcheck(function, inputs, what)
+    except RuntimeError as error:  # the grid sampler of an older torch has one derivative only, and must say so
+        if backend == "reference" or "grid_sampler_2d_backward" not in str(error):
+            raise
+
+
+def test_derivatives_at_points(decode_triplane, backend):
     inputs = {
         "planes": draw(1, 6, 3, 2, seed=1),
         "points": 2.4 * draw_uniform(1, 2, 3, seed=2) - 1.2,
         **network(channels=2, hidden=3, out=2),
     }
-    gradcheck(decode_triplane, inputs, "decode_triplane")
-    gradgradcheck(decode_triplane, inputs, "decode_triplane")
+    check_derivatives(decode_triplane, inputs, backend, "decode_triplane")
 
 
-def test_derivatives_along_rays():
+def test_derivatives_along_rays(decode_triplane_rays, backend):
     inputs = {
         "planes": draw(1, 3, 3, 2, seed=1),
         "ray_origins": 0.1 * draw(1, 2, 3, seed=2),
@@ -127,12 +149,11 @@ def test_derivatives_along_rays():
         **network(channels=1, hidden=3, out=2),
     }
     function = functools.partial(decode_triplane_rays, cube_scale=0.7)
-    gradcheck(function, inputs, "decode_triplane_rays")
-    gradgradcheck(function, inputs, "decode_triplane_rays")
+    check_derivatives(function, inputs, backend, "decode_triplane_rays")
 
 
 @pytest.mark.parametrize(("batch", "rays", "samples"), [(0, 2, 3), (2, 0, 3), (2, 2, 0)])
-def test_empty(batch, rays, samples):
+def test_empty(decode_triplane, decode_triplane_rays, batch, rays, samples):
     planes, net = draw(batch, 9, 3, 4).requires_grad_(), network()
     out = decode_triplane(planes, draw(batch, rays * samples, 3), **net)
     assert out.shape == (batch, rays * samples, 4)
@@ -144,7 +165,7 @@ def test_empty(batch, rays, samples):
     assert_close(gradient, torch.zeros(batch, 9, 3, 4), "gradient to planes", "exact")
 
 
-def test_layout_does_not_matter():
+def test_layout_does_not_matter(decode_triplane_rays):
     inputs = {
         "planes": draw(2, 9, 4, 5, seed=1),
         "ray_origins": 0.1 * draw(2, 3, 3, seed=2),
@@ -158,7 +179,7 @@ def test_layout_does_not_matter():
             assert_close(decode_triplane_rays(**{**inputs, changed: view}), expected, f"{changed}: {name}")
 
 
-def test_float32():
+def test_float32(decode_triplane):
     inputs = {"planes": draw(1, 9, 4, 4), "points": draw_uniform(1, 9, 3), **network()}
     out = decode_triplane(**{name: x.float() for name, x in inputs.items()})
     assert out.dtype == torch.float32
@@ -190,7 +211,7 @@ NETWORK_ERRORS = [
 def test_errors_at_points(change, error, message):
     arguments = {"planes": draw(2, 9, 3, 4), "points": draw(2, 6, 3), **network(), **change}
     with pytest.raises(error, match=re.escape(f"decode_triplane: {message}")):
-        decode_triplane(**arguments)
+        ops.decode_triplane(**arguments)
 
 
 @pytest.mark.parametrize(
@@ -217,4 +238,4 @@ def test_errors_along_rays(change, error, message):
         **change,
     }
     with pytest.raises(error, match=re.escape(f"decode_triplane_rays: {message}")):
-        decode_triplane_rays(**arguments)
+        ops.decode_triplane_rays(**arguments)

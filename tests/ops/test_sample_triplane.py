@@ -1,4 +1,4 @@
-"""sample_triplane: the reference against numbers worked by hand and against torch's grid_sample."""
+"""sample_triplane: the reference and the cpu backend against numbers worked by hand and against torch's grid_sample."""
 
 from __future__ import annotations
 
@@ -8,16 +8,31 @@ import re
 import pytest
 import torch
 
-from checks import assert_close, assert_finite, draw, draw_uniform, gradcheck, gradgradcheck, layouts
+from checks import (
+    assert_close,
+    assert_error_within_reference,
+    assert_finite,
+    draw,
+    draw_uniform,
+    gradcheck,
+    gradgradcheck,
+    layouts,
+)
 from epigraf_fast import ops
 
-sample_triplane = functools.partial(ops.sample_triplane, backend="reference")
+reference = functools.partial(ops.sample_triplane, backend="reference")
+cpu = functools.partial(ops.sample_triplane, backend="cpu")
 
 # One channel, three planes of 2 rows and 3 columns.
 HAND_PLANES = torch.tensor(
     [[[[0, 1, 2], [10, 11, 12]], [[0, 100, 200], [0, 0, 400]], [[1, 3, 0], [5, 7, 0]]]], dtype=torch.float64
 )
 HAND_POINT = torch.tensor([[[0.5, -0.5, 0.0]]], dtype=torch.float64)
+
+
+@pytest.fixture(params=[reference, cpu], ids=["reference", "cpu"])
+def sample_triplane(request):
+    return request.param
 
 
 def grid_sample_triplane(planes, points):
@@ -30,7 +45,7 @@ def grid_sample_triplane(planes, points):
     return torch.stack(samples).mean(dim=0)
 
 
-def test_value_by_hand():
+def test_value_by_hand(sample_triplane):
     # plane 0 at (c0, c1) = (0.5, -0.5): column (0.5 + 1) * 2/2 = 1.5, row (-0.5 + 1) * 1/2 = 0.25;
     #   row 0 is 1.5 there and row 1 is 11.5: 1.5 + 0.25 * 10 = 4
     # plane 1 at (c0, c2) = (0.5, 0): column 1.5, row 0.5; rows are 150 and 200 there: 175
@@ -39,7 +54,7 @@ def test_value_by_hand():
     assert_close(sample_triplane(HAND_PLANES, HAND_POINT), [[[61.0]]], "feature")
 
 
-def test_gradients_by_hand():
+def test_gradients_by_hand(sample_triplane):
     planes, point = HAND_PLANES.clone().requires_grad_(), HAND_POINT.clone().requires_grad_()
     grad_planes, grad_points = torch.autograd.grad(sample_triplane(planes, point).sum(), (planes, point))
     # A column is 1 wide in coordinates and a row 2. To c0: plane 0 slopes by 1 per column; plane 1 by 100 in row 0 and
@@ -59,13 +74,13 @@ def test_gradients_by_hand():
     assert_close(grad_planes, expected[None] / 3, "gradient to planes")
 
 
-def test_corners_are_texel_centres():
+def test_corners_are_texel_centres(sample_triplane):
     # (-1, -1, -1) is the first texel of every plane: 0, 0, 1. (1, 1, 1) is the last: 12, 400, 0.
     corners = torch.tensor([[[-1, -1, -1], [1, 1, 1]]], dtype=torch.float64)
     assert_close(sample_triplane(HAND_PLANES, corners), [[[1 / 3], [412 / 3]]], "corners")
 
 
-def test_texels_outside_count_as_zero():
+def test_texels_outside_count_as_zero(sample_triplane):
     # c0 = 1.5 is column 2.5: half of the last column is left. At c1 = c2 = -1: plane 0 gives 2 / 2, plane 1 200 / 2,
     # plane 2 at (-1, -1) 1. c0 = 2 is column 3: nothing of planes 0 and 1. c0 = -1.25 is column -0.25: 3/4 of column 0.
     points = torch.tensor([[[1.5, -1, -1], [2, -1, -1], [-1.25, 1, 1]]], dtype=torch.float64)
@@ -75,7 +90,7 @@ def test_texels_outside_count_as_zero():
 
 @pytest.mark.parametrize("channels", [1, 5, 8])
 @pytest.mark.parametrize(("height", "width"), [(7, 4), (2, 9), (16, 16), (1, 6), (6, 1), (1, 1)])
-def test_equals_grid_sample(channels, height, width):
+def test_equals_grid_sample(sample_triplane, channels, height, width):
     planes = draw(2, 3 * channels, height, width, seed=1).requires_grad_()
     points = (4 * draw_uniform(2, 50, 3, seed=2) - 2).requires_grad_()  # a good part is outside
     grad_y = draw(2, 50, channels, seed=3)
@@ -89,17 +104,7 @@ def test_equals_grid_sample(channels, height, width):
         assert_close(actual_gradient, expected_gradient, f"gradient to {name}")
 
 
-def test_second_derivatives_equal_those_of_grid_sample():
-    planes, points = draw(1, 6, 4, 5, seed=1).requires_grad_(), (2 * draw_uniform(1, 9, 3) - 1).requires_grad_()
-    results = []
-    for function in (sample_triplane, grid_sample_triplane):
-        gradients = torch.autograd.grad(function(planes, points).square().sum(), (planes, points), create_graph=True)
-        results.append(torch.autograd.grad(sum(g.square().sum() for g in gradients), (planes, points)))
-    for name, actual, expected in zip(("planes", "points"), *results, strict=True):
-        assert_close(actual, expected, f"second derivative to {name}")
-
-
-def test_cell_borders():
+def test_cell_borders(sample_triplane):
     # With 5 texels on a side these are exactly texels, the borders -1 and 1 among them, and the first ones outside.
     axis = torch.tensor([-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5], dtype=torch.float64)
     points = torch.cartesian_prod(axis, axis, axis)[None].requires_grad_()
@@ -112,7 +117,7 @@ def test_cell_borders():
     assert_close(actual_gradient, expected_gradient, "gradient to points")
 
 
-def test_constant_planes_have_no_gradient_to_points_on_texels():
+def test_constant_planes_have_no_gradient_to_points_on_texels(sample_triplane):
     points = torch.tensor([[[-1.0, 0.0, 0.5], [0.0, 0.0, 0.0]]], dtype=torch.float64, requires_grad=True)
     (gradient,) = torch.autograd.grad(sample_triplane(torch.ones_like(draw(1, 3, 5, 5)), points).sum(), points)
     assert_close(gradient, torch.zeros(1, 2, 3), "gradient to points", "exact")
@@ -121,7 +126,7 @@ def test_constant_planes_have_no_gradient_to_points_on_texels():
 @pytest.mark.parametrize(("height", "width"), [(4, 4), (2, 2), (4, 1)])
 @pytest.mark.parametrize("far", [1e9, -1e9, 1e30, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_far_points_are_empty(far, height, width, dtype):
+def test_far_points_are_empty(sample_triplane, far, height, width, dtype):
     planes = draw(1, 6, height, width, dtype=dtype).requires_grad_()
     points = torch.full((1, 2, 3), far, dtype=dtype)
     points[0, 1] = torch.tensor([0.0, far, 0.0], dtype=dtype)  # outside planes 0 and 2 only
@@ -135,7 +140,7 @@ def test_far_points_are_empty(far, height, width, dtype):
         assert_finite(gradient, f"gradient to {name}")
 
 
-def test_a_point_that_is_nan_shows():
+def test_a_point_that_is_nan_shows(sample_triplane):
     points = torch.tensor([[[0.0, torch.nan, 0.0], [0.0, 0.0, 0.0]]])
     features = sample_triplane(torch.ones(1, 3, 4, 4), points)
     assert features[0, 0].isnan().all()
@@ -143,17 +148,35 @@ def test_a_point_that_is_nan_shows():
 
 
 @pytest.mark.parametrize(("height", "width", "channels"), [(3, 4, 2), (1, 3, 1), (2, 2, 1)])
-def test_first_and_second_derivatives(height, width, channels):
+def test_first_and_second_derivatives(sample_triplane, height, width, channels):
     inputs = {
         "planes": draw(2, 3 * channels, height, width, seed=1),
         "points": 2.6 * draw_uniform(2, 3, 3, seed=2) - 1.3,
     }
     gradcheck(sample_triplane, inputs, "sample_triplane")
-    gradgradcheck(sample_triplane, inputs, "sample_triplane")
+    try:
+        gradgradcheck(sample_triplane, inputs, "sample_triplane")
+    except RuntimeError as error:  # the grid sampler of an older torch has one derivative only, and must say so
+        if sample_triplane is reference or "grid_sampler_2d_backward" not in str(error):
+            raise
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_cpu_errs_no_more_than_the_reference(dtype):
+    # Planes so large that a coordinate rounded to half precision misses by texels; coordinates are fp32, as rays are.
+    planes, points = draw(1, 12, 128, 256, seed=1, dtype=dtype), 2.2 * draw_uniform(1, 500, 3, seed=2) - 1.1
+    points, grad_y = points.float(), draw(1, 500, 4, seed=3, dtype=dtype)
+    results = []
+    for function, wide in ((cpu, False), (reference, False), (reference, True)):
+        inputs = [x.double() if wide else x.clone() for x in (planes, points)]
+        y = function(*(x.requires_grad_() for x in inputs))
+        results.append([y, *torch.autograd.grad(y, inputs, grad_y.to(y.dtype))])
+    for name, *values in zip(("feature", "gradient to planes", "gradient to points"), *results, strict=True):
+        assert_error_within_reference(*values, name)
 
 
 @pytest.mark.parametrize(("batch", "points"), [(0, 4), (2, 0), (0, 0)])
-def test_empty(batch, points):
+def test_empty(sample_triplane, batch, points):
     planes = draw(batch, 6, 3, 4).requires_grad_()
     features = sample_triplane(planes, draw(batch, points, 3))
     assert features.shape == (batch, points, 2)
@@ -161,7 +184,7 @@ def test_empty(batch, points):
     assert_close(gradient, torch.zeros(batch, 6, 3, 4), "gradient to planes", "exact")
 
 
-def test_layout_does_not_matter():
+def test_layout_does_not_matter(sample_triplane):
     planes, points = draw(2, 6, 3, 4), draw(2, 5, 3)
     expected = sample_triplane(planes, points)
     for name, view in layouts(planes):
@@ -171,7 +194,7 @@ def test_layout_does_not_matter():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_result_has_the_dtype_of_the_planes(dtype):
+def test_result_has_the_dtype_of_the_planes(sample_triplane, dtype):
     planes, points = draw(1, 6, 4, 4), 2 * draw_uniform(1, 20, 3) - 1
     features = sample_triplane(planes.to(dtype), points.float())
     assert features.dtype == dtype
@@ -200,4 +223,4 @@ def test_result_has_the_dtype_of_the_planes(dtype):
 def test_errors(change, error, message):
     arguments = {"planes": draw(2, 6, 3, 4), "points": draw(2, 5, 3), **change}
     with pytest.raises(error, match=re.escape(f"sample_triplane: {message}")):
-        sample_triplane(**arguments)
+        reference(**arguments)

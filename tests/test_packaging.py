@@ -1,0 +1,131 @@
+"""What gets installed, from where, and what an import loads."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import itertools
+import os
+import re
+import runpy
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import setuptools
+
+import epigraf_fast
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def arguments(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What setup.py hands to setuptools."""
+    captured: dict[str, Any] = {}
+    monkeypatch.setattr(setuptools, "setup", captured.update)
+    monkeypatch.chdir(ROOT)
+    runpy.run_path("setup.py")
+    return captured
+
+
+def run_python(program: str, directory: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", program], cwd=directory, capture_output=True, text=True, timeout=120)
+
+
+def normalized(requirement: str) -> str:
+    """`Name_x>=1; marker` -> `name-x`."""
+    return re.match(r"[\w.-]+", requirement)[0].lower().replace("_", "-").replace(".", "-")
+
+
+def pins() -> dict[str, str]:
+    """constraints.txt: name -> exact version."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
+    assert all(len(pair) == 2 for pair in pairs), "constraints.txt: every line is name==version"
+    return {normalized(name): version for name, version in pairs}
+
+
+def test_metadata(arguments: dict[str, Any]) -> None:
+    assert arguments["name"] == "epigraf_fast"
+    assert arguments["version"] == epigraf_fast.__version__
+    assert arguments["license"] == "Apache-2.0"
+    assert "Apache License" in (ROOT / "LICENSE").read_text()
+    assert "torch>=2.8" in arguments["install_requires"]
+
+
+def test_installed_version() -> None:
+    try:
+        installed = importlib.metadata.version("epigraf_fast")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("needs pip install -e .")
+    assert installed == epigraf_fast.__version__
+
+
+def test_every_direct_dependency_is_pinned(arguments: dict[str, Any]) -> None:
+    direct = itertools.chain(arguments["install_requires"], *arguments["extras_require"].values())
+    missing = {normalized(requirement) for requirement in direct} - pins().keys()
+    assert not missing, f"constraints.txt: no version of {', '.join(sorted(missing))}"
+
+
+def test_makefile_names_the_triton_of_the_tested_torch() -> None:
+    pairs = dict(re.findall(r"^TRITON_(\S+)\s*:= (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert pairs[pins()["torch"]] == pins()["triton"]
+
+
+def test_ci_runs_the_command_of_the_readme() -> None:
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    assert "make test" in script.read_text()
+
+
+def test_wheel_holds_kernels_and_data(tmp_path: Path) -> None:
+    build = ["build", "-b", tmp_path / "build", "egg_info", "-e", tmp_path, "bdist_wheel", "-d", tmp_path]
+    subprocess.run([sys.executable, "setup.py", "-q", *map(str, build)], cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    files = [*(ROOT / "epigraf_fast").rglob("*.py"), *(ROOT / "epigraf_fast" / "builtin").iterdir()]
+    expected = {path.relative_to(ROOT).as_posix() for path in files}
+    expected |= {f"epigraf_fast/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    assert expected <= names, f"not in the wheel: {sorted(expected - names)}"
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"epigraf_fast"}
+
+
+def test_kernels_refuses_its_folder_name() -> None:
+    result = run_python("import kernels", ROOT)
+    assert result.returncode == 1
+    assert re.search(r"ImportError: .*epigraf_fast\.kernels", result.stderr)
+
+
+@pytest.mark.parametrize("place", ["checkout", "elsewhere"])
+def test_kernels_is_part_of_the_package(place: str, tmp_path: Path) -> None:
+    try:
+        importlib.metadata.version("epigraf_fast")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("needs pip install -e .")
+    directory = ROOT if place == "checkout" else tmp_path
+    result = run_python("import epigraf_fast.kernels; print(epigraf_fast.kernels.__name__)", directory)
+    assert result.stdout == "epigraf_fast.kernels\n", result.stderr
+
+
+@pytest.mark.parametrize(
+    ("imported", "unwanted"),
+    [
+        ("epigraf_fast", ("torch", "triton", "numpy")),
+        (
+            "epigraf_fast.training.step",
+            ("triton", "torch.utils.cpp_extension", "torchmetrics", "tensorboard", "pyvista"),
+        ),
+    ],
+)
+def test_import_is_light(imported: str, unwanted: tuple[str, ...]) -> None:
+    program = f"""
+import sys, {imported}
+print([name for name in {unwanted} if name in sys.modules])
+print("torch" in sys.modules and sys.modules["torch"].cuda.is_initialized())
+"""
+    result = run_python(program, ROOT)
+    assert result.stdout.split("\n")[:2] == ["[]", "False"], result.stdout + result.stderr
