@@ -1,9 +1,9 @@
 """Trains EpiGRAF: parse, build, loop, save.
 
-  python train.py demo
-  python train.py ffhq --data datasets/ffhq.zip --resolution 512 --batch 64 --run-dir runs/ffhq
-  python train.py ffhq --data datasets/ffhq.zip --dry-run
-  python train.py ffhq --data datasets/ffhq.zip --run-dir runs/ffhq --resume auto
+$ python train.py demo
+$ python train.py ffhq --data datasets/ffhq.zip --resolution 512 --batch 64 --run-dir runs/ffhq
+$ python train.py ffhq --data datasets/ffhq.zip --dry-run
+$ python train.py ffhq --data datasets/ffhq.zip --run-dir runs/ffhq --resume auto
 """
 
 import contextlib
@@ -53,9 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 done, 1 training diverged, 2 a fault in the input, 128 + n stopped by signal n."""
     command = parse(argv)
     try:
-        config = command.config
-        check(config)
-        device = pick_device(config)
+        check(command.config)
+        config, device = command.config, pick_device(command.config)
         dataset = ImageDataset(
             config.data, config.resolution, use_labels=config.loader.labels, mirror=config.loader.mirror
         )
@@ -95,7 +94,7 @@ def pick_device(config: Config) -> torch.device:
         raise UserError("device is cuda, but torch sees no GPU: see python -m epigraf_fast.doctor")
     if name == "cpu" and config.precision != "fp32":
         raise UserError(f"precision {config.precision} needs a GPU, a CPU computes in fp32: set --precision fp32")
-    check_backend(config.backend, name)
+    check_backend(config.backend, name.partition(":")[0])
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision != "fp32"
     return torch.device(name)
 
@@ -118,9 +117,7 @@ def dry_run(config: Config, dataset: ImageDataset) -> int:
 def train(config: Config, dataset: ImageDataset, device: torch.device, resume: str | None) -> int:
     """Builds or restores a run, and trains it."""
     run_dir = Path(config.run_dir)
-    checkpoint = find_checkpoint(resume, run_dir) if resume else None
-    if not resume and list_checkpoints(run_dir):
-        raise UserError(f"{run_dir} already holds a run: add --resume auto, or choose another --run-dir")
+    checkpoint = find_checkpoint(resume, run_dir)
     random.seed(config.seed)
     np.random.seed(config.seed)  # noqa: NPY002 - libraries draw from it
     torch.manual_seed(config.seed)
@@ -149,7 +146,8 @@ def loop(config: Config, dataset: ImageDataset, trainer: Trainer, log: RunLog) -
             log.say(f"initial samples: {snapshots.grids(0)[0]}")
             if config.metric_images:
                 log.say(f"fd_efficientnet: {snapshots.measure(0):.1f}")
-    loader = make_loader(dataset, config.batch, config.seed, trainer.cur_nimg, config.loader.workers, device=trainer.device)
+    order = config.batch, config.seed, trainer.cur_nimg
+    loader = make_loader(dataset, *order, config.loader.workers, device=trainer.device)
 
     def crossed(kimg: float) -> bool:
         """Whether the last iteration stepped over a multiple of this many kimg."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -298,10 +299,6 @@ def check(config: Config) -> None:
             f"set --micro-batch {c.micro // group * group}"
         )
     positive = {
-        "kimg": c.kimg,
-        "log_kimg": c.log_kimg,
-        "snapshot_kimg": c.snapshot_kimg,
-        "checkpoint_kimg": c.checkpoint_kimg,
         "keep_checkpoints": c.keep_checkpoints,
         "patch.anneal_kimg": c.patch.anneal_kimg,
         "patch.num_scales": c.patch.num_scales,
@@ -348,14 +345,24 @@ def check(config: Config) -> None:
         for name, value in names.items():
             if not (math.isfinite(value) and value > bound):
                 raise UserError(f"{name} must be finite and {words}, got {value}")
+    for name in ("kimg", "log_kimg", "snapshot_kimg", "checkpoint_kimg"):
+        if not 0.001 <= getattr(c, name) < math.inf:
+            raise UserError(f"{name} must be finite and at least 0.001, which is one image, got {getattr(c, name)}")
     for name, value in (
         ("discriminator.camera_dropout", c.discriminator.camera_dropout),
         ("generator.pose_swap_probability", c.generator.pose_swap_probability),
-        ("optim.beta1", c.optim.beta1),
-        ("optim.beta2", c.optim.beta2),
     ):
         if not 0 <= value <= 1:
             raise UserError(f"{name} must be in [0, 1], got {value}")
+    for name, value in (("optim.beta1", c.optim.beta1), ("optim.beta2", c.optim.beta2)):
+        if not 0 <= value < 1:
+            raise UserError(f"{name} must be in [0, 1), got {value}")
+    if c.metric_images == 1:
+        raise UserError("metric_images must be 0 or at least 2, got 1")
+    if not 0 <= c.seed < 2**32:
+        raise UserError(f"seed must be in [0, 2^32), got {c.seed}")
+    if c.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", c.device):
+        raise UserError(f"device must be cpu or cuda, got {c.device!r}")
     if c.renderer.coarse_samples < 3 or c.renderer.fine_samples < 0:
         raise UserError(
             f"renderer.coarse_samples must be at least 3 and fine_samples at least 0, "

@@ -211,6 +211,11 @@ def test_pixel_grid_by_hand():
     assert_close(grid[0], [[-1, 0], [0, 0], [-1, -1], [0, -1]], "bottom left", "exact")
     assert_close(grid[1], [[0, 0.5], [1, 0.5], [0, -0.5], [1, -0.5]], "right", "exact")
     assert grid.dtype == torch.float64
+    # Three of four steps: from -1 to 1/2; thirds are exact to the dtype of the patch.
+    grid = pixel_grid(4, as_tensor([0.75]), as_tensor([[0, 0]]))
+    assert_close(grid[0, :4, 0], [-1, -0.5, 0, 0.5], "three quarters")
+    grid = pixel_grid(4, as_tensor([1.0]), as_tensor([[0, 0]]))
+    assert_close(grid[0, :4, 0], [-1, -1 / 3, 1 / 3, 1], "all")
 
 
 def test_rays_by_hand():
@@ -272,10 +277,11 @@ def test_whole_patch_is_the_image():
 
 def test_rays_have_the_dtype_of_the_camera():
     matrix = cam2world_matrix(random_angles(2), 1.0)
-    patch = (torch.full((2,), 0.5), torch.zeros(2, 2))  # float32
+    scale, offset = torch.full((2,), 0.5), torch.zeros(2, 2)
     for dtype in (torch.float32, torch.float64):
-        for rays in camera_rays(matrix.to(dtype), 30.0, 4, *patch):
-            assert rays.dtype == dtype
+        for of_patch in (torch.float32, torch.float64):
+            for rays in camera_rays(matrix.to(dtype), 30.0, 4, scale.to(of_patch), offset.to(of_patch)):
+                assert rays.dtype == dtype
 
 
 # --- Frustum

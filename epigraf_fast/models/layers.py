@@ -80,7 +80,7 @@ class Conv2d(nn.Module):
         self.register_buffer("low_pass", torch.tensor(LOW_PASS), persistent=False)
 
     def forward(self, x: Tensor, in_scale: Tensor | None = None, out_scale: Tensor | None = None) -> Tensor:
-        """[B, c_in, H, W] -> [B, c_out, H / down, W / down]; in_scale [B, c_in], out_scale [B, c_out] multiply channels."""
+        """[B, c_in, H, W] -> [B, c_out, H/down, W/down], channels times in_scale [B, c_in], out_scale [B, c_out]."""
         weight = (self.weight / math.sqrt(self.weight[0].numel())).to(x.dtype)
         if in_scale is not None:
             x = x * in_scale.to(x.dtype)[:, :, None, None]

@@ -59,7 +59,7 @@ class RawPlanes(nn.Module):
         """
         if scenes is None and len(self.planes) not in (1, len(angles)):
             raise ValueError(
-                f"RawPlanes: scenes must be given (there are {len(self.planes)} scenes for {len(angles)} cameras), got None"
+                f"RawPlanes: scenes must be given ({len(self.planes)} scenes, {len(angles)} cameras), got None"
             )
         planes = self.planes.expand(len(angles), -1, -1, -1) if scenes is None else self.planes[scenes]
         return render_planes(

@@ -38,10 +38,10 @@ def sample_triplane(planes: Tensor, points: Tensor, *, backend: str | None = Non
 
 def sample_triplane_cpu(planes: Tensor, points: Tensor) -> Tensor:
     """The same by torch's vectorized grid sampler. Before torch 2.13 it has no second derivative, and says so."""
-    positions = points[..., :2], points[..., ::2], points[..., 1:]  # [B, N, 2] each: reference's PLANE_AXES, as views
-    features = 0
-    for plane, position in zip(planes.chunk(3, dim=1), positions, strict=True):
-        grid = position[:, :, None].to(planes.dtype)  # [B, N, 1, 2]
-        sampled = torch.nn.functional.grid_sample(plane, grid, padding_mode="zeros", align_corners=True)
-        features = features + sampled.squeeze(3)  # [B, C, N]
-    return features.transpose(1, 2) / 3
+    batch, channels, height, width = planes.shape
+    # The sampler is many times faster on contiguous planes and grids: copies pay.
+    planes = planes.reshape(batch * 3, channels // 3, height, width).contiguous()
+    grid = torch.stack([points[..., :2], points[..., ::2], points[..., 1:]], dim=1)  # [B, 3, N, 2], as PLANE_AXES
+    grid = grid.to(planes.dtype).flatten(0, 1)[:, :, None]  # [3*B, N, 1, 2]
+    features = torch.nn.functional.grid_sample(planes, grid, padding_mode="zeros", align_corners=True)
+    return features.squeeze(3).unflatten(0, (batch, 3)).mean(dim=1).transpose(1, 2)

@@ -118,8 +118,8 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[Con
     return from_dict(content["config"]), {"trainer": content["trainer"], "random": content["random"]}
 
 
-def find_checkpoint(resume: str, run_dir: Path) -> Path | None:
-    """What `--resume` means: a checkpoint file, a run folder (its newest readable one), or "auto".
+def find_checkpoint(resume: str | None, run_dir: Path) -> Path | None:
+    """What `--resume` means: nothing, a checkpoint file, a run folder (its newest readable one), or "auto".
 
     "auto" is the newest readable checkpoint of `run_dir`, or None when it has none. A damaged newest one is skipped
     with a warning.
@@ -127,11 +127,16 @@ def find_checkpoint(resume: str, run_dir: Path) -> Path | None:
     Raises:
         UserError: Nothing to resume from, or `run_dir` holds a run that goes on from somewhere else.
     """
-    path = run_dir if resume == "auto" else Path(resume)
     own = list_checkpoints(run_dir)
+    if resume is None:
+        if own:
+            raise UserError(f"{run_dir} already holds a run: add --resume auto, or choose another --run-dir")
+        return None
+    path = run_dir if resume == "auto" else Path(resume)
     if own and path.resolve() not in (run_dir.resolve(), own[-1].resolve()):
         raise UserError(
-            f"{run_dir} already holds a run that reaches {own[-1].name}: choose another --run-dir to go on from {path}"
+            f"{run_dir} already holds a run that reaches {own[-1].name}: "
+            f"take --resume auto, or choose another --run-dir to go on from {path}"
         )
     if path.is_file():
         return path

@@ -162,9 +162,10 @@ def test_values_by_hand():
         assert_close(modulated_conv2d(x, weight, style), [[[[expected]]]], f"style {style.tolist()}", "hand")
 
 
-def test_demodulation_floor_by_hand():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_demodulation_floor_by_hand(dtype):
     # (weight * style)^2 = 1e-8 beside the floor of 1e-8: 1e-4 x / sqrt(2e-8) = x / sqrt(2).
-    one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    one = torch.ones(1, 1, 1, 1, dtype=dtype)
     actual = modulated_conv2d(one, 1e-2 * one, 1e-2 * one[0, 0])
     assert_close(actual, [[[[0.5**0.5]]]], "y", "hand")
 
@@ -381,6 +382,7 @@ def test_errors_of_the_convolution(change, error, message):
         ({"noise": draw(2, 2, 4, 5)}, ValueError, "noise must broadcast to [2, 1, 4, 5], got [2, 2, 4, 5]"),
         ({"noise": draw(3, 1, 4, 5)}, ValueError, "noise must broadcast to [2, 1, 4, 5], got [3, 1, 4, 5]"),
         ({"noise": draw(1, 2, 1, 4, 5)}, ValueError, "noise must broadcast to [2, 1, 4, 5], got [1, 2, 1, 4, 5]"),
+        ({"noise": draw(1, 1, 1, 1, 1)}, ValueError, "noise must broadcast to [2, 1, 4, 5], got [1, 1, 1, 1, 1]"),
         ({"noise": draw(4, 5), "up": 2, "kernel": BLUR}, ValueError, "noise must broadcast to [2, 1, 8, 10]"),
         ({"noise": 1.0}, TypeError, "noise must be a tensor, got float"),
         ({"act": "gelu"}, ValueError, "act must be one of linear, relu, lrelu"),

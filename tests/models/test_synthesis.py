@@ -1,0 +1,214 @@
+"""The synthesis network: sizes, layers worked by hand, who sees which style vector, noise, the sum of planes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from checks import assert_close, assert_finite, draw
+from epigraf_fast.models.synthesis import Synthesis, SynthesisLayer, ToPlanes
+
+
+def make(dtype=torch.float64, **settings):
+    torch.manual_seed(0)
+    return Synthesis(6, 16, 9, channel_base=64, channel_max=8, **settings).to(dtype)
+
+
+def layers(synthesis):
+    return {name: m for name, m in synthesis.named_modules() if isinstance(m, SynthesisLayer | ToPlanes)}
+
+
+def with_noise(synthesis):
+    """Every strength at something else than 0, where it is at first."""
+    for i, layer in enumerate(m for m in synthesis.modules() if isinstance(m, SynthesisLayer)):
+        torch.nn.init.constant_(layer.noise_strength, 0.5 + 0.1 * i)
+    return synthesis
+
+
+def test_published_size():
+    with torch.device("meta"):
+        synthesis = Synthesis(512, 512, 96)
+    assert sum(p.numel() for p in synthesis.parameters()) == 28_455_823
+    assert synthesis.num_ws == 16
+    channels = {4: 512, 8: 512, 16: 512, 32: 512, 64: 512, 128: 256, 256: 128, 512: 64}
+    assert {res: getattr(synthesis, f"b{res}").conv1.weight.shape[0] for res in synthesis.resolutions} == channels
+
+
+def test_initialization():
+    torch.manual_seed(0)
+    synthesis = Synthesis(64, 16, 9, channel_max=64)
+    for name, layer in layers(synthesis).items():
+        assert 0.8 < layer.weight.std() < 1.2, name
+        assert not layer.bias.any(), name
+        assert 0.8 < layer.affine.weight.std() < 1.2, name
+        assert_close(layer.affine.bias, torch.ones(64), f"{name}: style bias", "exact")
+        if isinstance(layer, SynthesisLayer):
+            assert layer.noise_strength.shape == ()
+            assert layer.noise_strength.item() == 0
+            assert tuple(layer.noise_const.shape) == (layer.resolution, layer.resolution)
+    assert tuple(synthesis.b4.const.shape) == (64, 4, 4)
+    assert 0.8 < synthesis.b4.const.std() < 1.2
+    state = synthesis.state_dict()
+    assert "b8.conv0.noise_const" in state
+    assert not [name for name in state if "low_pass" in name]  # a constant, not a weight
+
+
+def test_planes_are_of_order_one_at_full_width():
+    torch.manual_seed(0)
+    synthesis = Synthesis(512, 16, 96)
+    with torch.no_grad():
+        planes = synthesis(torch.randn(2, 1, 512).expand(-1, synthesis.num_ws, -1))
+    assert_finite(planes, "planes")
+    assert 0.5 < planes.std() < 5
+
+
+@pytest.mark.parametrize("up", [1, 2])
+def test_layer_equals_the_formula(up):
+    torch.manual_seed(0)
+    layer = SynthesisLayer(3, 4, 5, 4 * up, up=up).double()
+    torch.nn.init.normal_(layer.bias)
+    torch.nn.init.constant_(layer.noise_strength, 0.3)
+    x, w = draw(2, 3, 4, 4, seed=1), draw(2, 5, seed=2)
+    style = w @ layer.affine.weight.T / 5**0.5 + 1
+    expected = []
+    for i in range(2):
+        weight = layer.weight * style[i][None, :, None, None]
+        weight = weight / (weight.square().sum(dim=(1, 2, 3), keepdim=True) + 1e-8).sqrt()
+        if up == 1:
+            y = torch.nn.functional.conv2d(x[i : i + 1], weight, padding=1)
+        else:  # 2H + 1 wide, then the filter, its gain 4, with a pad of 1
+            y = torch.nn.functional.conv_transpose2d(x[i : i + 1], weight.transpose(0, 1), stride=2)
+            taps = torch.tensor([0.125, 0.375, 0.375, 0.125], dtype=torch.float64)
+            taps = 4 * torch.outer(taps, taps).expand(4, 1, 4, 4)
+            y = torch.nn.functional.conv2d(y, taps, padding=1, groups=4)
+        expected.append(y)
+    y = torch.cat(expected) + 0.3 * layer.noise_const + layer.bias[:, None, None]
+    assert_close(layer(x, w, "const"), torch.where(y > 0, y, 0.2 * y) * 2**0.5, "y")
+
+
+def test_layer_clamps():
+    layer = SynthesisLayer(3, 4, 5, 4).double()
+    torch.nn.init.constant_(layer.bias, -1e6)
+    assert_close(layer(draw(1, 3, 4, 4), draw(1, 5)), torch.full((1, 4, 4, 4), -256.0), "y", "exact")
+
+
+def test_to_planes_equals_the_formula():
+    torch.manual_seed(0)
+    layer = ToPlanes(4, 9, 5).double()
+    torch.nn.init.normal_(layer.bias)
+    x, w = draw(2, 4, 3, 3, seed=1), draw(2, 5, seed=2)
+    style = (w @ layer.affine.weight.T / 5**0.5 + 1) / 4**0.5
+    expected = torch.einsum("bihw,bi,oi->bohw", x, style, layer.weight[:, :, 0, 0]) + layer.bias[:, None, None]
+    assert_close(layer(x, w), expected, "added planes")
+    torch.nn.init.constant_(layer.bias, 1e6)
+    assert_close(layer(x, w), torch.full((2, 9, 3, 3), 256.0), "clamped", "exact")
+
+
+def test_who_sees_which_style_vector():
+    synthesis = make()
+    ws = torch.arange(synthesis.num_ws, dtype=torch.float64)[:, None].expand(1, -1, 6)
+    seen = {}
+    for name, layer in layers(synthesis).items():
+        layer.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, args[1].unique().tolist()))
+    synthesis(ws, "none")
+    # A to-planes layer takes the vector after conv1's, which is also that of the next conv0.
+    assert seen == {
+        "b4.conv1": [0],
+        "b4.to_planes": [1],
+        "b8.conv0": [1],
+        "b8.conv1": [2],
+        "b8.to_planes": [3],
+        "b16.conv0": [3],
+        "b16.conv1": [4],
+        "b16.to_planes": [5],
+    }
+    assert synthesis.num_ws == 6
+
+
+@pytest.mark.parametrize("index", range(6))
+def test_a_style_vector_changes_its_layers_only(index):
+    synthesis = make()
+    outputs: dict[str, list] = {}
+    for name, layer in layers(synthesis).items():
+        layer.register_forward_hook(lambda _, __, y, name=name: outputs.setdefault(name, []).append(y))
+    ws = draw(1, 6, 6, seed=1)
+    changed = ws.clone()
+    changed[:, index] = draw(1, 6, seed=2)
+    with torch.no_grad():
+        synthesis(ws, "const")
+        synthesis(changed, "const")
+    moved = {name for name, (before, after) in outputs.items() if not torch.equal(before, after)}
+    # In the order of evaluation, first those that see the vector, then all convolutions after a changed one.
+    order = ["b4.conv1", "b4.to_planes", "b8.conv0", "b8.conv1", "b8.to_planes", "b16.conv0", "b16.conv1"]
+    first_conv = {0: "b4.conv1", 1: "b8.conv0", 2: "b8.conv1", 3: "b16.conv0", 4: "b16.conv1"}
+    expected = {"b16.to_planes"}
+    if index in first_conv:
+        expected |= set(order[order.index(first_conv[index]) :])
+    expected |= {1: {"b4.to_planes"}, 3: {"b8.to_planes"}}.get(index, set())
+    assert moved == expected
+
+
+def test_noise_modes():
+    synthesis = with_noise(make())
+    ws = draw(2, 1, 6, seed=1).expand(-1, 6, -1)
+    with torch.no_grad():
+        const = synthesis(ws, "const")
+        none = synthesis(ws, "none")
+        assert_close(synthesis(ws, "const"), const, "const again", "exact")
+        assert_close(synthesis(ws, "none"), none, "none again", "exact")
+        assert not torch.equal(const, none)
+        first, second = synthesis(ws), synthesis(ws)  # random
+        assert not torch.equal(first, second)
+        torch.manual_seed(3)
+        one = synthesis(ws, "random")
+        torch.manual_seed(3)
+        assert_close(synthesis(ws, "random"), one, "the same draws", "exact")
+        equal = synthesis(ws[:1].expand(2, -1, -1))
+        assert not torch.equal(equal[0], equal[1])  # an image has its own noise
+        for buffer in (layer.noise_const for layer in synthesis.modules() if isinstance(layer, SynthesisLayer)):
+            buffer.zero_()
+        assert_close(synthesis(ws, "const"), none, "noise_const of zero", "exact")
+    with pytest.raises(ValueError, match="Synthesis: noise_mode must be one of random, const, none, got 'off'"):
+        synthesis(ws, "off")
+
+
+def test_noise_is_silent_at_first():
+    synthesis = make()
+    ws = draw(1, 6, 6, seed=1)
+    assert_close(synthesis(ws, "random"), synthesis(ws, "none"), "strength 0")
+
+
+def test_planes_are_channels_last_in_the_dtype_of_ws():
+    for dtype in (torch.float32, torch.float64):
+        planes = make(dtype, half_blocks=2)(draw(2, 6, 6, dtype=dtype))  # fp16 is for GPUs
+        assert planes.dtype == dtype
+        assert tuple(planes.shape) == (2, 9, 16, 16)
+        assert planes.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_sum_of_planes_is_upsampled():
+    """With only the first to-planes layer on, the planes are its output, twice interpolated linearly."""
+    synthesis = make()
+    with torch.no_grad():
+        for res in (8, 16):
+            getattr(synthesis, f"b{res}").to_planes.weight.zero_()
+        first = []
+        synthesis.b4.to_planes.register_forward_hook(lambda _, __, y: first.append(y))
+        planes = synthesis(draw(2, 6, 6, seed=1), "none")
+    expected = first[0]
+    for _ in range(2):
+        expected = torch.nn.functional.interpolate(expected, scale_factor=2, mode="bilinear", align_corners=False)
+    # Outside there are zeros, which torch's interpolation does not know: those reach three pixels far.
+    assert_close(planes[..., 3:-3, 3:-3], expected[..., 3:-3, 3:-3], "inner planes")
+
+
+def test_the_planes_are_a_sum_over_resolutions():
+    synthesis = make()
+    with torch.no_grad():
+        planes = synthesis(draw(1, 6, 6, seed=1), "none")
+        added = []
+        synthesis.b16.to_planes.register_forward_hook(lambda _, __, y: added.append(y))
+        synthesis(draw(1, 6, 6, seed=1), "none")
+        synthesis.b16.to_planes.weight.zero_()
+        rest = synthesis(draw(1, 6, 6, seed=1), "none")
+    assert_close(planes, rest + added[0], "sum")
