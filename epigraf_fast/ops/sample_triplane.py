@@ -42,6 +42,7 @@ def sample_triplane_cpu(planes: Tensor, points: Tensor) -> Tensor:
     # The sampler is many times faster on contiguous planes and grids: copies pay.
     planes = planes.reshape(batch * 3, channels // 3, height, width).contiguous()
     grid = torch.stack([points[..., :2], points[..., ::2], points[..., 1:]], dim=1)  # [B, 3, N, 2], as PLANE_AXES
-    grid = grid.to(planes.dtype).flatten(0, 1)[:, :, None]  # [3*B, N, 1, 2]
+    # All taps of what lies beyond +-3 are outside; infinite coordinates would make the sampler's weights NaN.
+    grid = grid.to(planes.dtype).clamp(-3, 3).flatten(0, 1)[:, :, None]  # [3*B, N, 1, 2]
     features = torch.nn.functional.grid_sample(planes, grid, padding_mode="zeros", align_corners=True)
     return features.squeeze(3).unflatten(0, (batch, 3)).mean(dim=1).transpose(1, 2)
