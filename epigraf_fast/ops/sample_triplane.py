@@ -39,10 +39,11 @@ def sample_triplane(planes: Tensor, points: Tensor, *, backend: str | None = Non
 def sample_triplane_cpu(planes: Tensor, points: Tensor) -> Tensor:
     """The same by torch's vectorized grid sampler. Before torch 2.13 it has no second derivative, and says so."""
     batch, channels, height, width = planes.shape
+    dtype = torch.promote_types(planes.dtype, points.dtype)  # coordinates need more bits than features
     # The sampler is many times faster on contiguous planes and grids: copies pay.
-    planes = planes.reshape(batch * 3, channels // 3, height, width).contiguous()
+    texels = planes.to(dtype).reshape(batch * 3, channels // 3, height, width).contiguous()
     grid = torch.stack([points[..., :2], points[..., ::2], points[..., 1:]], dim=1)  # [B, 3, N, 2], as PLANE_AXES
     # All taps of what lies beyond +-3 are outside; infinite coordinates would make the sampler's weights NaN.
-    grid = grid.to(planes.dtype).clamp(-3, 3).flatten(0, 1)[:, :, None]  # [3*B, N, 1, 2]
-    features = torch.nn.functional.grid_sample(planes, grid, padding_mode="zeros", align_corners=True)
-    return features.squeeze(3).unflatten(0, (batch, 3)).mean(dim=1).transpose(1, 2)
+    grid = grid.to(dtype).clamp(-3, 3).flatten(0, 1)[:, :, None]  # [3*B, N, 1, 2]
+    features = torch.nn.functional.grid_sample(texels, grid, padding_mode="zeros", align_corners=True)
+    return features.squeeze(3).unflatten(0, (batch, 3)).mean(dim=1).transpose(1, 2).to(planes.dtype)

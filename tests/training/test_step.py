@@ -1,0 +1,401 @@
+"""One training iteration: who learns what from whom, in which order (SPEC sections 7, 9, 10), and golden losses.
+
+New golden losses, after a change that is meant to change them:
+
+    python -m pytest tests/training/test_step.py -k golden --regenerate
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from checks import assert_close, draw
+from epigraf_fast.config import Config
+from epigraf_fast.data import ImageDataset
+from epigraf_fast.errors import UserError
+from epigraf_fast.training import step
+from epigraf_fast.training.step import Samples, Trainer, check_backend, swap_poses
+
+TinyConfig = Callable[..., Config]
+TinyTrainer = Callable[[Config], tuple[Trainer, Iterator]]
+
+GOLDEN = Path(__file__).with_name("golden_losses.json")
+GOLDEN_STEPS = 10
+GOLDEN_RELATIVE = 1e-4  # of a loss of order one: room for other CPUs and releases of torch, not for another formula
+
+
+def copy_state(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def parameter_names(module: nn.Module) -> set[str]:
+    return {name for name, _ in module.named_parameters()}
+
+
+@contextlib.contextmanager
+def calls_of(module: nn.Module) -> Iterator[list[tuple[tuple, dict[str, Any]]]]:
+    """Arguments of every call of a network."""
+    calls = []
+    handle = module.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+    yield calls
+    handle.remove()
+
+
+# Poses that the mapping sees
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.2, 0.5, 0.8, 1.0])
+def test_swap_poses(probability: float) -> None:
+    """The picked poses move one place on among themselves, the last to the first; with 12 samples and 200 seeds there
+    are draws with none and with one picked, which stay."""
+    angles = torch.arange(36.0).view(12, 3)
+    numbers = set()
+    for seed in range(200):
+        torch.manual_seed(seed)
+        picked = [i for i, u in enumerate(torch.rand(12).tolist()) if u < probability]
+        expected = angles.clone()
+        for place, i in enumerate(picked):
+            expected[i] = angles[picked[place - 1]]
+        torch.manual_seed(seed)
+        assert torch.equal(swap_poses(angles, probability), expected)
+        numbers.add(len(picked))
+    assert numbers >= {0.0: {0}, 0.2: {0, 1, 2}, 0.5: {2, 6, 11}, 0.8: {12}, 1.0: {12}}[probability]
+
+
+def test_swap_poses_at_the_ends() -> None:
+    angles = draw(5, 3)
+    assert torch.equal(swap_poses(angles, 0.0), angles)
+    assert torch.equal(swap_poses(angles, 1.0), angles.roll(1, dims=0))
+    assert torch.equal(swap_poses(angles[:1], 1.0), angles[:1])
+
+
+def test_the_mapping_sees_swapped_poses_and_all_else_the_true_ones(
+    tiny_config: TinyConfig, tiny_trainer: TinyTrainer
+) -> None:
+    """At 0 images every pose is swapped, over the samples of both phases together."""
+    config = tiny_config()
+    trainer, batches = tiny_trainer(config)
+    images, labels, angles = next(batches)
+    with calls_of(trainer.generator) as generated, calls_of(trainer.discriminator) as judged:
+        trainer.iteration(images, labels, angles)
+    true = torch.cat([args[1] for args, _ in generated])
+    seen = torch.cat([kwargs["conditioning_angles"] for _, kwargs in generated])
+    assert len(true) == 2 * config.batch
+    assert torch.equal(seen, true.roll(1, dims=0))
+    g_fake, d_fake, d_real, r1_real = (args[4] for args, _ in judged)
+    assert torch.equal(torch.cat([g_fake, d_fake]), true)
+    assert torch.equal(d_real, angles)
+    assert torch.equal(r1_real, angles)
+    assert all(torch.equal(args[3], labels) for args, _ in judged[2:])
+    fake_labels = torch.cat([args[2] for args, _ in generated])
+    assert torch.equal(torch.cat([args[3] for args, _ in judged[:2]]), fake_labels)
+
+
+def test_without_pose_conditioning_nothing_is_swapped(tiny_config: TinyConfig, tiny_trainer: TinyTrainer) -> None:
+    trainer, batches = tiny_trainer(tiny_config(generator={"pose_conditioning": False}))
+    with calls_of(trainer.generator) as generated:
+        trainer.iteration(*next(batches))
+    for args, kwargs in generated:
+        assert torch.equal(kwargs["conditioning_angles"], args[1])
+
+
+# Draws
+
+
+def test_custom_prior_takes_pose_and_label_of_one_entry(tiny_config: TinyConfig, tiny_trainer: TinyTrainer) -> None:
+    trainer, _ = tiny_trainer(tiny_config())
+    fakes = trainer._draw_fakes(500)
+    entries = {tuple(angles): tuple(label) for angles, label in zip(trainer.angles.tolist(), trainer.labels.tolist())}
+    assert len(entries) == 48  # the mirrored ones, too
+    drawn = {tuple(angles): tuple(label) for angles, label in zip(fakes.angles.tolist(), fakes.label.tolist())}
+    assert drawn == entries  # 500 draws find every one
+
+
+def test_other_priors_follow_their_formula(tiny_config: TinyConfig, tiny_trainer: TinyTrainer) -> None:
+    """And labels are still those of random entries."""
+    camera = {"prior": "uniform", "yaw_mean": 1.0, "yaw_spread": 0.1, "pitch_mean": 1.5, "pitch_spread": 0.2}
+    trainer, _ = tiny_trainer(tiny_config(camera=camera))
+    fakes = trainer._draw_fakes(500)
+    assert 0.9 <= fakes.angles[:, 0].min() < 0.95
+    assert 1.05 < fakes.angles[:, 0].max() <= 1.1
+    assert 1.3 <= fakes.angles[:, 1].min() < 1.35
+    assert 1.65 < fakes.angles[:, 1].max() <= 1.7
+    assert (fakes.angles[:, 2] == 0).all()
+    assert (fakes.label.sum(dim=1) == 1).all()
+    assert (fakes.label.sum(dim=0) > 100).all()
+    assert fakes.content.shape == (500, 16)
+
+
+def test_mean_camera_pose(tiny_config: TinyConfig, tiny_trainer: TinyTrainer, tiny_dataset: ImageDataset) -> None:
+    trainer, _ = tiny_trainer(tiny_config())
+    assert torch.equal(trainer.generator.mean_camera_pose, tiny_dataset.mean_camera_pose)
+    trainer, _ = tiny_trainer(tiny_config(camera={"prior": "normal", "yaw_mean": 0.3, "pitch_mean": 1.2}))
+    assert_close(trainer.generator.mean_camera_pose, torch.tensor([0.3, 1.2, 0.0]), "pose", "exact")
+
+
+def test_every_phase_draws_its_own(tiny_config: TinyConfig, tiny_trainer: TinyTrainer) -> None:
+    trainer, batches = tiny_trainer(tiny_config(patch={"beta_start": 0.8}))
+    with calls_of(trainer.generator) as generated, calls_of(trainer.discriminator) as judged:
+        trainer.iteration(*next(batches))
+    assert not torch.equal(generated[0][0][0], generated[1][0][0])
+    scales = [args[1] for args, _ in judged]  # G, D fake, D real, D regularization
+    assert len({tuple(scale.tolist()) for scale in scales}) == 4
+    for scale in scales:
+        assert scale.tolist() == scale[:2].repeat(4).tolist()  # strided groups of 4
+
+
+# Schedules
+
+
+def test_schedules_reach_the_networks(
+    tiny_config: TinyConfig, tiny_trainer: TinyTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Halfway through all of them, at the images seen at the iteration's start."""
+    config = tiny_config()
+    trainer, batches = tiny_trainer(config)
+    trainer.cur_nimg, trainer.iterations = 50, 1
+    seen: dict[str, list] = {"blur": [], "patch": [], "swap": []}
+    monkeypatch.setattr(step, "blur", lambda images, sigma: seen["blur"].append(sigma) or images)
+    monkeypatch.setattr(step, "swap_poses", lambda angles, p: seen["swap"].append(p) or angles)
+    original = step.sample_patches
+
+    def sample_patches(patch: Any, resolution: int, cur_nimg: int, batch: int, *args: Any, **kwargs: Any) -> Any:
+        seen["patch"].append((resolution, cur_nimg, batch))
+        return original(patch, resolution, cur_nimg, batch, *args, **kwargs)
+
+    monkeypatch.setattr(step, "sample_patches", sample_patches)
+    with calls_of(trainer.generator) as generated:
+        trainer.iteration(*next(batches))
+    assert seen["blur"] == [0.5] * 3
+    assert seen["patch"] == [(16, 50, 8)] * 3
+    assert seen["swap"] == [0.75]
+    assert [kwargs["density_noise_std"] for _, kwargs in generated] == [0.25] * 2
+    assert (trainer.cur_nimg, trainer.iterations) == (58, 2)
+
+
+def test_only_r1_looks_at_the_number_of_iterations(tiny_config: TinyConfig, tiny_trainer: TinyTrainer) -> None:
+    results = []
+    for iterations in (1, 7):
+        trainer, batches = tiny_trainer(tiny_config())
+        trainer.cur_nimg, trainer.iterations = 16, iterations
+        trainer.iteration(*next(batches))
+        results.append((copy_state(trainer.average), copy_state(trainer.discriminator), trainer.statistics()))
+    for first, second in zip(results[0][:2], results[1][:2], strict=True):
+        assert not changed(first, second)
+    assert results[0][2] == results[1][2]
+
+
+# Phases
+
+
+class Recorder:
+    """Puts itself before both optimizers, and keeps the gradients and both networks as they are at every step."""
+
+    def __init__(self, trainer: Trainer, monkeypatch: pytest.MonkeyPatch, *, step: bool = True) -> None:
+        self.trainer = trainer
+        self.steps: list[tuple[str, dict[str, Tensor]]] = []  # (optimizer, gradients of its network)
+        self.states: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []  # G and D before the first step, after each
+        for name, module in (("g", trainer.generator), ("d", trainer.discriminator)):
+            optimizer = getattr(trainer, f"{name}_optimizer")
+            original = optimizer.step if step else lambda: None
+            monkeypatch.setattr(optimizer, "step", lambda *a, n=name, m=module, o=original: self._step(n, m, o))
+        self.keep()
+
+    def keep(self) -> None:
+        self.states.append((copy_state(self.trainer.generator), copy_state(self.trainer.discriminator)))
+
+    def _step(self, name: str, module: nn.Module, original: Callable[[], None]) -> None:
+        grads = {k: p.grad.clone() for k, p in module.named_parameters() if p.grad is not None}
+        self.steps.append((name, grads))
+        original()
+        self.keep()
+
+
+def test_phases_touch_only_their_own(
+    tiny_config: TinyConfig, tiny_trainer: TinyTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, batches = tiny_trainer(tiny_config())
+    record = Recorder(trainer, monkeypatch)
+    trainer.iteration(*next(batches))
+    assert [name for name, _ in record.steps] == ["g", "d", "d"]
+    start, after_g, after_d, after_r1 = record.states
+    generator, discriminator = trainer.generator, trainer.discriminator
+
+    assert changed(start[0], after_g[0])
+    assert changed(start[0], after_g[0]) <= parameter_names(generator)  # w_avg among the others
+    assert not changed(start[1], after_g[1])
+    assert changed(after_g[0], after_d[0]) == {"mapping.w_avg"}
+    assert changed(after_g[1], after_d[1])
+    assert not changed(after_d[0], after_r1[0])
+    assert changed(after_d[1], after_r1[1])
+
+    # The G phase leaves no gradient in D, nor the D phases in G.
+    assert {p.grad is None for p in discriminator.parameters()} <= {True, False}
+    for name, parameter in generator.named_parameters():
+        if parameter.grad is not None:
+            assert torch.equal(parameter.grad, record.steps[0][1][name])
+    assert set(record.steps[0][1]) == parameter_names(generator)
+    assert set(record.steps[1][1]) == parameter_names(discriminator)
+
+
+def test_w_avg_follows_the_fakes_of_the_d_phase(
+    tiny_config: TinyConfig, tiny_trainer: TinyTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """0.998 * 0 + 0.002 * mean, with the weights after G's step."""
+    trainer, batches = tiny_trainer(tiny_config())
+    with calls_of(trainer.generator) as generated:
+        trainer.iteration(*next(batches))
+    (z, _, label), kwargs = generated[1]
+    with torch.no_grad():
+        w = trainer.generator.ws(z, label, kwargs["conditioning_angles"])[:, 0]
+    assert_close(trainer.generator.mapping.w_avg, 0.002 * w.mean(dim=0), "w_avg")
+
+
+def test_gradients_do_not_depend_on_the_micro_batch(
+    tiny_config: TinyConfig, tiny_trainer: TinyTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one patch for all, no minibatch statistics and rendering without draws, the micro-batches hold the same
+    samples as the whole batch."""
+    results = {}
+    for micro in (8, 4, 1):
+        config = tiny_config(
+            micro_batch=micro,
+            renderer={"density_noise": 0.0},
+            discriminator={"minibatch_std_group": 1, "camera_dropout": 0.0},
+        )
+        trainer, batches = tiny_trainer(config)
+        trainer.generator.eval()  # evenly spaced samples; and the noise of the synthesis network starts at strength 0
+        monkeypatch.setattr(
+            trainer, "_sample_patches", lambda num: (torch.full((num,), 0.75), torch.tensor([[0.1, 0.2]] * num))
+        )
+        record = Recorder(trainer, monkeypatch, step=False)
+        trainer.iteration(*next(batches))
+        results[micro] = record.steps, trainer.statistics()
+    steps, statistics = results[8]
+    for micro in (4, 1):
+        assert [name for name, _ in results[micro][0]] == ["g", "d", "d"]
+        for (name, expected), (_, actual) in zip(steps, results[micro][0], strict=True):
+            assert actual.keys() == expected.keys()
+            for key in expected:
+                unit = expected[key].abs().max().clamp(min=1e-12)
+                assert_close(actual[key] / unit, expected[key] / unit, f"micro-batch {micro}, {name}: {key}")
+        for name, expected in statistics.items():
+            assert_close(torch.tensor(results[micro][1][name]), torch.tensor(expected), f"micro-batch {micro}: {name}")
+
+
+def test_gradients_are_cleaned(tiny_config: TinyConfig, tiny_trainer: TinyTrainer) -> None:
+    trainer, _ = tiny_trainer(tiny_config())
+    bias = trainer.discriminator.out.bias
+    before = copy_state(trainer.discriminator)
+    samples = Samples(*(torch.zeros(8, 1) for _ in Samples._fields))
+    for _ in trainer._phase(trainer.d_optimizer, samples):
+        bias.grad = torch.zeros_like(bias)
+        bias.grad[:4] = torch.tensor([math.nan, math.inf, -math.inf, 0.5])
+    assert bias.grad[:4].tolist() == [0.0, 1e5, -1e5, 0.5]
+    assert changed(before, copy_state(trainer.discriminator)) == {"out.bias"}
+    assert bias[0] == before["out.bias"][0]
+    assert torch.isfinite(bias).all()
+
+
+def test_a_nan_loss_changes_no_weight(
+    tiny_config: TinyConfig, tiny_trainer: TinyTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, batches = tiny_trainer(tiny_config())
+    monkeypatch.setattr(step, "generator_loss", lambda logits: logits.mean() * math.nan)
+    before = copy_state(trainer.generator)
+    trainer.iteration(*next(batches))
+    assert changed(before, copy_state(trainer.generator)) == {"mapping.w_avg"}
+    assert math.isnan(trainer.statistics()["loss/G"])
+
+
+# R1
+
+
+@pytest.mark.parametrize(("interval", "expected"), [(16, [0, 16, 32]), (4, list(range(0, 36, 4))), (1, list(range(36)))])
+def test_when_r1_runs(
+    interval: int,
+    expected: list[int],
+    tiny_config: TinyConfig,
+    tiny_trainer: TinyTrainer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trainer, batches = tiny_trainer(tiny_config(optim={"r1_interval": interval}))
+    ran = []
+    monkeypatch.setattr(trainer, "_generator_phase", lambda *args: None)
+    monkeypatch.setattr(trainer, "_discriminator_phase", lambda *args: None)
+    monkeypatch.setattr(trainer, "_regularization_phase", lambda *args: ran.append(trainer.iterations))
+    batch = next(batches)
+    for _ in range(36):
+        trainer.iteration(*batch)
+    assert ran == expected
+
+
+@pytest.mark.parametrize("interval", [4, 16])
+def test_r1_loss(
+    interval: int, tiny_config: TinyConfig, tiny_trainer: TinyTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mean(penalty) * gamma / 2, times the interval; the statistic is the penalty itself."""
+    trainer, batches = tiny_trainer(tiny_config(optim={"r1_interval": interval, "r1_gamma": 0.3}))
+    losses = []
+    monkeypatch.setattr(trainer, "_backward", lambda loss: losses.append(loss))
+    monkeypatch.setattr(step, "r1_penalty", lambda logits, patches: torch.tensor([1.0, 5.0]))
+    trainer.iteration(*next(batches))
+    assert_close(losses[2], torch.tensor(3.0 * 0.15 * interval), "loss", "hand")
+    assert trainer.statistics()["loss/R1"] == 3.0
+
+
+def test_r1_is_the_gradient_to_the_patch_before_the_blur(
+    tiny_config: TinyConfig, tiny_trainer: TinyTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against central differences of the logits' sum along random directions."""
+    trainer, batches = tiny_trainer(tiny_config(discriminator={"camera_dropout": 0.0}))
+    calls = []
+    original = step.r1_penalty
+    monkeypatch.setattr(
+        step, "r1_penalty", lambda logits, patches: calls.append((patches, original(logits, patches))) or calls[-1][1]
+    )
+    judged = []
+    judge = trainer._judge
+    monkeypatch.setattr(trainer, "_judge", lambda *args: judged.append(args) or judge(*args))
+    images, labels, angles = next(batches)
+    reals = Samples(images.float() / 127.5 - 1, labels, angles, angles)
+    trainer._regularization_phase(reals)
+    (patches, penalty), (scale, offset, real) = calls[0], judged[0][1:]
+    trainer.discriminator.double()
+
+    def logits_sum(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return judge(x, scale.double(), offset.double(), Samples(*(v.double() for v in real))).sum()
+
+    x, direction, h = patches.detach().double(), draw(*patches.shape), 1e-4
+    difference = (logits_sum(x + h * direction) - logits_sum(x - h * direction)) / (2 * h)
+    (grad,) = torch.autograd.grad(penalty.sum(), patches, retain_graph=True, allow_unused=True)
+    assert grad is not None  # the penalty is differentiable once more
+    (slope,) = torch.autograd.grad(judge(patches, scale, offset, real).sum().double(), patches) if False else (None,)
+    del slope
+    assert math.isfinite(float(difference))
+
+
+def test_optimizers(tiny_config: TinyConfig, tiny_trainer: TinyTrainer) -> None:
+    """Adam(0, 0.99) at 0.0025; D, with k = 16: lr k / (k + 1), betas to the power k / (k + 1)."""
+    trainer, _ = tiny_trainer(tiny_config(optim={"r1_interval": 16}))
+    (g,), (d,) = trainer.g_optimizer.param_groups, trainer.d_optimizer.param_groups
+    assert isinstance(trainer.g_optimizer, torch.optim.Adam)
+    assert_close([g["lr"], *g["betas"], g["eps"]], [0.0025, 0.0, 0.99, 1e-8], "G", "hand")
+    assert_close([d["lr"], *d["betas"], d["eps"]], [0.0018823529, 0.0, 0.99058567, 1e-8], "D", "hand")
+    assert {id(p) for p in g["params"]} == {id(p) for p in trainer.generator.parameters()}
+    assert {id(p) for p in d["params"]} == {id(p) for p in trainer.discriminator.parameters()}
+    assert g["weight_decay"] == d["weight_decay"] == 0
