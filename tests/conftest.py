@@ -36,6 +36,10 @@ CAMERA = {"fov": 30.0, "radius": 1.0, "ray_start": 0.75, "ray_end": 1.25, "cube_
 RESOLUTION, IMAGES, CLASSES = 16, 24, 3
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--regenerate", action="store_true", help="record the golden losses anew")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     """Sums have one order, so that equal runs are equal to the last bit."""

@@ -77,8 +77,8 @@ def test_slots_narrower_than_1e_5_by_hand():
 
 
 def test_first_knot_is_left_sided_by_hand():
-    # Probabilities 1 - 2^-20 and 2^-20, exact in binary. u = 1 is the last knot itself, so it belongs to the second bin,
-    # which is narrower than 1e-5: 2^-20 behind its start at 1, not at its end 3.
+    # Probabilities 1 - 2^-20 and 2^-20, exact in binary. u = 1 is the last knot itself, so it belongs to the second
+    # bin, which is narrower than 1e-5: 2^-20 of its width of 2 behind its start at 1, not at its end 3.
     samples = invert_cdf(as_tensor([0, 1, 3]), as_tensor([2**20 - 1 - 1e-5, 1 - 1e-5]), as_tensor([1.0, 1 - 2**-20]))
     assert_close(samples, [1 + 2 * 2**-20, 1.0], "samples at the knots")
 
