@@ -26,6 +26,8 @@ TOLERANCES: dict[torch.dtype | str, tuple[float, float]] = {
     "gradcheck": (1e-6, 1e-7),
     # A patch rendered in fp32 against the crop of the image: directions differ by roundings, and with them all samples.
     "patch_crop": (1e-5, 1e-5),
+    # A whole tiny network in fp32 against the same in fp64.
+    "network_fp32": (1e-3, 1e-4),
 }
 GRADCHECK_STEP = 1e-6
 SIGMAS = 4.0  # how far a statistic of a seeded draw may lie from its mean, in standard deviations

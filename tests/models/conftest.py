@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from checks import GRADCHECK_STEP, assert_close, draw
 from epigraf_fast.config import CameraConfig, DiscriminatorConfig, GeneratorConfig, RendererConfig
 from epigraf_fast.models.discriminator import Discriminator
 from epigraf_fast.models.generator import Generator
@@ -42,3 +43,24 @@ def tiny_discriminator():
         return Discriminator(config, resolution, patch_resolution, label_dim=label_dim).to(dtype)
 
     return make
+
+
+@pytest.fixture
+def assert_directional_derivative():
+    """A function that compares a number's gradients to parameters, each along one direction, with differences."""
+
+    def check(function, parameters, step=GRADCHECK_STEP):
+        gradients = torch.autograd.grad(function(), list(parameters.values()), materialize_grads=True)
+        for i, ((name, p), gradient) in enumerate(zip(parameters.items(), gradients, strict=True)):
+            direction = draw(*p.shape, seed=1000 + i)
+            original = p.detach().clone()
+            length = step * max(1.0, original.abs().max().item())  # raw weights may be of order 100
+            values = []
+            for sign in (1, -1):
+                p.data.copy_(original + sign * length * direction)
+                values.append(function().detach())
+            p.data.copy_(original)
+            expected = (values[0] - values[1]) / (2 * length)
+            assert_close((gradient * direction).sum(), expected, f"derivative to {name}", "gradcheck")
+
+    return check

@@ -109,7 +109,7 @@ def test_who_sees_which_style_vector():
     ws = torch.arange(synthesis.num_ws, dtype=torch.float64)[:, None].expand(1, -1, 6)
     seen = {}
     for name, layer in layers(synthesis).items():
-        layer.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, args[1].unique().tolist()))
+        layer.register_forward_hook(lambda _, args, __, name=name: seen.update({name: args[1].unique().tolist()}))
     synthesis(ws, "none")
     # A to-planes layer takes the vector after conv1's, which is also that of the next conv0.
     assert seen == {

@@ -270,12 +270,12 @@ def test_gradients_do_not_depend_on_the_micro_batch(
     tiny_config: TinyConfig, tiny_trainer: TinyTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With one patch for all, no minibatch statistics and rendering without draws, the micro-batches hold the same
-    samples as the whole batch."""
+    samples as the whole batch. (Importance samples jump where rounding carries u over a knot: none here.)"""
     results = {}
     for micro in (8, 4, 1):
         config = tiny_config(
             micro_batch=micro,
-            renderer={"density_noise": 0.0},
+            renderer={"density_noise": 0.0, "fine_samples": 0},
             discriminator={"minibatch_std_group": 1, "camera_dropout": 0.0},
         )
         trainer, batches = tiny_trainer(config)

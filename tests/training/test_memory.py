@@ -1,0 +1,61 @@
+"""The memory estimate against a real step's saved tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from epigraf_fast.config import Config
+from epigraf_fast.training.memory import meta_networks, parameter_count, step_bytes
+from epigraf_fast.training.step import Trainer
+
+TinyConfig = Callable[..., Config]
+
+
+def test_networks_without_memory_are_those_of_the_trainer(
+    tiny_config: TinyConfig, tiny_trainer: Callable[[Config], tuple[Trainer, Iterator]]
+) -> None:
+    config = tiny_config()
+    trainer, _ = tiny_trainer(config)
+    for meta, real in zip(meta_networks(config, 3), (trainer.generator, trainer.discriminator), strict=True):
+        assert {p.device.type for p in meta.parameters()} == {"meta"}
+        assert {name: p.shape for name, p in meta.named_parameters()} == {
+            name: p.shape for name, p in real.named_parameters()
+        }
+
+
+def test_weights_gradients_moments_and_average(tiny_config: TinyConfig) -> None:
+    """fp32: weight, gradient, two moments, for G also its average."""
+    config = tiny_config()
+    generator, discriminator = meta_networks(config, 3)
+    fixed, _ = step_bytes(config, generator, discriminator)
+    assert fixed == 4 * (5 * parameter_count(generator) + 4 * parameter_count(discriminator))
+
+
+@pytest.mark.parametrize("micro", [4, 8])
+def test_the_step_is_what_autograd_keeps(
+    micro: int, tiny_config: TinyConfig, tiny_trainer: Callable[[Config], tuple[Trainer, Iterator]]
+) -> None:
+    """The reference ops on a CPU save the same, up to a tenth."""
+    config = tiny_config(micro_batch=micro, backend="reference", optim={"blur_sigma": 0.0})
+    trainer, _ = tiny_trainer(config)
+    parameters = {
+        p.untyped_storage().data_ptr() for m in (trainer.generator, trainer.discriminator) for p in m.parameters()
+    }
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    fakes = next(trainer._draw_fakes(8).split(micro))
+    trainer.discriminator.requires_grad_(False)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        trainer._judge(*trainer._generate(fakes), fakes)
+    measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    _, estimate = step_bytes(config, *meta_networks(config, 3))
+    assert 0.9 * measured <= estimate <= 1.1 * measured

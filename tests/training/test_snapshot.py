@@ -1,0 +1,227 @@
+"""What a run leaves to look at, and that making it disturbs nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import imageio.v3
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from torch import Tensor
+
+from checks import assert_close
+from epigraf_fast.config import Config
+from epigraf_fast.data import ImageDataset
+from epigraf_fast.training import sampling, snapshot
+from epigraf_fast.training.log import tile, to_uint8
+from epigraf_fast.training.sampling import fixed_latents, render_images, render_turntable, turntable_angles
+from epigraf_fast.training.snapshot import TURNTABLE_FRAMES, Snapshots
+from epigraf_fast.training.step import Trainer
+
+TinyConfig = Callable[..., Config]
+TinyTrainer = Callable[[Config], tuple[Trainer, Iterator]]
+
+
+class Log:
+    """Keeps the pictures that would go to TensorBoard."""
+
+    def __init__(self) -> None:
+        self.pictures: list[tuple[str, np.ndarray, int]] = []
+
+    def image(self, name: str, picture: np.ndarray, cur_nimg: int) -> None:
+        self.pictures.append((name, picture, cur_nimg))
+
+
+class Distance:
+    """Stands in for FeatureDistance: counts images, and gives the fakes' mean."""
+
+    made = 0
+
+    def __init__(self, device: torch.device) -> None:
+        type(self).made += 1
+        self.real: list[Tensor] = []
+        self.fake: list[Tensor] = []
+
+    def update_real(self, images: Tensor) -> None:
+        self.real.append(images)
+
+    def update_fake(self, images: Tensor) -> None:
+        assert images.dtype == torch.uint8
+        self.fake.append(images)
+
+    def reset_fake(self) -> None:
+        self.fake = []
+
+    def compute(self) -> float:
+        return float(torch.cat(self.fake).float().mean())
+
+
+@pytest.fixture
+def run(
+    tiny_config: TinyConfig, tiny_trainer: TinyTrainer, tiny_dataset: ImageDataset, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Trainer, Snapshots]:
+    """A trainer at its beginning, and its snapshots."""
+    config = tiny_config(turntable=2, metric_images=20)
+    trainer, _ = tiny_trainer(config)
+    monkeypatch.setattr(Distance, "made", 0)
+    monkeypatch.setattr(snapshot, "FeatureDistance", Distance)
+    Path(config.run_dir).mkdir()
+    return trainer, Snapshots(config, tiny_dataset, trainer.average, Log())
+
+
+def read(path: Path) -> np.ndarray:
+    with PIL.Image.open(path) as image:
+        return np.asarray(image)
+
+
+def test_grids(run: tuple[Trainer, Snapshots], tmp_path: Path) -> None:
+    trainer, snapshots = run
+    paths = snapshots.grids(8)
+    assert paths == tuple(tmp_path / "run" / "samples" / f"{name}-000000008.png" for name in ("images", "depth"))
+    assert [(name, cur_nimg) for name, _, cur_nimg in snapshots.log.pictures] == [
+        ("samples/images", 8),
+        ("samples/depth", 8),
+    ]
+    for path, (_, picture, _) in zip(paths, snapshots.log.pictures, strict=True):
+        assert (read(path) == picture).all()
+        assert picture.shape == (2 * 16, 3 * 16, 3)
+    z, label, angles = snapshots.latents
+    with torch.no_grad():
+        images = trainer.average(
+            z, angles, label, resolution=16, conditioning_angles=angles, noise_mode="const", stochastic=False
+        )
+    difference = read(paths[0]).astype(int) - tile(to_uint8(images.rgb), 3)
+    assert abs(difference).max() <= 1  # rounding: the batch size differs
+
+
+def test_grids_show_the_average_and_always_the_same_codes(run: tuple[Trainer, Snapshots]) -> None:
+    trainer, snapshots = run
+    first, again = (read(snapshots.grids(cur_nimg)[0]) for cur_nimg in (0, 8))
+    assert (first == again).all()
+    with torch.no_grad():
+        trainer.average.decoder.fc1.bias += 0.5
+    assert (read(snapshots.grids(16)[0]) != first).any()
+
+
+def test_reals(run: tuple[Trainer, Snapshots], tiny_dataset: ImageDataset) -> None:
+    """Different images of the set, the same ones in every run of a seed."""
+    _, snapshots = run
+    picture = read(snapshots.reals())
+    assert picture.shape == (32, 48, 3)
+    cells = {picture[y : y + 16, x : x + 16].tobytes() for y in (0, 16) for x in (0, 16, 32)}
+    images = {tiny_dataset[i][0].permute(1, 2, 0).numpy().tobytes() for i in range(len(tiny_dataset))}
+    assert len(cells) == 6
+    assert cells <= images
+    assert (read(snapshots.reals()) == picture).all()
+
+
+def test_turntable(run: tuple[Trainer, Snapshots], tmp_path: Path) -> None:
+    _, snapshots = run
+    path = snapshots.turntable()
+    assert path == tmp_path / "run" / "turntable.gif"
+    assert imageio.v3.imread(path).shape == (TURNTABLE_FRAMES, 16, 2 * 16, 3)
+
+
+def test_measure(run: tuple[Trainer, Snapshots], tmp_path: Path, tiny_dataset: ImageDataset) -> None:
+    trainer, snapshots = run
+    first = snapshots.measure(0)
+    assert sum(map(len, snapshots.distance.real)) == 20
+    assert sum(map(len, snapshots.distance.fake)) == 20
+    reals = {image.numpy().tobytes() for batch in snapshots.distance.real for image in batch}
+    assert len(reals) == 20
+    assert reals <= {tiny_dataset[i][0].numpy().tobytes() for i in range(len(tiny_dataset))}
+    with torch.no_grad():
+        trainer.average.decoder.fc1.bias += 0.5
+    last = snapshots.measure(40)
+    assert last != first
+    assert Distance.made == 1  # the real images are seen once
+    expected = [
+        {"cur_nimg": 0, "fd_efficientnet": first, "images": 20},
+        {"cur_nimg": 40, "fd_efficientnet": last, "images": 20},
+    ]
+    path = tmp_path / "run" / "metrics.json"
+    assert json.loads(path.read_text()) == expected
+    snapshots.measure(40)  # once more after a resume
+    assert json.loads(path.read_text()) == expected
+
+
+def test_nothing_disturbs_the_training(run: tuple[Trainer, Snapshots]) -> None:
+    trainer, snapshots = run
+    random.seed(1)
+    np.random.seed(1)  # noqa: NPY002 - the global generator is what is looked at
+    torch.manual_seed(1)
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
+    weights = {name: value.clone() for name, value in trainer.average.state_dict().items()}
+    snapshots.reals()
+    snapshots.grids(0)
+    snapshots.turntable()
+    snapshots.measure(0)
+    Snapshots(snapshots.config, snapshots.dataset, trainer.average, Log())
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.random.get_state()[1].tolist() == before[1]  # noqa: NPY002
+    assert random.getstate() == before[2]
+    for name, value in trainer.average.state_dict().items():
+        assert torch.equal(value, weights[name]), name
+
+
+# Latent codes and cameras
+
+
+@pytest.mark.parametrize("prior", ["custom", "uniform", "normal", "truncated_gaussian", "spherical_uniform"])
+def test_fixed_latents(
+    prior: str, tiny_config: TinyConfig, tiny_trainer: TinyTrainer, tiny_dataset: ImageDataset
+) -> None:
+    config = tiny_config(camera={"prior": prior})
+    generator = tiny_trainer(config)[0].average
+    torch.manual_seed(1)
+    first = fixed_latents(7, generator, tiny_dataset, config.camera, 5)
+    torch.manual_seed(2)
+    again = fixed_latents(7, generator, tiny_dataset, config.camera, 5)
+    other = fixed_latents(7, generator, tiny_dataset, config.camera, 6)
+    assert [tuple(x.shape) for x in first] == [(7, 16), (7, 3), (7, 3)]
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0], other[0])
+    assert not torch.equal(first[2], other[2])
+    if prior == "custom":
+        entries = set(map(tuple, torch.cat([tiny_dataset.angles, tiny_dataset.labels], dim=1).tolist()))
+        assert set(map(tuple, torch.cat([first[2], first[1]], dim=1).tolist())) <= entries
+
+
+def test_render_images_in_batches(
+    tiny_config: TinyConfig, tiny_trainer: TinyTrainer, tiny_dataset: ImageDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config()
+    generator = tiny_trainer(config)[0].average
+    latents = fixed_latents(5, generator, tiny_dataset, config.camera, 0)
+    monkeypatch.setattr(sampling, "BATCH", 2)
+    batches = [images.rgb for images in render_images(generator, *latents, 8)]
+    assert [tuple(batch.shape) for batch in batches] == [(2, 3, 8, 8), (2, 3, 8, 8), (1, 3, 8, 8)]
+    assert not batches[0].requires_grad
+    monkeypatch.setattr(sampling, "BATCH", 5)
+    (together,) = (images.rgb for images in render_images(generator, *latents, 8))
+    assert_close(torch.cat(batches)[0], together[0], "first image", torch.float16)
+
+
+def test_turntable_angles() -> None:
+    angles = turntable_angles(4, pitch=1.0)
+    expected = [[0, 1, 0], [math.pi / 2, 1, 0], [math.pi, 1, 0], [3 * math.pi / 2, 1, 0]]
+    assert_close(angles, torch.tensor(expected), "angles")
+
+
+def test_turntable_frames(tiny_config: TinyConfig, tiny_trainer: TinyTrainer, tiny_dataset: ImageDataset) -> None:
+    """Frame by frame what the renderer gives; the style is that of the mean pose throughout."""
+    config = tiny_config()
+    generator = tiny_trainer(config)[0].average
+    z, label, _ = fixed_latents(2, generator, tiny_dataset, config.camera, 0)
+    frames = render_turntable(generator, z, label, 3, 8)
+    assert frames.shape == (3, 2, 3, 8, 8)
+    angles = turntable_angles(3)[1].expand(2, -1)
+    with torch.no_grad():
+        expected = generator(z, angles, label, resolution=8, noise_mode="const", stochastic=False).rgb
+    assert torch.equal(frames[1], expected)
