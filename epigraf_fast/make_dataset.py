@@ -1,6 +1,6 @@
 """Renders meshes into a data set: a zip of PNG images with known cameras in its dataset.json.
 
-    python -m epigraf_fast.make_dataset --recipe builtin --out objects64.zip
+    python -m epigraf_fast.make_dataset --recipe builtin --scale 4 --out objects64.zip
     python -m epigraf_fast.make_dataset --recipe megascans --meshes FOLDER --resolution 256 --out plants.zip
 
 `builtin` renders objects that the package pybullet carries (the set in epigraf_fast/builtin/), `megascans` a folder of
@@ -61,6 +61,12 @@ class Recipe:
     sphere_radius: float | None = None  # scale to this bounding sphere...
     box_side: float | None = None  # ... or to this longest side of the box
     min_box_volume: float = 0.0
+
+    def scaled(self, factor: float) -> Recipe:
+        """The same pictures in other units: every length times `factor`."""
+        lengths = ("radius", "ray_start", "ray_end", "cube_scale", "sphere_radius", "box_side")
+        scaled = {key: getattr(self, key) and getattr(self, key) * factor for key in lengths}
+        return dataclasses.replace(self, min_box_volume=self.min_box_volume * factor**3, **scaled)
 
     def camera(self) -> dict[str, float]:
         return {key: getattr(self, key) for key in ("fov", "radius", "ray_start", "ray_end", "cube_scale")}
@@ -329,6 +335,9 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--views", type=int, help="images per object (builtin: 10, megascans: 128)")
     parser.add_argument("--min-alpha", type=float, help="drop objects covering less of the image (plants: 0.03)")
     parser.add_argument("--attribution", default="", help="text for dataset.json: source and licence of the meshes")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="factor on every length: the units of the scene, not the pictures"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(args)
     try:
@@ -341,7 +350,9 @@ def main(args: Sequence[str] | None = None) -> None:
 def run(options: argparse.Namespace) -> None:
     overrides = {"views": options.views, "min_alpha": options.min_alpha}
     given = {key: value for key, value in overrides.items() if value is not None}
-    recipe = dataclasses.replace(RECIPES[options.recipe], **given)
+    if not (math.isfinite(options.scale) and options.scale > 0):
+        raise UserError(f"--scale must be finite and positive, got {options.scale}")
+    recipe = dataclasses.replace(RECIPES[options.recipe], **given).scaled(options.scale)
     if options.resolution < 4 or options.resolution & (options.resolution - 1):
         raise UserError(f"--resolution must be a power of two, at least 4, got {options.resolution}")
     if options.recipe == "builtin":

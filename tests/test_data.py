@@ -143,7 +143,7 @@ def test_pickles_with_open_zip(files, tmp_path):
 def test_builtin():
     dataset = ImageDataset("builtin", 64)
     assert (dataset.name, len(dataset)) == ("objects64", 8000)
-    assert dataset.camera == {"fov": 30, "radius": 8, "ray_start": 6, "ray_end": 10, "cube_scale": 3.8}
+    assert dataset.camera == {"fov": 30, "radius": 32, "ray_start": 24, "ray_end": 40, "cube_scale": 15.2}
     angles = dataset.angles[:4000]
     # Uniform on the sphere: the mean direction vanishes, to a few standard errors (1 / sqrt(3 * 4000) per axis).
     yaw, pitch = angles[:, 0], angles[:, 1]

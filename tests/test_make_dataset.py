@@ -22,6 +22,16 @@ from epigraf_fast.errors import UserError
 from epigraf_fast.make_dataset import RECIPES
 
 
+def test_a_scaled_recipe_shows_the_same_in_other_units():
+    for recipe in RECIPES.values():
+        scaled = recipe.scaled(4.0)
+        assert scaled.camera() == {k: v if k == "fov" else 4 * v for k, v in recipe.camera().items()}
+        sides, sphere_radius = np.array([1.0, 2.0, 4.0]), 2.5
+        factor = make_dataset.scale_for(recipe, sides, sphere_radius)
+        assert make_dataset.scale_for(scaled, sides, sphere_radius) == pytest.approx(4 * factor)
+        assert scaled.min_box_volume == 64 * recipe.min_box_volume
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_keeps_its_frustum_in_the_cube_and_its_sphere_in_sight(name):
     recipe = RECIPES[name]

@@ -165,7 +165,7 @@ def render_planes(
 ) -> Images:
     """Renders planes from cameras, as full images or patches of resolution^2 pixels.
 
-    Without gradients the rays go through in chunks, so that memory stays bounded at any resolution.
+    In evaluation mode without gradients the rays go through in chunks, so that memory stays bounded at any resolution.
 
     Args:
         planes: [B, 3*C, H, W].
@@ -178,7 +178,7 @@ def render_planes(
     rays = camera_rays(cam2world_matrix(angles, camera.radius), fov, resolution, patch_scale, patch_offset)
     num_rays = resolution**2
     chunk = num_rays
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() and not renderer.training:
         samples = renderer.config.coarse_samples + renderer.config.fine_samples
         chunk = max(1, EVALUATION_CHUNK // (len(planes) * samples))
     parts = []
