@@ -194,7 +194,7 @@ class Config:
     @property
     def micro(self) -> int:
         """The micro-batch in force."""
-        return self.batch if self.micro_batch is None else self.micro_batch
+        return self.batch if self.micro_batch is None else min(self.micro_batch, self.batch)
 
 
 def preset(name: str) -> Config:
@@ -205,6 +205,7 @@ def preset(name: str) -> Config:
         return Config(
             data="datasets/ffhq.zip",
             resolution=512,
+            micro_batch=8,
             kimg=20_000,
             run_dir="runs/ffhq",
             generator=GeneratorConfig(pose_conditioning=True),
@@ -215,6 +216,7 @@ def preset(name: str) -> Config:
         return Config(
             data="datasets/cats.zip",
             resolution=256,
+            micro_batch=8,
             kimg=15_000,
             run_dir="runs/cats",
             discriminator=DiscriminatorConfig(camera_conditioning=True),
@@ -223,6 +225,7 @@ def preset(name: str) -> Config:
         return Config(
             data=f"datasets/{name}.zip",
             resolution=256,
+            micro_batch=8,
             kimg=15_000,
             run_dir=f"runs/{name}",
             camera=CameraConfig(

@@ -1,4 +1,4 @@
-"""Pictures of a generator: grids, turntables and batches for metrics. None of it touches torch's global generators."""
+"""Pictures of a generator: grids, turntables and batches for metrics."""
 
 from __future__ import annotations
 
@@ -48,8 +48,10 @@ def fixed_latents(
 
 
 @torch.no_grad()
-def render_images(generator: Generator, z: Tensor, label: Tensor, angles: Tensor, resolution: int) -> Iterator[Images]:
-    """Full images in batches, deterministic: constant noise images, evenly spaced samples."""
+def render_images(
+    generator: Generator, z: Tensor, label: Tensor, angles: Tensor, resolution: int, noise_mode: str = "const"
+) -> Iterator[Images]:
+    """Full images in batches, with evenly spaced samples; deterministic unless `noise_mode` is "random"."""
     for first in range(0, len(z), BATCH):
         part = slice(first, first + BATCH)
         yield generator(
@@ -58,7 +60,7 @@ def render_images(generator: Generator, z: Tensor, label: Tensor, angles: Tensor
             label[part],
             resolution=resolution,
             conditioning_angles=angles[part],
-            noise_mode="const",
+            noise_mode=noise_mode,
             stochastic=False,
         )
 

@@ -78,8 +78,10 @@ class Snapshots:
                 self.distance.update_real(torch.stack([self.dataset[i][0] for i in part.tolist()]))
         self.distance.reset_fake()
         latents = fixed_latents(num, self.generator, self.dataset, self.config.camera, METRIC_SEED)
-        for images in render_images(self.generator, *latents, self.config.resolution):
-            self.distance.update_fake(to_uint8(images.rgb))
+        with torch.random.fork_rng():  # the noise images must not move the run's random state
+            torch.manual_seed(METRIC_SEED)
+            for images in render_images(self.generator, *latents, self.config.resolution, noise_mode="random"):
+                self.distance.update_fake(to_uint8(images.rgb))
         value = self.distance.compute()
         path = self.run_dir / "metrics.json"
         entries = json.loads(path.read_text()) if path.is_file() else []

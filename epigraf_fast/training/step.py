@@ -102,8 +102,6 @@ class Trainer:
         fused = True if self.device.type == "cuda" else None
         return torch.optim.Adam(module.parameters(), lr=lr * lazy, betas=betas, eps=1e-8, fused=fused)
 
-    # -- one iteration ------------------------------------------------------------------------------------------------
-
     def iteration(self, images: Tensor, labels: Tensor, angles: Tensor) -> None:
         """Trains on one batch.
 
@@ -197,8 +195,6 @@ class Trainer:
         patches = blur(patches, blur_sigma(self.config.optim, self.cur_nimg))
         return self.discriminator(patches, scale, offset, samples.label, samples.angles)
 
-    # -- draws --------------------------------------------------------------------------------------------------------
-
     def _draw_fakes(self, num: int) -> Samples:
         camera = self.config.camera
         z = torch.randn(num, self.config.generator.z_dim, device=self.device)
@@ -230,8 +226,6 @@ class Trainer:
             self.config.discriminator.minibatch_std_group,
             device=self.device,
         )
-
-    # -- statistics and state -----------------------------------------------------------------------------------------
 
     def _record(self, name: str, values: Tensor) -> None:
         values = values.detach().float()
