@@ -24,7 +24,7 @@ Report = dict[str, Any]
 EXTRAS = {"metrics": METRICS_PACKAGES, "make_dataset": ("pyvista", "pybullet")}
 
 # Code that only a GPU can run and that no GPU has run yet. It is never on by default.
-OPT_IN = ("fp16 discriminator and tf32 on CUDA: not yet run on a GPU",)
+OPT_IN = ("--precision tf32 and fp16, --discriminator.half-blocks: not yet run on a GPU",)
 
 
 def report() -> Report:
