@@ -94,11 +94,13 @@ def test_continuation_is_exact(steps: int, tmp_path: Path, tiny_config: TinyConf
     """2 N steps against N, a checkpoint, new objects under other random states, and N."""
     config = tiny_config(optim={"r1_interval": 2})
     trainer, batches = tiny_trainer(config)
+    trainer.augment_p.fill_(0.25)
     for _ in range(2 * steps):
         trainer.iteration(*next(batches))
-    expected, expected_random = trainer.state_dict(), random_state()
+    expected, expected_statistics, expected_random = trainer.state_dict(), trainer.statistics(), random_state()
 
     trainer, batches = tiny_trainer(config)
+    trainer.augment_p.fill_(0.25)
     for _ in range(steps):
         trainer.iteration(*next(batches))
     path = save_checkpoint(tmp_path, config, trainer.state_dict(), 1)
@@ -116,8 +118,10 @@ def test_continuation_is_exact(steps: int, tmp_path: Path, tiny_config: TinyConf
     for batch, _ in zip(make_loader(dataset, config.batch, config.seed, trainer.cur_nimg), range(steps), strict=False):
         trainer.iteration(*batch)
     assert differences(trainer.state_dict(), expected) == []
+    assert trainer.statistics() == expected_statistics
     assert differences(random_state(), expected_random) == []
     assert trainer.counts["loss/G"] == 2 * steps
+    assert trainer.augment_p == 0.25
 
 
 def test_settings_in_force_are_the_new_ones(tmp_path: Path, tiny_config: TinyConfig, tiny_trainer: TinyTrainer) -> None:

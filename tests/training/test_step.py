@@ -211,6 +211,7 @@ class Recorder:
     def __init__(self, trainer: Trainer, monkeypatch: pytest.MonkeyPatch, *, step: bool = True) -> None:
         self.trainer = trainer
         self.steps: list[tuple[str, dict[str, Tensor]]] = []  # (optimizer, gradients of its network)
+        self.d_idle: list[bool] = []  # at every step, whether D has no gradient at all
         self.states: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []  # G and D before the first step, after each
         for name, module in (("g", trainer.generator), ("d", trainer.discriminator)):
             optimizer = getattr(trainer, f"{name}_optimizer")
@@ -224,6 +225,7 @@ class Recorder:
     def _step(self, name: str, module: nn.Module, original: Callable[[], None]) -> None:
         grads = {k: p.grad.clone() for k, p in module.named_parameters() if p.grad is not None}
         self.steps.append((name, grads))
+        self.d_idle.append(all(p.grad is None for p in self.trainer.discriminator.parameters()))
         original()
         self.keep()
 
@@ -246,7 +248,8 @@ def test_phases_touch_only_their_own(
     assert not changed(after_d[0], after_r1[0])
     assert changed(after_d[1], after_r1[1])
 
-    # Every parameter learns, and the D phases add nothing to the gradients of G.
+    # Every parameter learns, the G phase leaves no gradient in D, nor the D phases in G.
+    assert record.d_idle == [True, False, False]
     assert set(record.steps[0][1]) == parameter_names(generator)
     assert set(record.steps[1][1]) == parameter_names(discriminator)
     for name, parameter in generator.named_parameters():
@@ -303,6 +306,7 @@ def test_gradients_do_not_depend_on_the_micro_batch(
 def test_gradients_are_cleaned(tiny_config: TinyConfig, tiny_trainer: TinyTrainer) -> None:
     trainer, _ = tiny_trainer(tiny_config())
     bias = trainer.discriminator.out.bias
+    trainer.discriminator.out.weight.grad = torch.ones_like(trainer.discriminator.out.weight)  # of another phase
     before = copy_state(trainer.discriminator)
     samples = Samples(*(torch.zeros(8, 1) for _ in Samples._fields))
     for _ in trainer._phase(trainer.d_optimizer, samples):
