@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from checks import assert_close, draw
+from checks import TOLERANCES, assert_close, draw
 from epigraf_fast.config import Config
 from epigraf_fast.data import ImageDataset
 from epigraf_fast.errors import UserError
@@ -31,7 +31,6 @@ TinyTrainer = Callable[[Config], tuple[Trainer, Iterator]]
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 GOLDEN_STEPS = 10
-GOLDEN_RELATIVE = 1e-4  # of a loss of order one: room for other CPUs and releases of torch, not for another formula
 
 
 def copy_state(module: nn.Module) -> dict[str, Tensor]:
@@ -487,6 +486,6 @@ def test_golden_losses(tiny_config: TinyConfig, tiny_trainer: TinyTrainer, reque
     for number, (actual, expected) in enumerate(zip(steps, golden["steps"], strict=True)):
         assert actual.keys() == expected.keys()
         for name, value in expected.items():
-            assert actual[name] == pytest.approx(value, rel=GOLDEN_RELATIVE), (
+            assert actual[name] == pytest.approx(value, rel=TOLERANCES["golden"][0]), (
                 f"step {number}: {name}; recorded with torch {golden['torch']}, this is {torch.__version__}"
             )
