@@ -241,13 +241,14 @@ def _demo() -> Config:
     """Small enough for minutes on two CPU cores. The built-in data stores its camera, in units that suit densities.
 
     What makes it learn in so few images: a finite last interval, so that empty space shows the white background instead
-    of having to be painted; no density noise; many small iterations; a discriminator that learns faster than G.
+    of having to be painted; no density noise; many small iterations; a discriminator that learns faster than G and
+    sees the camera.
     """
     return Config(
         data="builtin",
         resolution=64,
         batch=8,
-        kimg=20.0,
+        kimg=19.0,
         run_dir="runs/demo",
         log_kimg=0.2,
         snapshot_kimg=2.0,
@@ -269,15 +270,17 @@ def _demo() -> Config:
         renderer=RendererConfig(
             coarse_samples=20,
             fine_samples=12,
-            density_shift=-4.0,
+            density_shift=-3.0,
             density_noise=0.0,
             last_interval=1e-3,
             white_background=True,
         ),
-        discriminator=DiscriminatorConfig(channel_base=2048, channel_max=128, code_dim=128, patch_table_dim=64),
-        patch=PatchConfig(resolution=16, anneal_kimg=40.0),
+        discriminator=DiscriminatorConfig(
+            channel_base=2048, channel_max=128, code_dim=128, patch_table_dim=64, camera_conditioning=True
+        ),
+        patch=PatchConfig(resolution=16, anneal_kimg=60.0),
         loader=DataConfig(workers=0),
-        optim=OptimConfig(g_lr=0.004, d_lr=0.008, r1_gamma=0.01, blur_sigma=0.0),
+        optim=OptimConfig(g_lr=0.006, d_lr=0.008, r1_gamma=0.01, blur_sigma=0.0),
     )
 
 
