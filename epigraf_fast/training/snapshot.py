@@ -50,7 +50,8 @@ class Snapshots:
         camera, columns = self.config.camera, self.config.grid[0]
         batches = list(render_images(self.generator, *self.latents, self.config.resolution))
         rgb = tile(to_uint8(torch.cat([b.rgb for b in batches])), columns)
-        depth = torch.cat([b.depth for b in batches])
+        # What is transparent lies at the far end, not at depth 0.
+        depth = torch.cat([b.depth + (1 - b.weight_sum) * camera.ray_end for b in batches])
         depth = tile(depth_to_uint8(depth, camera.ray_start, camera.ray_end), columns)
         paths = []
         for name, picture in (("images", rgb), ("depth", depth)):
