@@ -16,6 +16,22 @@ from ..models.generator import Generator, Images
 BATCH = 8  # images rendered at once
 
 
+def prior_angles(
+    camera: CameraConfig, num: int, *, draws: Tensor | None = None, device: torch.device | str | None = None
+) -> Tensor:
+    """`sample_angles` from the prior that the settings describe: [num, 3] radians."""
+    return sample_angles(
+        num,
+        camera.prior,
+        yaw_mean=camera.yaw_mean,
+        yaw_spread=camera.yaw_spread,
+        pitch_mean=camera.pitch_mean,
+        pitch_spread=camera.pitch_spread,
+        draws=draws,
+        device=device,
+    )
+
+
 def fixed_latents(
     num: int, generator: Generator, dataset: ImageDataset, camera: CameraConfig, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,15 +50,7 @@ def fixed_latents(
         else:
             shape = (num, 2, 4) if camera.prior == "truncated_gaussian" else (num, 2)
             draws = torch.randn(shape, generator=rng)
-        angles = sample_angles(
-            num,
-            camera.prior,
-            yaw_mean=camera.yaw_mean,
-            yaw_spread=camera.yaw_spread,
-            pitch_mean=camera.pitch_mean,
-            pitch_spread=camera.pitch_spread,
-            draws=draws,
-        )
+        angles = prior_angles(camera, num, draws=draws)
     device = generator.mean_camera_pose.device
     return z.to(device), dataset.labels[entry].to(device), angles.to(device)
 

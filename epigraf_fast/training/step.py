@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..camera import sample_angles
 from ..config import Config
 from ..data import ImageDataset
 from ..errors import UserError
@@ -18,6 +17,7 @@ from ..ops import backends
 from .ema import average_of, update_average
 from .losses import blur, discriminator_loss, generator_loss, r1_penalty
 from .patches import extract_patches, sample_patches
+from .sampling import prior_angles
 from .schedule import blur_sigma, density_noise_std, ema_decay, pose_swap_probability
 
 HALF_BLOCKS = 4  # top resolutions of G and blocks of D in fp16, with precision fp16 on a GPU
@@ -202,15 +202,7 @@ class Trainer:
         if camera.prior == "custom":
             angles = self.angles[entry]
         else:
-            angles = sample_angles(
-                num,
-                camera.prior,
-                yaw_mean=camera.yaw_mean,
-                yaw_spread=camera.yaw_spread,
-                pitch_mean=camera.pitch_mean,
-                pitch_spread=camera.pitch_spread,
-                device=self.device,
-            )
+            angles = prior_angles(camera, num, device=self.device)
         conditioning = angles
         if self.config.generator.pose_conditioning:
             conditioning = swap_poses(angles, pose_swap_probability(self.config.generator, self.cur_nimg))
