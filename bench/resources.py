@@ -64,6 +64,7 @@ def launches(arch: int) -> Iterator[tuple[str, Callable[[], Any]]]:
         (32, 64, torch.float32, "tf32"),
         (32, 64, half, "fp16"),
         (8, 16, torch.float32, "fp32"),
+        (16, 64, torch.float32, "fp32"),
         (32, 128, torch.float32, "fp32"),
         (64, 64, torch.float32, "fp32"),
         (64, 128, torch.float32, "fp32"),

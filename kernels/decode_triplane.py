@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .sample_triplane import alignment, gather_features, image_and_point, scatter_gradient, zero_planes
+from .sample_triplane import gather_features, image_and_point, scatter_gradient, strides, zero_planes
 
 
 class Config(NamedTuple):
@@ -25,9 +25,17 @@ class Config(NamedTuple):
     split: bool = False  # whether the gradients to planes and to the network come from two launches
 
 
-# For a decoder of at most 64 hidden units on 32 channels, and for larger ones.
-FWD_CONFIGS = Config(block_n=32, num_warps=4), Config(block_n=16, num_warps=8)
-BWD_CONFIGS = Config(block_n=16, num_warps=4, tiles=8), Config(block_n=16, num_warps=8, tiles=8, split=True)
+# By the size of the decoder (`_size`). A tile of fewer points would leave no four channels to a thread.
+FWD_CONFIGS = {
+    "narrow": Config(block_n=32, num_warps=4),
+    "usual": Config(block_n=16, num_warps=4),
+    "large": Config(block_n=16, num_warps=8),
+}
+BWD_CONFIGS = {
+    "narrow": Config(block_n=32, num_warps=4, tiles=8),
+    "usual": Config(block_n=16, num_warps=4, tiles=8),
+    "large": Config(block_n=16, num_warps=8, tiles=8, split=True),
+}
 
 # The smallest size of a matrix product's operand.
 MIN_DOT = 16
@@ -35,8 +43,8 @@ MIN_DOT = 16
 SQRT_2 = tl.constexpr(2**0.5)
 
 
-# In the products below hidden units are the rows and points the columns: each warp then holds the weights of some hidden
-# units as its operand. With points as rows every warp would hold all weights, far more than there are registers.
+# In the products below hidden units are the rows and points the columns, so that every warp holds the weights of some
+# hidden units as its operand. With points as rows each would hold all weights, more than there are registers.
 
 
 @triton.jit
@@ -141,7 +149,7 @@ def _decode_triplane_fwd_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
+    UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """y = w1 lrelu(w0 feature(p) + b0) + b1, p = (origin + t direction) / cube_scale, lrelu(x) = sqrt(2) max(x, x / 5).
@@ -152,7 +160,7 @@ def _decode_triplane_fwd_kernel(
     n = first + tl.arange(0, BLOCK_N)
     p0, p1, p2, valid = _points(origins_ptr, directions_ptr, t_ptr, inverse_cube_scale, image, n, num_points, samples)
     features = gather_features(
-        planes_ptr + image * stride_b,
+        planes_ptr + image * stride_b * UNIT,
         p0,
         p1,
         p2,
@@ -164,7 +172,7 @@ def _decode_triplane_fwd_kernel(
         stride_w,
         CHANNELS,
         BLOCK_C,
-        ALIGNMENT,
+        UNIT,
     )
     w0 = _load_matrix(w0_ptr, HIDDEN, CHANNELS, BLOCK_H, BLOCK_C)
     w1 = _load_matrix(w1_ptr, OUT, HIDDEN, BLOCK_O, BLOCK_H)
@@ -208,7 +216,7 @@ def _decode_triplane_bwd_kernel(
     BLOCK_O: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TILES: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
+    UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """With h = w0 feature + b0, y = w1 lrelu(h) + b1, features and h computed again:
@@ -235,7 +243,7 @@ def _decode_triplane_bwd_kernel(
             origins_ptr, directions_ptr, t_ptr, inverse_cube_scale, image, n, num_points, samples
         )
         features = gather_features(
-            planes_ptr + image * stride_b,
+            planes_ptr + image * stride_b * UNIT,
             p0,
             p1,
             p2,
@@ -247,7 +255,7 @@ def _decode_triplane_bwd_kernel(
             stride_w,
             CHANNELS,
             BLOCK_C,
-            ALIGNMENT,
+            UNIT,
         )
         mask = valid[:, None] & (o < OUT)[None, :]
         grad_y_pointers = grad_y_ptr + ((image * num_points + n) * OUT)[:, None] + o[None, :]
@@ -280,7 +288,7 @@ def _decode_triplane_bwd_kernel(
                 3 * CHANNELS,
                 CHANNELS,
                 BLOCK_C,
-                8,
+                1,
             )
     if grad_w0_ptr is not None:
         _add_matrix(grad_w0_ptr, grad_w0, HIDDEN, CHANNELS, BLOCK_H, BLOCK_C)
@@ -322,7 +330,8 @@ def fwd(
         return y
     arch = _arch(planes.device) if arch is None else arch
     batch, num_points, samples = len(planes), shape[1:].numel(), 1 if t is None else shape[2]
-    config = _config(FWD_CONFIGS, w0)
+    unit, plane_strides = strides(planes)
+    config = FWD_CONFIGS[_size(w0, arch)]
     with torch.cuda.device_of(planes):
         _decode_triplane_fwd_kernel[(batch * triton.cdiv(num_points, config.block_n),)](
             planes,
@@ -333,10 +342,10 @@ def fwd(
             num_points,
             samples,
             *planes.shape[2:],
-            *planes.stride(),
+            *plane_strides,
             **_sizes(w0, w1),
             BLOCK_N=config.block_n,
-            ALIGNMENT=alignment(planes),
+            UNIT=unit,
             PRECISION=_dot_precision(precision, arch),
             num_warps=config.num_warps,
             num_stages=1,
@@ -383,7 +392,8 @@ def bwd(
         return grad_planes, grad_network
     arch = _arch(planes.device) if arch is None else arch
     batch, num_points, samples = len(planes), grad_y.shape[1:-1].numel(), 1 if t is None else t.shape[2]
-    config = _config(BWD_CONFIGS, w0)
+    unit, plane_strides = strides(planes)
+    config = BWD_CONFIGS[_size(w0, arch)]
     grid = (batch * triton.cdiv(num_points, config.block_n * config.tiles),)
     both = grad_planes, *(grad_network or [None] * 4)
     targets = [both] if not config.split else [(both[0], *[None] * 4), (None, *both[1:])]
@@ -401,11 +411,11 @@ def bwd(
                 num_points,
                 samples,
                 *planes.shape[2:],
-                *planes.stride(),
+                *plane_strides,
                 **_sizes(w0, w1),
                 BLOCK_N=config.block_n,
                 TILES=config.tiles,
-                ALIGNMENT=alignment(planes),
+                UNIT=unit,
                 PRECISION=_dot_precision("tf32" if precision == "fp16" else precision, arch),
                 num_warps=config.num_warps,
                 num_stages=1,
@@ -422,21 +432,24 @@ def _sizes(w0: Tensor, w1: Tensor) -> dict[str, int]:
     return sizes | blocks
 
 
-def _config(configs: tuple[Config, Config], w0: Tensor) -> Config:
+def _size(w0: Tensor, arch: int) -> str:
+    """Which configuration a decoder takes. Without tensor cores operands take more registers."""
     hidden, channels = w0.shape
-    return configs[hidden > 64 or channels > 32]
+    if hidden > 64 or channels > 32 or arch < 80:
+        return "large"
+    return "narrow" if channels <= 16 else "usual"
 
 
 def _arch(device: torch.device) -> int:
-    """The compute capability of a GPU, as 80; 0 in the interpreter."""
+    """The compute capability of a GPU, as 80, which the interpreter takes itself for."""
     if device.type != "cuda":
-        return 0
+        return 80
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
 
 def _dot_precision(precision: str, arch: int) -> str:
-    """What `tl.dot` is told. Before sm_80 there are no tensor cores for Triton, and fp32 is as fast as anything."""
-    if precision == "fp32":
-        return "tf32x3" if arch >= 80 else "ieee"
-    return precision if arch >= 80 or precision == "fp16" else "ieee"
+    """What `_dot` is told. Triton has no tensor cores before sm_80, and there fp32 is as fast as anything."""
+    if arch < 80:
+        return "ieee"
+    return "tf32x3" if precision == "fp32" else precision

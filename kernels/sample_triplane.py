@@ -6,29 +6,22 @@ of points, in registers, and a pointer to the planes of one image.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-
-class Config(NamedTuple):
-    """How a kernel is cut into programs."""
-
-    block_n: int  # points of a tile
-    num_warps: int
-
-
-FWD_CONFIG = Config(block_n=128, num_warps=4)
-BWD_CONFIG = Config(block_n=128, num_warps=4)
+# How the kernels are cut into programs: numbers of a tile, points times channels.
+TILE, NUM_WARPS = 2048, 4
 
 
 @triton.jit
-def texel_offset(row, column, stride_h, stride_w):
-    """Elements from the start of a plane to a texel, in 64 bits: planes may hold more than 2^31 elements."""
-    return row.to(tl.int64) * stride_h + column.to(tl.int64) * stride_w
+def texel_offset(row, column, stride_h, stride_w, UNIT: tl.constexpr):
+    """Elements from the start of a plane to a texel, in 64 bits: planes may hold more than 2^31 elements.
+
+    Strides are in UNITs, of which the offset is then a multiple that the compiler sees: vectors are loaded at once.
+    """
+    return (row.to(tl.int64) * stride_h + column.to(tl.int64) * stride_w) * UNIT
 
 
 @triton.jit
@@ -67,16 +60,15 @@ def tap(
     stride_w,
     RIGHT: tl.constexpr,
     DOWN: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """One of the four texels around each point: its offset in the plane, its bilinear weight, whether it is inside.
 
-    All are [BLOCK_N]; the offset is a multiple of ALIGNMENT.
+    All are [BLOCK_N].
     """
     column, weight_x, inside_x = _axis_tap(horizontal, width, RIGHT)
     row, weight_y, inside_y = _axis_tap(vertical, height, DOWN)
-    offset = tl.multiple_of(texel_offset(row, column, stride_h, stride_w), ALIGNMENT)
-    return offset, weight_x * weight_y, inside_x & inside_y
+    return texel_offset(row, column, stride_h, stride_w, UNIT), weight_x * weight_y, inside_x & inside_y
 
 
 @triton.jit
@@ -93,7 +85,7 @@ def gather_features(
     stride_w,
     CHANNELS: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """feature(p) = 1/3 sum_k bilinear(plane_k, p[axes_k]) of a tile of points of one image: [BLOCK_N, BLOCK_C] fp32.
 
@@ -106,7 +98,7 @@ def gather_features(
         channel = (plane * CHANNELS + c).to(tl.int64) * stride_c
         for corner in tl.static_range(4):
             offset, weight, inside = tap(
-                horizontal, vertical, height, width, stride_h, stride_w, corner % 2, corner // 2, ALIGNMENT
+                horizontal, vertical, height, width, stride_h, stride_w, corner % 2, corner // 2, UNIT
             )
             mask = (inside & valid)[:, None] & (c < CHANNELS)[None, :]
             texel = tl.load(planes_ptr + offset[:, None] + channel[None, :], mask=mask, other=0.0)
@@ -129,7 +121,7 @@ def scatter_gradient(
     stride_w,
     CHANNELS: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """The transpose of `gather_features`: adds 1/3 weight grad_feature to the twelve texels of every point."""
     c = tl.arange(0, BLOCK_C)
@@ -139,7 +131,7 @@ def scatter_gradient(
         channel = (plane * CHANNELS + c).to(tl.int64) * stride_c
         for corner in tl.static_range(4):
             offset, weight, inside = tap(
-                horizontal, vertical, height, width, stride_h, stride_w, corner % 2, corner // 2, ALIGNMENT
+                horizontal, vertical, height, width, stride_h, stride_w, corner % 2, corner // 2, UNIT
             )
             mask = (inside & valid)[:, None] & (c < CHANNELS)[None, :]
             pointers = grad_planes_ptr + offset[:, None] + channel[None, :]
@@ -177,7 +169,7 @@ def _sample_triplane_fwd_kernel(
     CHANNELS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """feature(p) = 1/3 sum_k bilinear(plane_k, p[axes_k]).
 
@@ -189,7 +181,7 @@ def _sample_triplane_fwd_kernel(
     point = image * num_points + n
     p0, p1, p2 = _load_points(points_ptr + point * 3, valid)
     features = gather_features(
-        planes_ptr + image * stride_b,
+        planes_ptr + image * stride_b * UNIT,
         p0,
         p1,
         p2,
@@ -201,7 +193,7 @@ def _sample_triplane_fwd_kernel(
         stride_w,
         CHANNELS,
         BLOCK_C,
-        ALIGNMENT,
+        UNIT,
     )
     c = tl.arange(0, BLOCK_C)
     mask = valid[:, None] & (c < CHANNELS)[None, :]
@@ -223,7 +215,7 @@ def _sample_triplane_bwd_kernel(
     CHANNELS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """grad_plane_k[texel] += 1/3 weight(p, texel) grad_feature(p), the transpose of the forward, by atomics into fp32.
 
@@ -238,7 +230,7 @@ def _sample_triplane_bwd_kernel(
     grad_features = tl.load(grad_features_ptr + (point * CHANNELS)[:, None] + c[None, :], mask=mask, other=0.0)
     p0, p1, p2 = _load_points(points_ptr + point * 3, valid)
     scatter_gradient(
-        grad_planes_ptr + image * stride_b,
+        grad_planes_ptr + image * stride_b * UNIT,
         grad_features.to(tl.float32),
         p0,
         p1,
@@ -251,14 +243,21 @@ def _sample_triplane_bwd_kernel(
         stride_w,
         CHANNELS,
         BLOCK_C,
-        ALIGNMENT,
+        UNIT,
     )
 
 
-def alignment(planes: Tensor) -> int:
-    """A power of two that divides the offset of every texel, for vector loads of its channels; 1 if these lie apart."""
+def strides(planes: Tensor) -> tuple[int, tuple[int, ...]]:
+    """The unit of the strides (see `texel_offset`), and the strides in it, those of channels in elements."""
     stride_b, stride_c, stride_h, stride_w = planes.stride()
-    return 8 if stride_c == 1 and stride_b % 8 == stride_h % 8 == stride_w % 8 == 0 else 1
+    unit = 8 if stride_c == 1 and stride_b % 8 == stride_h % 8 == stride_w % 8 == 0 else 1
+    return unit, (stride_b // unit, stride_c, stride_h // unit, stride_w // unit)
+
+
+def _tile(channels: int) -> tuple[int, int]:
+    """Padded channels and points of a tile."""
+    block_c = triton.next_power_of_2(channels)
+    return block_c, TILE // block_c
 
 
 def zero_planes(shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -275,7 +274,8 @@ def fwd(planes: Tensor, points: Tensor) -> Tensor:
     features = torch.empty(batch, num_points, channels, dtype=planes.dtype, device=planes.device)
     if features.numel() == 0:
         return features
-    block_n, num_warps = FWD_CONFIG
+    block_c, block_n = _tile(channels)
+    unit, plane_strides = strides(planes)
     with torch.cuda.device_of(planes):
         _sample_triplane_fwd_kernel[(batch * triton.cdiv(num_points, block_n),)](
             planes,
@@ -284,12 +284,12 @@ def fwd(planes: Tensor, points: Tensor) -> Tensor:
             num_points,
             height,
             width,
-            *planes.stride(),
+            *plane_strides,
             CHANNELS=channels,
-            BLOCK_C=triton.next_power_of_2(channels),
+            BLOCK_C=block_c,
             BLOCK_N=block_n,
-            ALIGNMENT=alignment(planes),
-            num_warps=num_warps,
+            UNIT=unit,
+            num_warps=NUM_WARPS,
             num_stages=1,
             enable_fp_fusion=True,
         )
@@ -303,7 +303,8 @@ def bwd(grad_features: Tensor, points: Tensor, height: int, width: int) -> Tenso
     grad_planes = zero_planes((batch, 3 * channels, height, width), points.device)
     if grad_features.numel() == 0:
         return grad_planes
-    block_n, num_warps = BWD_CONFIG
+    block_c, block_n = _tile(channels)
+    unit, plane_strides = strides(grad_planes)
     with torch.cuda.device_of(points):
         _sample_triplane_bwd_kernel[(batch * triton.cdiv(num_points, block_n),)](
             grad_features,
@@ -312,12 +313,12 @@ def bwd(grad_features: Tensor, points: Tensor, height: int, width: int) -> Tenso
             num_points,
             height,
             width,
-            *grad_planes.stride(),
+            *plane_strides,
             CHANNELS=channels,
-            BLOCK_C=triton.next_power_of_2(channels),
+            BLOCK_C=block_c,
             BLOCK_N=block_n,
-            ALIGNMENT=alignment(grad_planes),
-            num_warps=num_warps,
+            UNIT=unit,
+            num_warps=NUM_WARPS,
             num_stages=1,
             enable_fp_fusion=True,
         )

@@ -36,7 +36,7 @@ if LACKING is None:
     @triton.jit
     def _texel_offset_kernel(row_ptr, column_ptr, offset_ptr, stride_h, stride_w, SIZE: tl.constexpr):
         i = tl.arange(0, SIZE)
-        offset = texel_offset(tl.load(row_ptr + i), tl.load(column_ptr + i), stride_h, stride_w)
+        offset = texel_offset(tl.load(row_ptr + i), tl.load(column_ptr + i), stride_h, stride_w, 2)
         tl.store(offset_ptr + i, offset)
 
 
@@ -361,12 +361,12 @@ def test_triton_has_no_second_derivative():
 
 @needs_triton
 def test_triton_offsets_have_64_bits():
-    rows, columns = [0, 3, 46341, 2**30], [7, 2**31 - 1, 46341, 5]
+    rows, columns = [0, 3, 46341, 2**29], [7, 2**30, 46341, 5]
     offsets = torch.zeros(4, dtype=torch.int64, device=DEVICE)
     as_tensor = functools.partial(torch.tensor, dtype=torch.int32, device=DEVICE)
     for stride_h, stride_w in ((46341, 96), (2**32, 2**31), (1, 2**31 - 1)):
         _texel_offset_kernel[(1,)](as_tensor(rows), as_tensor(columns), offsets, stride_h, stride_w, SIZE=4)
-        expected = [row * stride_h + column * stride_w for row, column in zip(rows, columns, strict=True)]
+        expected = [2 * (row * stride_h + column * stride_w) for row, column in zip(rows, columns, strict=True)]
         assert offsets.tolist() == expected
 
 
