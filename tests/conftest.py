@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 import random
 import signal
 import zipfile
@@ -32,6 +33,9 @@ from epigraf_fast.config import (
 from epigraf_fast.data import ImageDataset, make_loader
 from epigraf_fast.training.step import Trainer
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported, which `ops` do when called
+
 CAMERA = {"fov": 30.0, "radius": 1.0, "ray_start": 0.75, "ray_end": 1.25, "cube_scale": 0.475}
 RESOLUTION, IMAGES, CLASSES = 16, 24, 3
 
@@ -53,6 +57,15 @@ def _signal_handlers() -> Iterator[None]:
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """`torch.empty` is full of NaN, so that what a kernel leaves unwritten shows."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def smooth_images(count: int, resolution: int, seed: int) -> np.ndarray:

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import os
+
+import torch
+
 OPS = (
     "sample_triplane",
     "decode_triplane",
@@ -15,19 +21,26 @@ BACKENDS = ("reference", "triton", "cuda", "cpu")
 
 
 # What exists beside the reference, which has every op.
-IMPLEMENTED = {"cpu": ("sample_triplane", "decode_triplane")}
+IMPLEMENTED = {
+    "triton": ("sample_triplane", "decode_triplane", "sample_importance", "composite"),
+    "cpu": ("sample_triplane", "decode_triplane"),
+}
 
 
 def status() -> dict[str, dict[str, str | None]]:
     """op -> backend -> None if it can be used here, else the reason why not."""
     missing = "not part of this release"
+    lacking = {"triton": _lacking_triton()}
     return {
-        op: {b: None if b == "reference" or op in IMPLEMENTED.get(b, ()) else missing for b in BACKENDS} for op in OPS
+        op: {b: lacking.get(b) if b == "reference" or op in IMPLEMENTED.get(b, ()) else missing for b in BACKENDS}
+        for op in OPS
     }
 
 
 def resolve(op: str, backend: str | None, device_type: str) -> str:
     """The backend that a call gets: the named one, or with None the fastest that is there for the device.
+
+    Triton's kernels have not run on a GPU yet, so that None does not take them.
 
     Raises:
         ValueError: The named backend is unknown, or is missing here; the message says why.
@@ -37,8 +50,29 @@ def resolve(op: str, backend: str | None, device_type: str) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend must be None or one of {', '.join(BACKENDS)}, got {backend!r}")
     reason = status()[op][backend]
-    if reason is None and backend == "cpu" and device_type != "cpu":
+    if reason is None and (
+        (backend == "cpu" and device_type != "cpu")
+        or (backend == "triton" and device_type != "cuda" and not _interpreting())
+    ):
         reason = f"the tensors are on {device_type}"
     if reason is not None:
         raise ValueError(f"{op}: backend {backend!r} is not available ({reason}); use backend=None")
     return backend
+
+
+def _interpreting() -> bool:
+    """Whether Triton runs its kernels in its interpreter, on any device, slowly."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on")
+
+
+@functools.cache
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None  # does not import it
+
+
+def _lacking_triton() -> str | None:
+    if not _installed("triton"):
+        return "Triton is not installed: pip install triton"
+    if not (torch.cuda.is_available() or _interpreting()):
+        return "there is no CUDA device; TRITON_INTERPRET=1 in the environment runs the kernels on the CPU, slowly"
+    return None

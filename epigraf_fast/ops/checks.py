@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def check_shape(op: str, name: str, tensor: Tensor, expected: tuple[int | str, ...]) -> None:
@@ -75,3 +78,39 @@ def check_planes(op: str, planes: Tensor) -> None:
             f"{op}: planes must have 3*C channels (three planes of C each) and at least one texel, "
             f"got {list(planes.shape)}"
         )
+
+
+def check_dtype(op: str, name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], because: str) -> None:
+    """Raises TypeError when the dtype is none of `dtypes`; `because` says who asks for it."""
+    if tensor.dtype not in dtypes:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{op}: {name} must be {names} (because {because}), got {tensor.dtype}")
+
+
+def check_no_gradient(op: str, **tensors: Tensor | None) -> None:
+    """Raises NotImplementedError when a gradient to one of them is asked for, which only the reference gives."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            raise NotImplementedError(
+                f'{op}: backend "triton" has no gradient to {name}; use backend="reference", or detach {name}'
+            )
+
+
+def check_triton_planes(op: str, planes: Tensor) -> None:
+    """What the Triton kernels ask of planes: fp32, fp16 or bf16, C a multiple of 8 and at most 64.
+
+    Raises:
+        TypeError, ValueError: It is not so.
+    """
+    check_dtype(op, "planes", planes, TRITON_DTYPES, 'backend is "triton"')
+    channels = planes.shape[1] // 3
+    if channels % 8 or channels > 64:
+        raise ValueError(
+            f'{op}: planes must have a multiple of 8 channels each, 64 at most (because backend is "triton"), '
+            f"got {channels}"
+        )
+
+
+def no_second_derivative(op: str) -> NotImplementedError:
+    """The error of an op whose backward cannot be differentiated."""
+    return NotImplementedError(f'{op}: backend "triton" has no second derivative; use backend="reference"')

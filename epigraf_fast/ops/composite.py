@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from ..reference.composite import INFINITE_INTERVAL, Composite
 from ..reference.composite import composite as _reference
 from .backends import resolve
-from .checks import check_choice, check_shape, check_together
+from .checks import (
+    TRITON_DTYPES,
+    check_choice,
+    check_dtype,
+    check_no_gradient,
+    check_shape,
+    check_together,
+    no_second_derivative,
+)
 
 DENSITY_ACTIVATIONS = ("softplus", "relu")
 
@@ -51,11 +62,15 @@ def composite(
         rgb [B, R, C]; depth [B, R], not normalized; weight_sum [B, R], before `last_back`; final_transmittance [B, R],
         T in front of the last sample; weights [B, R, S_coarse + S_fine] in order of t, or None.
 
-    Derivatives: reference any order, to everything (through the merge, too).
+    Backend triton: t is fp32 and each set sorted (it merges them, and does not sort), values fp32, fp16 or bf16; the
+    results are fp32. Rows of samples are read in place where they are dense and evenly spaced, else copied.
+
+    Derivatives: reference any order, to everything (through the merge, too); triton the first, to everything but t.
 
     Raises:
         ValueError, TypeError: Wrong ranks, shapes, dtypes, devices or activation; half of the second set missing;
             unknown or missing backend.
+        NotImplementedError: With triton a gradient to t, or a second derivative.
     """
     check_together(
         "composite",
@@ -84,19 +99,87 @@ def composite(
     if background is not None:
         check_shape("composite", "background", background, (*t.shape[:2], values.shape[-1] - 1))
     check_choice("composite", "activation", activation, DENSITY_ACTIVATIONS)
-    resolve("composite", backend, t.device.type)
+    settings = {
+        "activation": activation,
+        "softplus_beta": softplus_beta,
+        "density_shift": density_shift,
+        "last_interval": last_interval,
+        "last_back": last_back,
+        "white_background": white_background,
+    }
+    if resolve("composite", backend, t.device.type) == "triton":
+        _check_triton(t, values, t_fine, values_fine)
+        from ..kernels import composite as kernels
+
+        inputs = (t, values, t_fine, values_fine, density_noise, background)
+        return Composite(*_Composite.apply(kernels, settings, return_weights, *inputs))
     return _reference(
         t,
         values,
         t_fine,
         values_fine,
-        activation=activation,
-        softplus_beta=softplus_beta,
-        density_shift=density_shift,
         density_noise=density_noise,
-        last_interval=last_interval,
-        last_back=last_back,
-        white_background=white_background,
         background=background,
         return_weights=return_weights,
+        **settings,
     )
+
+
+def _check_triton(t: Tensor, values: Tensor, t_fine: Tensor | None, values_fine: Tensor | None) -> None:
+    """What the kernels ask for beyond the public checks."""
+    because = 'backend is "triton"'
+    check_dtype("composite", "t", t, (torch.float32,), because)
+    check_dtype("composite", "values", values, TRITON_DTYPES, because)
+    if t_fine is not None:
+        check_dtype("composite", "t_fine", t_fine, (torch.float32,), because)
+        check_dtype("composite", "values_fine", values_fine, (values.dtype,), f"{because}, and values are")
+    check_no_gradient("composite", t=t, t_fine=t_fine)
+
+
+class _Composite(torch.autograd.Function):
+    """t, values, t_fine, values_fine, density_noise, background -> the fields of `Composite`, by `kernels.fwd`.
+
+    Saves its inputs alone: the backward integrates again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, kernels: Any, settings: dict[str, Any], return_weights: bool, *inputs: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.kernels, ctx.settings = kernels, settings
+        ctx.save_for_backward(*inputs)
+        return tuple(kernels.fwd(*inputs, return_weights=return_weights, **settings))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        if all(grad is None for grad in grad_outputs):
+            return (None,) * len(ctx.needs_input_grad)
+        *_, to_density_noise, to_background = ctx.needs_input_grad
+        to_values, to_values_fine, to_density_noise, to_background = _CompositeBackward.apply(
+            ctx.kernels, ctx.settings, to_density_noise, to_background, *grad_outputs, *ctx.saved_tensors
+        )
+        return None, None, None, None, to_values, None, to_values_fine, to_density_noise, to_background
+
+
+class _CompositeBackward(torch.autograd.Function):
+    """The gradients by `kernels.bwd`, as a function of the incoming ones and of the inputs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernels: Any,
+        settings: dict[str, Any],
+        to_density_noise: bool,
+        to_background: bool,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        grad_outputs, inputs = tensors[: len(Composite._fields)], tensors[len(Composite._fields) :]
+        gradients = kernels.bwd(
+            grad_outputs, *inputs, to_density_noise=to_density_noise, to_background=to_background, **settings
+        )
+        return tuple(gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> None:
+        raise no_second_derivative("composite")

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..reference.decode_triplane import decode_features, points_on_rays
 from ..reference.decode_triplane import decode_triplane as _reference
 from ..reference.decode_triplane import decode_triplane_rays as _reference_rays
 from .backends import resolve
-from .checks import check_planes, check_shape, check_together
+from .checks import (
+    TRITON_DTYPES,
+    check_choice,
+    check_dtype,
+    check_no_gradient,
+    check_planes,
+    check_shape,
+    check_together,
+    check_triton_planes,
+    no_second_derivative,
+)
 from .sample_triplane import sample_triplane_cpu
+
+PRECISIONS = ("fp32", "tf32", "fp16")
 
 
 def _check_network(op: str, planes: Tensor, w0: Tensor, b0: Tensor, w1: Tensor, b1: Tensor) -> None:
@@ -22,6 +36,22 @@ def _check_network(op: str, planes: Tensor, w0: Tensor, b0: Tensor, w1: Tensor, 
     check_shape(op, "b1", b1, (w1.shape[0],))
 
 
+def _check_triton(op: str, planes: Tensor, network: dict[str, Tensor], points: dict[str, Tensor]) -> None:
+    """What the Triton kernels ask for beyond the op: dtypes, sizes that fit registers, and no gradient to points."""
+    check_triton_planes(op, planes)
+    because = 'backend is "triton"'
+    for name, x in network.items():
+        check_dtype(op, name, x, TRITON_DTYPES, because)
+    for name, x in points.items():
+        check_dtype(op, name, x, (torch.float32,), because)
+    out, hidden = network["w1"].shape
+    if not 16 <= hidden <= 128:
+        raise ValueError(f"{op}: w0 must have 16 to 128 rows, hidden units (because {because}), got {hidden}")
+    if not 2 <= out <= 16:
+        raise ValueError(f"{op}: w1 must have 2 to 16 rows, outputs (because {because}), got {out}")
+    check_no_gradient(op, **points)
+
+
 def decode_triplane(
     planes: Tensor,
     points: Tensor,
@@ -30,28 +60,41 @@ def decode_triplane(
     w1: Tensor,
     b1: Tensor,
     *,
+    precision: str = "fp32",
     backend: str | None = None,
 ) -> Tensor:
     """out = w1 lrelu(w0 feature + b0) + b1, `feature` as in `sample_triplane`, lrelu of slope 0.2 and gain sqrt(2).
 
     Args:
-        planes: [B, 3*C, H, W]; channels_last is read without a copy.
-        points: [B, N, 3], in units of the cube's half size.
-        w0, b0: [hidden, C], [hidden], the equalized learning rate folded in.
-        w1, b1: [out, hidden], [out].
+        planes: [B, 3*C, H, W]; channels_last is read without a copy, and fastest. triton: fp32, fp16 or bf16, C a
+            multiple of 8 and at most 64.
+        points: [B, N, 3], in units of the cube's half size. triton: fp32.
+        w0, b0: [hidden, C], [hidden], the equalized learning rate folded in. triton: hidden 16 to 128.
+        w1, b1: [out, hidden], [out]. triton: out 2 to 16; the network may be in another dtype than the planes.
+        precision: triton: how the factors of the network's products are rounded: "fp32", "tf32" or "fp16" (gradients in
+            tf32 then). Sums are fp32. The other backends follow torch's settings.
 
     Returns:
-        [B, N, out]: raw colour, raw density last.
+        [B, N, out]: raw colour, raw density last; the wider dtype of planes and network.
 
-    Derivatives: reference any order, to everything; cpu the first.
+    Derivatives: reference any order, to everything; cpu the first; triton the first, to planes and network, summed in
+        fp32 in an order that changes from run to run.
 
     Raises:
-        ValueError, TypeError: Wrong ranks, shapes, dtypes or devices; unknown or missing backend.
+        ValueError, TypeError: Wrong ranks, shapes, dtypes or devices; unknown or missing backend, unknown precision.
+        NotImplementedError: triton: a gradient to points, or a second derivative, is asked for.
     """
     check_together("decode_triplane", planes=planes, points=points, w0=w0, b0=b0, w1=w1, b1=b1)
     _check_network("decode_triplane", planes, w0, b0, w1, b1)
     check_shape("decode_triplane", "points", points, (planes.shape[0], "N", 3))
-    if resolve("decode_triplane", backend, planes.device.type) == "cpu":
+    check_choice("decode_triplane", "precision", precision, PRECISIONS)
+    chosen = resolve("decode_triplane", backend, planes.device.type)
+    if chosen == "triton":
+        _check_triton("decode_triplane", planes, {"w0": w0, "b0": b0, "w1": w1, "b1": b1}, {"points": points})
+        from ..kernels import decode_triplane as kernels
+
+        return _DecodeTriplane.apply(planes, points, None, None, w0, b0, w1, b1, (1.0, precision), kernels)
+    if chosen == "cpu":
         return decode_features(sample_triplane_cpu(planes, points), w0, b0, w1, b1)
     return _reference(planes, points, w0, b0, w1, b1)
 
@@ -67,6 +110,7 @@ def decode_triplane_rays(
     b1: Tensor,
     cube_scale: float = 1.0,
     *,
+    precision: str = "fp32",
     backend: str | None = None,
 ) -> Tensor:
     """`decode_triplane` at the points (ray_origin + t ray_direction) / cube_scale.
@@ -75,16 +119,17 @@ def decode_triplane_rays(
         ray_origins, ray_directions: [B, R, 3], world units, directions of length one.
         t: [B, R, S], distance along the ray, world units.
         cube_scale: Half size of the cube that the planes span, world units.
-        planes, w0, b0, w1, b1: See `decode_triplane`.
+        planes, w0, b0, w1, b1, precision: See `decode_triplane`.
 
     Returns:
         [B, R, S, out]: raw colour, raw density last.
 
-    Derivatives: reference any order, to everything; cpu the first.
+    Derivatives: reference any order, to everything; cpu the first; triton the first, to planes and network.
 
     Raises:
         ValueError, TypeError: Wrong ranks, shapes, dtypes or devices; a cube_scale that is not finite and positive;
-            unknown or missing backend.
+            unknown or missing backend, unknown precision.
+        NotImplementedError: triton: a gradient to rays or t, or a second derivative, is asked for.
     """
     op = "decode_triplane_rays"
     check_together(
@@ -96,8 +141,79 @@ def decode_triplane_rays(
     check_shape(op, "t", t, (planes.shape[0], ray_origins.shape[1], "S"))
     if not (math.isfinite(cube_scale) and cube_scale > 0):
         raise ValueError(f"{op}: cube_scale must be finite and positive (it divides the points), got {cube_scale}")
-    if resolve("decode_triplane", backend, planes.device.type) == "cpu":
+    check_choice(op, "precision", precision, PRECISIONS)
+    chosen = resolve("decode_triplane", backend, planes.device.type)
+    if chosen == "triton":
+        rays = {"ray_origins": ray_origins, "ray_directions": ray_directions, "t": t}
+        _check_triton(op, planes, {"w0": w0, "b0": b0, "w1": w1, "b1": b1}, rays)
+        from ..kernels import decode_triplane as kernels
+
+        options = (float(cube_scale), precision)
+        return _DecodeTriplane.apply(planes, *rays.values(), w0, b0, w1, b1, options, kernels)
+    if chosen == "cpu":
         points = points_on_rays(ray_origins, ray_directions, t) / cube_scale
         features = sample_triplane_cpu(planes, points.flatten(1, 2))
         return decode_features(features, w0, b0, w1, b1).unflatten(1, t.shape[1:])
     return _reference_rays(planes, ray_origins, ray_directions, t, w0, b0, w1, b1, cube_scale)
+
+
+class _DecodeTriplane(torch.autograd.Function):
+    """`kernels.fwd`. `origins` are points, or rays with `directions` and `t`; `options` are cube_scale and precision.
+
+    Only the inputs are saved: the backward computes features and hidden units again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        planes: Tensor,
+        origins: Tensor,
+        directions: Tensor | None,
+        t: Tensor | None,
+        w0: Tensor,
+        b0: Tensor,
+        w1: Tensor,
+        b1: Tensor,
+        options: tuple[float, str],
+        kernels: Any,
+    ) -> Tensor:
+        ctx.save_for_backward(planes, origins, directions, t, w0, b0, w1)
+        ctx.options, ctx.kernels, ctx.b1_dtype = options, kernels, b1.dtype
+        return kernels.fwd(planes, origins, directions, t, w0, b0, w1, b1, *options)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[0], any(ctx.needs_input_grad[4:8])
+        saved = ctx.saved_tensors
+        gradients = _DecodeTriplaneBackward.apply(grad_y, *saved, ctx.b1_dtype, ctx.options, needs, ctx.kernels)
+        return gradients[0], None, None, None, *gradients[1:], None, None
+
+
+class _DecodeTriplaneBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        grad_y: Tensor,
+        planes: Tensor,
+        origins: Tensor,
+        directions: Tensor | None,
+        t: Tensor | None,
+        w0: Tensor,
+        b0: Tensor,
+        w1: Tensor,
+        b1_dtype: torch.dtype,
+        options: tuple[float, str],
+        needs: tuple[bool, bool],
+        kernels: Any,
+    ) -> tuple[Tensor | None, ...]:
+        grad_planes, grad_network = kernels.bwd(grad_y, planes, origins, directions, t, w0, b0, w1, *options, *needs)
+        dtypes = w0.dtype, b0.dtype, w1.dtype, b1_dtype
+        if grad_planes is not None:
+            grad_planes = grad_planes.to(planes.dtype)
+        if grad_network is None:
+            return grad_planes, None, None, None, None
+        return grad_planes, *(x.to(dtype) for x, dtype in zip(grad_network, dtypes, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> None:
+        raise no_second_derivative("decode_triplane")

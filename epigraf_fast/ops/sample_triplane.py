@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..reference.sample_triplane import sample_triplane as _reference
 from .backends import resolve
-from .checks import check_planes, check_shape, check_together
+from .checks import (
+    check_dtype,
+    check_no_gradient,
+    check_planes,
+    check_shape,
+    check_together,
+    check_triton_planes,
+    no_second_derivative,
+)
 
 
 def sample_triplane(planes: Tensor, points: Tensor, *, backend: str | None = None) -> Tensor:
@@ -17,23 +27,32 @@ def sample_triplane(planes: Tensor, points: Tensor, *, backend: str | None = Non
     the centre of the first column or row, +1 that of the last (align_corners=True); texels outside count as zero.
 
     Args:
-        planes: [B, 3*C, H, W]; channels_last is read without a copy.
-        points: [B, N, 3], in units of the cube's half size.
+        planes: [B, 3*C, H, W]; channels_last is read without a copy, and fastest. triton: fp32, fp16 or bf16, C a
+            multiple of 8 and at most 64.
+        points: [B, N, 3], in units of the cube's half size. triton: fp32.
 
     Returns:
         [B, N, C], dtype of `planes`.
 
-    Derivatives: reference any order, to planes and points; cpu (torch's grid sampler) the first.
+    Derivatives: reference any order, to planes and points; cpu (torch's grid sampler) the first; triton the first, to
+        planes only, summed in fp32 in an order that changes from run to run.
 
     Raises:
         ValueError, TypeError: Wrong ranks, shapes, dtypes or devices; unknown or missing backend.
+        NotImplementedError: triton: a gradient to points, or a second derivative, is asked for.
     """
     check_together("sample_triplane", planes=planes, points=points)
     check_planes("sample_triplane", planes)
     check_shape("sample_triplane", "points", points, (planes.shape[0], "N", 3))
-    if resolve("sample_triplane", backend, planes.device.type) == "cpu":
-        return sample_triplane_cpu(planes, points)
-    return _reference(planes, points)
+    chosen = resolve("sample_triplane", backend, planes.device.type)
+    if chosen == "triton":
+        check_triton_planes("sample_triplane", planes)
+        check_dtype("sample_triplane", "points", points, (torch.float32,), 'backend is "triton"')
+        check_no_gradient("sample_triplane", points=points)
+        from ..kernels import sample_triplane as kernels
+
+        return _SampleTriplane.apply(planes, points, kernels)
+    return sample_triplane_cpu(planes, points) if chosen == "cpu" else _reference(planes, points)
 
 
 def sample_triplane_cpu(planes: Tensor, points: Tensor) -> Tensor:
@@ -47,3 +66,30 @@ def sample_triplane_cpu(planes: Tensor, points: Tensor) -> Tensor:
     grid = grid.to(dtype).clamp(-3, 3).flatten(0, 1)[:, :, None]  # [3*B, N, 1, 2]
     features = torch.nn.functional.grid_sample(texels, grid, padding_mode="zeros", align_corners=True)
     return features.squeeze(3).unflatten(0, (batch, 3)).mean(dim=1).transpose(1, 2).to(planes.dtype)
+
+
+class _SampleTriplane(torch.autograd.Function):
+    """Features by `kernels.fwd`. They are linear in planes: points are all that the backward needs."""
+
+    @staticmethod
+    def forward(ctx: Any, planes: Tensor, points: Tensor, kernels: Any) -> Tensor:
+        ctx.save_for_backward(points)
+        ctx.kernels, ctx.size, ctx.dtype = kernels, planes.shape[2:], planes.dtype
+        return kernels.fwd(planes, points)
+
+    @staticmethod
+    def backward(ctx: Any, grad_features: Tensor) -> tuple[Tensor, None, None]:
+        (points,) = ctx.saved_tensors
+        return _SampleTriplaneBackward.apply(grad_features, points, ctx.kernels, ctx.size, ctx.dtype), None, None
+
+
+class _SampleTriplaneBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, grad_features: Tensor, points: Tensor, kernels: Any, size: torch.Size, dtype: torch.dtype
+    ) -> Tensor:
+        return kernels.bwd(grad_features, points, *size).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise no_second_derivative("sample_triplane")

@@ -1,4 +1,7 @@
-"""composite: the reference against closed forms and rays worked by hand."""
+"""composite: the reference against closed forms and rays worked by hand.
+
+The Triton kernels against the reference: in Triton's interpreter, or on the GPU where there is one.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,22 @@ import re
 import pytest
 import torch
 
-from checks import assert_close, assert_finite, draw, draw_uniform, gradcheck, gradgradcheck, layouts
+from checks import (
+    assert_close,
+    assert_error_within_reference,
+    assert_finite,
+    draw,
+    draw_uniform,
+    gradcheck,
+    gradgradcheck,
+    layouts,
+)
 from epigraf_fast import ops
+from epigraf_fast.ops import backends
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LACKING = backends.status()["composite"]["triton"]
+needs_triton = pytest.mark.skipif(LACKING is not None, reason=LACKING or "")
 
 composite = functools.partial(ops.composite, backend="reference")
 LN2 = math.log(2)
@@ -399,3 +416,240 @@ def test_float32_derivatives(scale):
 def test_errors(change, error, message):
     with pytest.raises(error, match=re.escape(f"composite: {message}")):
         composite(**{**random_ray_sets(), **change})
+
+
+triton_composite = functools.partial(ops.composite, backend="triton")
+OUTPUTS = ops.Composite._fields
+
+
+def with_everything(coarse, fine, colours, rays=3, batch=1):
+    """All inputs in fp32, on the device; some depths are equal."""
+    inputs = random_ray_sets(coarse, fine, colours, batch, rays)
+    if not fine:
+        del inputs["t_fine"], inputs["values_fine"]
+    elif min(coarse, fine) > 2:
+        inputs["t_fine"][:, ::2, 1:3] = inputs["t"][:, ::2, 1:2]
+        inputs["t_fine"] = inputs["t_fine"].sort(dim=-1).values
+    inputs["density_noise"] = draw(batch, rays, coarse + fine, seed=5)
+    inputs["background"] = draw(batch, rays, colours, seed=6)
+    return {name: x.float().to(DEVICE) for name, x in inputs.items()}
+
+
+def outputs_and_gradients(function, inputs, settings, *, outputs=OUTPUTS, dtype=None):
+    """Everything that comes out, and the gradients to everything but t for seeded gradients to `outputs`."""
+    inputs = {name: (x if dtype is None else x.to(dtype)).detach() for name, x in inputs.items()}
+    leaves = {name: x.requires_grad_() for name, x in inputs.items() if not name.startswith("t")}
+    result = function(**inputs, **settings, return_weights=True)
+    ys = [getattr(result, name) for name in outputs]
+    grad_ys = [draw(*y.shape, seed=20 + i).float().to(y) for i, y in enumerate(ys)]
+    gradients = torch.autograd.grad(ys, [*leaves.values()], grad_ys, materialize_grads=True)
+    return {
+        **result._asdict(),
+        **{f"gradient to {name}": x for name, x in zip(leaves, gradients, strict=True)},
+    }
+
+
+def assert_triton_errs_no_more(inputs, settings, what="", **options):
+    actual = outputs_and_gradients(triton_composite, inputs, settings, **options)
+    expected = outputs_and_gradients(composite, inputs, settings, **options)
+    truth = outputs_and_gradients(composite, inputs, settings, dtype=torch.float64, **options)
+    for name in actual:
+        assert_error_within_reference(actual[name], expected[name], truth[name], f"{name} {what}")
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"softplus_beta": 2.0, "density_shift": 0.5, "last_interval": 0.3},
+        {"activation": "relu", "last_back": True},
+        {"white_background": True, "last_back": True, "last_interval": 1e-3},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    ("coarse", "fine", "colours", "rays"), [(1, 0, 1, 1), (5, 0, 3, 20), (4, 7, 3, 3), (9, 1, 2, 5), (3, 2, 15, 2)]
+)
+def test_triton_errs_no_more_than_the_reference(poisoned, coarse, fine, colours, rays, settings):
+    assert_triton_errs_no_more(with_everything(coarse, fine, colours, rays), settings)
+
+
+@needs_triton
+def test_triton_long_rays(poisoned):
+    inputs = with_everything(48, 48, 3, rays=2, batch=2)
+    assert_triton_errs_no_more(inputs, {"last_interval": 0.1})
+
+
+@needs_triton
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_triton_gradient_from_one_output(poisoned, output):
+    settings = {"white_background": True, "last_back": True, "last_interval": 0.3}
+    assert_triton_errs_no_more(with_everything(4, 3, 3), settings, f"from {output}", outputs=(output,))
+
+
+@needs_triton
+@pytest.mark.parametrize("activation", ["softplus", "relu"])
+@pytest.mark.parametrize("raw", [OPAQUE, -OPAQUE, 30.0, 0.0])
+def test_triton_extreme_densities(poisoned, raw, activation):
+    inputs = with_everything(9, 5, 3, rays=2)
+    del inputs["density_noise"]
+    for name in ("values", "values_fine"):
+        inputs[name][..., -1] = raw
+        inputs[name][:, 1, ::2, -1] *= -1  # the second ray alternates
+    assert_triton_errs_no_more(inputs, {"activation": activation, "white_background": True})
+
+
+@needs_triton
+def test_triton_thin_media_keep_their_precision():
+    values = torch.tensor([[[[1.0, 1e-7]]]], device=DEVICE)
+    t = torch.ones(1, 1, 1, device=DEVICE)
+    actual = triton_composite(t, values, activation="relu", last_interval=1.0).weight_sum
+    assert_close(actual * 1e7, torch.ones(1, 1), "opacity, times 1e7")
+    values[..., 1] = -25.0  # see test_last_interval_is_endless_by_default
+    assert_close(triton_composite(t, values).weight_sum, ray(0.1296670), "weight_sum of a thin medium", torch.float32)
+
+
+@needs_triton
+def test_triton_ray_by_hand(poisoned):
+    t, values = HAND_T.float().to(DEVICE), HAND_VALUES.float().to(DEVICE)
+    result = triton_composite(t, values, activation="relu", last_interval=1.0, last_back=True, return_weights=True)
+    assert_close(result.weights, ray([0.5, 0.25, 0.25]), "weights", "hand")
+    assert_close(result.rgb, ray([28, 56, 84, 112]), "rgb", "hand")
+    assert_close(result.depth, ray(1.75), "depth", "hand")
+    assert_close(result.weight_sum, ray(0.875), "weight_sum", "hand")
+    assert_close(result.final_transmittance, ray(0.25), "final_transmittance", "hand")
+    assert triton_composite(t, values).weights is None
+
+
+@needs_triton
+@pytest.mark.parametrize("samples", [1, 3, 9])
+def test_triton_equal_depths_list_fine_first(poisoned, samples):
+    t = torch.arange(samples, dtype=torch.float32, device=DEVICE)[None, None]
+    coarse = torch.tensor([1.0, LN2], device=DEVICE).expand(1, 1, samples, 2)
+    fine = torch.tensor([10.0, LN2], device=DEVICE).expand(1, 1, samples, 2)
+    result = triton_composite(t, coarse, t, fine, activation="relu", last_interval=1.0, return_weights=True)
+    assert_close(result.weights[..., ::2], torch.zeros(1, 1, samples), "fine weights", "exact")
+    assert_close(result.rgb[..., 0], result.weight_sum, "rgb")
+    assert_close(result.weight_sum, ray(1 - 0.5**samples), "weight_sum")
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_triton_half_values(poisoned, dtype):
+    # The kernel computes in fp32: half values give the results of the same in fp32, and gradients rounded to theirs.
+    inputs = with_everything(4, 3, 3)
+    for name in ("values", "values_fine"):
+        inputs[name] = inputs[name].to(dtype)
+    actual = outputs_and_gradients(triton_composite, inputs, {})
+    whole = {name: x.float() for name, x in inputs.items()}
+    for name, expected in outputs_and_gradients(triton_composite, whole, {}).items():
+        # (Triton's interpreter does not round to bf16, but cuts off.)
+        assert_close(actual[name], expected, name, "exact" if actual[name].dtype == torch.float32 else None)
+
+
+@needs_triton
+def test_triton_takes_any_layout(poisoned):
+    inputs, settings = with_everything(4, 3, 2, batch=2), {"last_interval": 0.3}
+    expected = outputs_and_gradients(triton_composite, inputs, settings)
+    for changed, x in inputs.items():
+        for layout, view in layouts(x):
+            actual = outputs_and_gradients(triton_composite, {**inputs, changed: view}, settings)
+            for name, y in actual.items():
+                assert_close(y, expected[name], f"{name}, {changed}: {layout}", "exact")
+
+
+@needs_triton
+def test_triton_reads_expanded_depths_in_place():
+    from epigraf_fast.kernels import composite as kernels
+
+    t = torch.arange(4.0, device=DEVICE).expand(2, 3, -1)
+    assert kernels.rows(t).data_ptr() == t.data_ptr()
+    assert kernels.rows(t).stride() == (0, 1)
+    values = torch.zeros(1, 6, 4, 4, device=DEVICE)[:, 2:4]
+    assert kernels.rows(values).data_ptr() == values.data_ptr()
+
+
+@needs_triton
+@pytest.mark.parametrize(("batch", "rays"), [(0, 2), (2, 0), (1, 2)])
+@pytest.mark.parametrize("fine", [None, 0])
+def test_triton_empty(poisoned, batch, rays, fine):
+    inputs = {"t": draw_uniform(batch, rays, 4).sort().values, "values": draw(batch, rays, 4, 3)}
+    inputs = {name: x.float().to(DEVICE) for name, x in inputs.items()}
+    inputs["values"].requires_grad_()
+    expected = composite(**inputs, return_weights=True)
+    empty = {}
+    if fine is not None:
+        empty = {"t_fine": inputs["t"][..., :0], "values_fine": inputs["values"].detach()[:, :, :0].requires_grad_()}
+    actual = triton_composite(**inputs, **empty, return_weights=True)
+    for name in OUTPUTS:
+        assert_close(getattr(actual, name), getattr(expected, name), name)
+    leaves = [inputs["values"], *(x for x in empty.values() if x.requires_grad)]
+    for leaf, gradient in zip(leaves, torch.autograd.grad(actual.rgb.sum(), leaves), strict=True):
+        assert gradient.shape == leaf.shape
+        assert_finite(gradient, "gradient")
+
+
+@needs_triton
+def test_triton_shows_what_is_nan():
+    inputs = with_everything(4, 3, 2, rays=2)
+    expected = triton_composite(**inputs)
+    for name in ("values", "values_fine", "t", "t_fine", "density_noise"):
+        x = inputs[name].clone()
+        x[0, 0, 1] = torch.nan
+        result = triton_composite(**{**inputs, name: x})
+        assert result.depth[0, 0].isnan(), name
+        assert_close(result.rgb[0, 1], expected.rgb[0, 1], f"the ray beside a NaN in {name}", "exact")
+
+
+@needs_triton
+def test_triton_saves_its_inputs_alone():
+    inputs = with_everything(4, 3, 2)
+    saved = []
+
+    def keep(x):
+        saved.append(x.data_ptr())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        triton_composite(**inputs)
+        values = inputs["values"].requires_grad_()
+        with torch.no_grad():
+            triton_composite(**inputs)
+        assert not saved
+        result = triton_composite(**inputs, return_weights=True)
+    assert {*saved} == {x.data_ptr() for x in inputs.values()}
+    assert len(saved) == len(inputs)
+    (gradient,) = torch.autograd.grad(result.rgb.sum(), values)
+    assert gradient.shape == values.shape
+
+
+@needs_triton
+def test_triton_has_no_second_derivative():
+    inputs = with_everything(4, 3, 2)
+    inputs["values"].requires_grad_()
+    (gradient,) = torch.autograd.grad(triton_composite(**inputs).rgb.sum(), inputs["values"], create_graph=True)
+    with pytest.raises(NotImplementedError, match=r'composite: .*second derivative.*backend="reference"'):
+        gradient.sum().backward()
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"t": draw(1, 2, 4)}, TypeError, 't must be float32 (because backend is "triton"), got torch.float64'),
+        ({"t_fine": draw(1, 2, 3)}, TypeError, "t_fine must be float32"),
+        ({"values": draw(1, 2, 4, 3)}, TypeError, "values must be float32 or float16 or bfloat16"),
+        ({"values": torch.zeros(1, 2, 4, 3).half()}, TypeError, "values_fine must be float16"),
+        ({"values": torch.zeros(1, 2, 4, 4)}, ValueError, "values_fine must have shape [1, 2, 3, 4], got [1, 2, 3, 3]"),
+        (
+            {"t_fine": torch.zeros(1, 2, 3, requires_grad=True)},
+            NotImplementedError,
+            'backend "triton" has no gradient to t_fine; use backend="reference", or detach t_fine',
+        ),
+    ],
+)
+def test_triton_errors(change, error, message):
+    inputs = {**{name: x.float() for name, x in random_ray_sets().items()}, **change}
+    with pytest.raises(error, match=re.escape(f"composite: {message}")):
+        triton_composite(**{name: x.to(DEVICE) for name, x in inputs.items()})

@@ -1,4 +1,7 @@
-"""decode_triplane and decode_triplane_rays, reference and cpu, against the formula and numbers worked by hand."""
+"""decode_triplane and decode_triplane_rays, reference and cpu, against the formula and numbers worked by hand.
+
+The Triton kernels against the reference: in Triton's interpreter, or on the GPU where there is one.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,22 @@ import re
 import pytest
 import torch
 
-from checks import assert_close, draw, draw_uniform, gradcheck, gradgradcheck, layouts
+from checks import (
+    assert_close,
+    assert_error_within_reference,
+    draw,
+    draw_uniform,
+    gradcheck,
+    gradgradcheck,
+    layouts,
+)
 from epigraf_fast import ops
+from epigraf_fast.ops import backends
 
 BACKENDS = ["reference", "cpu"]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LACKING = backends.status()["decode_triplane"]["triton"]
+needs_triton = pytest.mark.skipif(LACKING is not None, reason=LACKING or "")
 
 
 @pytest.fixture(params=BACKENDS)
@@ -239,3 +254,214 @@ def test_errors_along_rays(change, error, message):
     }
     with pytest.raises(error, match=re.escape(f"decode_triplane_rays: {message}")):
         ops.decode_triplane_rays(**arguments)
+
+
+def ray_inputs(batch=2, rays=3, samples=5, channels=8, height=5, width=6, *, hidden=16, out=4, dtype=torch.float32):
+    """Rays through a cube of half size 0.5 and beyond it; planes of the dtype, all the rest in fp32."""
+    return {
+        "planes": draw(batch, 3 * channels, height, width, seed=1, dtype=dtype),
+        "ray_origins": 0.1 * draw(batch, rays, 3, seed=2, dtype=torch.float32),
+        "ray_directions": torch.nn.functional.normalize(draw(batch, rays, 3, seed=3, dtype=torch.float32), dim=-1),
+        "t": 1.2 * draw_uniform(batch, rays, samples, seed=4, dtype=torch.float32) - 0.6,
+        **network(channels, hidden, out, torch.float32),
+    }
+
+
+def point_inputs(batch=2, points=11, **sizes):
+    """The same at points."""
+    inputs = ray_inputs(batch, rays=points, samples=1, **sizes)
+    rest = {name: inputs[name] for name in ("planes", "w0", "b0", "w1", "b1")}
+    return {"points": 2.4 * draw_uniform(batch, points, 3, seed=5, dtype=torch.float32) - 1.2, **rest}
+
+
+def values_and_gradients(function, inputs, *, gradients_to=("planes", "w0", "b0", "w1", "b1")):
+    """The output and its gradients to planes and network, by name."""
+    inputs = {name: x.detach().to(DEVICE) for name, x in inputs.items()}
+    for name in gradients_to:
+        inputs[name].requires_grad_()
+    y = function(**inputs)
+    grad_y = draw(*y.shape, seed=6).to(DEVICE, y.dtype)
+    gradients = torch.autograd.grad(y, [inputs[name] for name in gradients_to], grad_y)
+    return {"out": y, **{f"gradient to {name}": x for name, x in zip(gradients_to, gradients, strict=True)}}
+
+
+def assert_triton_errs_no_more_than_the_reference(function, inputs, dtype=torch.float32):
+    """`dtype` is that of planes and network."""
+    inputs = {name: x.to(dtype) if name in ("planes", "w0", "b0", "w1", "b1") else x for name, x in inputs.items()}
+    actual = values_and_gradients(functools.partial(function, backend="triton"), inputs)
+    reference = values_and_gradients(functools.partial(function, backend="reference"), inputs)
+    wide = {name: x.double() for name, x in inputs.items()}
+    truth = values_and_gradients(functools.partial(function, backend="reference"), wide)
+    for name in actual:
+        assert_error_within_reference(actual[name], reference[name], truth[name], name)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"batch": 2, "rays": 7, "samples": 48, "channels": 32, "hidden": 64},
+        {"batch": 1, "rays": 1, "samples": 1, "height": 1, "width": 1, "out": 2},
+        {"batch": 3, "rays": 5, "samples": 3, "channels": 24, "hidden": 33, "out": 5, "height": 3},
+        {"batch": 1, "rays": 13, "samples": 5, "channels": 64, "hidden": 128, "out": 16},
+    ],
+    ids=str,
+)
+def test_triton_along_rays(poisoned, sizes, dtype):
+    function = functools.partial(ops.decode_triplane_rays, cube_scale=0.475)
+    assert_triton_errs_no_more_than_the_reference(function, ray_inputs(**sizes), dtype)
+
+
+@needs_triton
+@pytest.mark.parametrize("points", [1, 131, 1100])  # a point, tiles, and programs of the backward
+def test_triton_at_points(poisoned, points):
+    inputs = point_inputs(batch=2 if points < 1000 else 1, points=points)
+    assert_triton_errs_no_more_than_the_reference(ops.decode_triplane, inputs)
+
+
+@needs_triton
+def test_triton_half_planes_with_a_wide_network(poisoned):
+    inputs = ray_inputs(dtype=torch.float16)
+    actual = values_and_gradients(functools.partial(ops.decode_triplane_rays, backend="triton"), inputs)
+    wide = {**inputs, "planes": inputs["planes"].float()}
+    expected = values_and_gradients(functools.partial(ops.decode_triplane_rays, backend="reference"), wide)
+    for name in actual:
+        assert actual[name].dtype == (torch.float16 if name == "gradient to planes" else torch.float32)
+        assert_close(actual[name], expected[name], name, actual[name].dtype)
+
+
+@needs_triton
+@pytest.mark.parametrize("precision", ["tf32", "fp16"])
+def test_triton_in_lower_precision(precision):
+    inputs = ray_inputs()
+    function = functools.partial(ops.decode_triplane_rays, backend="triton")
+    expected = values_and_gradients(function, inputs)
+    for name, x in values_and_gradients(functools.partial(function, precision=precision), inputs).items():
+        largest = expected[name].abs().max()
+        assert_close(x / largest, expected[name] / largest, name, torch.float16)
+
+
+@needs_triton
+@pytest.mark.parametrize("gradients_to", [("planes",), ("w0", "b0", "w1", "b1"), ("b1",), ("planes", "w1")], ids=str)
+def test_triton_gives_the_gradients_that_are_asked_for(poisoned, gradients_to):
+    inputs = ray_inputs()
+    function = functools.partial(ops.decode_triplane_rays, backend="triton")
+    expected = values_and_gradients(function, inputs)
+    actual = values_and_gradients(function, inputs, gradients_to=gradients_to)
+    for name in actual:
+        assert_close(actual[name], expected[name], name)
+
+
+@needs_triton
+def test_triton_takes_any_layout(poisoned):
+    inputs = ray_inputs()
+    function = functools.partial(ops.decode_triplane_rays, backend="triton")
+    expected = values_and_gradients(function, inputs)
+    for changed, x in inputs.items():
+        for layout, view in layouts(x):
+            for name, y in values_and_gradients(function, {**inputs, changed: view}).items():
+                assert_close(y, expected[name], f"{changed}: {layout}: {name}")
+
+
+@needs_triton
+def test_triton_far_rays_are_empty(poisoned):
+    inputs = ray_inputs()
+    inputs["t"] = torch.tensor([1e9, -1e30, torch.inf, 3e38, 40.0]).expand(2, 3, 5)
+    out = values_and_gradients(functools.partial(ops.decode_triplane_rays, backend="triton", cube_scale=0.2), inputs)
+    before = inputs["b0"].double()
+    empty = torch.nn.functional.leaky_relu(before, 0.2) * 2**0.5 @ inputs["w1"].double().T + inputs["b1"].double()
+    assert_close(out["out"], empty.expand(2, 3, 5, 4), "out")
+    for name in ("planes", "w0"):
+        gradient = out[f"gradient to {name}"]
+        assert_close(gradient, torch.zeros_like(gradient), f"gradient to {name}", "exact")
+
+
+@needs_triton
+@pytest.mark.parametrize(("batch", "rays", "samples"), [(0, 2, 3), (2, 0, 3), (2, 2, 0)])
+def test_triton_empty(batch, rays, samples):
+    function = functools.partial(ops.decode_triplane_rays, backend="triton")
+    result = values_and_gradients(function, ray_inputs(batch, rays, samples))
+    assert result["out"].shape == (batch, rays, samples, 4)
+    for name, gradient in [*result.items()][1:]:
+        assert_close(gradient, torch.zeros_like(gradient), name, "exact")
+
+
+@needs_triton
+def test_triton_saves_its_inputs_alone():
+    inputs = {name: x.to(DEVICE).requires_grad_(name in ("planes", "w0")) for name, x in ray_inputs().items()}
+    saved = set()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.add(x.data_ptr()), lambda x: x):
+        ops.decode_triplane_rays(**inputs, backend="triton")
+    assert saved == {x.data_ptr() for name, x in inputs.items() if name != "b1"}
+    with torch.no_grad():
+        assert ops.decode_triplane_rays(**inputs, backend="triton").grad_fn is None
+
+
+@needs_triton
+@pytest.mark.parametrize("second", ["planes", "w1"])
+def test_triton_has_no_second_derivative(second):
+    inputs = {name: x.to(DEVICE).requires_grad_(name in ("planes", "w1")) for name, x in ray_inputs().items()}
+    out = ops.decode_triplane_rays(**inputs, backend="triton")
+    (gradient,) = torch.autograd.grad(out.sum(), inputs["planes"], create_graph=True)
+    with pytest.raises(NotImplementedError, match=r'decode_triplane: .*second derivative.*backend="reference"'):
+        torch.autograd.grad(gradient.square().sum(), inputs[second])
+
+
+TRITON_ERRORS = [
+    (
+        {"w0": torch.zeros(8, 8), "b0": torch.zeros(8), "w1": torch.zeros(4, 8)},
+        ValueError,
+        "w0 must have 16 to 128 rows",
+    ),
+    (
+        {"w1": torch.zeros(17, 16), "b1": torch.zeros(17)},
+        ValueError,
+        "w1 must have 2 to 16 rows, outputs (because back",
+    ),
+    ({"w1": torch.zeros(1, 16), "b1": torch.zeros(1)}, ValueError, "w1 must have 2 to 16 rows, outputs (because backe"),
+    ({"planes": draw(2, 24, 3, 4)}, TypeError, "planes must be float32 or float16 or bfloat16 (because backend is"),
+    ({"b1": draw(4)}, TypeError, "b1 must be float32 or float16 or bfloat16 (because backend is"),
+    ({"planes": torch.zeros(2, 15, 3, 4), "w0": torch.zeros(16, 5)}, ValueError, "planes must have a multiple of 8"),
+    ({"precision": "fp8"}, ValueError, "precision must be one of fp32, tf32, fp16, got 'fp8'"),
+]
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        *TRITON_ERRORS,
+        ({"points": draw(2, 11, 3)}, TypeError, 'points must be float32 (because backend is "triton")'),
+        (
+            {"points": torch.zeros(2, 11, 3, requires_grad=True)},
+            NotImplementedError,
+            'backend "triton" has no gradient',
+        ),
+    ],
+)
+def test_triton_errors_at_points(change, error, message):
+    arguments = {**point_inputs(), **change}
+    arguments = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+    with pytest.raises(error, match=re.escape(f"decode_triplane: {message}")):
+        ops.decode_triplane(**arguments, backend="triton")
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        *TRITON_ERRORS,
+        ({"t": draw(2, 3, 5)}, TypeError, 't must be float32 (because backend is "triton"), got torch.float64'),
+        (
+            {"t": torch.zeros(2, 3, 5, requires_grad=True)},
+            NotImplementedError,
+            'backend "triton" has no gradient to t;',
+        ),
+    ],
+)
+def test_triton_errors_along_rays(change, error, message):
+    arguments = {**ray_inputs(), **change}
+    arguments = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+    with pytest.raises(error, match=re.escape(f"decode_triplane_rays: {message}")):
+        ops.decode_triplane_rays(**arguments, backend="triton")

@@ -1,4 +1,7 @@
-"""sample_importance and invert_cdf: the reference against SPEC section 5 in plain Python and against the density."""
+"""sample_importance and invert_cdf: the reference against SPEC section 5 in plain Python and against the density.
+
+The Triton kernels against the reference: in Triton's interpreter, or on the GPU where there is one.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,21 @@ import numpy as np
 import pytest
 import torch
 
-from checks import SIGMAS, assert_close, assert_finite, draw, draw_uniform, layouts
+from checks import (
+    SIGMAS,
+    assert_close,
+    assert_error_within_reference,
+    assert_finite,
+    draw,
+    draw_uniform,
+    layouts,
+)
 from epigraf_fast import ops
+from epigraf_fast.ops import backends
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LACKING = backends.status()["sample_importance"]["triton"]
+needs_triton = pytest.mark.skipif(LACKING is not None, reason=LACKING or "")
 
 sample_importance = functools.partial(ops.sample_importance, backend="reference")
 invert_cdf = functools.partial(ops.invert_cdf, backend="reference")
@@ -204,6 +220,21 @@ def test_without_u_torch_draws_as_many_as_there_are_samples():
     assert_close(torch.rand(2, 3, 6, dtype=torch.float64), u, "the generator, not used when u is given", "exact")
 
 
+def test_samples_says_how_many_are_drawn():
+    inputs = {name: x for name, x in rays().items() if name != "u"}
+    torch.manual_seed(7)
+    samples = sample_importance(**inputs, samples=9)
+    torch.manual_seed(7)
+    u = torch.rand(2, 3, 9, dtype=torch.float64)
+    assert_close(samples, sample_importance(**inputs, u=u), "samples", "exact")
+
+
+def test_sorted():
+    inputs = rays()
+    expected = sample_importance(**inputs).sort(dim=-1).values
+    assert_close(sample_importance(**inputs, sorted=True), expected, "samples", "exact")
+
+
 def test_result_is_in_the_order_of_u():
     inputs, order = rays(), torch.randperm(9, generator=torch.Generator().manual_seed(1))
     expected = sample_importance(**inputs)[..., order]
@@ -247,6 +278,10 @@ def test_result_has_the_dtype_of_the_bins():
         ({"u": torch.zeros(2, 3, 9, dtype=torch.int64)}, TypeError, "u must be floating point, got torch.int64"),
         ({"u": torch.zeros(2, 3, 9, device="meta")}, ValueError, "u must be on cpu as t is, got meta"),
         ({"activation": "exp"}, ValueError, "activation must be one of softplus, relu, got 'exp'"),
+        ({"samples": 9}, ValueError, "samples and seed must be None where u is given"),
+        ({"seed": torch.zeros(1, dtype=torch.int64)}, ValueError, "samples and seed must be None where u is given"),
+        ({"u": None, "samples": -1}, ValueError, "samples must not be negative, got -1"),
+        ({"u": None, "seed": torch.zeros(1, dtype=torch.int64)}, ValueError, "seed must be None for a backend other"),
     ],
 )
 def test_errors(change, error, message):
@@ -269,3 +304,178 @@ def test_inversion_errors(change, error, message):
     arguments = {"bins": draw(3, 5), "weights": draw_uniform(3, 4), "u": draw_uniform(3, 7), **change}
     with pytest.raises(error, match=re.escape(f"invert_cdf: {message}")):
         invert_cdf(**arguments)
+
+
+triton_importance = functools.partial(ops.sample_importance, backend="triton")
+triton_invert_cdf = functools.partial(ops.invert_cdf, backend="triton")
+
+
+def triton_rays(batch=1, rays_=3, samples=6, fine=9):
+    inputs = {**rays(batch, rays_, samples), "u": draw_uniform(batch, rays_, fine, seed=3)}
+    return {name: x.float().to(DEVICE) for name, x in inputs.items()}
+
+
+def assert_triton_errs_no_more(kernel, reference, inputs, what, **settings):
+    truth = reference(**{name: x.double() for name, x in inputs.items()}, **settings)
+    assert_error_within_reference(kernel(**inputs, **settings), reference(**inputs, **settings), truth, what)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"activation": "relu", "density_shift": 0.7}, {"softplus_beta": 4.0, "last_interval": 1e-3}],
+    ids=str,
+)
+@pytest.mark.parametrize(("samples", "fine", "rays_"), [(3, 1, 1), (6, 9, 20), (17, 33, 2), (48, 48, 2)])
+def test_triton_errs_no_more_than_the_reference(poisoned, samples, fine, rays_, settings):
+    inputs = triton_rays(1, rays_, samples, fine)
+    assert_triton_errs_no_more(triton_importance, sample_importance, inputs, "samples", **settings)
+    # sorted too: the same, in order
+    expected = triton_importance(**inputs, **settings).sort(dim=-1).values
+    assert_close(triton_importance(**inputs, **settings, sorted=True), expected, "sorted samples", "exact")
+
+
+@needs_triton
+@pytest.mark.parametrize("bins", [1, 2, 7, 64])
+def test_triton_inversion_errs_no_more_than_the_reference(poisoned, bins):
+    edges = draw(3, bins + 1, seed=1).sort(dim=-1).values
+    weights = draw_uniform(3, bins, seed=2)
+    inputs = {"bins": edges, "weights": weights, "u": draw_uniform(3, 20, seed=3)}
+    inputs = {name: x.float().to(DEVICE) for name, x in inputs.items()}
+    assert_triton_errs_no_more(triton_invert_cdf, invert_cdf, inputs, "samples")
+    alone = triton_invert_cdf(*(x[1] for x in inputs.values()))
+    assert_close(alone, triton_invert_cdf(**inputs)[1], "row 1 alone", "exact")
+
+
+@needs_triton
+def test_triton_inversion_by_hand():
+    # As above: the middle of slots, knots and ends; a slot that counts as 1 wide; a knot, whose slot is the one before.
+    for bins, weights, u, expected in (
+        ([0, 1, 3], [1 - 1e-5, 3 - 1e-5], [0.125, 0.25, 0.625, 0, 1], [0.5, 1.0, 2.0, 0.0, 3.0]),
+        ([0, 1, 11, 12], [1, 0, 1], [0.5], [1 + 25e-6 / (1 + 1.5e-5)]),
+        ([0, 1, 3], [2**20 - 1 - 1e-5, 1 - 1e-5], [1.0, 1 - 2**-20], [1 + 2 * 2**-20, 1.0]),
+    ):
+        inputs = (torch.tensor(x, dtype=torch.float32, device=DEVICE) for x in (bins, weights, u))
+        assert_close(triton_invert_cdf(*inputs), expected, f"samples of {weights}")
+
+
+@needs_triton
+@pytest.mark.parametrize("scale", [0.0, 1e4])
+def test_triton_extreme_densities(poisoned, scale):
+    inputs = triton_rays(1, 4, 9, 16)
+    inputs["raw_density"] = inputs["raw_density"] * scale
+    samples = triton_importance(**inputs, sorted=True)
+    assert_finite(samples, "samples")
+    middle = (inputs["t"][..., 1:] + inputs["t"][..., :-1]) / 2
+    slack = 4 * torch.finfo(torch.float32).eps
+    assert (samples >= middle[..., :1] - slack).all()
+    assert (samples <= middle[..., -1:] + slack).all()
+    assert (samples.diff(dim=-1) >= 0).all()
+
+
+@needs_triton
+def test_triton_even_u_reaches_both_ends(poisoned):
+    inputs = triton_rays(1, 3, 6, 6)
+    inputs["u"] = torch.linspace(0, 1, 6, device=DEVICE).expand(1, 3, 6)
+    samples = triton_importance(**inputs, sorted=True)
+    middle = (inputs["t"][..., 1:] + inputs["t"][..., :-1]) / 2
+    assert_close(samples[..., 0], middle[..., 0], "u = 0")
+    assert_close(samples[..., -1], middle[..., -1], "u = 1")
+
+
+def triton_draws(rays_, fine, seed, **settings):
+    """Fine t of rays without density, sampled evenly from 0 to 1."""
+    t = torch.tensor([-0.5, 0.5, 1.5], device=DEVICE).expand(1, rays_, 3)
+    raw, seed = torch.full((1, rays_, 3), -1.0, device=DEVICE), torch.tensor([seed], device=DEVICE)
+    return triton_importance(t, raw, samples=fine, seed=seed, activation="relu", **settings)[0]
+
+
+@needs_triton
+def test_triton_seed_decides_the_draw(poisoned):
+    first = triton_draws(4, 5, 3)
+    assert_close(triton_draws(4, 5, 3), first, "the same seed", "exact")
+    assert_close(triton_draws(2, 5, 3), first[:2], "fewer rays", "exact")
+    for other in (4, 3 + 2**40):
+        assert not torch.isclose(triton_draws(4, 5, other), first).any()
+    assert len(first.unique()) == 20
+    inputs = {name: x for name, x in triton_rays().items() if name != "u"}
+    results = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        results.append(triton_importance(**inputs))
+        assert results[-1].shape == inputs["t"].shape
+        assert not torch.equal(triton_importance(**inputs), results[-1])
+    assert_close(results[1], results[0], "torch's generator, seeded alike", "exact")
+
+
+@needs_triton
+@pytest.mark.parametrize("in_order", [False, True])
+def test_triton_draws_are_uniform(poisoned, in_order):
+    rays_, fine = 256, 3
+    samples = triton_draws(rays_, fine, 11, sorted=in_order).double().cpu()
+    # Kolmogorov-Smirnov over all of them: mean 0.87 and standard deviation 0.26, in units of 1 / sqrt(number).
+    num = samples.numel()
+    values = samples.flatten().sort().values
+    distance = (values - (torch.arange(num, dtype=torch.float64) + 0.5) / num).abs().max().item()
+    assert distance * num**0.5 < 0.87 + SIGMAS * 0.26
+    # The k-th of n has mean k / (n + 1) and variance k (n + 1 - k) / ((n + 1)^2 (n + 2)).
+    assert (samples.diff(dim=-1) >= 0).all() == in_order
+    for k, value in enumerate(samples.sort(dim=-1).values.T, 1):
+        spread = math.sqrt(k * (fine + 1 - k) / ((fine + 1) ** 2 * (fine + 2)))
+        assert abs(value.mean().item() - k / (fine + 1)) < SIGMAS * spread / rays_**0.5
+        # A fourth moment of at most 3 bounds the spread of the standard deviation.
+        assert abs(value.std().item() / spread - 1) < SIGMAS / (2 * rays_) ** 0.5
+
+
+@needs_triton
+def test_triton_takes_any_layout(poisoned):
+    inputs = triton_rays(2)
+    expected = triton_importance(**inputs)
+    for changed, x in inputs.items():
+        for name, view in layouts(x):
+            actual = triton_importance(**{**inputs, changed: view})
+            assert_close(actual, expected, f"{changed}: {name}", "exact")
+
+
+@needs_triton
+@pytest.mark.parametrize(("batch", "rays_", "fine"), [(0, 2, 3), (2, 0, 3), (2, 2, 0)])
+def test_triton_empty(batch, rays_, fine):
+    samples = triton_importance(**triton_rays(batch, rays_, 4, fine), sorted=True)
+    assert samples.shape == (batch, rays_, fine)
+    bins = torch.zeros(batch, 3, device=DEVICE)
+    assert triton_invert_cdf(bins, bins[:, 1:], torch.zeros(batch, fine, device=DEVICE)).shape == (batch, fine)
+
+
+@needs_triton
+def test_triton_has_no_gradient():
+    inputs = {name: x.requires_grad_() for name, x in triton_rays().items()}
+    assert not triton_importance(**inputs).requires_grad
+
+
+@needs_triton
+def test_triton_shows_what_is_nan():
+    inputs = triton_rays(1, 2, 6, 4)
+    expected = triton_importance(**inputs)
+    inputs["raw_density"][0, 0, 2] = torch.nan
+    samples = triton_importance(**inputs)
+    assert samples[0, 0].isnan().any()
+    assert_close(samples[0, 1], expected[0, 1], "the ray beside it", "exact")
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"t": draw(1, 3, 6)}, TypeError, 't must be float32 (because backend is "triton"), got torch.float64'),
+        ({"u": None, "seed": 5}, ValueError, "seed must be a tensor of shape [1] of int64 on"),
+        ({"u": None, "seed": torch.zeros(2, dtype=torch.int64)}, ValueError, "seed must be a tensor of shape [1]"),
+    ],
+)
+def test_triton_errors(change, error, message):
+    inputs = {**triton_rays(), **change}
+    inputs = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+    with pytest.raises(error, match=re.escape(f"sample_importance: {message}")):
+        triton_importance(**inputs)
+    bins = draw(3, 5).to(DEVICE)
+    with pytest.raises(TypeError, match="invert_cdf: bins must be float32"):
+        triton_invert_cdf(bins, bins[:, 1:], bins)

@@ -1,4 +1,7 @@
-"""sample_triplane: the reference and the cpu backend against numbers worked by hand and against torch's grid_sample."""
+"""sample_triplane: the reference and the cpu backend against numbers worked by hand and against torch's grid_sample.
+
+The Triton kernels against the reference: in Triton's interpreter, or on the GPU where there is one.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,23 @@ from checks import (
     layouts,
 )
 from epigraf_fast import ops
+from epigraf_fast.ops import backends
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LACKING = backends.status()["sample_triplane"]["triton"]
+needs_triton = pytest.mark.skipif(LACKING is not None, reason=LACKING or "")
+if LACKING is None:
+    import triton
+    import triton.language as tl
+
+    from epigraf_fast.kernels.sample_triplane import texel_offset
+
+    @triton.jit
+    def _texel_offset_kernel(row_ptr, column_ptr, offset_ptr, stride_h, stride_w, SIZE: tl.constexpr):
+        i = tl.arange(0, SIZE)
+        offset = texel_offset(tl.load(row_ptr + i), tl.load(column_ptr + i), stride_h, stride_w, 2)
+        tl.store(offset_ptr + i, offset)
+
 
 reference = functools.partial(ops.sample_triplane, backend="reference")
 cpu = functools.partial(ops.sample_triplane, backend="cpu")
@@ -224,3 +244,154 @@ def test_errors(change, error, message):
     arguments = {"planes": draw(2, 6, 3, 4), "points": draw(2, 5, 3), **change}
     with pytest.raises(error, match=re.escape(f"sample_triplane: {message}")):
         reference(**arguments)
+
+
+def triton_sample(planes, points):
+    return ops.sample_triplane(planes, points, backend="triton")
+
+
+def values_and_gradient(function, planes, points, grad_y):
+    planes = planes.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    y = function(planes, points)
+    return {"feature": y, "gradient to planes": torch.autograd.grad(y, planes, grad_y.to(y.dtype))[0]}
+
+
+def points_of_all_kinds(batch, count, *, seed):
+    """Inside and outside, on texels of planes with 5 of them, on borders, and far."""
+    points = 2.6 * draw_uniform(batch, count, 3, seed=seed) - 1.3
+    points[:, 1::4] = (points[:, 1::4] * 2).round() / 2
+    points[:, 2::8, 1] = 1.0
+    points[:, -1:] = torch.tensor([0.1, 1e30, -torch.inf], dtype=torch.float64)
+    return points.float()
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("batch", "count", "channels", "height", "width"),
+    [(2, 150, 32, 5, 9), (1, 3, 8, 1, 1), (2, 17, 24, 6, 1), (1, 1, 64, 1, 5)],
+)
+def test_triton_errs_no_more_than_the_reference(poisoned, batch, count, channels, height, width, dtype):
+    planes = draw(batch, 3 * channels, height, width, seed=1, dtype=dtype).to(DEVICE)
+    points = points_of_all_kinds(batch, count, seed=2).to(DEVICE)
+    grad_y = draw(batch, count, channels, seed=3, dtype=dtype).to(DEVICE)
+    results = [
+        values_and_gradient(triton_sample, planes, points, grad_y),
+        values_and_gradient(reference, planes, points, grad_y),
+        values_and_gradient(reference, planes.double(), points.double(), grad_y),
+    ]
+    for name in results[0]:
+        assert_error_within_reference(*(result[name] for result in results), name)
+
+
+@needs_triton
+def test_triton_values_by_hand(poisoned):
+    planes = HAND_PLANES.repeat_interleave(8, dim=1).float().to(DEVICE)  # every channel is the one
+    features = triton_sample(planes, HAND_POINT.float().to(DEVICE))
+    assert_close(features, torch.full((1, 1, 8), 61.0), "feature")
+
+
+@needs_triton
+def test_triton_takes_any_layout(poisoned):
+    planes, points = draw(2, 24, 3, 4, seed=1, dtype=torch.float32), points_of_all_kinds(2, 9, seed=2)
+    grad_y = draw(2, 9, 8, seed=3, dtype=torch.float32).to(DEVICE)
+    planes, points = planes.to(DEVICE), points.to(DEVICE)
+    expected = values_and_gradient(triton_sample, planes, points, grad_y)
+    variants = [(f"planes: {name}", view, points, grad_y) for name, view in layouts(planes)]
+    variants += [(f"points: {name}", planes, view, grad_y) for name, view in layouts(points)]
+    variants += [(f"grad_y: {name}", planes, points, view) for name, view in layouts(grad_y)]
+    for variant, *inputs in variants:
+        y = triton_sample(inputs[0].detach().requires_grad_(), inputs[1])
+        assert_close(y, expected["feature"], variant, "exact")
+        gradient = values_and_gradient(triton_sample, *inputs)["gradient to planes"]
+        assert_close(gradient, expected["gradient to planes"], f"{variant}: gradient")
+
+
+@needs_triton
+def test_triton_keeps_off_texels_that_count_as_zero(poisoned):
+    # Everything is NaN but the four texels in the middle: to read another one, even at weight 0, would show.
+    planes = torch.full((1, 24, 6, 6), torch.nan)
+    planes[:, :, 2:4, 2:4] = 1.0
+    points = torch.tensor([[[0.1, -0.1, 0.05], [torch.inf, -torch.inf, 1e30], [-4.0, 5.0, 3e9]]])
+    features = triton_sample(planes.to(DEVICE), points.to(DEVICE))
+    expected = torch.tensor([1.0, 0.0, 0.0])[None, :, None].expand(1, 3, 8)
+    assert_close(features, expected, "feature")
+
+
+@needs_triton
+def test_triton_shows_a_point_that_is_nan(poisoned):
+    points = torch.tensor([[[0.0, torch.nan, 0.0], [0.0, 0.0, 0.0]]], device=DEVICE)
+    planes = torch.ones(1, 24, 4, 4, device=DEVICE).requires_grad_()
+    features = triton_sample(planes, points)
+    assert features[0, 0].isnan().all()
+    assert_close(features[0, 1], torch.ones(8), "its neighbour")
+
+
+@needs_triton
+@pytest.mark.parametrize(("batch", "points"), [(0, 4), (2, 0), (0, 0)])
+def test_triton_empty(batch, points):
+    planes = torch.zeros(batch, 24, 3, 4, device=DEVICE, requires_grad=True)
+    features = triton_sample(planes, torch.zeros(batch, points, 3, device=DEVICE))
+    assert features.shape == (batch, points, 8)
+    (gradient,) = torch.autograd.grad(features.sum(), planes)
+    assert_close(gradient, torch.zeros(batch, 24, 3, 4), "gradient to planes", "exact")
+
+
+@needs_triton
+def test_triton_saves_the_points_alone():
+    planes, points = torch.zeros(1, 24, 3, 4, device=DEVICE, requires_grad=True), torch.zeros(1, 5, 3, device=DEVICE)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.data_ptr()), lambda x: x):
+        triton_sample(planes, points)
+        triton_sample(planes.detach(), points)
+        with torch.no_grad():
+            triton_sample(planes, points)
+    assert saved == [points.data_ptr()]
+
+
+@needs_triton
+def test_triton_has_no_second_derivative():
+    planes = torch.zeros(1, 24, 3, 4, device=DEVICE, requires_grad=True)
+    grad_y = torch.ones(1, 2, 8, device=DEVICE, requires_grad=True)
+    features = triton_sample(planes, torch.zeros(1, 2, 3, device=DEVICE))
+    (gradient,) = torch.autograd.grad(features, planes, grad_y, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r'sample_triplane: .*second derivative.*backend="reference"'):
+        gradient.sum().backward()
+
+
+@needs_triton
+def test_triton_offsets_have_64_bits():
+    rows, columns = [0, 3, 46341, 2**29], [7, 2**30, 46341, 5]
+    offsets = torch.zeros(4, dtype=torch.int64, device=DEVICE)
+    as_tensor = functools.partial(torch.tensor, dtype=torch.int32, device=DEVICE)
+    for stride_h, stride_w in ((46341, 96), (2**32, 2**31), (1, 2**31 - 1)):
+        _texel_offset_kernel[(1,)](as_tensor(rows), as_tensor(columns), offsets, stride_h, stride_w, SIZE=4)
+        expected = [2 * (row * stride_h + column * stride_w) for row, column in zip(rows, columns, strict=True)]
+        assert offsets.tolist() == expected
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            {"planes": torch.zeros(1, 15, 3, 4)},
+            ValueError,
+            "planes must have a multiple of 8 channels each, 64 at most",
+        ),
+        ({"planes": torch.zeros(1, 3 * 72, 3, 4)}, ValueError, "planes must have a multiple of 8 channels each, 64 at"),
+        ({"planes": draw(1, 24, 3, 4)}, TypeError, "planes must be float32 or float16 or bfloat16 (because backend is"),
+        ({"points": draw(1, 5, 3)}, TypeError, 'points must be float32 (because backend is "triton"), got torch.flo'),
+        ({"points": torch.zeros(1, 5, 2)}, ValueError, "points must have shape [1, N, 3]"),
+        (
+            {"points": torch.zeros(1, 5, 3, requires_grad=True)},
+            NotImplementedError,
+            'backend "triton" has no gradient to points; use backend="reference", or detach points',
+        ),
+    ],
+)
+def test_triton_errors(change, error, message):
+    arguments = {"planes": torch.zeros(1, 24, 3, 4), "points": torch.zeros(1, 5, 3), **change}
+    arguments = {name: x.to(DEVICE) for name, x in arguments.items()}
+    with pytest.raises(error, match=re.escape(f"sample_triplane: {message}")):
+        triton_sample(**arguments)

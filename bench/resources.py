@@ -1,0 +1,233 @@
+"""Registers, spills and instructions of every Triton kernel, without a GPU: `python -m bench.resources [--json]`.
+
+The launchers are called with tensors that have no memory, and what they would launch is compiled ahead of time instead,
+with the hints on alignment that real launches have. Exit status 1 if a default configuration falls short (`problems`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ARCHS = (70, 80, 90)
+SHARED_LIMIT = {70: 96, 80: 163, 90: 227}  # KiB of shared memory that one block can have
+SHARED_PER_SM = {70: 96, 80: 164, 90: 228}
+REGISTERS_PER_SM, WARPS_PER_SM, BLOCKS_PER_SM = 65536, 64, 32
+
+# One micro-batch of the FFHQ-512 preset: images, plane resolution, rays, samples of a pass, decoder outputs.
+BATCH, RESOLUTION, RAYS, SAMPLES, OUT = 4, 512, 4096, 48, 4
+
+Row = dict[str, Any]
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _planes(channels: int, dtype: torch.dtype) -> Tensor:
+    planes = _meta(BATCH, 3 * channels, RESOLUTION, RESOLUTION, dtype=dtype)
+    return planes.contiguous(memory_format=torch.channels_last)
+
+
+def _network(channels: int, hidden: int) -> tuple[Tensor, ...]:
+    return _meta(hidden, channels), _meta(hidden), _meta(OUT, hidden), _meta(OUT)
+
+
+def launches(arch: int) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """What to compile: a name, and a call of a launcher."""
+    from epigraf_fast.kernels import decode_triplane, sample_triplane
+
+    points = _meta(BATCH, RAYS * SAMPLES, 3)
+    rays = _meta(BATCH, RAYS, 3), _meta(BATCH, RAYS, 3), _meta(BATCH, RAYS, SAMPLES)
+    half = torch.float16
+    for channels, dtype in ((32, torch.float32), (32, half), (8, torch.float32), (64, torch.float32)):
+        planes = _planes(channels, dtype)
+        grad = _meta(BATCH, RAYS * SAMPLES, channels, dtype=dtype)
+        case = f"C={channels} {str(dtype).removeprefix('torch.')}"
+        yield f"sample fwd {case}", lambda planes=planes: sample_triplane.fwd(planes, points)
+        yield f"sample bwd {case}", lambda grad=grad: sample_triplane.bwd(grad, points, RESOLUTION, RESOLUTION)
+    grad_y = _meta(BATCH, RAYS, SAMPLES, OUT)
+    for channels, hidden, dtype, precision in (
+        (32, 64, torch.float32, "fp32"),
+        (32, 64, torch.float32, "tf32"),
+        (32, 64, half, "fp16"),
+        (8, 16, torch.float32, "fp32"),
+        (16, 64, torch.float32, "fp32"),
+        (32, 128, torch.float32, "fp32"),
+        (64, 64, torch.float32, "fp32"),
+        (64, 128, torch.float32, "fp32"),
+        (64, 128, half, "fp16"),
+    ):
+        planes, net = _planes(channels, dtype), _network(channels, hidden)
+        case = f"C={channels} hidden={hidden} {str(dtype).removeprefix('torch.')} {precision}"
+        yield (
+            f"decode fwd {case}",
+            lambda a=(planes, *rays, *net), precision=precision: decode_triplane.fwd(
+                *a, precision=precision, arch=arch
+            ),
+        )
+        yield (
+            f"decode bwd {case}",
+            lambda a=(grad_y, planes, *rays, *net[:3]), precision=precision: decode_triplane.bwd(
+                *a, precision=precision, arch=arch
+            ),
+        )
+
+
+@contextmanager
+def recorded() -> Iterator[list[tuple[Any, tuple, dict]]]:
+    """Launches in this block are not made but listed: (kernel, arguments, keyword arguments)."""
+    from triton.runtime.jit import JITFunction
+
+    calls: list[tuple[Any, tuple, dict]] = []
+    run = JITFunction.run
+    JITFunction.run = lambda self, *args, grid, warmup, **kwargs: calls.append((self, args, kwargs))
+    try:
+        yield calls
+    finally:
+        JITFunction.run = run
+
+
+def _specialize(value: Any) -> tuple[str, bool]:
+    """The type that a launch gives an argument ("constexpr": its value is compiled in), and whether 16 divides it."""
+    if isinstance(value, Tensor):
+        names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+        names |= {torch.int32: "i32", torch.int64: "i64", torch.bool: "i1", torch.uint8: "u8"}
+        return f"*{names[value.dtype]}", True
+    if value is None or isinstance(value, (bool, str)) or (isinstance(value, int) and value == 1):
+        return "constexpr", False
+    if isinstance(value, float):
+        return "fp32", False
+    return "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0
+
+
+def compile_launch(kernel: Any, args: tuple, kwargs: dict, arch: int) -> Any:
+    """The compiled kernel that a launch would run."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    values = dict(zip(kernel.arg_names, args, strict=False))
+    options = {name: value for name, value in kwargs.items() if name not in kernel.arg_names}
+    values |= {name: value for name, value in kwargs.items() if name in kernel.arg_names}
+    values = {name: values.get(name, p.default) for name, p in kernel.signature.parameters.items()}
+    signature, constants, attributes = {}, {}, {}
+    for position, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
+        signature[name], divisible = _specialize(values[name])
+        if parameter.is_constexpr or signature[name] == "constexpr":
+            signature[name], constants[name] = "constexpr", values[name]
+        elif divisible:
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def _cuobjdump() -> str:
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+
+
+def resources(compiled: Any, arch: int) -> Row:
+    """What a compiled kernel takes: registers, spill and shared memory bytes, its widest instructions, occupancy."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([_cuobjdump(), "-res-usage", file.name], capture_output=True, text=True, check=True)
+    registers, spill = (int(re.search(rf"{name}:(\d+)", usage.stdout)[1]) for name in ("REG", "STACK"))
+    warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
+    ptx = compiled.asm["ptx"]
+    loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.[bfu](\d+)", ptx)
+    atomics = re.findall(r"(?:red|atom)\.global\.(\S+)", ptx)
+    products = re.findall(r"(wgmma\.mma_async|mma\.sync)\S*", ptx)
+    return {
+        "registers": registers,
+        "spill": spill,
+        "shared": shared,
+        "warps": warps,
+        "load_bits": max((int(vector or 1) * int(bits) for vector, bits in loads), default=0),
+        "atomic": max(set(atomics), key=len) if atomics else None,
+        "products": sorted(set(products)),
+        "occupancy": _occupancy(registers, shared, warps, arch),
+    }
+
+
+def _occupancy(registers: int, shared: int, warps: int, arch: int) -> float:
+    """Warps on a multiprocessor over those that fit at best."""
+    registers = 8 * -(-registers // 8)  # of a thread, as the hardware hands them out
+    blocks = min(WARPS_PER_SM // warps, REGISTERS_PER_SM // (32 * warps * registers), BLOCKS_PER_SM)
+    if shared:
+        blocks = min(blocks, SHARED_PER_SM[arch] * 1024 // (shared + 1024))
+    return blocks * warps / WARPS_PER_SM
+
+
+def problems(row: Row) -> list[str]:
+    """Where a kernel falls short of what is promised for its architecture."""
+    found = []
+    if row["arch"] >= 80:
+        if row["spill"]:
+            found.append(f"spills {row['spill']} bytes")
+        if row["shared"] > SHARED_LIMIT[row["arch"]] * 1024:
+            found.append(f"takes {row['shared']} bytes of shared memory")
+        if row["load_bits"] < 128:
+            found.append(f"loads at most {row['load_bits']} bits at once")
+        if row["kernel"].startswith("_decode") and not row["products"]:
+            found.append("has no tensor-core instruction")
+    return found
+
+
+def table(archs: tuple[int, ...]) -> list[Row]:
+    """Compiles everything: one row a kernel and architecture."""
+    rows = []
+    for arch in archs:
+        for case, launch in launches(arch):
+            with recorded() as calls:
+                launch()
+            for kernel, args, kwargs in calls:
+                row = {"arch": arch, "case": case, "kernel": kernel.__name__}
+                row |= resources(compile_launch(kernel, args, kwargs, arch), arch)
+                rows.append(row | {"problems": problems(row)})
+    return rows
+
+
+def format_table(rows: list[Row]) -> str:
+    header = (
+        "arch  case                                   regs  spill  shared  warps  occupancy  load  atomic; products"
+    )
+    lines = [header]
+    for row in rows:
+        end = "; ".join(filter(None, [row["atomic"], " ".join(row["products"])]))
+        lines.append(
+            f"sm_{row['arch']} {row['case']:<44} {row['registers']:>4} {row['spill']:>6} {row['shared']:>7} "
+            f"{row['warps']:>6} {row['occupancy']:>10.2f} {row['load_bits']:>5}  {end}".rstrip()
+        )
+        lines += [f"      ! {problem}" for problem in row["problems"]]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.resources", description=__doc__.split(":")[0] + ".")
+    parser.add_argument("--arch", type=int, nargs="+", choices=ARCHS, default=ARCHS)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    args = parser.parse_args()
+    if os.environ.pop("TRITON_INTERPRET", None):
+        print("bench.resources: TRITON_INTERPRET is ignored, kernels are compiled", file=sys.stderr)
+    rows = table(tuple(args.arch))
+    print(json.dumps(rows, indent=2) if args.json else format_table(rows))
+    sys.exit(any(row["problems"] for row in rows))
+
+
+if __name__ == "__main__":
+    main()

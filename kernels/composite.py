@@ -1,0 +1,611 @@
+"""Volume integration along rays, forward and backward: one launch each, whatever the number of sets.
+
+Two sets that are each sorted are merged by rank: the program finds by bisection how many samples of the second set are
+among the first p, reads every sample from where it lies, and integrates in registers. Nothing is sorted, gathered or
+written in sorted order. The pieces that `sample_importance` builds upon (`density`, `absorption`) take tiles
+[RAYS, BLOCK_S] in registers.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TRANSMITTANCE_FLOOR: tl.constexpr = tl.constexpr(1e-10)  # the reference's: added to 1 - alpha
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2_HIGH: tl.constexpr = tl.constexpr(0.693359375)  # ten bits, so that small integers times it are exact
+LN2_LOW: tl.constexpr = tl.constexpr(-2.1219444005469057e-4)
+BEYOND: tl.constexpr = tl.constexpr(3e38)  # t where there is no sample
+TILE = 128  # samples of a program that has one warp
+
+
+class Outputs(NamedTuple):
+    """What `fwd` gives, fp32."""
+
+    rgb: Tensor  # [B, R, C]
+    depth: Tensor  # [B, R]
+    weight_sum: Tensor  # [B, R]
+    final_transmittance: Tensor  # [B, R]
+    weights: Tensor | None  # [B, R, S]
+
+
+class Gradients(NamedTuple):
+    """What `bwd` gives."""
+
+    values: Tensor  # [B, R, S_coarse, C+1]
+    values_fine: Tensor | None  # [B, R, S_fine, C+1]
+    density_noise: Tensor | None  # [B, R, S]
+    background: Tensor | None  # [B, R, C]
+
+
+# Numbers are limited by tl.where throughout: tl.maximum and tl.minimum would turn NaN into the limit.
+
+
+@triton.jit
+def exp_minus(x):
+    """e^-x for x >= 0 to about two roundings. (tl.exp rounds x log2(e), an error that grows with x.)"""
+    x = tl.where(x > 104.0, 104.0, x)  # e^-104 is below the smallest fp32
+    n = tl.floor(x * LOG2_E + 0.5)
+    return tl.exp2(-n) * tl.exp2(((n * LN2_HIGH - x) + n * LN2_LOW) * LOG2_E)
+
+
+@triton.jit
+def _log_1_plus(z):
+    """log(1 + z) for z in [0, 1] with full relative precision: 2 artanh(z / (2 + z)), a series in at most 1/9."""
+    s = z / (2.0 + z)
+    series = tl.zeros_like(s)
+    for n in tl.static_range(15, 1, -2):
+        series = s * s * (1.0 / n + series)
+    return 2.0 * s * (1.0 + series)
+
+
+@triton.jit
+def density(x, softplus_beta, RELU: tl.constexpr):
+    """softplus(beta x) / beta = (max(y, 0) + log(1 + e^-|y|)) / beta with y = beta x, or ReLU."""
+    if RELU:
+        result = tl.where(x <= 0.0, 0.0, x)
+    else:
+        y = x * softplus_beta
+        result = (tl.where(y > 0.0, y, 0.0) + _log_1_plus(exp_minus(tl.abs(y)))) / softplus_beta
+    return result
+
+
+@triton.jit
+def _density_slope(x, softplus_beta, RELU: tl.constexpr):
+    """The derivative of `density`: 1 / (1 + e^-y), or 1 where x is positive."""
+    if RELU:
+        slope = tl.where(x > 0.0, 1.0, 0.0)
+    else:
+        y = x * softplus_beta
+        z = exp_minus(tl.abs(y))
+        slope = tl.where(y > 0.0, 1.0, z) / (1.0 + z)
+    return slope
+
+
+@triton.jit
+def _then_sum(sum_l, before_l, sum_r, before_r):
+    return sum_l + sum_r, sum_l + before_r
+
+
+@triton.jit
+def _then_product(product_l, before_l, product_r, before_r):
+    return product_l * product_r, product_l * before_r
+
+
+@triton.jit
+def _sum_before(x, REVERSE: tl.constexpr):
+    """sum_{j<i} x_j along dimension 1, or sum_{j>i} x_j in reverse.
+
+    A scan of (sum, sum without the last): taking x_i from a sum that includes it would lose what is small beside it.
+    """
+    return tl.associative_scan((x, tl.zeros_like(x)), 1, _then_sum, reverse=REVERSE)[1]
+
+
+@triton.jit
+def _product_before(x):
+    """prod_{j<i} x_j along dimension 1."""
+    return tl.associative_scan((x, tl.zeros_like(x) + 1.0), 1, _then_product)[1]
+
+
+@triton.jit
+def absorption(thickness, valid):
+    """alpha_i = 1 - e_i with e_i = exp(-thickness_i), and T_i = prod_{j<i} (e_j + 1e-10), along dimension 1.
+
+    Thin samples enter T by their sum, because a product of many factors near 1 rounds each of them (1e-10 is below that
+    rounding), and thick ones by their product, because a large sum rounds to more than its exponential does.
+
+    Args:
+        thickness: [RAYS, BLOCK_S], not negative; what is not `valid` absorbs nothing.
+
+    Returns:
+        alpha, with full relative precision; T; e.
+    """
+    passed = exp_minus(thickness)
+    thin = (thickness < 0.5) & valid
+    x = tl.where(thin, thickness, 0.0)
+    series = tl.zeros_like(x) + 1.0  # (1 - e^-x) / x = 1 - x/2 (1 - x/3 (1 - ...
+    for n in tl.static_range(9, 1, -1):
+        series = 1.0 - x * (1.0 / n) * series
+    alpha = tl.where(thin, x * series, 1.0 - passed)
+    thick = tl.where(thin | ~valid, 1.0, passed + TRANSMITTANCE_FLOOR)
+    T = exp_minus(_sum_before(x, REVERSE=False)) * _product_before(thick)
+    return tl.where(valid, alpha, 0.0), T, passed
+
+
+@triton.jit
+def _merged_samples(
+    t_ptr,
+    values_ptr,
+    t_fine_ptr,
+    values_fine_ptr,
+    p,
+    valid,
+    CHANNELS: tl.constexpr,
+    S_COARSE: tl.constexpr,
+    S_FINE: tl.constexpr,
+    FINE_BITS: tl.constexpr,
+):
+    """Sample p of the merged sets, fine before coarse where t is equal.
+
+    Args:
+        t_ptr, ...: The starts of the rays' rows, [RAYS, 1]; the last two None without a second set.
+        p: [1, BLOCK_S]; valid: [RAYS, BLOCK_S], whether there are the ray and the sample.
+        FINE_BITS: Such that S_FINE < 2^FINE_BITS.
+
+    Returns:
+        t, t of the next sample (anything for the last), whether the sample is a fine one, its index in its set, and the
+        pointer to its values. Indices are inside their sets even where t is NaN or not sorted.
+    """
+    if S_FINE == 0:
+        t = tl.load(t_ptr + p, mask=valid, other=0.0)
+        t_next = tl.load(t_ptr + p + 1, mask=valid & (p + 1 < S_COARSE), other=0.0)
+        index = tl.where(valid, p, 0)
+        is_fine = index < 0
+        source = values_ptr + index * CHANNELS
+    else:
+        # Fine sample j is among the first p if it is not behind coarse sample p - 1 - j. True up to some j, then false.
+        fine = tl.where(valid, 0, 0)
+        for bit in tl.static_range(FINE_BITS):
+            j = fine + (1 << (FINE_BITS - 1 - bit)) - 1
+            i = p - 1 - j
+            exists = valid & (j < S_FINE) & (i >= 0)
+            t_j = tl.load(t_fine_ptr + j, mask=exists, other=0.0)
+            t_i = tl.load(t_ptr + i, mask=exists & (i < S_COARSE), other=BEYOND)
+            fine = tl.where(exists & (t_j <= t_i), j + 1, fine)
+        coarse = p - fine
+        t_fine = tl.load(t_fine_ptr + fine, mask=valid & (fine < S_FINE), other=BEYOND)
+        t_fine_next = tl.load(t_fine_ptr + fine + 1, mask=valid & (fine + 1 < S_FINE), other=BEYOND)
+        t_coarse = tl.load(t_ptr + coarse, mask=valid & (coarse < S_COARSE), other=BEYOND)
+        t_coarse_next = tl.load(t_ptr + coarse + 1, mask=valid & (coarse + 1 < S_COARSE), other=BEYOND)
+        is_fine = (coarse >= S_COARSE) | ((fine < S_FINE) & (t_fine <= t_coarse))
+        t = tl.where(valid, tl.where(is_fine, t_fine, t_coarse), 0.0)
+        rival = tl.where(is_fine, t_coarse, t_fine)
+        follower = tl.where(is_fine, t_fine_next, t_coarse_next)
+        index = tl.where(valid, tl.where(is_fine, fine, coarse), 0)
+        t_next = tl.where(valid, tl.where(rival < follower, rival, follower), 0.0)
+        source = tl.where(is_fine, values_fine_ptr + index * CHANNELS, values_ptr + index * CHANNELS)
+    return t, t_next, is_fine, index, source
+
+
+@triton.jit
+def _sorted_samples(
+    t_ptr,
+    values_ptr,
+    t_fine_ptr,
+    values_fine_ptr,
+    density_noise_ptr,
+    ray,
+    num_rays,
+    t_stride,
+    values_stride,
+    t_fine_stride,
+    values_fine_stride,
+    density_noise_stride,
+    last_interval,
+    density_shift,
+    CHANNELS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    S_COARSE: tl.constexpr,
+    S_FINE: tl.constexpr,
+    FINE_BITS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """The samples of a tile of rays in order of t.
+
+    Returns:
+        All [RAYS, BLOCK_S]: whether ray and sample exist; t; interval; x, the argument of the activation; whether the
+        sample is a fine one; its index in its set. And its values, [RAYS, BLOCK_S, BLOCK_C].
+    """
+    S: tl.constexpr = S_COARSE + S_FINE
+    p = tl.arange(0, BLOCK_S)[None, :]
+    c = tl.arange(0, BLOCK_C)[None, None, :]
+    valid = (ray < num_rays)[:, None] & (p < S)
+    row = ray[:, None]
+    if S_FINE > 0:
+        t_fine_ptr += row * t_fine_stride
+        values_fine_ptr += row * values_fine_stride
+    t, t_next, is_fine, index, source = _merged_samples(
+        t_ptr + row * t_stride,
+        values_ptr + row * values_stride,
+        t_fine_ptr,
+        values_fine_ptr,
+        p,
+        valid,
+        CHANNELS,
+        S_COARSE,
+        S_FINE,
+        FINE_BITS,
+    )
+    interval = tl.where(p == S - 1, last_interval, t_next - t)
+    values = tl.load(source[:, :, None] + c, mask=valid[:, :, None] & (c < CHANNELS), other=0.0).to(tl.float32)
+    x = tl.sum(tl.where(c == CHANNELS - 1, values, 0.0), 2) + density_shift
+    if density_noise_ptr is not None:
+        x += tl.load(density_noise_ptr + row * density_noise_stride + p, mask=valid, other=0.0).to(tl.float32)
+    return valid, t, interval, x, is_fine, index, values
+
+
+@triton.jit
+def _composite_fwd_kernel(
+    t_ptr,
+    values_ptr,
+    t_fine_ptr,
+    values_fine_ptr,
+    density_noise_ptr,
+    background_ptr,
+    rgb_ptr,
+    depth_ptr,
+    weight_sum_ptr,
+    final_transmittance_ptr,
+    weights_ptr,
+    num_rays,
+    t_stride,
+    values_stride,
+    t_fine_stride,
+    values_fine_stride,
+    density_noise_stride,
+    background_stride,
+    softplus_beta,
+    density_shift,
+    last_interval,
+    RELU: tl.constexpr,
+    LAST_BACK: tl.constexpr,
+    WHITE_BACKGROUND: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    S_COARSE: tl.constexpr,
+    S_FINE: tl.constexpr,
+    FINE_BITS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """w_i = alpha_i T_i, alpha_i = 1 - exp(-interval_i density_i), T_i = prod_{j<i} (1 - alpha_j + 1e-10);
+    rgb = sum_i w_i c_i, depth = sum_i w_i t_i.
+
+    One program owns BLOCK_R rays, with all their samples. The second set, density_noise, background and weights may be
+    None; strides are those of rows (one ray), which are dense.
+    """
+    S: tl.constexpr = S_COARSE + S_FINE
+    ray = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    valid, t, interval, x, _, _, values = _sorted_samples(
+        t_ptr,
+        values_ptr,
+        t_fine_ptr,
+        values_fine_ptr,
+        density_noise_ptr,
+        ray,
+        num_rays,
+        t_stride,
+        values_stride,
+        t_fine_stride,
+        values_fine_stride,
+        density_noise_stride,
+        last_interval,
+        density_shift,
+        CHANNELS,
+        BLOCK_C,
+        S_COARSE,
+        S_FINE,
+        FINE_BITS,
+        BLOCK_S,
+    )
+    p = tl.arange(0, BLOCK_S)[None, :]
+    c = tl.arange(0, BLOCK_C)[None, :]
+    ray_exists = ray < num_rays
+    is_colour = ray_exists[:, None] & (c < CHANNELS - 1)
+
+    alpha, T, _ = absorption(interval * density(x, softplus_beta, RELU), valid)
+    weights = alpha * T
+    weight_sum = tl.sum(weights, 1)
+    final_transmittance = tl.sum(tl.where(p == S - 1, T, 0.0), 1)
+    if LAST_BACK:
+        weights += tl.where(p == S - 1, (1.0 - weight_sum)[:, None], 0.0)
+    rgb = tl.sum(weights[:, :, None] * values, 1)
+    if WHITE_BACKGROUND:
+        rgb += tl.where(c < 3, (1.0 - weight_sum)[:, None], 0.0)
+    if background_ptr is not None:
+        background = tl.load(background_ptr + ray[:, None] * background_stride + c, mask=is_colour, other=0.0)
+        rgb += final_transmittance[:, None] * background.to(tl.float32)
+
+    tl.store(rgb_ptr + ray[:, None] * (CHANNELS - 1) + c, rgb, mask=is_colour)
+    tl.store(depth_ptr + ray, tl.sum(tl.where(valid, weights * t, 0.0), 1), mask=ray_exists)
+    tl.store(weight_sum_ptr + ray, weight_sum, mask=ray_exists)
+    tl.store(final_transmittance_ptr + ray, final_transmittance, mask=ray_exists)
+    if weights_ptr is not None:
+        tl.store(weights_ptr + ray[:, None] * S + p, weights, mask=valid)
+
+
+@triton.jit
+def _composite_bwd_kernel(
+    grad_rgb_ptr,
+    grad_depth_ptr,
+    grad_weight_sum_ptr,
+    grad_final_transmittance_ptr,
+    grad_weights_ptr,
+    t_ptr,
+    values_ptr,
+    t_fine_ptr,
+    values_fine_ptr,
+    density_noise_ptr,
+    background_ptr,
+    grad_values_ptr,
+    grad_values_fine_ptr,
+    grad_density_noise_ptr,
+    grad_background_ptr,
+    num_rays,
+    t_stride,
+    values_stride,
+    t_fine_stride,
+    values_fine_stride,
+    density_noise_stride,
+    background_stride,
+    softplus_beta,
+    density_shift,
+    last_interval,
+    RELU: tl.constexpr,
+    LAST_BACK: tl.constexpr,
+    WHITE_BACKGROUND: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    S_COARSE: tl.constexpr,
+    S_FINE: tl.constexpr,
+    FINE_BITS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """The forward's gradients, with everything but its inputs recomputed.
+
+    With g_i the gradient to w_i and g_T that to T in front of the last sample, the gradient to the optical thickness
+    x_i = interval_i density_i, e_i = exp(-x_i), is
+
+        e_i T_i g_i - e_i / (e_i + 1e-10) (sum_{j>i} w_j g_j + [i < last] T_last g_T):
+
+    more light stopped here, less left for what is behind. The quotient is at most 1, and the sum holds no term of its
+    own sample or of those in front, so that what is behind an opaque sample keeps its precision.
+
+    One program owns BLOCK_R rays, with all their samples, and writes each sample's gradient where the sample lies.
+    Gradients of outputs that nothing depends on are None, and so are those of inputs that need none.
+    """
+    S: tl.constexpr = S_COARSE + S_FINE
+    ray = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    valid, t, interval, x, is_fine, index, values = _sorted_samples(
+        t_ptr,
+        values_ptr,
+        t_fine_ptr,
+        values_fine_ptr,
+        density_noise_ptr,
+        ray,
+        num_rays,
+        t_stride,
+        values_stride,
+        t_fine_stride,
+        values_fine_stride,
+        density_noise_stride,
+        last_interval,
+        density_shift,
+        CHANNELS,
+        BLOCK_C,
+        S_COARSE,
+        S_FINE,
+        FINE_BITS,
+        BLOCK_S,
+    )
+    p = tl.arange(0, BLOCK_S)[None, :]
+    c = tl.arange(0, BLOCK_C)[None, :]
+    ray_exists = ray < num_rays
+    is_colour = ray_exists[:, None] & (c < CHANNELS - 1)
+    is_last = p == S - 1
+
+    alpha, T, passed = absorption(interval * density(x, softplus_beta, RELU), valid)
+    weights = alpha * T
+    if LAST_BACK:
+        colour_weights = weights + tl.where(is_last, (1.0 - tl.sum(weights, 1))[:, None], 0.0)
+    else:
+        colour_weights = weights
+
+    # To every weight, [RAYS, BLOCK_S], and to the final transmittance, [RAYS].
+    grad_weights = tl.zeros_like(weights)
+    grad_weight_sum = tl.zeros_like(ray).to(tl.float32)
+    grad_final = tl.zeros_like(grad_weight_sum)
+    grad_rgb = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    if grad_weights_ptr is not None:
+        grad_weights += tl.load(grad_weights_ptr + ray[:, None] * S + p, mask=valid, other=0.0)
+    if grad_depth_ptr is not None:
+        grad_weights += tl.load(grad_depth_ptr + ray, mask=ray_exists, other=0.0)[:, None] * t
+    if grad_weight_sum_ptr is not None:
+        grad_weight_sum += tl.load(grad_weight_sum_ptr + ray, mask=ray_exists, other=0.0)
+    if grad_final_transmittance_ptr is not None:
+        grad_final += tl.load(grad_final_transmittance_ptr + ray, mask=ray_exists, other=0.0)
+    if grad_rgb_ptr is not None:
+        grad_rgb = tl.load(grad_rgb_ptr + ray[:, None] * (CHANNELS - 1) + c, mask=is_colour, other=0.0)
+        colours = tl.where(c[:, None, :] < CHANNELS - 1, values, 0.0)
+        grad_weights += tl.sum(colours * grad_rgb[:, None, :], 2)
+        if WHITE_BACKGROUND:
+            grad_weight_sum -= tl.sum(tl.where(c < 3, grad_rgb, 0.0), 1)
+        if background_ptr is not None:
+            background = tl.load(background_ptr + ray[:, None] * background_stride + c, mask=is_colour, other=0.0)
+            grad_final += tl.sum(grad_rgb * background.to(tl.float32), 1)
+    if LAST_BACK:  # the last weight is 1 less the others
+        grad_weights -= tl.sum(tl.where(is_last, grad_weights, 0.0), 1)[:, None]
+    grad_weights = tl.where(valid, grad_weights + grad_weight_sum[:, None], 0.0)
+
+    seen = weights * grad_weights + tl.where(is_last, T * grad_final[:, None], 0.0)
+    behind = _sum_before(seen, REVERSE=True)
+    grad_thickness = passed * (T * grad_weights - behind / (passed + TRANSMITTANCE_FLOOR))
+    grad_density = grad_thickness * interval * _density_slope(x, softplus_beta, RELU)
+
+    channel = c[:, None, :]
+    grad_values = tl.where(
+        channel == CHANNELS - 1, grad_density[:, :, None], colour_weights[:, :, None] * grad_rgb[:, None, :]
+    )
+    row = ray[:, None]
+    target = grad_values_ptr + row * (S_COARSE * CHANNELS) + index * CHANNELS
+    if S_FINE > 0:
+        target = tl.where(is_fine, grad_values_fine_ptr + row * (S_FINE * CHANNELS) + index * CHANNELS, target)
+    tl.store(target[:, :, None] + channel, grad_values, mask=valid[:, :, None] & (channel < CHANNELS))
+    if grad_density_noise_ptr is not None:
+        tl.store(grad_density_noise_ptr + row * S + p, grad_density, mask=valid)
+    if grad_background_ptr is not None:
+        T_last = tl.sum(tl.where(is_last, T, 0.0), 1)
+        tl.store(grad_background_ptr + row * (CHANNELS - 1) + c, T_last[:, None] * grad_rgb, mask=is_colour)
+
+
+def rows(x: Tensor | None) -> Tensor | None:
+    """[B, R, ...] as [B*R, ...] with dense rows. Copies only where rows are not dense or not evenly spaced."""
+    if x is None:
+        return None
+    x = x.flatten(0, 1)
+    dense = 1
+    for size, stride in zip(reversed(x.shape[1:]), reversed(x.stride()[1:]), strict=True):
+        if size != 1 and stride != dense:
+            return x.contiguous()
+        dense *= size
+    return x
+
+
+def _tile(samples: int, channels: int = 1) -> dict[str, int]:
+    """BLOCK_S, BLOCK_R and num_warps: short rays share a warp, so that scans stay inside one; no ray is cut."""
+    block_s = max(triton.next_power_of_2(samples), 2)
+    num_warps = min(max(block_s * triton.next_power_of_2(channels) // (8 * TILE), 1), 8)
+    return {"BLOCK_S": block_s, "BLOCK_R": max(TILE // block_s, 1), "num_warps": num_warps}
+
+
+def _stride(x: Tensor | None) -> int:
+    return 0 if x is None else x.stride(0)
+
+
+def _settings(
+    values: Tensor,
+    values_fine: Tensor | None,
+    activation: str,
+    softplus_beta: float,
+    density_shift: float,
+    last_interval: float,
+    last_back: bool,
+    white_background: bool,
+) -> dict[str, float | int | bool]:
+    """What both kernels take by keyword."""
+    coarse, channels = values.shape[-2:]
+    fine = 0 if values_fine is None else values_fine.shape[-2]
+    return {
+        "softplus_beta": softplus_beta,
+        "density_shift": density_shift,
+        "last_interval": last_interval,
+        "RELU": activation == "relu",
+        "LAST_BACK": last_back,
+        "WHITE_BACKGROUND": white_background,
+        "CHANNELS": channels,
+        "BLOCK_C": triton.next_power_of_2(channels),
+        "S_COARSE": coarse,
+        "S_FINE": fine,
+        "FINE_BITS": fine.bit_length(),
+        "enable_fp_fusion": True,
+        **_tile(coarse + fine, channels),
+    }
+
+
+def fwd(
+    t: Tensor,
+    values: Tensor,
+    t_fine: Tensor | None,
+    values_fine: Tensor | None,
+    density_noise: Tensor | None,
+    background: Tensor | None,
+    *,
+    return_weights: bool,
+    **settings: str | float | bool,
+) -> Outputs:
+    """One launch of the forward kernel.
+
+    Args:
+        t, t_fine: [B, R, S_coarse], [B, R, S_fine] fp32, each sorted.
+        values, values_fine: [B, R, S_coarse, C+1], [B, R, S_fine, C+1], fp32, fp16 or bf16, both alike.
+        density_noise, background: [B, R, S_coarse + S_fine], [B, R, C].
+        settings: activation, softplus_beta, density_shift, last_interval, last_back, white_background.
+    """
+    if t_fine is not None and t_fine.shape[-1] == 0:
+        t_fine = values_fine = None
+    options = _settings(values, values_fine, **settings)
+    shape = t.shape[:2]
+    single = (torch.empty(shape, dtype=torch.float32, device=t.device) for _ in range(3))
+    rgb = torch.empty(*shape, values.shape[-1] - 1, dtype=torch.float32, device=t.device)
+    weights = None
+    if return_weights:
+        samples = options["S_COARSE"] + options["S_FINE"]
+        weights = torch.empty(*shape, samples, dtype=torch.float32, device=t.device)
+    outputs = Outputs(rgb, *single, weights)
+    num_rays = shape.numel()
+    if num_rays:
+        inputs = [rows(x) for x in (t, values, t_fine, values_fine, density_noise, background)]
+        with torch.cuda.device_of(t):
+            _composite_fwd_kernel[(triton.cdiv(num_rays, options["BLOCK_R"]),)](
+                *inputs, *outputs, num_rays, *map(_stride, inputs), **options
+            )
+    return outputs
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def bwd(
+    grad_outputs: tuple[Tensor | None, ...],
+    t: Tensor,
+    values: Tensor,
+    t_fine: Tensor | None,
+    values_fine: Tensor | None,
+    density_noise: Tensor | None,
+    background: Tensor | None,
+    *,
+    to_density_noise: bool,
+    to_background: bool,
+    **settings: str | float | bool,
+) -> Gradients:
+    """One launch of the backward kernel.
+
+    Args:
+        grad_outputs: To rgb, depth, weight_sum, final_transmittance and weights; None where nothing depends on them.
+        t, ...: See `fwd`.
+    """
+    grad_values_fine = None if values_fine is None else _empty_like(values_fine)
+    if t_fine is not None and t_fine.shape[-1] == 0:
+        t_fine = values_fine = None
+    options = _settings(values, values_fine, **settings)
+    gradients = Gradients(
+        _empty_like(values),
+        grad_values_fine,
+        _empty_like(density_noise) if to_density_noise else None,
+        _empty_like(background) if to_background else None,
+    )
+    num_rays = t.shape[:2].numel()
+    if num_rays:
+        inputs = [rows(x) for x in (t, values, t_fine, values_fine, density_noise, background)]
+        incoming = [None if grad is None else grad.contiguous() for grad in grad_outputs]
+        with torch.cuda.device_of(t):
+            _composite_bwd_kernel[(triton.cdiv(num_rays, options["BLOCK_R"]),)](
+                *incoming, *inputs, *gradients, num_rays, *map(_stride, inputs), **options
+            )
+    return gradients

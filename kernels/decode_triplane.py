@@ -1,0 +1,455 @@
+"""Tri-plane sampling and the two-layer decoder in one: features and hidden units live in registers only.
+
+Points are given as such, or as depths along rays; the kernels see both as rays, a point being one without a direction.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .sample_triplane import gather_features, image_and_point, scatter_gradient, strides, zero_planes
+
+
+class Config(NamedTuple):
+    """How a kernel is cut into programs: what `python -m bench.resources` found to fit registers and shared memory."""
+
+    block_n: int  # points of a tile
+    num_warps: int
+    tiles: int = 1  # tiles of a program, one after the other
+    split: bool = False  # whether the gradients to planes and to the network come from two launches
+
+
+# By the size of the decoder (`_size`). A tile of fewer points would leave no four channels to a thread.
+FWD_CONFIGS = {
+    "narrow": Config(block_n=32, num_warps=4),
+    "usual": Config(block_n=16, num_warps=4),
+    "large": Config(block_n=16, num_warps=8),
+}
+BWD_CONFIGS = {
+    "narrow": Config(block_n=32, num_warps=4, tiles=8),
+    "usual": Config(block_n=16, num_warps=4, tiles=8),
+    "large": Config(block_n=16, num_warps=8, tiles=8, split=True),
+}
+
+# The smallest size of a matrix product's operand.
+MIN_DOT = 16
+
+SQRT_2 = tl.constexpr(2**0.5)
+
+
+# In the products below hidden units are the rows and points the columns, so that every warp holds the weights of some
+# hidden units as its operand. With points as rows each would hold all weights, more than there are registers.
+
+
+@triton.jit
+def _dot(a, b, PRECISION: tl.constexpr):
+    """a @ b in fp32, the operands rounded as PRECISION says."""
+    if PRECISION == "fp16":
+        product = tl.dot(a.to(tl.float16), b.to(tl.float16))
+    else:
+        product = tl.dot(a, b, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
+def _load_matrix(matrix_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A contiguous [ROWS, COLUMNS] matrix in fp32, padded with zeros to [BLOCK_R, BLOCK_K]."""
+    r, k = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K)
+    mask = (r < ROWS)[:, None] & (k < COLUMNS)[None, :]
+    return tl.load(matrix_ptr + r[:, None] * COLUMNS + k[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _add_matrix(matrix_ptr, x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Adds the unpadded part of x [BLOCK_R, BLOCK_K] to a contiguous [ROWS, COLUMNS] matrix that programs share."""
+    r, k = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K)
+    mask = (r < ROWS)[:, None] & (k < COLUMNS)[None, :]
+    tl.atomic_add(matrix_ptr + r[:, None] * COLUMNS + k[None, :], x, mask=mask, sem="relaxed")
+
+
+@triton.jit
+def _load_vector(vector_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    return tl.load(vector_ptr + i, mask=i < SIZE, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _add_vector(vector_ptr, x, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.atomic_add(vector_ptr + i, x, mask=i < SIZE, sem="relaxed")
+
+
+@triton.jit
+def _coordinate(
+    origins_ptr, directions_ptr, ray, t, inverse_cube_scale, valid, AXIS: tl.constexpr, VOLATILE: tl.constexpr
+):
+    coordinate = tl.load(origins_ptr + ray * 3 + AXIS, mask=valid, other=0.0, volatile=VOLATILE)
+    if directions_ptr is not None:
+        coordinate += t * tl.load(directions_ptr + ray * 3 + AXIS, mask=valid, other=0.0, volatile=VOLATILE)
+    return coordinate * inverse_cube_scale
+
+
+@triton.jit
+def _points(
+    origins_ptr,
+    directions_ptr,
+    t_ptr,
+    inverse_cube_scale,
+    image,
+    n,
+    num_points,
+    samples,
+    VOLATILE: tl.constexpr = False,
+):
+    """The coordinates of points n of an image, sample n % samples of ray n // samples, and which of them exist.
+
+    VOLATILE reads them from memory whether or not they have been read before.
+    """
+    valid = n < num_points
+    ray = image * (num_points // samples) + n // samples
+    t = 0.0
+    if t_ptr is not None:
+        t = tl.load(t_ptr + image * num_points + n, mask=valid, other=0.0, volatile=VOLATILE)
+    p0 = _coordinate(origins_ptr, directions_ptr, ray, t, inverse_cube_scale, valid, 0, VOLATILE)
+    p1 = _coordinate(origins_ptr, directions_ptr, ray, t, inverse_cube_scale, valid, 1, VOLATILE)
+    p2 = _coordinate(origins_ptr, directions_ptr, ray, t, inverse_cube_scale, valid, 2, VOLATILE)
+    return p0, p1, p2, valid
+
+
+@triton.jit
+def _decode_triplane_fwd_kernel(
+    planes_ptr,
+    origins_ptr,
+    directions_ptr,
+    t_ptr,
+    w0_ptr,
+    b0_ptr,
+    w1_ptr,
+    b1_ptr,
+    y_ptr,
+    inverse_cube_scale,
+    num_points,
+    samples,
+    height,
+    width,
+    stride_b,
+    stride_c,
+    stride_h,
+    stride_w,
+    CHANNELS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    OUT: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    UNIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """y = w1 lrelu(w0 feature(p) + b0) + b1, p = (origin + t direction) / cube_scale, lrelu(x) = sqrt(2) max(x, x / 5).
+
+    One program owns BLOCK_N points of one image: their features, hidden units and outputs.
+    """
+    image, first = image_and_point(num_points, BLOCK_N)
+    n = first + tl.arange(0, BLOCK_N)
+    p0, p1, p2, valid = _points(origins_ptr, directions_ptr, t_ptr, inverse_cube_scale, image, n, num_points, samples)
+    features = gather_features(
+        planes_ptr + image * stride_b * UNIT,
+        p0,
+        p1,
+        p2,
+        valid,
+        height,
+        width,
+        stride_c,
+        stride_h,
+        stride_w,
+        CHANNELS,
+        BLOCK_C,
+        UNIT,
+    )
+    w0 = _load_matrix(w0_ptr, HIDDEN, CHANNELS, BLOCK_H, BLOCK_C)
+    w1 = _load_matrix(w1_ptr, OUT, HIDDEN, BLOCK_O, BLOCK_H)
+    before = _dot(w0, tl.trans(features), PRECISION) + _load_vector(b0_ptr, HIDDEN, BLOCK_H)[:, None]
+    hidden = before * tl.where(before > 0, SQRT_2, 0.2 * SQRT_2)
+    y = _dot(w1, hidden, PRECISION) + _load_vector(b1_ptr, OUT, BLOCK_O)[:, None]
+    o = tl.arange(0, BLOCK_O)
+    mask = (o < OUT)[:, None] & valid[None, :]
+    tl.store(y_ptr + o[:, None] + ((image * num_points + n) * OUT)[None, :], y, mask=mask)
+
+
+@triton.jit
+def _decode_triplane_bwd_kernel(
+    grad_y_ptr,
+    planes_ptr,
+    origins_ptr,
+    directions_ptr,
+    t_ptr,
+    w0_ptr,
+    b0_ptr,
+    w1_ptr,
+    grad_planes_ptr,
+    grad_w0_ptr,
+    grad_b0_ptr,
+    grad_w1_ptr,
+    grad_b1_ptr,
+    inverse_cube_scale,
+    num_points,
+    samples,
+    height,
+    width,
+    stride_b,
+    stride_c,
+    stride_h,
+    stride_w,
+    CHANNELS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    OUT: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TILES: tl.constexpr,
+    UNIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """With h = w0 feature + b0, y = w1 lrelu(h) + b1, features and h computed again:
+
+        grad_h = lrelu'(h) w1^T grad_y     grad_w1 = sum grad_y lrelu(h)^T    grad_b1 = sum grad_y
+        grad_feature = w0^T grad_h         grad_w0 = sum grad_h feature^T     grad_b0 = sum grad_h
+
+    and grad_feature is scattered as in `sample_triplane`. One program owns TILES tiles of BLOCK_N points of one image,
+    one after the other, and adds its sums over them to the weights' gradients at the end. All gradients are sums over
+    programs, by atomics into fp32. The planes' or the weights' are left out where their pointers are None.
+    """
+    image, first = image_and_point(num_points, BLOCK_N * TILES)
+    w0 = _load_matrix(w0_ptr, HIDDEN, CHANNELS, BLOCK_H, BLOCK_C)
+    b0 = _load_vector(b0_ptr, HIDDEN, BLOCK_H)
+    w1 = _load_matrix(w1_ptr, OUT, HIDDEN, BLOCK_O, BLOCK_H)
+    o = tl.arange(0, BLOCK_O)
+    grad_w0 = tl.zeros([BLOCK_H, BLOCK_C], tl.float32)
+    grad_b0 = tl.zeros([BLOCK_H], tl.float32)
+    grad_w1 = tl.zeros([BLOCK_H, BLOCK_O], tl.float32)
+    grad_b1 = tl.zeros([BLOCK_O], tl.float32)
+    for tile in range(TILES):
+        n = first + tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        p0, p1, p2, valid = _points(
+            origins_ptr, directions_ptr, t_ptr, inverse_cube_scale, image, n, num_points, samples
+        )
+        features = gather_features(
+            planes_ptr + image * stride_b * UNIT,
+            p0,
+            p1,
+            p2,
+            valid,
+            height,
+            width,
+            stride_c,
+            stride_h,
+            stride_w,
+            CHANNELS,
+            BLOCK_C,
+            UNIT,
+        )
+        mask = valid[:, None] & (o < OUT)[None, :]
+        grad_y_pointers = grad_y_ptr + ((image * num_points + n) * OUT)[:, None] + o[None, :]
+        grad_y = tl.load(grad_y_pointers, mask=mask, other=0.0).to(tl.float32)
+
+        before = _dot(w0, tl.trans(features), PRECISION) + b0[:, None]
+        slope = tl.where(before > 0, SQRT_2, 0.2 * SQRT_2)
+        grad_before = _dot(tl.trans(w1), tl.trans(grad_y), PRECISION) * slope
+        if grad_w0_ptr is not None:
+            grad_w1 += _dot(before * slope, grad_y, PRECISION)
+            grad_b1 += tl.sum(grad_y, axis=0)
+            grad_w0 += _dot(grad_before, features, PRECISION)
+            grad_b0 += tl.sum(grad_before, axis=1)
+        if grad_planes_ptr is not None:
+            # Read again, so that the twelve taps are worked out anew and not kept in registers all along.
+            p0, p1, p2, valid = _points(
+                origins_ptr, directions_ptr, t_ptr, inverse_cube_scale, image, n, num_points, samples, VOLATILE=True
+            )
+            scatter_gradient(
+                grad_planes_ptr + image * height * width * (3 * CHANNELS),
+                _dot(tl.trans(grad_before), w0, PRECISION),
+                p0,
+                p1,
+                p2,
+                valid,
+                height,
+                width,
+                1,
+                width * (3 * CHANNELS),
+                3 * CHANNELS,
+                CHANNELS,
+                BLOCK_C,
+                1,
+            )
+    if grad_w0_ptr is not None:
+        _add_matrix(grad_w0_ptr, grad_w0, HIDDEN, CHANNELS, BLOCK_H, BLOCK_C)
+        _add_vector(grad_b0_ptr, grad_b0, HIDDEN, BLOCK_H)
+        _add_matrix(grad_w1_ptr, tl.trans(grad_w1), OUT, HIDDEN, BLOCK_O, BLOCK_H)
+        _add_vector(grad_b1_ptr, grad_b1, OUT, BLOCK_O)
+
+
+def fwd(
+    planes: Tensor,
+    origins: Tensor,
+    directions: Tensor | None,
+    t: Tensor | None,
+    w0: Tensor,
+    b0: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    cube_scale: float = 1.0,
+    precision: str = "fp32",
+    arch: int | None = None,
+) -> Tensor:
+    """Raw colour and density of points.
+
+    Args:
+        planes: [B, 3*C, H, W], fp32, fp16 or bf16, any strides.
+        origins: Points [B, N, 3], then `directions` and `t` are None; or ray origins [B, R, 3]. fp32, as the next two.
+        directions: [B, R, 3].
+        t: [B, R, S].
+        w0, b0, w1, b1: [hidden, C], [hidden], [out, hidden], [out]; fp32, fp16 or bf16.
+        precision: "fp32", "tf32" or "fp16": how operands of the matrix products are rounded. Sums are fp32.
+        arch: Compute capability, as 80, to choose a configuration for; default: that of the device.
+
+    Returns:
+        [B, N, out] or [B, R, S, out], in the wider dtype of planes and w0.
+    """
+    shape = origins.shape[:2] if t is None else t.shape
+    y = torch.empty(*shape, w1.shape[0], dtype=torch.promote_types(planes.dtype, w0.dtype), device=planes.device)
+    if y.numel() == 0:
+        return y
+    arch = _arch(planes.device) if arch is None else arch
+    batch, num_points, samples = len(planes), shape[1:].numel(), 1 if t is None else shape[2]
+    unit, plane_strides = strides(planes)
+    config = FWD_CONFIGS[_size(w0, arch)]
+    with torch.cuda.device_of(planes):
+        _decode_triplane_fwd_kernel[(batch * triton.cdiv(num_points, config.block_n),)](
+            planes,
+            *(None if x is None else x.contiguous() for x in (origins, directions, t)),
+            *(x.contiguous() for x in (w0, b0, w1, b1)),
+            y,
+            1.0 / cube_scale,
+            num_points,
+            samples,
+            *planes.shape[2:],
+            *plane_strides,
+            **_sizes(w0, w1),
+            BLOCK_N=config.block_n,
+            UNIT=unit,
+            PRECISION=_dot_precision(precision, arch),
+            num_warps=config.num_warps,
+            num_stages=1,
+            enable_fp_fusion=True,
+        )
+    return y
+
+
+def bwd(
+    grad_y: Tensor,
+    planes: Tensor,
+    origins: Tensor,
+    directions: Tensor | None,
+    t: Tensor | None,
+    w0: Tensor,
+    b0: Tensor,
+    w1: Tensor,
+    cube_scale: float = 1.0,
+    precision: str = "fp32",
+    needs_planes: bool = True,
+    needs_network: bool = True,
+    arch: int | None = None,
+) -> tuple[Tensor | None, tuple[Tensor, ...] | None]:
+    """Gradients of `fwd` to planes and to the network; features and hidden units are computed again.
+
+    "fp16" products of gradients are rounded to tf32: gradients may lie below the range of fp16.
+
+    Args:
+        grad_y: [B, N, out] or [B, R, S, out].
+        needs_planes, needs_network: What to compute.
+
+    Returns:
+        The gradient to planes, channels_last, and those to w0, b0, w1, b1, all in fp32; None for what is not needed.
+    """
+    (hidden, channels), out = w0.shape, w1.shape[0]
+    grad_planes = zero_planes(planes.shape, planes.device) if needs_planes else None
+    grad_network = None
+    if needs_network:
+        sizes = [(hidden, channels), (hidden,), (out, hidden), (out,)]
+        flat = torch.zeros(sum(map(math.prod, sizes)), dtype=torch.float32, device=planes.device)  # one memset
+        parts = flat.split([*map(math.prod, sizes)])
+        grad_network = tuple(part.view(size) for part, size in zip(parts, sizes, strict=True))
+    if grad_y.numel() == 0 or not (needs_planes or needs_network):
+        return grad_planes, grad_network
+    arch = _arch(planes.device) if arch is None else arch
+    batch, num_points, samples = len(planes), grad_y.shape[1:-1].numel(), 1 if t is None else t.shape[2]
+    unit, plane_strides = strides(planes)
+    config = BWD_CONFIGS[_size(w0, arch)]
+    grid = (batch * triton.cdiv(num_points, config.block_n * config.tiles),)
+    both = grad_planes, *(grad_network or [None] * 4)
+    targets = [both] if not config.split else [(both[0], *[None] * 4), (None, *both[1:])]
+    for target in targets:
+        if all(x is None for x in target):
+            continue
+        with torch.cuda.device_of(planes):
+            _decode_triplane_bwd_kernel[grid](
+                grad_y.contiguous(),
+                planes,
+                *(None if x is None else x.contiguous() for x in (origins, directions, t)),
+                *(x.contiguous() for x in (w0, b0, w1)),
+                *target,
+                1.0 / cube_scale,
+                num_points,
+                samples,
+                *planes.shape[2:],
+                *plane_strides,
+                **_sizes(w0, w1),
+                BLOCK_N=config.block_n,
+                TILES=config.tiles,
+                UNIT=unit,
+                PRECISION=_dot_precision("tf32" if precision == "fp16" else precision, arch),
+                num_warps=config.num_warps,
+                num_stages=1,
+                enable_fp_fusion=True,
+            )
+    return grad_planes, grad_network
+
+
+def _sizes(w0: Tensor, w1: Tensor) -> dict[str, int]:
+    """The sizes of the network that the kernels are compiled for, plain and padded."""
+    (hidden, channels), out = w0.shape, w1.shape[0]
+    sizes = {"CHANNELS": channels, "HIDDEN": hidden, "OUT": out}
+    blocks = {f"BLOCK_{name[0]}": max(MIN_DOT, triton.next_power_of_2(size)) for name, size in sizes.items()}
+    return sizes | blocks
+
+
+def _size(w0: Tensor, arch: int) -> str:
+    """Which configuration a decoder takes. Without tensor cores operands take more registers."""
+    hidden, channels = w0.shape
+    if hidden > 64 or channels > 32 or arch < 80:
+        return "large"
+    return "narrow" if channels <= 16 else "usual"
+
+
+def _arch(device: torch.device) -> int:
+    """The compute capability of a GPU, as 80, which the interpreter takes itself for."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _dot_precision(precision: str, arch: int) -> str:
+    """What `_dot` is told. Triton has no tensor cores before sm_80, and there fp32 is as fast as anything."""
+    if arch < 80:
+        return "ieee"
+    return "tf32x3" if precision == "fp32" else precision

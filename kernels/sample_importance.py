@@ -1,0 +1,243 @@
+"""Fine depths where the coarse pass saw something: integration, CDF and inversion in one launch. No gradient."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .composite import BEYOND, TILE, absorption, density, rows
+
+WEIGHT_FLOOR: tl.constexpr = tl.constexpr(1e-5)
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.where(b < a, a, b)
+
+
+@triton.jit
+def _invert_cdf(bins, pdf, u, KNOTS: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Inverts the CDF of a piecewise constant density, for a tile of rays.
+
+    Knot i is the first with CDF >= u, found by steps of falling powers of two; lower = max(i - 1, 0),
+    upper = min(i, KNOTS - 1), d = CDF[upper] - CDF[lower], 1 where below 1e-5;
+    sample = bins[lower] + (u - CDF[lower]) / d (bins[upper] - bins[lower]).
+
+    Args:
+        bins: [RAYS, BLOCK_S], of which the first KNOTS are in use.
+        pdf: [RAYS, BLOCK_S], not normalized; element i >= 1 belongs to the slot between knots i - 1 and i, and 0 stands
+            at 0 and from KNOTS on.
+        u: [RAYS, BLOCK_K].
+    """
+    j = tl.arange(0, BLOCK_S)[None, :]
+    # Sums in fp64: what they round is large beside slots of 1e-5, and such rays are short.
+    pdf = pdf.to(tl.float64)
+    cdf = (tl.cumsum(pdf, 1) * (1.0 / tl.sum(pdf, 1))[:, None]).to(tl.float32)
+    cdf = tl.where(j < KNOTS, cdf, BEYOND)
+    knot = tl.zeros_like(u).to(tl.int32)
+    STEPS: tl.constexpr = KNOTS.bit_length()
+    for bit in tl.static_range(STEPS):
+        probe = knot + (1 << (STEPS - 1 - bit)) - 1
+        below = tl.gather(cdf, tl.where(probe < BLOCK_S, probe, BLOCK_S - 1), 1) < u
+        knot = tl.where((probe < KNOTS) & below, probe + 1, knot)
+    lower = tl.where(knot > 0, knot - 1, 0)
+    upper = tl.where(knot < KNOTS, knot, KNOTS - 1)
+    cdf_lower = tl.gather(cdf, lower, 1)
+    bins_lower = tl.gather(bins, lower, 1)
+    d = tl.gather(cdf, upper, 1) - cdf_lower
+    d = tl.where(d < WEIGHT_FLOOR, 1.0, d)
+    return bins_lower + (u - cdf_lower) / d * (tl.gather(bins, upper, 1) - bins_lower)
+
+
+@triton.jit
+def _uniform(seed, ray, k):
+    """Philox at the counter (k, ray): [RAYS, width of k] in [0, 1)."""
+    zero = ray * 0
+    bits, _, _, _ = tl.philox(seed, k, ray, zero, zero)
+    return tl.uint_to_uniform_float(bits)
+
+
+@triton.jit
+def _draw_uniforms(seed, ray, k, SORTED: tl.constexpr, K: tl.constexpr):
+    """K uniform numbers for every ray of [RAYS, 1], in the first K of [RAYS, BLOCK_K].
+
+    Sorted ones, the order statistics of K uniforms, are the partial sums of K + 1 exponential variates over the sum of
+    them all.
+    """
+    u = _uniform(seed, ray, k)
+    if SORTED:
+        steps = tl.where(k < K, -tl.log(1.0 - u), 0.0)
+        last_step = -tl.log(1.0 - _uniform(seed, ray, tl.full([1, 1], K, tl.int32)))
+        u = tl.cumsum(steps, 1) / (tl.sum(steps, 1)[:, None] + last_step)
+    return u
+
+
+@triton.jit
+def _sample_importance_kernel(
+    t_ptr,
+    raw_density_ptr,
+    u_ptr,
+    seed_ptr,
+    t_fine_ptr,
+    num_rays,
+    t_stride,
+    raw_density_stride,
+    raw_density_sample_stride,
+    u_stride,
+    softplus_beta,
+    density_shift,
+    RELU: tl.constexpr,
+    SORTED: tl.constexpr,
+    S: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """w_i = alpha_i T_i of the coarse samples, then the inversion of (w + 2e-5)[1:-1] over the midpoints of t.
+
+    The last weight is dropped, and with it the last interval. One program owns BLOCK_R rays. Uniforms are read from
+    u_ptr, or where that is None drawn from the seed that seed_ptr points to, in rising order if SORTED; SORTED also has
+    the result rise where rounding would swap neighbours. Strides are those of rows (one ray).
+    """
+    ray = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    row = ray[:, None]
+    ray_exists = row < num_rays
+    j = tl.arange(0, BLOCK_S)[None, :]
+    k = tl.arange(0, BLOCK_K)[None, :]
+
+    has_next = ray_exists & (j < S - 1)
+    t = tl.load(t_ptr + row * t_stride + j, mask=has_next, other=0.0)
+    t_next = tl.load(t_ptr + row * t_stride + j + 1, mask=has_next, other=0.0)
+    densities = raw_density_ptr + row * raw_density_stride + j * raw_density_sample_stride
+    raw_density = tl.load(densities, mask=has_next, other=0.0).to(tl.float32)
+    thickness = (t_next - t) * density(raw_density + density_shift, softplus_beta, RELU)
+    alpha, T, _ = absorption(thickness, has_next)
+    # One floor is added to the coarse weights, another by the inversion.
+    pdf = tl.where((j > 0) & (j < S - 1), alpha * T + WEIGHT_FLOOR + WEIGHT_FLOOR, 0.0)
+
+    drawn = ray_exists & (k < K)
+    if u_ptr is not None:
+        u = tl.load(u_ptr + row * u_stride + k, mask=drawn, other=0.0).to(tl.float32)
+    else:
+        u = _draw_uniforms(tl.load(seed_ptr), row.to(tl.int32), k, SORTED, K)
+    t_fine = _invert_cdf((t + t_next) * 0.5, pdf, u, S - 1, BLOCK_S)
+    if SORTED:
+        t_fine = tl.associative_scan(t_fine, 1, _larger)
+    tl.store(t_fine_ptr + row * K + k, t_fine, mask=drawn)
+
+
+@triton.jit
+def _invert_cdf_kernel(
+    bins_ptr,
+    weights_ptr,
+    u_ptr,
+    samples_ptr,
+    num_rows,
+    bins_stride,
+    weights_stride,
+    u_stride,
+    M: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """The inversion by itself: M weights over M + 1 bins. One program owns BLOCK_R rows."""
+    row = (tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R))[:, None]
+    row_exists = row < num_rows
+    j = tl.arange(0, BLOCK_S)[None, :]
+    k = tl.arange(0, BLOCK_K)[None, :]
+    in_slot = (j > 0) & (j <= M)
+    bins = tl.load(bins_ptr + row * bins_stride + j, mask=row_exists & (j <= M), other=0.0)
+    weights = tl.load(weights_ptr + row * weights_stride + j - 1, mask=row_exists & in_slot, other=0.0)
+    u = tl.load(u_ptr + row * u_stride + k, mask=row_exists & (k < K), other=0.0)
+    pdf = tl.where(in_slot, weights.to(tl.float32) + WEIGHT_FLOOR, 0.0)
+    samples = _invert_cdf(bins, pdf, u.to(tl.float32), M + 1, BLOCK_S)
+    tl.store(samples_ptr + row * K + k, samples, mask=row_exists & (k < K))
+
+
+def _tile(knots: int, samples: int) -> dict[str, int | bool]:
+    """Blocks that hold all knots and all samples of a ray; short rays share a warp, none is cut."""
+    block_s, block_k = (max(triton.next_power_of_2(n), 2) for n in (knots, samples))
+    longer = max(block_s, block_k)
+    return {
+        "BLOCK_S": block_s,
+        "BLOCK_K": block_k,
+        "BLOCK_R": max(TILE // longer, 1),
+        "num_warps": min(max(longer // (2 * TILE), 1), 8),
+        "enable_fp_fusion": True,
+    }
+
+
+def fwd(
+    t: Tensor,
+    raw_density: Tensor,
+    u: Tensor | None,
+    seed: Tensor | None,
+    samples: int,
+    *,
+    sorted: bool,
+    activation: str,
+    softplus_beta: float,
+    density_shift: float,
+) -> Tensor:
+    """One launch: [B, R, K] fp32 fine t.
+
+    Args:
+        t: [B, R, S] fp32, sorted, S of at least 3.
+        raw_density: [B, R, S], fp32, fp16 or bf16, any stride between samples.
+        u: [B, R, K], K = `samples`, sorted if `sorted` is; or None to draw it from `seed`.
+        seed: [1] int64, on the device of t; a captured CUDA graph reads what it holds at replay.
+    """
+    shape = t.shape[:2]
+    t_fine = torch.empty(*shape, samples, dtype=torch.float32, device=t.device)
+    if t_fine.numel() == 0:
+        return t_fine
+    options = _tile(t.shape[-1] - 1, samples)
+    t, u, raw_density = rows(t), rows(u), raw_density.flatten(0, 1)
+    with torch.cuda.device_of(t):
+        _sample_importance_kernel[(triton.cdiv(len(t), options["BLOCK_R"]),)](
+            t,
+            raw_density,
+            u,
+            seed,
+            t_fine,
+            len(t),
+            t.stride(0),
+            *raw_density.stride(),
+            0 if u is None else u.stride(0),
+            softplus_beta,
+            density_shift,
+            RELU=activation == "relu",
+            SORTED=sorted,
+            S=t.shape[1],
+            K=samples,
+            **options,
+        )
+    return t_fine
+
+
+def invert_cdf(bins: Tensor, weights: Tensor, u: Tensor) -> Tensor:
+    """One launch: bins [N, M + 1] fp32, weights [N, M], u [N, K] -> samples [N, K] fp32. Rows need to be dense."""
+    samples = torch.empty(u.shape, dtype=torch.float32, device=bins.device)
+    if samples.numel() == 0:
+        return samples
+    options = _tile(bins.shape[1], u.shape[1])
+    with torch.cuda.device_of(bins):
+        _invert_cdf_kernel[(triton.cdiv(len(bins), options["BLOCK_R"]),)](
+            bins,
+            weights,
+            u,
+            samples,
+            len(bins),
+            bins.stride(0),
+            weights.stride(0),
+            u.stride(0),
+            M=weights.shape[1],
+            K=u.shape[1],
+            **options,
+        )
+    return samples

@@ -1,0 +1,325 @@
+"""Tri-plane sampling: a gather of twelve texels a point, and the scatter that is its transpose.
+
+The pieces that other kernels build upon (`tap`, `gather_features`, `scatter_gradient`) take the coordinates of one tile
+of points, in registers, and a pointer to the planes of one image.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# How the kernels are cut into programs: numbers of a tile, points times channels.
+TILE, NUM_WARPS = 2048, 4
+
+
+@triton.jit
+def texel_offset(row, column, stride_h, stride_w, UNIT: tl.constexpr):
+    """Elements from the start of a plane to a texel, in 64 bits: planes may hold more than 2^31 elements.
+
+    Strides are in UNITs, of which the offset is then a multiple that the compiler sees: vectors are loaded at once.
+    """
+    return (row.to(tl.int64) * stride_h + column.to(tl.int64) * stride_w) * UNIT
+
+
+@triton.jit
+def _axis_tap(coordinate, size, SIDE: tl.constexpr):
+    """One of the two texels that a coordinate lies between (SIDE 0: the lower, 1: the upper).
+
+    Returns its index, 0 where that is outside; its weight; whether it is inside. NaN is outside, with a weight of NaN.
+    """
+    # From 3 on every tap is outside, however small the plane; the clamp, which keeps NaN, makes infinities finite.
+    coordinate = tl.where(coordinate > 3.0, 3.0, coordinate)
+    coordinate = tl.where(coordinate < -3.0, -3.0, coordinate)
+    position = (coordinate + 1.0) * ((size - 1) * 0.5)
+    lower = tl.floor(position)
+    if SIDE == 1:
+        weight = position - lower
+    else:
+        weight = 1.0 - (position - lower)
+    texel = lower + SIDE
+    inside = (texel >= 0.0) & (texel < size)
+    return tl.where(inside, texel, 0.0).to(tl.int32), weight, inside
+
+
+@triton.jit
+def plane_coordinates(p0, p1, p2, plane):
+    """What a plane is read at: (horizontal, vertical) is (p0, p1), (p0, p2), (p1, p2) for plane 0, 1, 2."""
+    return tl.where(plane == 2, p1, p0), tl.where(plane == 0, p1, p2)
+
+
+@triton.jit
+def tap(
+    horizontal,
+    vertical,
+    height,
+    width,
+    stride_h,
+    stride_w,
+    RIGHT: tl.constexpr,
+    DOWN: tl.constexpr,
+    UNIT: tl.constexpr,
+):
+    """One of the four texels around each point: its offset in the plane, its bilinear weight, whether it is inside.
+
+    All are [BLOCK_N].
+    """
+    column, weight_x, inside_x = _axis_tap(horizontal, width, RIGHT)
+    row, weight_y, inside_y = _axis_tap(vertical, height, DOWN)
+    return texel_offset(row, column, stride_h, stride_w, UNIT), weight_x * weight_y, inside_x & inside_y
+
+
+@triton.jit
+def gather_features(
+    planes_ptr,
+    p0,
+    p1,
+    p2,
+    valid,
+    height,
+    width,
+    stride_c,
+    stride_h,
+    stride_w,
+    CHANNELS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    UNIT: tl.constexpr,
+):
+    """feature(p) = 1/3 sum_k bilinear(plane_k, p[axes_k]) of a tile of points of one image: [BLOCK_N, BLOCK_C] fp32.
+
+    Channels from CHANNELS on are 0, and so are points that are not `valid`.
+    """
+    c = tl.arange(0, BLOCK_C)
+    features = tl.zeros([p0.shape[0], BLOCK_C], tl.float32)
+    for plane in range(3):  # not unrolled: the taps of one plane at a time fill the registers
+        horizontal, vertical = plane_coordinates(p0, p1, p2, plane)
+        channel = (plane * CHANNELS + c).to(tl.int64) * stride_c
+        for corner in tl.static_range(4):
+            offset, weight, inside = tap(
+                horizontal, vertical, height, width, stride_h, stride_w, corner % 2, corner // 2, UNIT
+            )
+            mask = (inside & valid)[:, None] & (c < CHANNELS)[None, :]
+            texel = tl.load(planes_ptr + offset[:, None] + channel[None, :], mask=mask, other=0.0)
+            features += weight[:, None] * texel.to(tl.float32)
+    return features * (1.0 / 3.0)
+
+
+@triton.jit
+def scatter_gradient(
+    grad_planes_ptr,
+    grad_features,
+    p0,
+    p1,
+    p2,
+    valid,
+    height,
+    width,
+    stride_c,
+    stride_h,
+    stride_w,
+    CHANNELS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    UNIT: tl.constexpr,
+):
+    """The transpose of `gather_features`: adds 1/3 weight grad_feature to the twelve texels of every point."""
+    c = tl.arange(0, BLOCK_C)
+    grad_features = grad_features * (1.0 / 3.0)
+    for plane in range(3):  # not unrolled: the taps of one plane at a time fill the registers
+        horizontal, vertical = plane_coordinates(p0, p1, p2, plane)
+        channel = (plane * CHANNELS + c).to(tl.int64) * stride_c
+        for corner in tl.static_range(4):
+            offset, weight, inside = tap(
+                horizontal, vertical, height, width, stride_h, stride_w, corner % 2, corner // 2, UNIT
+            )
+            mask = (inside & valid)[:, None] & (c < CHANNELS)[None, :]
+            pointers = grad_planes_ptr + offset[:, None] + channel[None, :]
+            tl.atomic_add(pointers, weight[:, None] * grad_features, mask=mask, sem="relaxed")
+
+
+@triton.jit
+def image_and_point(num_points, POINTS: tl.constexpr):
+    """The image of a program that owns POINTS points, and the first of them; images one after the other."""
+    programs = tl.cdiv(num_points, POINTS)
+    program = tl.program_id(0)
+    return (program // programs).to(tl.int64), (program % programs) * POINTS
+
+
+@triton.jit
+def _load_points(points_ptr, valid):
+    p0 = tl.load(points_ptr, mask=valid, other=0.0)
+    p1 = tl.load(points_ptr + 1, mask=valid, other=0.0)
+    p2 = tl.load(points_ptr + 2, mask=valid, other=0.0)
+    return p0, p1, p2
+
+
+@triton.jit
+def _sample_triplane_fwd_kernel(
+    planes_ptr,
+    points_ptr,
+    features_ptr,
+    num_points,
+    height,
+    width,
+    stride_b,
+    stride_c,
+    stride_h,
+    stride_w,
+    CHANNELS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    UNIT: tl.constexpr,
+):
+    """feature(p) = 1/3 sum_k bilinear(plane_k, p[axes_k]).
+
+    One program owns BLOCK_N points of one image, with all their channels.
+    """
+    image, first = image_and_point(num_points, BLOCK_N)
+    n = first + tl.arange(0, BLOCK_N)
+    valid = n < num_points
+    point = image * num_points + n
+    p0, p1, p2 = _load_points(points_ptr + point * 3, valid)
+    features = gather_features(
+        planes_ptr + image * stride_b * UNIT,
+        p0,
+        p1,
+        p2,
+        valid,
+        height,
+        width,
+        stride_c,
+        stride_h,
+        stride_w,
+        CHANNELS,
+        BLOCK_C,
+        UNIT,
+    )
+    c = tl.arange(0, BLOCK_C)
+    mask = valid[:, None] & (c < CHANNELS)[None, :]
+    tl.store(features_ptr + (point * CHANNELS)[:, None] + c[None, :], features, mask=mask)
+
+
+@triton.jit
+def _sample_triplane_bwd_kernel(
+    grad_features_ptr,
+    points_ptr,
+    grad_planes_ptr,
+    num_points,
+    height,
+    width,
+    stride_b,
+    stride_c,
+    stride_h,
+    stride_w,
+    CHANNELS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    UNIT: tl.constexpr,
+):
+    """grad_plane_k[texel] += 1/3 weight(p, texel) grad_feature(p), the transpose of the forward, by atomics into fp32.
+
+    One program owns BLOCK_N points of one image, with all their channels; texels are shared between programs.
+    """
+    image, first = image_and_point(num_points, BLOCK_N)
+    n = first + tl.arange(0, BLOCK_N)
+    valid = n < num_points
+    point = image * num_points + n
+    c = tl.arange(0, BLOCK_C)
+    mask = valid[:, None] & (c < CHANNELS)[None, :]
+    grad_features = tl.load(grad_features_ptr + (point * CHANNELS)[:, None] + c[None, :], mask=mask, other=0.0)
+    p0, p1, p2 = _load_points(points_ptr + point * 3, valid)
+    scatter_gradient(
+        grad_planes_ptr + image * stride_b * UNIT,
+        grad_features.to(tl.float32),
+        p0,
+        p1,
+        p2,
+        valid,
+        height,
+        width,
+        stride_c,
+        stride_h,
+        stride_w,
+        CHANNELS,
+        BLOCK_C,
+        UNIT,
+    )
+
+
+def strides(planes: Tensor) -> tuple[int, tuple[int, ...]]:
+    """The unit of the strides (see `texel_offset`), and the strides in it, those of channels in elements."""
+    stride_b, stride_c, stride_h, stride_w = planes.stride()
+    unit = 8 if stride_c == 1 and stride_b % 8 == stride_h % 8 == stride_w % 8 == 0 else 1
+    return unit, (stride_b // unit, stride_c, stride_h // unit, stride_w // unit)
+
+
+def _tile(channels: int) -> tuple[int, int]:
+    """Padded channels and points of a tile."""
+    block_c = triton.next_power_of_2(channels)
+    return block_c, TILE // block_c
+
+
+def zero_planes(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """An fp32 accumulator of planes: zeros in channels_last, in which one tap of a plane is contiguous."""
+    batch, channels, height, width = shape
+    return torch.zeros(batch, height, width, channels, dtype=torch.float32, device=device).permute(0, 3, 1, 2)
+
+
+def fwd(planes: Tensor, points: Tensor) -> Tensor:
+    """planes [B, 3*C, H, W], fp32, fp16 or bf16, any strides; points [B, N, 3] fp32 -> features [B, N, C]."""
+    points = points.contiguous()
+    batch, num_points, _ = points.shape
+    channels, (height, width) = planes.shape[1] // 3, planes.shape[2:]
+    features = torch.empty(batch, num_points, channels, dtype=planes.dtype, device=planes.device)
+    if features.numel() == 0:
+        return features
+    block_c, block_n = _tile(channels)
+    unit, plane_strides = strides(planes)
+    with torch.cuda.device_of(planes):
+        _sample_triplane_fwd_kernel[(batch * triton.cdiv(num_points, block_n),)](
+            planes,
+            points,
+            features,
+            num_points,
+            height,
+            width,
+            *plane_strides,
+            CHANNELS=channels,
+            BLOCK_C=block_c,
+            BLOCK_N=block_n,
+            UNIT=unit,
+            num_warps=NUM_WARPS,
+            num_stages=1,
+            enable_fp_fusion=True,
+        )
+    return features
+
+
+def bwd(grad_features: Tensor, points: Tensor, height: int, width: int) -> Tensor:
+    """grad_features [B, N, C], points [B, N, 3] -> grad_planes [B, 3*C, height, width], fp32, channels_last."""
+    grad_features, points = grad_features.contiguous(), points.contiguous()
+    batch, num_points, channels = grad_features.shape
+    grad_planes = zero_planes((batch, 3 * channels, height, width), points.device)
+    if grad_features.numel() == 0:
+        return grad_planes
+    block_c, block_n = _tile(channels)
+    unit, plane_strides = strides(grad_planes)
+    with torch.cuda.device_of(points):
+        _sample_triplane_bwd_kernel[(batch * triton.cdiv(num_points, block_n),)](
+            grad_features,
+            points,
+            grad_planes,
+            num_points,
+            height,
+            width,
+            *plane_strides,
+            CHANNELS=channels,
+            BLOCK_C=block_c,
+            BLOCK_N=block_n,
+            UNIT=unit,
+            num_warps=NUM_WARPS,
+            num_stages=1,
+            enable_fp_fusion=True,
+        )
+    return grad_planes

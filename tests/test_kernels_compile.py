@@ -1,0 +1,81 @@
+"""The Triton kernels, compiled ahead of time for GPUs that need not be there: `bench.resources` and what it finds."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import resources
+
+ROOT = Path(__file__).resolve().parents[1]
+GOOD = {
+    "arch": 80,
+    "kernel": "_decode_triplane_fwd_kernel",
+    "case": "decode fwd",
+    "registers": 100,
+    "spill": 0,
+    "shared": 16384,
+    "warps": 4,
+    "load_bits": 128,
+    "atomic": None,
+    "products": ["mma.sync"],
+    "occupancy": 0.25,
+}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed: pip install triton")
+@pytest.mark.parametrize("arch", resources.ARCHS)
+def test_every_default_configuration_compiles_and_fits(arch: int) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench.resources", "--arch", str(arch), "--json"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.stdout, result.stderr
+    rows = json.loads(result.stdout)
+    assert {row["kernel"] for row in rows} >= {
+        f"_{op}_triplane_{way}_kernel" for op in ("sample", "decode") for way in ("fwd", "bwd")
+    }
+    lacking = [f"{row['case']}: {problem}" for row in rows for problem in row["problems"]]
+    assert not lacking, "\n".join(lacking)
+    assert result.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({}, []),
+        ({"spill": 8}, ["spills 8 bytes"]),
+        ({"spill": 8, "arch": 70}, []),
+        ({"shared": 200 * 1024}, ["takes 204800 bytes of shared memory"]),
+        ({"shared": 200 * 1024, "arch": 90}, []),
+        ({"load_bits": 32}, ["loads at most 32 bits at once"]),
+        ({"products": []}, ["has no tensor-core instruction"]),
+        ({"products": [], "kernel": "_sample_triplane_fwd_kernel"}, []),
+    ],
+    ids=str,
+)
+def test_problems(change: dict[str, Any], found: list[str]) -> None:
+    assert resources.problems({**GOOD, **change}) == found
+
+
+def test_table_has_a_line_a_problem() -> None:
+    header, line, problem = resources.format_table([{**GOOD, "problems": ["spills 8 bytes"]}]).splitlines()
+    assert header.split()[:2] == ["arch", "case"]
+    assert line.split()[:4] == ["sm_80", "decode", "fwd", "100"]
+    assert problem.split() == ["!", "spills", "8", "bytes"]
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "occupancy"),
+    [(32, 0, 4, 1.0), (64, 0, 8, 0.5), (255, 0, 8, 0.125), (33, 0, 4, 0.75), (32, 100 * 1024, 4, 0.0625)],
+)
+def test_occupancy_by_hand(registers: int, shared: int, warps: int, occupancy: float) -> None:
+    # A multiprocessor has 65536 registers: 2048 threads of 32, which are 64 warps. 33 are handed out as 40, and then
+    # 65536 // (40 * 128) = 12 blocks of 4 warps fit. 164 KiB of shared memory hold one block of 100.
+    assert resources._occupancy(registers, shared, warps, 80) == occupancy
