@@ -26,7 +26,7 @@ EXTRAS = {"metrics": METRICS_PACKAGES, "make_dataset": ("pyvista", "pybullet")}
 # Code that only a GPU can run and that no GPU has run yet. It is never on by default.
 OPT_IN = (
     "--precision tf32 and fp16, --discriminator.half-blocks: not yet run on a GPU",
-    "--backend triton (the renderer's ops): not yet run on a GPU; checked in Triton's interpreter and compiled for it",
+    "the Triton kernels of the renderer's ops (backend triton): not yet run on a GPU, only in Triton's interpreter",
 )
 
 
