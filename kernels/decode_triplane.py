@@ -237,7 +237,7 @@ def _decode_triplane_bwd_kernel(
     grad_b0 = tl.zeros([BLOCK_H], tl.float32)
     grad_w1 = tl.zeros([BLOCK_H, BLOCK_O], tl.float32)
     grad_b1 = tl.zeros([BLOCK_O], tl.float32)
-    for tile in range(TILES):
+    for tile in range(tl.minimum(TILES, tl.cdiv(num_points - first, BLOCK_N))):
         n = first + tile * BLOCK_N + tl.arange(0, BLOCK_N)
         p0, p1, p2, valid = _points(
             origins_ptr, directions_ptr, t_ptr, inverse_cube_scale, image, n, num_points, samples

@@ -359,9 +359,12 @@ def test_triton_takes_any_layout(poisoned):
     function = functools.partial(ops.decode_triplane_rays, backend="triton")
     expected = values_and_gradients(function, inputs)
     for changed, x in inputs.items():
-        for layout, view in layouts(x):
-            for name, y in values_and_gradients(function, {**inputs, changed: view}).items():
-                assert_close(y, expected[name], f"{changed}: {layout}: {name}")
+        for layout, view in layouts(x.to(DEVICE)):
+            out = function(**{name: y.to(DEVICE) for name, y in inputs.items()} | {changed: view})
+            assert_close(out, expected["out"], f"{changed}: {layout}", "exact")
+    for layout, view in layouts(inputs["planes"]):
+        for name, y in values_and_gradients(function, {**inputs, "planes": view}).items():
+            assert_close(y, expected[name], f"planes: {layout}: {name}")
 
 
 @needs_triton
