@@ -1,4 +1,4 @@
-"""Registers, spills and instructions of every Triton kernel, without a GPU: `python -m bench.resources [--json]`.
+"""Registers, spills and instructions of the tri-plane kernels, without a GPU: `python -m bench.resources [--json]`.
 
 The launchers are called with tensors that have no memory, and what they would launch is compiled ahead of time instead,
 with the hints on alignment that real launches have. Exit status 1 if a default configuration falls short (`problems`).

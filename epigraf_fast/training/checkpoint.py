@@ -93,8 +93,8 @@ def save_checkpoint(run_dir: Path, config: Config, trainer_state: dict[str, Any]
     return path
 
 
-def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[Config, dict[str, Any]]:
-    """Reads a checkpoint.
+def load_checkpoint(path: Path) -> tuple[Config, dict[str, Any]]:
+    """Reads a checkpoint, onto the CPU.
 
     Returns:
         Its settings, and a dict with "trainer" (for `Trainer.load_state_dict`) and "random" (for `set_random_state`).

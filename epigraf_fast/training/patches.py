@@ -51,9 +51,9 @@ def sample_patches(
     else:
         s_min = patch_min_scale(config, cur_nimg, batch, smallest)
         if config.distribution == "discrete":
-            support = torch.linspace(1, 0.25, config.num_scales, device=u.device)
+            support = torch.linspace(1, 0.25, config.num_scales)  # on the CPU: counting must not wait for a GPU
             allowed = int((support >= s_min - 1e-6).sum())  # descending, so the first ones
-            scale = support[(u * allowed).long().clamp(max=allowed - 1)]
+            scale = support.to(u.device)[(u * allowed).long().clamp(max=allowed - 1)]
         else:
             scale = s_min + u * (1 - s_min)
     v = torch.rand(draws, 2, device=device) if offset_draw is None else offset_draw

@@ -73,9 +73,9 @@ def render_images(
         )
 
 
-def turntable_angles(frames: int, pitch: float = 1.2, yaw_start: float = 0.0) -> Tensor:
+def turntable_angles(frames: int, pitch: float = 1.2) -> Tensor:
     """Cameras once around at one pitch (radians, from +y): [frames, 3]."""
-    yaw = yaw_start + torch.arange(frames) * (2 * math.pi / frames)
+    yaw = torch.arange(frames) * (2 * math.pi / frames)
     return torch.stack([yaw, torch.full_like(yaw, pitch), torch.zeros_like(yaw)], dim=1)
 
 

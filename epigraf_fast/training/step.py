@@ -221,7 +221,8 @@ class Trainer:
 
     def _record(self, name: str, values: Tensor) -> None:
         values = values.detach().float()
-        self.sums[name] = self.sums.get(name, torch.zeros([], device=self.device)) + values.sum()
+        total = values.sum()
+        self.sums[name] = self.sums[name] + total if name in self.sums else total
         self.counts[name] = self.counts.get(name, 0) + values.numel()
 
     def statistics(self) -> dict[str, float]:
