@@ -12,9 +12,10 @@ planes are [B, 3*C, H, W]; points [B, N, 3]; t, a distance along a unit ray in w
 
 from .bias_act import bias_act
 from .composite import Composite, composite
-from .decode_triplane import decode_triplane, decode_triplane_rays
+from .decode_triplane import decode_triplane, decode_triplane_coarse_to_fine, decode_triplane_rays
+from .draws import draw_seed
 from .modulated_conv2d import conv2d_resample, modulated_conv2d
-from .sample_importance import invert_cdf, sample_importance
+from .sample_importance import invert_cdf, sample_importance, sample_stratified
 from .sample_triplane import sample_triplane
 from .upfirdn2d import upfirdn2d
 
@@ -24,10 +25,13 @@ __all__ = [
     "composite",
     "conv2d_resample",
     "decode_triplane",
+    "decode_triplane_coarse_to_fine",
     "decode_triplane_rays",
+    "draw_seed",
     "invert_cdf",
     "modulated_conv2d",
     "sample_importance",
+    "sample_stratified",
     "sample_triplane",
     "upfirdn2d",
 ]

@@ -30,7 +30,25 @@ LACKING = backends.status()["sample_importance"]["triton"]
 needs_triton = pytest.mark.skipif(LACKING is not None, reason=LACKING or "")
 
 sample_importance = functools.partial(ops.sample_importance, backend="reference")
+sample_stratified = functools.partial(ops.sample_stratified, backend="reference")
 invert_cdf = functools.partial(ops.invert_cdf, backend="reference")
+
+
+def test_stratified_t_by_hand():
+    # Depths 1, 2, 3, 4; midpoints 1.5, 2.5, 3.5.
+    jitter = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.5, 0.5], [1.0, 1.0, 1.0, 1.0]], dtype=torch.float64)
+    expected = [[1, 1.5, 2.5, 3.5], [1.25, 2, 3, 3.75], [1.5, 2.5, 3.5, 4]]
+    assert_close(sample_stratified(1, 3, 4, 1.0, 4.0, jitter=jitter[None]), [expected], "t")
+
+
+def test_stratified_t_stays_in_its_strata():
+    t = sample_stratified(3, 100, 9, 6.0, 10.0, jitter=draw_uniform(3, 100, 9, seed=1))
+    assert (t.diff(dim=-1) >= 0).all()
+    assert t.min() >= 6
+    assert t.max() <= 10
+    ends = torch.tensor([6, *(6.25 + 0.5 * i for i in range(8)), 10.0], dtype=torch.float64)
+    assert (t >= ends[:-1]).all()
+    assert (t <= ends[1:]).all()
 
 
 def literal_inversion(bins, weights, u):
@@ -278,8 +296,13 @@ def test_result_has_the_dtype_of_the_bins():
         ({"u": torch.zeros(2, 3, 9, dtype=torch.int64)}, TypeError, "u must be floating point, got torch.int64"),
         ({"u": torch.zeros(2, 3, 9, device="meta")}, ValueError, "u must be on cpu as t is, got meta"),
         ({"activation": "exp"}, ValueError, "activation must be one of softplus, relu, got 'exp'"),
-        ({"samples": 9}, ValueError, "samples and seed must be None where u is given"),
-        ({"seed": torch.zeros(1, dtype=torch.int64)}, ValueError, "samples and seed must be None where u is given"),
+        ({"samples": 9}, ValueError, "samples must be None where u is given"),
+        ({"noise_std": -1.0}, ValueError, "noise_std must be finite and not negative, got -1.0"),
+        (
+            {"noise_std": torch.zeros(2)},
+            ValueError,
+            "noise_std must be a number or a tensor of one on cpu, got shape [2]",
+        ),
         ({"u": None, "samples": -1}, ValueError, "samples must not be negative, got -1"),
         ({"u": None, "seed": torch.zeros(1, dtype=torch.int64)}, ValueError, "seed must be None for a backend other"),
     ],
