@@ -33,7 +33,7 @@ from epigraf_fast.training.checkpoint import (
 from epigraf_fast.training.log import RunLog
 from epigraf_fast.training.memory import meta_networks, parameter_count, step_bytes
 from epigraf_fast.training.snapshot import Snapshots
-from epigraf_fast.training.step import Trainer, check_backend
+from epigraf_fast.training.step import Trainer, choose_backends
 
 
 class StopRequest:
@@ -94,7 +94,7 @@ def pick_device(config: Config) -> torch.device:
         raise UserError("device is cuda, but torch sees no GPU: see python -m epigraf_fast.doctor")
     if name == "cpu" and config.precision != "fp32":
         raise UserError(f"precision {config.precision} needs a GPU, a CPU computes in fp32: set --precision fp32")
-    check_backend(config.backend, name.partition(":")[0])
+    choose_backends(config, name.partition(":")[0])
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision != "fp32"
     return torch.device(name)
 
@@ -130,7 +130,7 @@ def train(config: Config, dataset: ImageDataset, device: torch.device, resume: s
         print(f"continuing from {checkpoint}", *changes, sep="\n  ")
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
-    print(doctor.format_backends(doctor.report()))
+    print(doctor.format_backends(doctor.report(), trainer.backends))
     with contextlib.closing(RunLog(run_dir, config.kimg, trainer.cur_nimg)) as log:
         return loop(config, dataset, trainer, log)
 

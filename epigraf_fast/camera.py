@@ -93,9 +93,8 @@ def cam2world_matrix(angles: Tensor, radius: float | Tensor) -> Tensor:
     outward = torch.stack([pitch.sin() * yaw.cos(), pitch.cos(), pitch.sin() * yaw.sin()], dim=-1)  # [B, 3]
     forward = -outward
     x, _, z = forward.unbind(dim=-1)
-    left = torch.nn.functional.normalize(
-        torch.stack([z, torch.zeros_like(z), -x], dim=-1), dim=-1
-    )  # (0, 1, 0) x forward
+    left = torch.stack([z, torch.zeros_like(z), -x], dim=-1)  # (0, 1, 0) x forward
+    left = torch.nn.functional.normalize(left, dim=-1)
     up = torch.nn.functional.normalize(torch.cross(forward, left, dim=-1), dim=-1)
     position = outward * (radius.to(angles)[..., None] if isinstance(radius, Tensor) else radius)
     matrix = torch.zeros(len(angles), 4, 4, dtype=angles.dtype, device=angles.device)

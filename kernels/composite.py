@@ -2,7 +2,7 @@
 
 Two sets that are each sorted are merged by rank: the program finds by bisection how many samples of the second set are
 among the first p, reads every sample from where it lies, and integrates in registers. Nothing is sorted, gathered or
-written in sorted order. The pieces that `sample_importance` builds upon (`density`, `absorption`, the random numbers) take
+written in sorted order. The pieces that `sample_importance` builds upon (`density`, `absorption`, `uniforms`) take
 tiles [RAYS, BLOCK_S] in registers.
 """
 
@@ -62,10 +62,11 @@ def uniforms(seed, ray, k, STREAM: tl.constexpr):
 @triton.jit
 def density_noise(seed_ptr, noise_std, ray, k, STREAM: tl.constexpr):
     """Normal numbers by Box and Muller, times noise_std, a number or a pointer to it."""
+    noise_std = tl.to_tensor(noise_std)
     if noise_std.dtype.is_ptr():
         noise_std = tl.load(noise_std)
     u, turn = uniforms(tl.load(seed_ptr), ray, k, STREAM)
-    return noise_std * (tl.sqrt(-2.0 * tl.log(1.0 - u)) * tl.cos(TWO_PI * turn))
+    return noise_std * (tl.sqrt(-2.0 * tl.log(1.0 - u)) * tl.cos(turn * TWO_PI))
 
 
 @triton.jit
@@ -315,7 +316,7 @@ def _composite_fwd_kernel(
     rgb = sum_i w_i c_i, depth = sum_i w_i t_i.
 
     One program owns BLOCK_R rays, with all their samples. The second set, density_noise, background and weights may be
-    None; strides are those of rows (one ray), which are dense. Where noise_std is not None, noise is drawn from the seed.
+    None; strides are those of rows (one ray), which are dense. Noise is drawn from the seed unless noise_std is None.
     """
     S: tl.constexpr = S_COARSE + S_FINE
     ray = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)

@@ -20,7 +20,8 @@ class Generator(nn.Module):
         config, renderer, camera: Settings.
         label_dim: Numbers of a class label, 0 for none.
         half_blocks: Top resolutions of the synthesis network in fp16 (on a GPU).
-        backend: See `ops`.
+        precision: Of the decoder's products, with renderer_backend triton: fp32, tf32 or fp16.
+        backend, renderer_backend: Of the convolutions and of the renderer's ops; see `ops`.
     """
 
     def __init__(
@@ -31,7 +32,9 @@ class Generator(nn.Module):
         *,
         label_dim: int = 0,
         half_blocks: int = 0,
+        precision: str = "fp32",
         backend: str | None = None,
+        renderer_backend: str | None = None,
     ) -> None:
         super().__init__()
         self.z_dim, self.label_dim = config.z_dim, label_dim
@@ -53,8 +56,12 @@ class Generator(nn.Module):
             self.synthesis.num_ws,
             config.mapping_layers,
         )
-        self.decoder = Decoder(config.plane_channels, config.decoder_hidden, backend=backend)
-        self.renderer = Renderer(renderer, camera.ray_start, camera.ray_end, camera.cube_scale, backend=backend)
+        self.decoder = Decoder(
+            config.plane_channels, config.decoder_hidden, precision=precision, backend=renderer_backend
+        )
+        self.renderer = Renderer(
+            renderer, camera.ray_start, camera.ray_end, camera.cube_scale, backend=renderer_backend
+        )
         self.register_buffer("mean_camera_pose", torch.tensor([camera.yaw_mean, camera.pitch_mean, 0.0]))
 
     def ws(

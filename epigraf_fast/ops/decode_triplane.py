@@ -184,14 +184,10 @@ def decode_triplane_coarse_to_fine(
 
         options = (float(cube_scale), precision)
         return _DecodeCoarseToFine.apply(planes, *rays, resample, *network, options, kernels)
-    coarse = decode_triplane_rays(planes, *rays, *network, cube_scale, precision=precision, backend=chosen)
+    coarse = decode_triplane_rays(planes, *rays, *network, cube_scale, backend=chosen)
     t_fine = resample(coarse.detach())
-    rays = (ray_origins, ray_directions, t_fine)
-    return (
-        coarse,
-        t_fine,
-        decode_triplane_rays(planes, *rays, *network, cube_scale, precision=precision, backend=chosen),
-    )
+    fine = decode_triplane_rays(planes, *rays[:2], t_fine, *network, cube_scale, backend=chosen)
+    return coarse, t_fine, fine
 
 
 def _check_rays(
@@ -289,7 +285,7 @@ class _DecodeCoarseToFine(torch.autograd.Function):
 
 
 def _joined(first: Tensor, second: Tensor) -> Tensor:
-    """[B, R, S, C] and [B, R, K, C] as [B, R, S + K, C]; no copy where they lie so already, as `composite` leaves them."""
+    """[B, R, S, C] and [B, R, K, C] as [B, R, S + K, C]; no copy where they lie so, as `composite` leaves them."""
     batch, rays, samples, channels = first.shape
     both = samples + second.shape[2]
     stride = (rays * both * channels, both * channels, channels, 1)

@@ -18,13 +18,15 @@ def parameter_count(module: nn.Module) -> int:
 def meta_networks(config: Config, label_dim: int) -> tuple[Generator, Discriminator]:
     """Generator and discriminator without memory behind them."""
     with torch.device("meta"):
-        shared = {"label_dim": label_dim, "backend": config.backend}
-        generator = Generator(config.generator, config.renderer, config.camera, **shared)
-        return generator, Discriminator(config.discriminator, config.resolution, config.patch.resolution, **shared)
+        generator = Generator(config.generator, config.renderer, config.camera, label_dim=label_dim)
+        discriminator = Discriminator(
+            config.discriminator, config.resolution, config.patch.resolution, label_dim=label_dim
+        )
+    return generator, discriminator
 
 
 def step_bytes(config: Config, generator: Generator, discriminator: Discriminator) -> tuple[int, int]:
-    """Estimates the memory of a training step in fp32.
+    """Estimates the memory of a training step in fp32, with the reference's ops.
 
     Args:
         generator, discriminator: Of `meta_networks`.

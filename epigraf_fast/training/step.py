@@ -45,13 +45,25 @@ def swap_poses(angles: Tensor, probability: float) -> Tensor:
     return torch.where(picked[:, None], angles[before], angles)
 
 
-def check_backend(backend: str | None, device_type: str) -> None:
-    """Raises UserError unless every op has the backend on this kind of device."""
-    for op in backends.OPS:
-        try:
-            backends.resolve(op, backend, device_type)
-        except ValueError as error:
-            raise UserError(f"{error} (leave --backend out)") from None
+def choose_backends(config: Config, device_type: str) -> dict[str, str]:
+    """op -> the backend that a run takes on this kind of device.
+
+    Raises:
+        UserError: The backend is missing here, or has no kernels for the settings.
+    """
+    try:
+        chosen = backends.choose(config.backend, device_type)
+    except ValueError as error:
+        raise UserError(f"{error} (--backend auto takes what is there)") from None
+    channels, hidden = config.generator.plane_channels, config.generator.decoder_hidden
+    if chosen["decode_triplane"] == "triton":
+        if channels % 8 or channels > 64:
+            raise UserError(
+                f"generator.plane_channels must be a multiple of 8 and at most 64 with backend triton, got {channels}"
+            )
+        if not 16 <= hidden <= 128:
+            raise UserError(f"generator.decoder_hidden must be in [16, 128] with backend triton, got {hidden}")
+    return chosen
 
 
 class Trainer:
@@ -65,13 +77,19 @@ class Trainer:
 
     def __init__(self, config: Config, dataset: ImageDataset, device: torch.device) -> None:
         self.config, self.device = config, device
+        self.backends = choose_backends(config, device.type)
+        renderer_backend, backend = (
+            backends.family_backend(family, self.backends, device.type) for family in ("renderer", "convolutions")
+        )
         self.labels, self.angles = dataset.labels.to(device), dataset.angles.to(device)
-        shared = {"label_dim": dataset.label_dim, "backend": config.backend}
+        shared = {"label_dim": dataset.label_dim, "backend": backend}
         self.generator = Generator(
             config.generator,
             config.renderer,
             config.camera,
             half_blocks=HALF_BLOCKS if config.precision == "fp16" else 0,
+            precision=config.precision,
+            renderer_backend=renderer_backend,
             **shared,
         )
         if config.camera.prior == "custom":

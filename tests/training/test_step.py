@@ -22,9 +22,10 @@ from checks import TOLERANCES, assert_close, draw
 from epigraf_fast.config import Config
 from epigraf_fast.data import ImageDataset
 from epigraf_fast.errors import UserError
+from epigraf_fast.ops import backends
 from epigraf_fast.training import step
 from epigraf_fast.training.losses import blur
-from epigraf_fast.training.step import Samples, Trainer, check_backend, swap_poses
+from epigraf_fast.training.step import Samples, Trainer, choose_backends, swap_poses
 
 TinyConfig = Callable[..., Config]
 TinyTrainer = Callable[[Config], tuple[Trainer, Iterator]]
@@ -459,13 +460,47 @@ def test_statistics_are_means_since_the_last_reset(
 # Backends
 
 
-def test_backends_are_checked_before_the_first_step() -> None:
-    check_backend(None, "cpu")
-    check_backend("reference", "cpu")
-    with pytest.raises(UserError, match="must be None or one of reference"):
-        check_backend("numpy", "cpu")
-    with pytest.raises(UserError, match=r"backend 'cuda' is not available .* \(leave --backend out\)"):
-        check_backend("cuda", "cpu")
+def test_backends_are_chosen_before_the_first_step(tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = {"generator": {"plane_channels": 8, "decoder_hidden": 16}, "backend": "triton"}
+    convolutions = ("bias_act", "upfirdn2d", "modulated_conv2d")
+    defaults = choose_backends(tiny_config(), "cpu")
+    assert defaults == {op: backends.resolve(op, None, "cpu") for op in backends.OPS}
+    assert set(choose_backends(tiny_config(backend="reference"), "cpu").values()) == {"reference"}
+    with monkeypatch.context() as patch:
+        patch.setattr(backends, "_lacking_triton", lambda: None)
+        chosen = choose_backends(tiny_config(**triton), "cuda")
+        assert chosen == {
+            op: backends.resolve(op, None, "cuda") if op in convolutions else "triton" for op in backends.OPS
+        }
+        for change, message in (
+            ({"plane_channels": 4}, "generator.plane_channels must be a multiple of 8 and at most 64"),
+            ({"decoder_hidden": 8}, r"generator.decoder_hidden must be in \[16, 128\] with backend triton, got 8"),
+        ):
+            generator = {**triton["generator"], **change}
+            with pytest.raises(UserError, match=message):
+                choose_backends(tiny_config(generator=generator, backend="triton"), "cuda")
+    for why in ("Triton is not installed: pip install triton", "there is no CUDA device"):
+        monkeypatch.setattr(backends, "_lacking_triton", lambda why=why: why)
+        with pytest.raises(UserError, match=rf"^backend 'triton' is not available: {why} \(--backend auto .*\)$"):
+            choose_backends(tiny_config(**triton), "cuda")
+
+
+def test_the_networks_take_the_backends_of_the_run(
+    tiny_config: TinyConfig, tiny_trainer: TinyTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "_lacking_triton", lambda: None)
+    monkeypatch.setattr(backends, "_interpreting", lambda: True)
+    config = tiny_config(generator={"plane_channels": 8, "decoder_hidden": 16}, backend="triton")
+    trainer, _ = tiny_trainer(config)
+    for generator in (trainer.generator, trainer.average):
+        assert generator.renderer.backend == generator.decoder.options["backend"] == "triton"
+        assert generator.decoder.options["precision"] == config.precision
+        assert generator.synthesis.b8.backend is None
+    assert trainer.discriminator.conv.backend is None
+    trainer, _ = tiny_trainer(tiny_config(backend="reference"))
+    for module in (trainer.generator.renderer, trainer.generator.synthesis.b8, trainer.discriminator.conv):
+        resolved = backends.resolve("composite", module.backend, "cpu")
+        assert resolved == "reference"
 
 
 # Golden losses
