@@ -44,8 +44,8 @@ Inputs = dict[str, Tensor]
 class Size:
     """Shapes of a step.
 
-    "real" is the FFHQ-512 preset; "small" has its widths at a quarter of its resolution, for ratios on a CPU; "tiny" runs
-    in the blink of an eye.
+    "real" is the FFHQ-512 preset; "small" has its widths at a quarter of its resolution, for ratios on a CPU; "tiny"
+    runs in the blink of an eye.
     """
 
     batches: tuple[int, ...]
@@ -99,6 +99,7 @@ class Case:
         order: Derivatives that are measured.
         work: Mode -> `Work`; a mode left out has no floor.
         batch: Images.
+        layers: Products one after the other, each with its roundings.
         unjudged: Inputs whose gradient is one number: an error of one number is luck, no measure of another one's.
     """
 
@@ -112,6 +113,7 @@ class Case:
     order: int = 1
     work: dict[str, Work] = field(default_factory=dict)
     batch: int = 1
+    layers: int = 1
     unjudged: frozenset[str] = frozenset()
 
     @property
@@ -564,10 +566,18 @@ def _synthesis(shapes: Size, batch: int, dtype: str) -> Iterator[Case]:
     work = {"fwd": Work(0, flops=flops), "bwd": Work(0, flops=2 * flops), "step": Work(0, flops=3 * flops)}
     with torch.device("meta"):
         names = tuple(name for name, _ in make(None).named_parameters())
-    shared = frozenset(names)
-    single = frozenset(name for name in names if name.endswith("noise_strength"))
     yield Case(
-        "synthesis", f"batch={batch} {resolution}", dtype, build, call, ("ws", *names), shared, 1, work, batch, single
+        "synthesis",
+        f"batch={batch} {resolution}",
+        dtype,
+        build,
+        call,
+        wanted=("ws", *names),
+        shared=frozenset(names),
+        work=work,
+        batch=batch,
+        layers=2 * (resolution.bit_length() - 2),
+        unjudged=frozenset(name for name in names if name.endswith("noise_strength")),
     )
 
 

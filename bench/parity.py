@@ -1,7 +1,7 @@
 """The gate before every measurement: no speed is printed for a wrong kernel.
 
 Truth is the reference in float64. The error of what is measured may be twice the error of the reference in the same
-dtype and arithmetic, plus a rounding or two of the largest value: the rule of the tests.
+dtype and arithmetic, plus a rounding or two of the largest value (in a network, in each layer): the rule of the tests.
 """
 
 from __future__ import annotations
@@ -133,6 +133,7 @@ class Parity:
             for reference in _references(case, inputs, mode, drawn):
                 for name, truth in self.truth.items():
                     rounding = max(torch.finfo(reference[name].dtype).eps, PRODUCT_ROUNDING.get(case.dtype, 0.0))
+                    rounding *= case.layers
                     allowed = ERROR_FACTOR * _relative(reference[name], truth) + ERROR_ROUNDINGS * rounding
                     self.allowed[self._group(name)] = max(allowed, self.allowed.get(self._group(name), 0.0))
 

@@ -1,7 +1,7 @@
 """The same cases under pytest-benchmark: `pytest bench --benchmark-json=FILE`.
 
-`BENCH_SIZE`, `BENCH_DTYPE`, `BENCH_BACKENDS` and `BENCH_BATCHES` in the environment pick what is measured, as `bench.run`
-does by its flags.
+`BENCH_SIZE`, `BENCH_DTYPE`, `BENCH_BACKENDS` and `BENCH_BATCHES` in the environment pick what is measured, as the flags
+of `bench.run` do.
 """
 
 from __future__ import annotations
