@@ -21,7 +21,7 @@ from epigraf_fast.camera import cam2world_matrix, camera_rays
 from epigraf_fast.config import CameraConfig, RendererConfig
 from epigraf_fast.models.decoder import Decoder
 from epigraf_fast.models.layers import LOW_PASS
-from epigraf_fast.models.renderer import Renderer, stratified_t
+from epigraf_fast.models.renderer import Renderer
 from epigraf_fast.models.synthesis import Synthesis
 from epigraf_fast.ops import backends
 
@@ -100,6 +100,7 @@ class Case:
         work: Mode -> `Work`; a mode left out has no floor.
         batch: Images.
         layers: Products one after the other, each with its roundings.
+        draws: Inputs that decide random draws; they are handed in to compare, and left out to measure.
         unjudged: Inputs whose gradient is one number: an error of one number is luck, no measure of another one's.
     """
 
@@ -114,6 +115,7 @@ class Case:
     work: dict[str, Work] = field(default_factory=dict)
     batch: int = 1
     layers: int = 1
+    draws: frozenset[str] = frozenset()
     unjudged: frozenset[str] = frozenset()
 
     @property
@@ -127,8 +129,8 @@ class Case:
 
 
 def available(op: str, dtype: str, device: torch.device) -> list[str]:
-    """Backends that can be measured here, the baselines among them."""
-    names = [*backends.BACKENDS, *BASELINES]
+    """Backends that can be measured here, the baselines among them; the reference last, for ratios to it."""
+    names = [*(b for b in backends.BACKENDS if b != "reference"), *BASELINES, "reference"]
     return [name for name in names if lacking(op, name, dtype, device) is None]
 
 
@@ -225,7 +227,7 @@ def _planes(shapes: Size, batch: int, dtype: torch.dtype, device: torch.device) 
 def _depths(shapes: Size, batch: int, device: torch.device) -> Tensor:
     camera = CameraConfig()
     jitter = _uniform(device, 4, batch, shapes.patch**2, shapes.samples)
-    return stratified_t(camera.ray_start, camera.ray_end, shapes.samples, jitter)
+    return published.stratified_t(camera.ray_start, camera.ray_end, jitter)
 
 
 def _network(shapes: Size, dtype: torch.dtype, device: torch.device) -> Inputs:
@@ -491,13 +493,13 @@ def _renderer(shapes: Size, batch: int, dtype: str) -> Iterator[Case]:
         inputs = dict(inputs)
         planes, w0, b0, w1, b1 = (inputs.pop(name) for name in ("planes", "w0", "b0", "w1", "b1"))
         module, decoder = renderer(backend, w0.device)
-        draws = {**inputs, "density_noise_std": 0.5}
+        rays = {**inputs, "density_noise_std": 0.5}
         if backend in BASELINES:
             render = _baseline(published.render, backend)
-            return (render(module, planes, (w0, b0, w1, b1), **draws).rgb,)
+            return (render(module, planes, (w0, b0, w1, b1), **rays).rgb,)
         # The effective weights are inputs, so that gradients to them are seen.
         decoder.fc0.effective, decoder.fc1.effective = lambda: (w0, b0), lambda: (w1, b1)
-        return (module(planes, decoder, **draws).rgb,)
+        return (module(planes, decoder, **rays).rgb,)
 
     for scale in PATCH_SCALES:
 
@@ -522,7 +524,18 @@ def _renderer(shapes: Size, batch: int, dtype: str) -> Iterator[Case]:
 
         network = ("w0", "b0", "w1", "b1")
         name = f"batch={batch} scale={scale}"
-        yield Case("renderer", name, dtype, build, call, ("planes", *network), frozenset(network), 1, work, batch)
+        yield Case(
+            "renderer",
+            name,
+            dtype,
+            build,
+            call,
+            wanted=("planes", *network),
+            shared=frozenset(network),
+            work=work,
+            batch=batch,
+            draws=frozenset({"jitter", "u", "coarse_noise", "fine_noise"}),
+        )
 
 
 def _synthesis(shapes: Size, batch: int, dtype: str) -> Iterator[Case]:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from epigraf_fast import ops
 from epigraf_fast.models.decoder import Decoder
-from epigraf_fast.models.renderer import Renderer, Rendering, stratified_t
+from epigraf_fast.models.renderer import Renderer, Rendering
 from epigraf_fast.models.synthesis import Synthesis
 
 # Ops whose published sequence is not that of the reference.
@@ -86,6 +86,14 @@ def _fine_t(t: Tensor, weights: Tensor, u: Tensor) -> Tensor:
     return bin_ends[..., 0] + (u - cdf_ends[..., 0]) / span * (bin_ends[..., 1] - bin_ends[..., 0])
 
 
+def stratified_t(ray_start: float, ray_end: float, jitter: Tensor) -> Tensor:
+    """Evenly spaced depths, each moved inside its stratum by jitter [..., S] in [0, 1)."""
+    t = torch.linspace(ray_start, ray_end, jitter.shape[-1], dtype=jitter.dtype, device=jitter.device)
+    middle = (t[1:] + t[:-1]) / 2
+    low, high = torch.cat([t[:1], middle]), torch.cat([middle, t[-1:]])
+    return low + (high - low) * jitter
+
+
 def render(
     renderer: Renderer,
     planes: Tensor,
@@ -99,12 +107,14 @@ def render(
     u: Tensor | None = None,
     coarse_noise: Tensor | None = None,
     fine_noise: Tensor | None = None,
+    seed: Tensor | None = None,
 ) -> Rendering:
     """`Renderer.forward` by eager torch: decode, integrate, draw, decode, concatenate, sort, gather, integrate.
 
     Args:
         renderer: Holds the settings.
         network: The decoder's w0, b0, w1, b1.
+        seed: Not used: torch's generator draws.
     """
     config, shape, device = renderer.config, ray_origins.shape[:2], ray_origins.device
     stochastic = renderer.training if stochastic is None else stochastic
@@ -126,7 +136,7 @@ def render(
     samples, dtype = config.coarse_samples, ray_origins.dtype
     if stochastic:
         jitter = torch.rand(*shape, samples, dtype=dtype, device=device) if jitter is None else jitter
-        t = stratified_t(renderer.ray_start, renderer.ray_end, samples, jitter)
+        t = stratified_t(renderer.ray_start, renderer.ray_end, jitter)
     else:
         t = torch.linspace(renderer.ray_start, renderer.ray_end, samples, dtype=dtype, device=device)
         t = t.expand(*shape, -1)

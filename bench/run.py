@@ -28,7 +28,7 @@ Row = dict[str, Any]
 
 def runner(case: Case, inputs: Inputs, backend: str, mode: str) -> Callable[[], Any]:
     """What a measurement runs: the forward, the backward of a graph that stays, both, or the backward's backward."""
-    values = leaves(case, inputs)
+    values = leaves(case, {name: x for name, x in inputs.items() if name not in case.draws})
     forward = functools.partial(case.call, values, backend)
     if mode == "fwd":
         return forward
@@ -69,7 +69,7 @@ def measure_gpu(case: Case, inputs: Inputs, backend: str, mode: str, ceilings: d
         cold = Spread.of(gpu_times(function, cold=True, budget=budget))
         row: Row = {"ms": {"cold": cold.to_dict(), "warm": warm.to_dict()}, "peak_bytes": peak_bytes(function)}
         if mode == "fwd" and case.wanted:
-            values = leaves(case, inputs)
+            values = leaves(case, {name: x for name, x in inputs.items() if name not in case.draws})
             row["saved_bytes"] = saved_bytes(lambda: case.call(values, backend), list(values.values()))
     work = case.work.get(mode)
     if work is not None:
