@@ -13,7 +13,7 @@ from ..data import ImageDataset
 from ..models.generator import Generator
 from .log import RunLog, depth_to_uint8, save_gif, save_png, tile, to_uint8
 from .metrics import FeatureDistance
-from .sampling import BATCH, fixed_latents, render_images, render_turntable
+from .sampling import BATCH, fixed_latents, render_images, render_turntable, surface_depth
 
 TURNTABLE_FRAMES = 36
 TURNTABLE_SECONDS = 3.0
@@ -50,8 +50,7 @@ class Snapshots:
         camera, columns = self.config.camera, self.config.grid[0]
         batches = list(render_images(self.generator, *self.latents, self.config.resolution))
         rgb = tile(to_uint8(torch.cat([b.rgb for b in batches])), columns)
-        # What is transparent lies at the far end, not at depth 0.
-        depth = torch.cat([b.depth + (1 - b.weight_sum) * camera.ray_end for b in batches])
+        depth = torch.cat([surface_depth(b, camera.ray_end) for b in batches])
         depth = tile(depth_to_uint8(depth, camera.ray_start, camera.ray_end), columns)
         paths = []
         for name, picture in (("images", rgb), ("depth", depth)):

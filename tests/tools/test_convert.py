@@ -31,7 +31,7 @@ from epigraf_fast.published import Snapshot, read_snapshot
 from epigraf_fast.training.checkpoint import find_checkpoint, load_checkpoint
 from epigraf_fast.training.pretrained import load_generator
 
-LISTS = Path(__file__).parent / "data" / "published_state_dict.txt"
+LISTS = Path(__file__).parents[1] / "data" / "published_state_dict.txt"
 Shapes = dict[str, tuple[tuple[int, ...], bool]]  # name -> shape, whether it is a buffer
 
 
