@@ -229,10 +229,10 @@ def progress_bar(items: Any, unit: str) -> Any:
     return tqdm(items, desc=unit, unit="", disable=None, leave=False)
 
 
-def add_generator_arguments(parser: argparse.ArgumentParser) -> None:
+def add_generator_arguments(parser: argparse.ArgumentParser, seeds: str = "0-15") -> None:
     """What every tool that looks at a generator asks for."""
     parser.add_argument("checkpoint", type=Path, help="a checkpoint, a run folder, or a converted one")
-    parser.add_argument("--seeds", default="0-15", help="as in 0-15 or 1,4,7-9 (default: %(default)s)")
+    parser.add_argument("--seeds", default=seeds, help="as in 0-15 or 1,4,7-9 (default: %(default)s)")
     parser.add_argument("--labels", help="classes, taken in turn (default: seed modulo the number of classes)")
     parser.add_argument("--truncation", type=float, default=1.0, help="psi; 1 is none (default: %(default)s)")
     parser.add_argument("--cutoff", type=int, help="style vectors that are truncated (default: all)")
@@ -242,7 +242,7 @@ def add_generator_arguments(parser: argparse.ArgumentParser) -> None:
 def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:
     """Raises UserError unless low <= value <= high and finite."""
     if not (low <= value <= high and math.isfinite(value)):
-        bound = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+        bound = f"from {low:g} to {high:g}" if high < math.inf else f"at least {low:g}" if low > -math.inf else "finite"
         raise UserError(f"--{name} must be {bound}, got {value:g}")
 
 
