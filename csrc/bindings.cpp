@@ -1,0 +1,202 @@
+// epigraf_fast._C: the launchers, on raw pointers. The only file that knows Python.
+//
+// What cannot be right never reaches a kernel: sizes, codes, null and misaligned pointers are refused with a ValueError.
+// The GIL is released while a launcher works.
+#include <pybind11/pybind11.h>
+
+#include <cmath>
+#include <string>
+
+#include "bias_act.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using epigraf::DType;
+using epigraf::i64;
+using Pointer = std::uintptr_t;
+
+void require(bool good, const std::string& op, const std::string& what) {
+  if (!good) throw py::value_error(op + ": " + what);
+}
+
+// Names the op in what is refused.
+struct Check {
+  std::string op;
+
+  DType dtype(int code) const {
+    require(code >= 0 && code <= 3, op, "dtype must be a code from 0 to 3, got " + std::to_string(code));
+    return static_cast<DType>(code);
+  }
+  int index(const char* name, int value, int end) const {
+    require(value >= 0 && value < end, op,
+            std::string(name) + " must be from 0 to " + std::to_string(end - 1) + ", got " + std::to_string(value));
+    return value;
+  }
+  i64 size(const char* name, i64 value, i64 least = 0) const {
+    require(value >= least && value <= (i64(1) << 48), op,
+            std::string(name) + " must be at least " + std::to_string(least) + " and at most 2^48, got " +
+                std::to_string(value));
+    return value;
+  }
+  // A pointer to `count` elements: may be null if there are none, or where it is optional.
+  template <typename P = void*>
+  P pointer(const char* name, Pointer value, i64 element_size, i64 count, bool optional = false) const {
+    require(value != 0 || optional || count == 0, op, std::string(name) + " must not be a null pointer");
+    require(value % static_cast<Pointer>(element_size) == 0, op,
+            std::string(name) + " must be aligned to its elements of " + std::to_string(element_size) +
+                " bytes, got " + std::to_string(value));
+    return reinterpret_cast<P>(value);
+  }
+};
+
+i64 compute_size(DType dtype) { return dtype == DType::f64 ? 8 : 4; }
+
+// Defines name_cpu(..., threads) and, where it is built, name_cuda(..., stream); `make` turns what comes before into Args.
+template <typename Args, typename... P>
+void define(py::module_& m, const std::string& name, Args (*make)(const Check&, P...), void (*cpu)(const Args&, int),
+            void (*cuda)(const Args&, std::uintptr_t) = nullptr) {
+  m.def((name + "_cpu").c_str(), [=](P... p, int threads) {
+    const Check check{name};
+    check.size("threads", threads, 1);
+    const Args args = make(check, p...);
+    py::gil_scoped_release release;
+    cpu(args, threads);
+  });
+  if (cuda != nullptr)
+    m.def((name + "_cuda").c_str(), [=](P... p, std::uintptr_t stream) {
+      const Args args = make(Check{name}, p...);
+      py::gil_scoped_release release;
+      cuda(args, stream);
+    });
+}
+
+#if defined(EPIGRAF_CUDA)
+#define EPIGRAF_DEFINE(m, name) define(m, #name, name, epigraf::name##_cpu, epigraf::name##_cuda)
+#else
+#define EPIGRAF_DEFINE(m, name) define(m, #name, name, epigraf::name##_cpu)
+#endif
+
+// ---- bias_act
+
+epigraf::BiasActArgs bias_act_common(const Check& check, int dtype, int act, double gain, double clamp, i64 count,
+                                     i64 channels, i64 inner) {
+  epigraf::BiasActArgs args{};
+  args.dtype = check.dtype(dtype);
+  args.act = check.index("act", act, epigraf::base::kActs);
+  require(clamp > 0, check.op, "clamp must be positive, got " + std::to_string(clamp));
+  args.gain = gain;
+  args.clamp = clamp;
+  args.count = check.size("count", count);
+  args.channels = check.size("channels", channels, count > 0);
+  args.inner = check.size("inner", inner, count > 0);
+  if (count > 0)
+    require(channels <= count && inner <= count / channels && count % (channels * inner) == 0, check.op,
+            "count must be a multiple of channels * inner, got " + std::to_string(count) + ", " +
+                std::to_string(channels) + " and " + std::to_string(inner));
+  return args;
+}
+
+epigraf::BiasActArgs bias_act_fwd(const Check& check, Pointer x, Pointer bias, Pointer y, int dtype, int act,
+                                  double gain, double clamp, i64 count, i64 channels, i64 inner) {
+  auto args = bias_act_common(check, dtype, act, gain, clamp, count, channels, inner);
+  const i64 size = epigraf::size_of(args.dtype), compute = compute_size(args.dtype);
+  args.x = check.pointer("x", x, size, count);
+  args.bias = check.pointer("bias", bias, compute, channels, true);
+  args.y = check.pointer("y", y, size, count);
+  return args;
+}
+
+epigraf::BiasActArgs bias_act_bwd(const Check& check, Pointer grad_y, Pointer x, Pointer bias, Pointer grad_x,
+                                  Pointer grad_bias, Pointer partials, int dtype, int act, double gain, double clamp,
+                                  i64 count, i64 channels, i64 inner) {
+  auto args = bias_act_common(check, dtype, act, gain, clamp, count, channels, inner);
+  const i64 size = epigraf::size_of(args.dtype), compute = compute_size(args.dtype);
+  const bool constant = act == epigraf::base::kLinear && clamp == HUGE_VAL;
+  args.grad_y = check.pointer("grad_y", grad_y, size, count);
+  args.x = check.pointer("x", x, size, count, constant);
+  args.bias = check.pointer("bias", bias, compute, channels, true);
+  args.grad_x = check.pointer("grad_x", grad_x, size, count);
+  args.grad_bias = check.pointer("grad_bias", grad_bias, compute, channels, true);
+  args.partials = check.pointer("partials", partials, compute, count, grad_bias == 0);
+  return args;
+}
+
+epigraf::BiasActArgs bias_act_double_bwd(const Check& check, Pointer grad_grad_x, Pointer grad_grad_bias,
+                                         Pointer grad_y, Pointer x, Pointer bias, Pointer grad_grad_y, Pointer grad_x,
+                                         Pointer grad_bias, Pointer partials, int dtype, int act, double gain,
+                                         double clamp, i64 count, i64 channels, i64 inner) {
+  auto args = bias_act_common(check, dtype, act, gain, clamp, count, channels, inner);
+  const i64 size = epigraf::size_of(args.dtype), compute = compute_size(args.dtype);
+  const bool constant = act == epigraf::base::kLinear && clamp == HUGE_VAL;
+  args.grad_grad_x = check.pointer("grad_grad_x", grad_grad_x, size, count, true);
+  args.grad_grad_bias = check.pointer("grad_grad_bias", grad_grad_bias, compute, channels, true);
+  args.grad_y = check.pointer("grad_y", grad_y, size, count);
+  args.x = check.pointer("x", x, size, count, constant);
+  args.bias = check.pointer("bias", bias, compute, channels, true);
+  args.grad_grad_y = check.pointer("grad_grad_y", grad_grad_y, size, count, true);
+  args.grad_x = check.pointer("grad_x", grad_x, size, count, true);
+  args.grad_bias = check.pointer("grad_bias", grad_bias, compute, channels, true);
+  args.partials = check.pointer("partials", partials, compute, count, grad_bias == 0);
+  return args;
+}
+
+void bind_bias_act(py::module_& m) {
+  m.attr("BIAS_ACT_ACTIVATIONS") =
+      py::make_tuple("linear", "relu", "lrelu", "tanh", "sigmoid", "elu", "selu", "softplus", "swish");
+  m.def("bias_act_parts", [](i64 count, i64 channels, i64 inner) {
+    return count > 0 ? epigraf::base::bias_act_parts(count, channels, inner) : 0;
+  });
+  EPIGRAF_DEFINE(m, bias_act_fwd);
+  EPIGRAF_DEFINE(m, bias_act_bwd);
+  EPIGRAF_DEFINE(m, bias_act_double_bwd);
+}
+
+// ---- the build
+
+const char* const kLevels[] = {"base", "v3"};
+
+void bind_build(py::module_& m) {
+#if defined(EPIGRAF_CUDA)
+  m.attr("cuda_built") = true;
+#else
+  m.attr("cuda_built") = false;
+#endif
+  m.def("build_info", [] {
+    py::dict info;
+    info["compiler"] = __VERSION__;
+#if defined(EPIGRAF_HAS_V3)
+    info["cpu_levels"] = py::make_tuple(kLevels[0], kLevels[1]);
+#else
+    info["cpu_levels"] = py::make_tuple(kLevels[0]);
+#endif
+#if defined(_OPENMP)
+    info["openmp"] = true;
+#else
+    info["openmp"] = false;
+#endif
+#if defined(EPIGRAF_CUDA)
+    info["cuda"] = EPIGRAF_CUDA;
+    info["cuda_archs"] = EPIGRAF_CUDA_ARCHS;
+#else
+    info["cuda"] = py::none();
+    info["cuda_archs"] = py::none();
+#endif
+    return info;
+  });
+  m.def("cpu_level", [] { return kLevels[static_cast<int>(epigraf::cpu_level())]; });
+  m.def("set_cpu_level", [](const std::string& name) {
+    const int best = static_cast<int>(epigraf::best_cpu_level());
+    for (int level = 0; level <= best; level++)
+      if (name == kLevels[level]) return epigraf::set_cpu_level(static_cast<epigraf::CpuLevel>(level));
+    throw py::value_error("set_cpu_level: this processor or build has no level '" + name + "'");
+  });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  bind_build(m);
+  bind_bias_act(m);
+}
