@@ -8,6 +8,7 @@
 #include <string>
 
 #include "bias_act.h"
+#include "upfirdn2d.h"
 
 namespace py = pybind11;
 
@@ -20,6 +21,8 @@ using Pointer = std::uintptr_t;
 void require(bool good, const std::string& op, const std::string& what) {
   if (!good) throw py::value_error(op + ": " + what);
 }
+
+constexpr i64 kMostElements = i64(1) << 48, kMostSide = 1 << 24;
 
 // Names the op in what is refused.
 struct Check {
@@ -34,11 +37,17 @@ struct Check {
             std::string(name) + " must be from 0 to " + std::to_string(end - 1) + ", got " + std::to_string(value));
     return value;
   }
-  i64 size(const char* name, i64 value, i64 least = 0) const {
-    require(value >= least && value <= (i64(1) << 48), op,
-            std::string(name) + " must be at least " + std::to_string(least) + " and at most 2^48, got " +
-                std::to_string(value));
+  i64 size(const char* name, i64 value, i64 least = 0, i64 most = kMostElements) const {
+    require(value >= least && value <= most, op,
+            std::string(name) + " must be at least " + std::to_string(least) + " and at most " +
+                std::to_string(most) + ", got " + std::to_string(value));
     return value;
+  }
+  // Small enough that products of a few sides keep to 64 bits.
+  i64 side(const char* name, i64 value, i64 least = 0) const { return size(name, value, least, kMostSide); }
+  i64 product(const char* name, i64 a, i64 b) const {
+    require(b == 0 || a <= kMostElements / b, op, std::string(name) + " must be at most 2^48");
+    return a * b;
   }
   // A pointer to `count` elements: may be null if there are none, or where it is optional.
   template <typename P = void*>
@@ -146,12 +155,52 @@ void bind_bias_act(py::module_& m) {
   m.attr("BIAS_ACT_ACTIVATIONS") =
       py::make_tuple("linear", "relu", "lrelu", "tanh", "sigmoid", "elu", "selu", "softplus", "swish");
   m.def("bias_act_parts", [](i64 count, i64 channels, i64 inner) {
-    return count > 0 ? epigraf::base::bias_act_parts(count, channels, inner) : 0;
+    const auto args = bias_act_common(Check{"bias_act_parts"}, 0, 0, 1, 1, count, channels, inner);
+    return args.count > 0 ? epigraf::base::bias_act_parts(args.count, args.channels, args.inner) : 0;
   });
   EPIGRAF_DEFINE(m, bias_act_fwd);
   EPIGRAF_DEFINE(m, bias_act_bwd);
   EPIGRAF_DEFINE(m, bias_act_double_bwd);
 }
+
+// ---- upfirdn2d
+
+epigraf::UpFirDnArgs upfirdn2d(const Check& check, Pointer x, Pointer taps, Pointer y, int dtype, i64 batch,
+                               i64 channels, i64 in_height, i64 in_width, i64 out_height, i64 out_width, i64 taps_y,
+                               i64 taps_x, bool separable, bool channels_last, bool flip, i64 up, i64 down, i64 pad_x,
+                               i64 pad_y, double gain) {
+  epigraf::UpFirDnArgs args{};
+  args.dtype = check.dtype(dtype);
+  args.batch = check.size("batch", batch);
+  args.channels = check.size("channels", channels);
+  args.in_height = check.side("in_height", in_height);
+  args.in_width = check.side("in_width", in_width);
+  args.out_height = check.side("out_height", out_height);
+  args.out_width = check.side("out_width", out_width);
+  args.taps_y = check.side("taps_y", taps_y, 1);
+  args.taps_x = check.side("taps_x", taps_x, 1);
+  require(!separable || taps_y == taps_x, check.op,
+          "taps_y must be taps_x of a separable filter, got " + std::to_string(taps_y) + " and " +
+              std::to_string(taps_x));
+  args.separable = separable;
+  args.channels_last = channels_last;
+  args.flip = flip;
+  args.up = check.side("up", up, 1);
+  args.down = check.side("down", down, 1);
+  args.pad_x = check.side("pad_x", pad_x, -kMostSide);
+  args.pad_y = check.side("pad_y", pad_y, -kMostSide);
+  args.gain = gain;
+  const i64 size = epigraf::size_of(args.dtype);
+  const i64 images = check.product("batch * channels", batch, channels);
+  const i64 inputs = check.product("elements of x", images, in_height * in_width);
+  const i64 outputs = check.product("elements of y", images, out_height * out_width);
+  args.x = check.pointer("x", x, size, inputs);
+  args.taps = check.pointer("taps", taps, compute_size(args.dtype), taps_x);
+  args.y = check.pointer("y", y, size, outputs);
+  return args;
+}
+
+void bind_upfirdn2d(py::module_& m) { EPIGRAF_DEFINE(m, upfirdn2d); }
 
 // ---- the build
 
@@ -199,4 +248,5 @@ void bind_build(py::module_& m) {
 PYBIND11_MODULE(_C, m) {
   bind_build(m);
   bind_bias_act(m);
+  bind_upfirdn2d(m);
 }

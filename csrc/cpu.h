@@ -46,8 +46,8 @@ class Scratch {
   ~Scratch() { free(data_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
-  S* get() { return data_; }
-  S& operator[](i64 i) { return data_[i]; }
+  S* get() const { return data_; }
+  S& operator[](i64 i) const { return data_[i]; }
 
  private:
   S* data_;
