@@ -8,6 +8,7 @@
 #include <string>
 
 #include "bias_act.h"
+#include "modulated_conv2d.h"
 #include "upfirdn2d.h"
 
 namespace py = pybind11;
@@ -202,6 +203,170 @@ epigraf::UpFirDnArgs upfirdn2d(const Check& check, Pointer x, Pointer taps, Poin
 
 void bind_upfirdn2d(py::module_& m) { EPIGRAF_DEFINE(m, upfirdn2d); }
 
+// ---- modulated_conv2d
+
+// The sizes and numbers that follow the tensors of every launcher of the layer's epilogue.
+struct LayerShape {
+  epigraf::LayerEpilogueArgs args{};
+  i64 size, compute, count, x_count, map, vectors;
+
+  LayerShape(const Check& check, int dtype, bool channels_last, bool blur, double slope, double gain, double clamp,
+             i64 batch, i64 channels, i64 height, i64 width, i64 noise_stride) {
+    args.dtype = check.dtype(dtype);
+    args.channels_last = channels_last;
+    args.slope = slope;
+    args.gain = gain;
+    require(clamp > 0, check.op, "clamp must be positive, got " + std::to_string(clamp));
+    args.clamp = clamp;
+    args.batch = check.side("batch", batch);
+    args.channels = check.side("channels", channels);
+    args.height = check.side("height", height);
+    args.width = check.side("width", width);
+    const i64 margin = blur ? 1 : 0;
+    map = check.product("batch * pixels", check.product("pixels", height, width), batch);
+    vectors = check.product("batch * channels", batch, channels);
+    count = check.product("the size of the output", map, channels);
+    x_count = check.product("the size of x", check.product("pixels", height + margin, width + margin), vectors);
+    require(noise_stride == 0 || noise_stride == height * width, check.op,
+            "noise_stride must be 0 or height * width, got " + std::to_string(noise_stride));
+    args.noise_stride = noise_stride;
+    size = epigraf::size_of(args.dtype), compute = compute_size(args.dtype);
+  }
+  // What all orders read.
+  void inputs(const Check& check, Pointer x, Pointer taps, Pointer demod, Pointer bias, Pointer noise, Pointer strength,
+              Pointer style0, Pointer style1) {
+    args.x = check.pointer("x", x, size, x_count);
+    args.taps = check.pointer("taps", taps, compute, 4, true);
+    args.demod = check.pointer("demod", demod, compute, vectors, true);
+    args.bias = check.pointer("bias", bias, compute, args.channels, true);
+    args.noise = check.pointer("noise", noise, compute, map, true);
+    args.strength = check.pointer("strength", strength, compute, 1, true);
+    args.style[0] = check.pointer("style0", style0, compute, vectors, true);
+    args.style[1] = check.pointer("style1", style1, compute, vectors, true);
+  }
+  // The gradients of vectors and noise, and the scratch memory that they need.
+  void sums(const Check& check, Pointer demod, Pointer bias, Pointer strength, Pointer style0, Pointer style1,
+            Pointer noise, Pointer partials) {
+    args.grad_demod = check.pointer("grad_demod", demod, compute, vectors, true);
+    args.grad_bias = check.pointer("grad_bias", bias, compute, args.channels, true);
+    args.grad_strength = check.pointer("grad_strength", strength, compute, 1, true);
+    args.grad_style[0] = check.pointer("grad_style0", style0, compute, vectors, true);
+    args.grad_style[1] = check.pointer("grad_style1", style1, compute, vectors, true);
+    args.map = check.pointer("map", noise, compute, map, true);
+    args.partials = check.pointer("partials", partials, compute, count);
+  }
+};
+
+epigraf::LayerEpilogueArgs layer_epilogue_fwd(const Check& check, Pointer x, Pointer taps, Pointer demod, Pointer bias,
+                                              Pointer noise, Pointer strength, Pointer style0, Pointer style1,
+                                              Pointer out0, Pointer out1, int dtype, bool channels_last, double slope,
+                                              double gain, double clamp, i64 batch, i64 channels, i64 height, i64 width,
+                                              i64 noise_stride) {
+  LayerShape shape(check, dtype, channels_last, taps != 0, slope, gain, clamp, batch, channels, height, width,
+                   noise_stride);
+  shape.inputs(check, x, taps, demod, bias, noise, strength, style0, style1);
+  shape.args.out[0] = check.pointer("out0", out0, shape.size, shape.count);
+  shape.args.out[1] = check.pointer("out1", out1, shape.size, shape.count, true);
+  return shape.args;
+}
+
+epigraf::LayerEpilogueArgs layer_epilogue_bwd(const Check& check, Pointer x, Pointer taps, Pointer demod, Pointer bias,
+                                              Pointer noise, Pointer strength, Pointer style0, Pointer style1,
+                                              Pointer grad_out0, Pointer grad_out1, Pointer grad_x, Pointer grad_demod,
+                                              Pointer grad_bias, Pointer grad_strength, Pointer grad_style0,
+                                              Pointer grad_style1, Pointer map, Pointer partials, int dtype,
+                                              bool channels_last, double slope, double gain, double clamp, i64 batch,
+                                              i64 channels, i64 height, i64 width, i64 noise_stride) {
+  LayerShape shape(check, dtype, channels_last, taps != 0, slope, gain, clamp, batch, channels, height, width,
+                   noise_stride);
+  shape.inputs(check, x, taps, demod, bias, noise, strength, style0, style1);
+  shape.sums(check, grad_demod, grad_bias, grad_strength, grad_style0, grad_style1, map, partials);
+  shape.args.grad_out[0] = check.pointer("grad_out0", grad_out0, shape.size, shape.count);
+  shape.args.grad_out[1] = check.pointer("grad_out1", grad_out1, shape.size, shape.count, true);
+  shape.args.grad_x = check.pointer("grad_x", grad_x, shape.size, shape.x_count);
+  return shape.args;
+}
+
+epigraf::LayerEpilogueArgs layer_epilogue_double_bwd(
+    const Check& check, Pointer x, Pointer demod, Pointer bias, Pointer noise, Pointer strength, Pointer style0,
+    Pointer style1, Pointer grad_out0, Pointer grad_out1, Pointer dot_x, Pointer dot_demod, Pointer dot_bias,
+    Pointer dot_noise, Pointer dot_style0, Pointer dot_style1, Pointer grad_grad_out0, Pointer grad_grad_out1,
+    Pointer grad_x, Pointer grad_demod, Pointer grad_bias, Pointer grad_strength, Pointer grad_style0,
+    Pointer grad_style1, Pointer map, Pointer gradient_map, Pointer partials, int dtype, bool channels_last,
+    double slope, double gain, double clamp, i64 batch, i64 channels, i64 height, i64 width, i64 noise_stride) {
+  LayerShape shape(check, dtype, channels_last, false, slope, gain, clamp, batch, channels, height, width, noise_stride);
+  shape.inputs(check, x, 0, demod, bias, noise, strength, style0, style1);
+  shape.sums(check, grad_demod, grad_bias, grad_strength, grad_style0, grad_style1, map, partials);
+  auto& args = shape.args;
+  const bool two = grad_out1 != 0;
+  args.grad_out[0] = check.pointer("grad_out0", grad_out0, shape.size, shape.count);
+  args.grad_out[1] = check.pointer("grad_out1", grad_out1, shape.size, shape.count, true);
+  args.dot_x = check.pointer("dot_x", dot_x, shape.size, shape.count, true);
+  args.dot_demod = check.pointer("dot_demod", dot_demod, shape.compute, shape.vectors, true);
+  args.dot_bias = check.pointer("dot_bias", dot_bias, shape.compute, channels, true);
+  args.dot_noise = check.pointer("dot_noise", dot_noise, shape.compute, shape.map, true);
+  args.dot_style[0] = check.pointer("dot_style0", dot_style0, shape.compute, shape.vectors, true);
+  args.dot_style[1] = check.pointer("dot_style1", dot_style1, shape.compute, shape.vectors, true);
+  args.grad_grad_out[0] = check.pointer("grad_grad_out0", grad_grad_out0, shape.size, shape.count);
+  args.grad_grad_out[1] = check.pointer("grad_grad_out1", grad_grad_out1, shape.size, shape.count, !two);
+  args.grad_x = check.pointer("grad_x", grad_x, shape.size, shape.count);
+  args.gradient_map = check.pointer("gradient_map", gradient_map, shape.compute, shape.map, true);
+  return args;
+}
+
+epigraf::DemodulationArgs demodulation_common(const Check& check, Pointer weight, Pointer style, Pointer energy,
+                                              Pointer demod, int dtype, double epsilon, i64 batch, i64 c_out, i64 c_in,
+                                              i64 taps) {
+  epigraf::DemodulationArgs args{};
+  args.dtype = check.dtype(dtype);
+  require(args.dtype == DType::f32 || args.dtype == DType::f64, check.op, "dtype must be that of fp32 or fp64");
+  require(epsilon > 0, check.op, "epsilon must be positive, got " + std::to_string(epsilon));
+  args.epsilon = epsilon;
+  args.batch = check.side("batch", batch);
+  args.c_out = check.side("c_out", c_out);
+  args.c_in = check.side("c_in", c_in);
+  args.taps = check.side("taps", taps);
+  const i64 size = epigraf::size_of(args.dtype);
+  args.weight = check.pointer("weight", weight, size, check.product("weight", check.product("channels", c_out, c_in), taps));
+  args.style = check.pointer("style", style, size, check.product("style", batch, c_in));
+  args.energy = check.pointer("energy", energy, size, c_out * c_in);
+  args.demod = check.pointer("demod", demod, size, check.product("demod", batch, c_out));
+  return args;
+}
+
+epigraf::DemodulationArgs demodulation_fwd(const Check& check, Pointer weight, Pointer style, Pointer energy,
+                                           Pointer demod, int dtype, double epsilon, i64 batch, i64 c_out, i64 c_in,
+                                           i64 taps) {
+  return demodulation_common(check, weight, style, energy, demod, dtype, epsilon, batch, c_out, c_in, taps);
+}
+
+epigraf::DemodulationArgs demodulation_bwd(const Check& check, Pointer weight, Pointer style, Pointer energy,
+                                           Pointer demod, Pointer grad_demod, Pointer grad_weight, i64 stride_out,
+                                           i64 stride_in, i64 stride_tap, Pointer grad_weight_out, Pointer grad_style,
+                                           int dtype, double epsilon, i64 batch, i64 c_out, i64 c_in, i64 taps) {
+  auto args = demodulation_common(check, weight, style, energy, demod, dtype, epsilon, batch, c_out, c_in, taps);
+  const i64 size = epigraf::size_of(args.dtype), weights = c_out * c_in * taps;
+  args.grad_demod = check.pointer("grad_demod", grad_demod, size, batch * c_out);
+  args.grad_weight = check.pointer("grad_weight", grad_weight, size, weights, true);
+  args.stride_out = check.size("stride_out", stride_out);
+  args.stride_in = check.size("stride_in", stride_in);
+  args.stride_tap = check.size("stride_tap", stride_tap);
+  args.grad_weight_out = check.pointer("grad_weight_out", grad_weight_out, size, weights, true);
+  args.grad_style = check.pointer("grad_style", grad_style, size, batch * c_in, true);
+  return args;
+}
+
+void bind_modulated_conv2d(py::module_& m) {
+  m.def("layer_epilogue_parts", [](i64 batch, i64 channels, i64 height, bool blur) {
+    return batch * epigraf::base::layer_epilogue_blocks(height, blur) * epigraf::base::kLayerSums * channels;
+  });
+  EPIGRAF_DEFINE(m, layer_epilogue_fwd);
+  EPIGRAF_DEFINE(m, layer_epilogue_bwd);
+  EPIGRAF_DEFINE(m, layer_epilogue_double_bwd);
+  EPIGRAF_DEFINE(m, demodulation_fwd);
+  EPIGRAF_DEFINE(m, demodulation_bwd);
+}
+
 // ---- the build
 
 const char* const kLevels[] = {"base", "v3"};
@@ -249,4 +414,5 @@ PYBIND11_MODULE(_C, m) {
   bind_build(m);
   bind_bias_act(m);
   bind_upfirdn2d(m);
+  bind_modulated_conv2d(m);
 }

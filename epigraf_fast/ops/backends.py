@@ -25,8 +25,8 @@ BACKENDS = ("reference", "triton", "cuda", "cpu")
 # What exists beside the reference, which has every op.
 IMPLEMENTED = {
     "triton": ("sample_triplane", "decode_triplane", "sample_importance", "composite"),
-    "cuda": ("bias_act", "upfirdn2d"),
-    "cpu": ("sample_triplane", "decode_triplane", "bias_act", "upfirdn2d"),
+    "cuda": ("bias_act", "upfirdn2d", "modulated_conv2d"),
+    "cpu": ("sample_triplane", "decode_triplane", "bias_act", "upfirdn2d", "modulated_conv2d"),
 }
 
 
