@@ -8,6 +8,8 @@ import os
 
 import torch
 
+from . import native
+
 OPS = (
     "sample_triplane",
     "decode_triplane",
@@ -26,30 +28,26 @@ FAMILIES = {"renderer": OPS[:4], "convolutions": OPS[4:]}
 # What exists beside the reference, which has every op.
 IMPLEMENTED = {
     "triton": ("sample_triplane", "decode_triplane", "sample_importance", "composite"),
-    "cpu": ("sample_triplane", "decode_triplane"),
+    "cuda": ("bias_act", "upfirdn2d", "modulated_conv2d"),
+    "cpu": ("sample_triplane", "decode_triplane", "bias_act", "upfirdn2d", "modulated_conv2d"),
 }
 
 
 def status() -> dict[str, dict[str, str | None]]:
     """op -> backend -> None if it can be used here, else the reason why not."""
-    missing = "not part of this release"
-    lacking = {"triton": _lacking_triton()}
-    return {
-        op: {b: lacking.get(b) if b == "reference" or op in IMPLEMENTED.get(b, ()) else missing for b in BACKENDS}
-        for op in OPS
-    }
+    return {op: {backend: _lacking(op, backend) for backend in BACKENDS} for op in OPS}
 
 
 def resolve(op: str, backend: str | None, device_type: str) -> str:
     """The backend that a call gets: the named one, or with None the fastest that is there for the device.
 
-    Triton's kernels have not run on a GPU yet, so that None does not take them.
+    The kernels of triton and cuda have not run on a GPU yet, so that None does not take them.
 
     Raises:
         ValueError: The named backend is unknown, or is missing here; the message says why.
     """
     if backend is None:
-        return "cpu" if device_type == "cpu" and op in IMPLEMENTED["cpu"] else "reference"
+        return "cpu" if device_type == "cpu" and _lacking(op, "cpu") is None else "reference"
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend must be None or one of {', '.join(BACKENDS)}, got {backend!r}")
     reason = _lacking(op, backend, device_type)
@@ -94,7 +92,7 @@ def _lacking(op: str, backend: str, device_type: str) -> str | None:
     """Why the op cannot have the backend on this device; None if it can."""
     reason = status()[op][backend]
     if reason is None and (
-        (backend == "cpu" and device_type != "cpu")
+        (backend in ("cpu", "cuda") and device_type != backend)
         or (backend == "triton" and device_type != "cuda" and not _interpreting())
     ):
         reason = f"the tensors are on {device_type}"
@@ -104,6 +102,17 @@ def _lacking(op: str, backend: str, device_type: str) -> str | None:
 def _interpreting() -> bool:
     """Whether Triton runs its kernels in its interpreter, on any device, slowly."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on")
+
+
+def _lacking(op: str, backend: str) -> str | None:
+    if backend == "reference":
+        return None
+    if op not in IMPLEMENTED[backend]:
+        return "not part of this release"
+    if backend == "triton":
+        return _lacking_triton()
+    # On the CPU the renderer's ops take torch's own kernels.
+    return native.lacking(backend) if op in IMPLEMENTED["cuda"] else None
 
 
 @functools.cache
