@@ -74,6 +74,13 @@ class RendererConfig:
     white_background: bool = False
     last_back: bool = False
     """Gives the last sample all remaining weight."""
+    background: Literal["none", "sphere", "plane"] = "none"
+    """Behind the planes: nothing, the inverted sphere of NeRF++, or three more channels of the synthesis network. With
+    one, the last interval is at most 1e-3 and `white_background` holds behind the background alone."""
+    background_samples: int = 16
+    """Of the sphere, along a ray; 8 in the published code."""
+    background_start: float = 1.0
+    """Inverse radius of the sphere's first sample, in radii of the sphere, which is the cameras'."""
 
 
 @dataclass(frozen=True)
@@ -371,6 +378,7 @@ def check(config: Config) -> None:
         "discriminator.patch_steps": c.discriminator.patch_steps,
         "discriminator.camera_steps": c.discriminator.camera_steps,
         "renderer.softplus_beta": c.renderer.softplus_beta,
+        "renderer.background_start": c.renderer.background_start,
         "renderer.last_interval": c.renderer.last_interval,
         "renderer.density_noise_kimg": c.renderer.density_noise_kimg,
         "optim.g_lr": c.optim.g_lr,
@@ -425,6 +433,11 @@ def check(config: Config) -> None:
         raise UserError(
             f"renderer.coarse_samples must be at least 3 and fine_samples at least 0, "
             f"got {c.renderer.coarse_samples} and {c.renderer.fine_samples}"
+        )
+    if c.renderer.background_samples < 2 or c.renderer.background_start > 1:
+        raise UserError(
+            f"renderer.background_samples must be at least 2 and background_start at most 1, "
+            f"got {c.renderer.background_samples} and {c.renderer.background_start}"
         )
     check_camera(c.camera)
 

@@ -114,6 +114,7 @@ def test_the_paper_otherwise(name: str) -> None:
     assert (p.anneal_kimg, p.groups) == (10_000, "strided")
     assert (o.g_lr, o.d_lr, o.beta1, o.beta2, o.r1_interval) == (0.0025, 0.002, 0, 0.99, 16)
     assert (o.blur_sigma, o.blur_kimg, o.ema_kimg, o.ema_rampup) == (10, 200, None, 0.05)
+    assert (r.background, r.background_samples, r.background_start) == ("none", 16, 1)
     a = config.augment
     assert (a.mode, a.p, a.target, a.kimg, a.interval, a.x_flip) == ("ada", 0, 0.6, 500, 4, False)
 
@@ -181,6 +182,17 @@ def test_demo_needs_no_data_and_no_gpu() -> None:
         ("patch.num_scales", 0, "patch.num_scales must be finite and positive, got 0"),
         ("renderer.coarse_samples", 2, "renderer.coarse_samples must be at least 3 and fine_samples at least 0"),
         ("renderer.fine_samples", -1, "renderer.coarse_samples must be at least 3 and fine_samples at least 0"),
+        (
+            "renderer.background_samples",
+            1,
+            "renderer.background_samples must be at least 2 and background_start at most",
+        ),
+        (
+            "renderer.background_start",
+            1.1,
+            "renderer.background_samples must be at least 2 and background_start at most",
+        ),
+        ("renderer.background_start", 0.0, "renderer.background_start must be finite and positive, got 0.0"),
         ("renderer.density_noise", -1.0, "renderer.density_noise must be finite and zero or more, got -1.0"),
         ("renderer.softplus_beta", 0.0, "renderer.softplus_beta must be finite and positive, got 0.0"),
         ("loader.workers", -1, "loader.workers must be finite and zero or more, got -1"),

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..camera import extract_patches
 from ..config import Config
 from ..data import ImageDataset
 from ..errors import UserError
@@ -17,7 +18,7 @@ from ..models.generator import Generator
 from ..ops import backends
 from .ema import average_of, update_average
 from .losses import blur, discriminator_loss, generator_loss, r1_penalty
-from .patches import extract_patches, sample_patches
+from .patches import sample_patches
 from .sampling import prior_angles
 from .schedule import blur_sigma, density_noise_std, ema_decay, pose_swap_probability
 
@@ -72,6 +73,7 @@ class Trainer:
             config.generator,
             config.renderer,
             config.camera,
+            image_resolution=config.resolution,
             half_blocks=HALF_BLOCKS if config.precision == "fp16" else 0,
             **shared,
         )
