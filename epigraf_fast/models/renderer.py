@@ -69,6 +69,7 @@ class Renderer(nn.Module):
         coarse_noise: Tensor | None = None,
         fine_noise: Tensor | None = None,
         seed: Tensor | None = None,
+        background: Tensor | None = None,
     ) -> Rendering:
         """Renders rays.
 
@@ -84,6 +85,7 @@ class Renderer(nn.Module):
             u: [B, R, K] in [0, 1) in place of fresh draws.
             coarse_noise, fine_noise: Standard normal [B, R, S], [B, R, S + K], in place of fresh draws.
             seed: [1] int64 on the device, what fresh draws of backend triton come from; default: torch's generator.
+            background: [B, R, 3], what the rays see behind the planes.
         """
         config, (batch, rays), device = self.config, ray_origins.shape[:2], ray_origins.device
         stochastic = self.training if stochastic is None else stochastic
@@ -142,6 +144,7 @@ class Renderer(nn.Module):
             noise_std=density_noise_std if fine_noise is None else 0.0,
             white_background=config.white_background,
             last_back=config.last_back,
+            background=background,
             **density,
             **draws,
         )

@@ -18,7 +18,13 @@ def parameter_count(module: nn.Module) -> int:
 def meta_networks(config: Config, label_dim: int) -> tuple[Generator, Discriminator]:
     """Generator and discriminator without memory behind them."""
     with torch.device("meta"):
-        generator = Generator(config.generator, config.renderer, config.camera, label_dim=label_dim)
+        generator = Generator(
+            config.generator,
+            config.renderer,
+            config.camera,
+            image_resolution=config.resolution,
+            label_dim=label_dim,
+        )
         discriminator = Discriminator(
             config.discriminator, config.resolution, config.patch.resolution, label_dim=label_dim
         )
