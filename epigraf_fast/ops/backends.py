@@ -24,7 +24,6 @@ BACKENDS = ("reference", "triton", "cuda", "cpu")
 # Ops that one module takes together, and that it hands one backend.
 FAMILIES = {"renderer": OPS[:4], "convolutions": OPS[4:]}
 
-
 # What exists beside the reference, which has every op.
 IMPLEMENTED = {
     "triton": ("sample_triplane", "decode_triplane", "sample_importance", "composite"),
@@ -50,7 +49,7 @@ def resolve(op: str, backend: str | None, device_type: str) -> str:
         return "cpu" if device_type == "cpu" and _lacking(op, "cpu") is None else "reference"
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend must be None or one of {', '.join(BACKENDS)}, got {backend!r}")
-    reason = _lacking(op, backend, device_type)
+    reason = _lacking_on(op, backend, device_type)
     if reason is not None:
         raise ValueError(f"{op}: backend {backend!r} is not available ({reason}); use backend=None")
     return backend
@@ -68,7 +67,7 @@ def choose(backend: str, device_type: str) -> dict[str, str]:
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, got {backend!r}")
     named = OPS if backend == "reference" else IMPLEMENTED.get(backend, ())
-    reasons = [_lacking(op, backend, device_type) for op in named] or ["no op of this release has it"]
+    reasons = [_lacking_on(op, backend, device_type) for op in named] or ["no op of this release has it"]
     if backend != "auto" and any(reasons):
         raise ValueError(f"backend {backend!r} is not available: {next(filter(None, reasons))}")
     return {op: backend if op in named else resolve(op, None, device_type) for op in OPS}
@@ -88,9 +87,9 @@ def family_backend(family: str, chosen: dict[str, str], device_type: str) -> str
     raise ValueError(f"{family}: the ops must share a backend, got {', '.join(f'{op} {chosen[op]}' for op in ops)}")
 
 
-def _lacking(op: str, backend: str, device_type: str) -> str | None:
+def _lacking_on(op: str, backend: str, device_type: str) -> str | None:
     """Why the op cannot have the backend on this device; None if it can."""
-    reason = status()[op][backend]
+    reason = _lacking(op, backend)
     if reason is None and (
         (backend in ("cpu", "cuda") and device_type != backend)
         or (backend == "triton" and device_type != "cuda" and not _interpreting())
@@ -105,6 +104,7 @@ def _interpreting() -> bool:
 
 
 def _lacking(op: str, backend: str) -> str | None:
+    """Why the op cannot have the backend on this machine; None if it can."""
     if backend == "reference":
         return None
     if op not in IMPLEMENTED[backend]:
