@@ -72,7 +72,7 @@ class Renderer(nn.Module):
     ) -> Rendering:
         """Renders rays.
 
-        With backend triton these are five launches forward and two or three backward, for any number of images and rays.
+        With backend triton: five launches forward and two or three backward, for any number of images and rays.
 
         Args:
             planes: [B, 3*C, H, W].

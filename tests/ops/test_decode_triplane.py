@@ -521,3 +521,14 @@ def test_triton_coarse_to_fine(poisoned, used):
 
     inputs = {**ray_inputs(), "t_fine": draw_uniform(2, 3, 4, seed=9).float().to(DEVICE)}
     assert_triton_errs_no_more_than_the_reference(function, inputs)
+
+
+@needs_triton
+def test_triton_coarse_to_fine_has_no_second_derivative():
+    inputs = {name: x.to(DEVICE) for name, x in ray_inputs().items()}
+    t, planes = inputs.pop("t"), inputs["planes"].requires_grad_()
+    geometry, net = list(inputs.values())[:3], list(inputs.values())[3:]
+    coarse, _, fine = ops.decode_triplane_coarse_to_fine(*geometry, t, lambda coarse: t, *net, backend="triton")
+    (gradient,) = torch.autograd.grad(coarse.sum() + fine.sum(), planes, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r'decode_triplane: .*second derivative.*backend="reference"'):
+        torch.autograd.grad(gradient.square().sum(), planes)
