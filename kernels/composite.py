@@ -20,7 +20,7 @@ LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2_HIGH: tl.constexpr = tl.constexpr(0.693359375)  # ten bits, so that small integers times it are exact
 LN2_LOW: tl.constexpr = tl.constexpr(-2.1219444005469057e-4)
 BEYOND: tl.constexpr = tl.constexpr(3e38)  # t where there is no sample
-TWO_PI: tl.constexpr = tl.constexpr(6.283185307179586)
+PI: tl.constexpr = tl.constexpr(3.141592653589793)
 # Which numbers of a seed are drawn for what: one seed serves all of a rendering.
 IMPORTANCE_STREAM: tl.constexpr = tl.constexpr(0)
 JITTER_STREAM: tl.constexpr = tl.constexpr(1)
@@ -60,13 +60,26 @@ def uniforms(seed, ray, k, STREAM: tl.constexpr):
 
 
 @triton.jit
+def _cos_turn(turn):
+    """cos(2 pi turn) for turn in [0, 1): sin(y), y = pi (|2 turn - 1| - 1/2), by its series.
+
+    (tl.cos prepares for any argument, and takes local memory for that.)
+    """
+    y = (tl.abs(2.0 * turn - 1.0) - 0.5) * PI
+    series = tl.zeros_like(y) + 1.0
+    for n in tl.static_range(12, 0, -2):
+        series = 1.0 - y * y * (1.0 / (n * (n + 1))) * series
+    return y * series
+
+
+@triton.jit
 def density_noise(seed_ptr, noise_std, ray, k, STREAM: tl.constexpr):
     """Normal numbers by Box and Muller, times noise_std, a number or a pointer to it."""
     noise_std = tl.to_tensor(noise_std)
     if noise_std.dtype.is_ptr():
         noise_std = tl.load(noise_std)
     u, turn = uniforms(tl.load(seed_ptr), ray, k, STREAM)
-    return noise_std * (tl.sqrt(-2.0 * tl.log(1.0 - u)) * tl.cos(turn * TWO_PI))
+    return noise_std * (tl.sqrt(-2.0 * tl.log(1.0 - u)) * _cos_turn(turn))
 
 
 @triton.jit
@@ -567,8 +580,8 @@ def fwd(
     values_fine: Tensor | None,
     density_noise: Tensor | None,
     background: Tensor | None,
-    seed: Tensor | None,
-    noise_std: Tensor | float | None,
+    seed: Tensor | None = None,
+    noise_std: Tensor | float | None = None,
     *,
     return_weights: bool,
     **settings: str | float | bool,
@@ -615,8 +628,8 @@ def bwd(
     values_fine: Tensor | None,
     density_noise: Tensor | None,
     background: Tensor | None,
-    seed: Tensor | None,
-    noise_std: Tensor | float | None,
+    seed: Tensor | None = None,
+    noise_std: Tensor | float | None = None,
     *,
     to_density_noise: bool,
     to_background: bool,

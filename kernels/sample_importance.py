@@ -265,14 +265,14 @@ def fwd(
     raw_density: Tensor,
     u: Tensor | None,
     seed: Tensor | None,
-    noise_std: Tensor | float | None,
     samples: int,
     *,
     sorted: bool,
-    even: bool,
     activation: str,
     softplus_beta: float,
     density_shift: float,
+    even: bool = False,
+    noise_std: Tensor | float | None = None,
 ) -> Tensor:
     """One launch: [B, R, K] fp32 fine t.
 

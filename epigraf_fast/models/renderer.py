@@ -73,7 +73,7 @@ class Renderer(nn.Module):
     ) -> Rendering:
         """Renders rays.
 
-        With backend triton these are five launches forward and two backward, for any number of images and rays.
+        With backend triton: five launches forward and two or three backward, for any number of images and rays.
 
         Args:
             planes: [B, 3*C, H, W].
@@ -91,8 +91,10 @@ class Renderer(nn.Module):
         stochastic = self.training if stochastic is None else stochastic
         noisy = isinstance(density_noise_std, Tensor) or density_noise_std > 0
         triton = ops.backends.resolve("composite", self.backend, device.type) == "triton"
-        if triton and seed is None and (stochastic or noisy):
-            seed = ops.draw_seed(device)
+        draws_samples = stochastic and (jitter is None or u is None)
+        draws_noise = noisy and (coarse_noise is None or fine_noise is None)
+        if triton and seed is None and (draws_samples or draws_noise):
+            seed = ops.draw_seed(device)  # one for all
         draws = {"seed": seed, "backend": self.backend}
         density = {
             "activation": config.density_activation,

@@ -266,6 +266,7 @@ class _DecodeCoarseToFine(torch.autograd.Function):
         options: tuple[float, str],
         kernels: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
         coarse = kernels.fwd(planes, origins, directions, t, w0, b0, w1, b1, *options)
         t_fine = resample(coarse)
         fine = kernels.fwd(planes, origins, directions, t_fine, w0, b0, w1, b1, *options)
@@ -275,11 +276,16 @@ class _DecodeCoarseToFine(torch.autograd.Function):
         return coarse, t_fine, fine
 
     @staticmethod
-    def backward(ctx: Any, grad_coarse: Tensor, _: Tensor, grad_fine: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_coarse: Tensor | None, _: None, grad_fine: Tensor | None) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[0], any(ctx.needs_input_grad[5:9])
         planes, origins, directions, t, t_fine, *network = ctx.saved_tensors
-        saved = planes, origins, directions, torch.cat([t, t_fine], dim=-1), *network
-        grad_y = _joined(grad_coarse, grad_fine)
+        if grad_coarse is None and grad_fine is None:
+            return (None,) * len(ctx.needs_input_grad)
+        if grad_coarse is None or grad_fine is None:  # only one of them was used
+            grad_y, all_t = (grad_coarse, t) if grad_fine is None else (grad_fine, t_fine)
+        else:
+            grad_y, all_t = _joined(grad_coarse, grad_fine), torch.cat([t, t_fine], dim=-1)
+        saved = planes, origins, directions, all_t, *network
         gradients = _DecodeTriplaneBackward.apply(grad_y, *saved, ctx.b1_dtype, ctx.options, needs, ctx.kernels)
         return gradients[0], None, None, None, None, *gradients[1:], None, None
 

@@ -191,7 +191,8 @@ def sample_importance(
         if u is not None and sorted:
             u = u.sort(dim=-1).values
         std = std_for_kernel(noise_std) if noisy else None
-        return kernels.fwd(t, raw_density, u, seed, std, samples, sorted=sorted, even=not stochastic, **density)
+        density |= {"even": not stochastic, "noise_std": std}
+        return kernels.fwd(t, raw_density, u, seed, samples, sorted=sorted, **density)
     if seed is not None:
         raise ValueError(f"{op}: seed must be None for a backend other than 'triton' (torch's generator draws)")
     if noisy:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +28,7 @@ from epigraf_fast.models.raw_planes import RawPlanes
 from epigraf_fast.models.renderer import Renderer
 from epigraf_fast.ops import backends
 
+README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: pip install triton")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -307,6 +310,8 @@ def test_a_thirtieth_is_kept_for_the_backward() -> None:
     # Depth, colour and density of a sample: five numbers. And the rays, the seed, two weight matrices, a bias.
     assert ours <= 4 * (BATCH * RAYS * (5 * SAMPLES + 6) + 2 + 32 * 64 + 64 + 64 * 4)
     assert theirs >= 30 * ours
+    stated = re.search(r"keep ([\d.]+) MiB an image.*?`grid_sample` keeps (\d+)", README, re.DOTALL).groups()
+    assert [float(x) for x in stated] == [round(ours / BATCH / 2**20, 1), round(theirs / BATCH / 2**20)]
 
 
 # The baseline of the benchmarks

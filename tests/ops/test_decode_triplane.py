@@ -468,3 +468,67 @@ def test_triton_errors_along_rays(change, error, message):
     arguments = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
     with pytest.raises(error, match=re.escape(f"decode_triplane_rays: {message}")):
         ops.decode_triplane_rays(**arguments, backend="triton")
+
+
+def test_coarse_to_fine_is_two_calls(backend):
+    inputs = {name: x.double() for name, x in ray_inputs(channels=2, hidden=5).items()}
+    asked = []
+
+    def resample(coarse):
+        assert not coarse.requires_grad
+        asked.append(coarse)
+        return inputs["t"][..., :2] + 0.1
+
+    inputs["w0"].requires_grad_()
+    rays = inputs["ray_origins"], inputs["ray_directions"]
+    net = [inputs[name] for name in ("w0", "b0", "w1", "b1")]
+    coarse, t_fine, fine = ops.decode_triplane_coarse_to_fine(
+        inputs["planes"], *rays, inputs["t"], resample, *net, 0.7, backend=backend
+    )
+    assert_close(t_fine, inputs["t"][..., :2] + 0.1, "t_fine", "exact")
+    for name, actual, t in (("coarse", coarse, inputs["t"]), ("fine", fine, t_fine)):
+        expected = ops.decode_triplane_rays(inputs["planes"], *rays, t, *net, 0.7, backend=backend)
+        assert_close(actual, expected, name, "exact")
+        assert actual.requires_grad
+    assert_close(asked[0], coarse, "what resample saw", "exact")
+
+
+class SideBySide(torch.autograd.Function):
+    """Concatenates coarse and fine samples; their gradients are views of one tensor, as those of `composite` are."""
+
+    @staticmethod
+    def forward(ctx, coarse, fine):
+        ctx.samples = coarse.shape[2]
+        return torch.cat([coarse, fine], dim=2)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        return grad[:, :, : ctx.samples], grad[:, :, ctx.samples :]
+
+
+@needs_triton
+@pytest.mark.parametrize("used", ["both", "side by side", "coarse", "fine"])
+def test_triton_coarse_to_fine(poisoned, used):
+    def function(t_fine, backend, **inputs):
+        t, net = inputs.pop("t"), [inputs.pop(name) for name in ("w0", "b0", "w1", "b1")]
+        coarse, _, fine = ops.decode_triplane_coarse_to_fine(
+            *inputs.values(), t, lambda coarse: t_fine, *net, 0.475, backend=backend
+        )
+        if used == "side by side":
+            return SideBySide.apply(coarse, fine)
+        return {"both": torch.cat([coarse, fine], dim=2), "coarse": coarse, "fine": fine}[used]
+
+    inputs = {**ray_inputs(), "t_fine": draw_uniform(2, 3, 4, seed=9).float().to(DEVICE)}
+    assert_triton_errs_no_more_than_the_reference(function, inputs)
+
+
+@needs_triton
+def test_triton_coarse_to_fine_has_no_second_derivative():
+    inputs = {name: x.to(DEVICE) for name, x in ray_inputs().items()}
+    t, planes = inputs.pop("t"), inputs["planes"].requires_grad_()
+    geometry, net = list(inputs.values())[:3], list(inputs.values())[3:]
+    coarse, _, fine = ops.decode_triplane_coarse_to_fine(*geometry, t, lambda coarse: t, *net, backend="triton")
+    (gradient,) = torch.autograd.grad(coarse.sum() + fine.sum(), planes, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r'decode_triplane: .*second derivative.*backend="reference"'):
+        torch.autograd.grad(gradient.square().sum(), planes)

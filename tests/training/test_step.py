@@ -22,6 +22,7 @@ from checks import TOLERANCES, assert_close, draw
 from epigraf_fast.config import Config
 from epigraf_fast.data import ImageDataset
 from epigraf_fast.errors import UserError
+from epigraf_fast.models.renderer import Renderer
 from epigraf_fast.ops import backends
 from epigraf_fast.training import step
 from epigraf_fast.training.losses import blur
@@ -603,3 +604,41 @@ def test_golden_losses(tiny_config: TinyConfig, tiny_trainer: TinyTrainer, reque
             assert actual[name] == pytest.approx(value, rel=TOLERANCES["golden"][0]), (
                 f"step {number}: {name}; recorded with torch {golden['torch']}, this is {torch.__version__}"
             )
+
+
+@pytest.mark.skipif(
+    not backends._interpreting() or backends.status()["composite"]["triton"] is not None,
+    reason="needs Triton's interpreter: TRITON_INTERPRET=1",
+)
+def test_ten_steps_on_triton_have_the_losses_of_the_reference(
+    tiny_config: TinyConfig, tiny_trainer: TinyTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same random numbers: those of the renderer are drawn here, in the order of the reference."""
+    render = Renderer.forward
+
+    def with_draws(self: Renderer, planes: Tensor, decoder: nn.Module, *rays: Tensor, **options: Any) -> Any:
+        shape, coarse, fine = rays[0].shape[:2], self.config.coarse_samples, self.config.fine_samples
+        options["jitter"] = torch.rand(*shape, coarse)
+        options["coarse_noise"] = torch.randn(*shape, coarse)
+        options["u"] = torch.rand(*shape, fine)
+        options["fine_noise"] = torch.randn(*shape, coarse + fine)
+        return render(self, planes, decoder, *rays, **options)
+
+    monkeypatch.setattr(Renderer, "forward", with_draws)
+    tiny = {  # as small as the kernels allow: the interpreter is slow
+        "batch": 2,
+        "generator": {"plane_channels": 8, "decoder_hidden": 16},
+        "renderer": {"coarse_samples": 3, "fine_samples": 2},
+    }
+    losses: dict[str, list[dict[str, float]]] = {"reference": [], "triton": []}
+    for backend, steps in losses.items():
+        trainer, batches = tiny_trainer(tiny_config(backend=backend, **tiny))
+        assert trainer.backends["composite"] == trainer.backends["decode_triplane"] == backend
+        for _ in range(GOLDEN_STEPS):
+            trainer.reset_statistics()
+            trainer.iteration(*next(batches))
+            steps.append({name: value for name, value in trainer.statistics().items() if name.startswith("loss/")})
+    for number, (actual, expected) in enumerate(zip(losses["triton"], losses["reference"], strict=True)):
+        assert actual.keys() == expected.keys()
+        for name, value in expected.items():
+            assert actual[name] == pytest.approx(value, rel=TOLERANCES["ten_steps"][0]), f"step {number}: {name}"
