@@ -1,4 +1,4 @@
-"""Registers, spills and instructions of the tri-plane kernels, without a GPU: `python -m bench.resources [--json]`.
+"""Registers, spills and instructions of the Triton kernels, without a GPU: `python -m bench.resources [--json]`.
 
 The launchers are called with tensors that have no memory, and what they would launch is compiled ahead of time instead,
 with the hints on alignment that real launches have. Exit status 1 if a default configuration falls short (`problems`).
@@ -7,6 +7,8 @@ with the hints on alignment that real launches have. Exit status 1 if a default 
 from __future__ import annotations
 
 import argparse
+import functools
+import inspect
 import json
 import os
 import re
@@ -47,43 +49,97 @@ def _network(channels: int, hidden: int) -> tuple[Tensor, ...]:
 
 def launches(arch: int) -> Iterator[tuple[str, Callable[[], Any]]]:
     """What to compile: a name, and a call of a launcher."""
-    from epigraf_fast.kernels import decode_triplane, sample_triplane
+    yield from _triplane_launches(arch)
+    yield from _ray_launches()
+
+
+def _ray_launches() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Importance sampling and compositing: coarse and fine samples, one long set, short rays."""
+    from epigraf_fast.kernels import composite, sample_importance
+
+    density = {"activation": "softplus", "softplus_beta": 1.0, "density_shift": 0.0}
+    settings = {**density, "last_interval": 1e10, "last_back": False, "white_background": False}
+    for coarse, fine in ((48, 48), (96, 0), (256, 256), (8, 8)):
+        sets = [_meta(BATCH, RAYS, coarse), _meta(BATCH, RAYS, coarse, OUT), None, None]
+        if fine:
+            sets[2:] = _meta(BATCH, RAYS, fine), _meta(BATCH, RAYS, fine, OUT)
+        inputs = *sets, None, None
+        case = f"S={coarse}+{fine}"
+        yield (
+            f"composite fwd {case}",
+            lambda inputs=inputs: composite.fwd(*inputs, return_weights=False, **settings),
+        )
+        grads = _meta(BATCH, RAYS, OUT - 1), None, None, None, None
+        yield (
+            f"composite bwd {case}",
+            lambda inputs=inputs, grads=grads: composite.bwd(
+                grads, *inputs, to_density_noise=False, to_background=False, **settings
+            ),
+        )
+        if fine:
+            seed = _meta(1, dtype=torch.int64)
+            yield (
+                f"importance {case}",
+                lambda sets=sets, fine=fine, seed=seed: sample_importance.fwd(
+                    sets[0], sets[1][..., -1], None, seed, fine, sorted=True, **density
+                ),
+            )
+            rows = BATCH * RAYS
+            inversion = _meta(rows, coarse + 1), _meta(rows, coarse), _meta(rows, fine)
+            yield f"invert_cdf {case}", lambda inversion=inversion: sample_importance.invert_cdf(*inversion)
+
+
+def _triplane_launches(arch: int) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Sampling and decoding, by the size of texels and network."""
+    from epigraf_fast.kernels import decode_triplane, sample_triplane, tuning
 
     points = _meta(BATCH, RAYS * SAMPLES, 3)
     rays = _meta(BATCH, RAYS, 3), _meta(BATCH, RAYS, 3), _meta(BATCH, RAYS, SAMPLES)
     half = torch.float16
+    size = RESOLUTION, RESOLUTION
     for channels, dtype in ((32, torch.float32), (32, half), (8, torch.float32), (64, torch.float32)):
         planes = _planes(channels, dtype)
         grad = _meta(BATCH, RAYS * SAMPLES, channels, dtype=dtype)
-        case = f"C={channels} {str(dtype).removeprefix('torch.')}"
-        yield f"sample fwd {case}", lambda planes=planes: sample_triplane.fwd(planes, points)
-        yield f"sample bwd {case}", lambda grad=grad: sample_triplane.bwd(grad, points, RESOLUTION, RESOLUTION)
+        name = f"C={channels} {str(dtype).removeprefix('torch.')}"
+        for plan in tuning.plans(sample_triplane.case("fwd", channels, *size, dtype, arch)):
+            fwd = functools.partial(sample_triplane.fwd, planes, points, chosen=plan, arch=arch)
+            yield f"sample fwd {name} {_text(plan)}", fwd
+        for deterministic in (False, True):
+            for plan in tuning.plans(sample_triplane.case("bwd", channels, *size, dtype, arch, deterministic)):
+                bwd = functools.partial(sample_triplane.bwd, grad, points, *size, deterministic, chosen=plan, arch=arch)
+                yield f"sample bwd {name} {_text(plan)}{' fixed' * deterministic}", bwd
     grad_y = _meta(BATCH, RAYS, SAMPLES, OUT)
     for channels, hidden, dtype, precision in (
         (32, 64, torch.float32, "fp32"),
         (32, 64, torch.float32, "tf32"),
         (32, 64, half, "fp16"),
         (8, 16, torch.float32, "fp32"),
+        (8, 16, half, "fp16"),
         (16, 64, torch.float32, "fp32"),
         (32, 128, torch.float32, "fp32"),
+        (32, 128, half, "fp16"),
         (64, 64, torch.float32, "fp32"),
         (64, 128, torch.float32, "fp32"),
         (64, 128, half, "fp16"),
     ):
         planes, net = _planes(channels, dtype), _network(channels, hidden)
-        case = f"C={channels} hidden={hidden} {str(dtype).removeprefix('torch.')} {precision}"
-        yield (
-            f"decode fwd {case}",
-            lambda a=(planes, *rays, *net), precision=precision: decode_triplane.fwd(
-                *a, precision=precision, arch=arch
-            ),
-        )
-        yield (
-            f"decode bwd {case}",
-            lambda a=(grad_y, planes, *rays, *net[:3]), precision=precision: decode_triplane.bwd(
-                *a, precision=precision, arch=arch
-            ),
-        )
+        name = f"C={channels} hidden={hidden} {str(dtype).removeprefix('torch.')} {precision}"
+        problem = planes, net[0], net[2], precision, arch
+        for plan in tuning.plans(decode_triplane.case("fwd", *problem)):
+            fwd = functools.partial(
+                decode_triplane.fwd, planes, *rays, *net, precision=precision, chosen=plan, arch=arch
+            )
+            yield f"decode fwd {name} {_text(plan)}", fwd
+        for deterministic in (False, True):
+            for plan in tuning.plans(decode_triplane.case("bwd", *problem, deterministic)):
+                options = {"precision": precision, "deterministic": deterministic, "chosen": plan, "arch": arch}
+                bwd = functools.partial(decode_triplane.bwd, grad_y, planes, *rays, *net[:3], **options)
+                yield f"decode bwd {name} {_text(plan)}{' fixed' * deterministic}", bwd
+
+
+def _text(plan: tuple[tuple[int | None, ...], ...]) -> str:
+    """points x warps of every launch of a plan."""
+    return "+".join(f"{block_n}x{num_warps}" for block_n, num_warps, *_ in plan)
 
 
 @contextmanager
@@ -149,7 +205,7 @@ def resources(compiled: Any, arch: int) -> Row:
     registers, spill = (int(re.search(rf"{name}:(\d+)", usage.stdout)[1]) for name in ("REG", "STACK"))
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
     ptx = compiled.asm["ptx"]
-    loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.[bfu](\d+)", ptx)
+    loads = _loads(ptx)
     atomics = re.findall(r"(?:red|atom)\.global\.(\S+)", ptx)
     products = re.findall(r"(wgmma\.mma_async|mma\.sync)\S*", ptx)
     return {
@@ -157,11 +213,33 @@ def resources(compiled: Any, arch: int) -> Row:
         "spill": spill,
         "shared": shared,
         "warps": warps,
-        "load_bits": max((int(vector or 1) * int(bits) for vector, bits in loads), default=0),
+        "load_bits": max((width for width, _, _ in loads), default=0),
+        "plane_bits": min((width for width, *line in loads if tuple(line) in _plane_lines()), default=None),
         "atomic": max(set(atomics), key=len) if atomics else None,
         "products": sorted(set(products)),
         "occupancy": _occupancy(registers, shared, warps, arch),
     }
+
+
+def _loads(ptx: str) -> list[tuple[int, str, int]]:
+    """Global loads: bits, and the file and line of the source that they come from."""
+    files = dict(re.findall(r'\.file\s+(\d+) "(?:[^"]*/)?([^/"]+)"', ptx))
+    found, file, line = [], "", 0
+    for text in ptx.splitlines():
+        if place := re.match(r"\s*\.loc\s+(\d+) (\d+)", text):
+            file, line = files[place[1]], int(place[2])
+        elif load := re.search(r"ld\.global\S*?(?:\.v(\d))?\.[bfu](\d+)", text):
+            found.append((int(load[1] or 1) * int(load[2]), file, line))
+    return found
+
+
+@functools.cache
+def _plane_lines() -> set[tuple[str, int]]:
+    """Where texels are read: every line of `gather_features`."""
+    from epigraf_fast.kernels.sample_triplane import gather_features
+
+    lines, first = inspect.getsourcelines(gather_features.fn)
+    return {("sample_triplane.py", first + i) for i in range(len(lines))}
 
 
 def _occupancy(registers: int, shared: int, warps: int, arch: int) -> float:
@@ -181,8 +259,8 @@ def problems(row: Row) -> list[str]:
             found.append(f"spills {row['spill']} bytes")
         if row["shared"] > SHARED_LIMIT[row["arch"]] * 1024:
             found.append(f"takes {row['shared']} bytes of shared memory")
-        if row["load_bits"] < 128:
-            found.append(f"loads at most {row['load_bits']} bits at once")
+        if row["plane_bits"] is not None and row["plane_bits"] < 128:
+            found.append(f"loads {row['plane_bits']} bits of planes at once")
         if row["kernel"].startswith("_decode") and not row["products"]:
             found.append("has no tensor-core instruction")
     return found
@@ -203,15 +281,14 @@ def table(archs: tuple[int, ...]) -> list[Row]:
 
 
 def format_table(rows: list[Row]) -> str:
-    header = (
-        "arch  case                                   regs  spill  shared  warps  occupancy  load  atomic; products"
-    )
+    header = f"arch  {'case':<58} regs  spill  shared  warps  occupancy  load  planes  atomic; products"
     lines = [header]
     for row in rows:
         end = "; ".join(filter(None, [row["atomic"], " ".join(row["products"])]))
         lines.append(
-            f"sm_{row['arch']} {row['case']:<44} {row['registers']:>4} {row['spill']:>6} {row['shared']:>7} "
-            f"{row['warps']:>6} {row['occupancy']:>10.2f} {row['load_bits']:>5}  {end}".rstrip()
+            f"sm_{row['arch']} {row['case']:<58} {row['registers']:>4} {row['spill']:>6} {row['shared']:>7} "
+            f"{row['warps']:>6} {row['occupancy']:>10.2f} {row['load_bits']:>5} {row['plane_bits'] or '':>7}  "
+            f"{end}".rstrip()
         )
         lines += [f"      ! {problem}" for problem in row["problems"]]
     return "\n".join(lines)

@@ -22,6 +22,7 @@ from .checks import (
     check_together,
     check_triton_planes,
     no_second_derivative,
+    resolve_deterministic,
 )
 from .sample_triplane import sample_triplane_cpu
 
@@ -61,6 +62,7 @@ def decode_triplane(
     b1: Tensor,
     *,
     precision: str = "fp32",
+    deterministic: bool | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """out = w1 lrelu(w0 feature + b0) + b1, `feature` as in `sample_triplane`, lrelu of slope 0.2 and gain sqrt(2).
@@ -73,12 +75,14 @@ def decode_triplane(
         w1, b1: [out, hidden], [out]. triton: out 2 to 16; the network may be in another dtype than the planes.
         precision: triton: how the factors of the network's products are rounded: "fp32", "tf32" or "fp16" (gradients in
             tf32 then). Sums are fp32. The other backends follow torch's settings.
+        deterministic: triton: whether the gradients have the same bits in every run, as in `sample_triplane`; those of
+            the network are then written once a program and added in a fixed order.
 
     Returns:
         [B, N, out]: raw colour, raw density last; the wider dtype of planes and network.
 
     Derivatives: reference any order, to everything; cpu the first; triton the first, to planes and network, summed in
-        fp32 in an order that changes from run to run.
+        fp32 in an order that changes from run to run unless `deterministic`.
 
     Raises:
         ValueError, TypeError: Wrong ranks, shapes, dtypes or devices; unknown or missing backend, unknown precision.
@@ -93,7 +97,9 @@ def decode_triplane(
         _check_triton("decode_triplane", planes, {"w0": w0, "b0": b0, "w1": w1, "b1": b1}, {"points": points})
         from ..kernels import decode_triplane as kernels
 
-        return _DecodeTriplane.apply(planes, points, None, None, w0, b0, w1, b1, (1.0, precision), kernels)
+        options = (1.0, precision)
+        fixed = resolve_deterministic(deterministic)
+        return _DecodeTriplane.apply(planes, points, None, None, w0, b0, w1, b1, options, fixed, kernels)
     if chosen == "cpu":
         return decode_features(sample_triplane_cpu(planes, points), w0, b0, w1, b1)
     return _reference(planes, points, w0, b0, w1, b1)
@@ -111,6 +117,7 @@ def decode_triplane_rays(
     cube_scale: float = 1.0,
     *,
     precision: str = "fp32",
+    deterministic: bool | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """`decode_triplane` at the points (ray_origin + t ray_direction) / cube_scale.
@@ -119,7 +126,7 @@ def decode_triplane_rays(
         ray_origins, ray_directions: [B, R, 3], world units, directions of length one.
         t: [B, R, S], distance along the ray, world units.
         cube_scale: Half size of the cube that the planes span, world units.
-        planes, w0, b0, w1, b1, precision: See `decode_triplane`.
+        planes, w0, b0, w1, b1, precision, deterministic: See `decode_triplane`.
 
     Returns:
         [B, R, S, out]: raw colour, raw density last.
@@ -149,7 +156,8 @@ def decode_triplane_rays(
         from ..kernels import decode_triplane as kernels
 
         options = (float(cube_scale), precision)
-        return _DecodeTriplane.apply(planes, *rays.values(), w0, b0, w1, b1, options, kernels)
+        fixed = resolve_deterministic(deterministic)
+        return _DecodeTriplane.apply(planes, *rays.values(), w0, b0, w1, b1, options, fixed, kernels)
     if chosen == "cpu":
         points = points_on_rays(ray_origins, ray_directions, t) / cube_scale
         features = sample_triplane_cpu(planes, points.flatten(1, 2))
@@ -175,8 +183,10 @@ class _DecodeTriplane(torch.autograd.Function):
         w1: Tensor,
         b1: Tensor,
         options: tuple[float, str],
+        deterministic: bool,
         kernels: Any,
     ) -> Tensor:
+        ctx.deterministic = deterministic
         ctx.save_for_backward(planes, origins, directions, t, w0, b0, w1)
         ctx.options, ctx.kernels, ctx.b1_dtype = options, kernels, b1.dtype
         return kernels.fwd(planes, origins, directions, t, w0, b0, w1, b1, *options)
@@ -185,8 +195,9 @@ class _DecodeTriplane(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[0], any(ctx.needs_input_grad[4:8])
         saved = ctx.saved_tensors
+        needs += (ctx.deterministic,)
         gradients = _DecodeTriplaneBackward.apply(grad_y, *saved, ctx.b1_dtype, ctx.options, needs, ctx.kernels)
-        return gradients[0], None, None, None, *gradients[1:], None, None
+        return gradients[0], None, None, None, *gradients[1:], None, None, None
 
 
 class _DecodeTriplaneBackward(torch.autograd.Function):
@@ -203,7 +214,7 @@ class _DecodeTriplaneBackward(torch.autograd.Function):
         w1: Tensor,
         b1_dtype: torch.dtype,
         options: tuple[float, str],
-        needs: tuple[bool, bool],
+        needs: tuple[bool, bool, bool],
         kernels: Any,
     ) -> tuple[Tensor | None, ...]:
         grad_planes, grad_network = kernels.bwd(grad_y, planes, origins, directions, t, w0, b0, w1, *options, *needs)
