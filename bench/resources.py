@@ -47,10 +47,17 @@ def _network(channels: int, hidden: int) -> tuple[Tensor, ...]:
     return _meta(hidden, channels), _meta(hidden), _meta(OUT, hidden), _meta(OUT)
 
 
-def launches(arch: int) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """What to compile: a name, and a call of a launcher."""
-    yield from _triplane_launches(arch)
-    yield from _ray_launches()
+def launches(arch: int, *, brief: bool = False) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """What to compile: a name, and a call of a launcher.
+
+    All sizes with every plan of `tuning`; or if `brief` those of the FFHQ preset with the default plans.
+    """
+    for name, launch in _triplane_launches(arch, 1 if brief else None):
+        if not brief or name.split()[2:4] in (["C=32", "hidden=64"], ["C=32", "float32"], ["C=32", "float16"]):
+            yield name, launch
+    for name, launch in _ray_launches():
+        if not brief or "S=48+48" in name:
+            yield name, launch
 
 
 def _ray_launches() -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -59,7 +66,7 @@ def _ray_launches() -> Iterator[tuple[str, Callable[[], Any]]]:
 
     density = {"activation": "softplus", "softplus_beta": 1.0, "density_shift": 0.0}
     settings = {**density, "last_interval": 1e10, "last_back": False, "white_background": False}
-    for coarse, fine in ((48, 48), (96, 0), (256, 256), (8, 8)):
+    for coarse, fine in ((48, 48), (96, 0), (256, 256), (16, 16)):
         sets = [_meta(BATCH, RAYS, coarse), _meta(BATCH, RAYS, coarse, OUT), None, None]
         if fine:
             sets[2:] = _meta(BATCH, RAYS, fine), _meta(BATCH, RAYS, fine, OUT)
@@ -85,11 +92,11 @@ def _ray_launches() -> Iterator[tuple[str, Callable[[], Any]]]:
                 ),
             )
             rows = BATCH * RAYS
-            inversion = _meta(rows, coarse + 1), _meta(rows, coarse), _meta(rows, fine)
+            inversion = _meta(rows, coarse), _meta(rows, coarse - 1), _meta(rows, fine)
             yield f"invert_cdf {case}", lambda inversion=inversion: sample_importance.invert_cdf(*inversion)
 
 
-def _triplane_launches(arch: int) -> Iterator[tuple[str, Callable[[], Any]]]:
+def _triplane_launches(arch: int, plans: int | None) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Sampling and decoding, by the size of texels and network."""
     from epigraf_fast.kernels import decode_triplane, sample_triplane, tuning
 
@@ -101,11 +108,11 @@ def _triplane_launches(arch: int) -> Iterator[tuple[str, Callable[[], Any]]]:
         planes = _planes(channels, dtype)
         grad = _meta(BATCH, RAYS * SAMPLES, channels, dtype=dtype)
         name = f"C={channels} {str(dtype).removeprefix('torch.')}"
-        for plan in tuning.plans(sample_triplane.case("fwd", channels, *size, dtype, arch)):
+        for plan in tuning.plans(sample_triplane.case("fwd", channels, *size, dtype, arch))[:plans]:
             fwd = functools.partial(sample_triplane.fwd, planes, points, chosen=plan, arch=arch)
             yield f"sample fwd {name} {_text(plan)}", fwd
         for deterministic in (False, True):
-            for plan in tuning.plans(sample_triplane.case("bwd", channels, *size, dtype, arch, deterministic)):
+            for plan in tuning.plans(sample_triplane.case("bwd", channels, *size, dtype, arch, deterministic))[:plans]:
                 bwd = functools.partial(sample_triplane.bwd, grad, points, *size, deterministic, chosen=plan, arch=arch)
                 yield f"sample bwd {name} {_text(plan)}{' fixed' * deterministic}", bwd
     grad_y = _meta(BATCH, RAYS, SAMPLES, OUT)
@@ -125,13 +132,13 @@ def _triplane_launches(arch: int) -> Iterator[tuple[str, Callable[[], Any]]]:
         planes, net = _planes(channels, dtype), _network(channels, hidden)
         name = f"C={channels} hidden={hidden} {str(dtype).removeprefix('torch.')} {precision}"
         problem = planes, net[0], net[2], precision, arch
-        for plan in tuning.plans(decode_triplane.case("fwd", *problem)):
+        for plan in tuning.plans(decode_triplane.case("fwd", *problem))[:plans]:
             fwd = functools.partial(
                 decode_triplane.fwd, planes, *rays, *net, precision=precision, chosen=plan, arch=arch
             )
             yield f"decode fwd {name} {_text(plan)}", fwd
         for deterministic in (False, True):
-            for plan in tuning.plans(decode_triplane.case("bwd", *problem, deterministic)):
+            for plan in tuning.plans(decode_triplane.case("bwd", *problem, deterministic))[:plans]:
                 options = {"precision": precision, "deterministic": deterministic, "chosen": plan, "arch": arch}
                 bwd = functools.partial(decode_triplane.bwd, grad_y, planes, *rays, *net[:3], **options)
                 yield f"decode bwd {name} {_text(plan)}{' fixed' * deterministic}", bwd
@@ -266,11 +273,11 @@ def problems(row: Row) -> list[str]:
     return found
 
 
-def table(archs: tuple[int, ...]) -> list[Row]:
+def table(archs: tuple[int, ...], *, brief: bool = False) -> list[Row]:
     """Compiles everything: one row a kernel and architecture."""
     rows = []
     for arch in archs:
-        for case, launch in launches(arch):
+        for case, launch in launches(arch, brief=brief):
             with recorded() as calls:
                 launch()
             for kernel, args, kwargs in calls:
@@ -297,11 +304,12 @@ def format_table(rows: list[Row]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.resources", description=__doc__.split(":")[0] + ".")
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHS, default=ARCHS)
+    parser.add_argument("--brief", action="store_true", help="default plans at the sizes of the ffhq preset alone")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
     if os.environ.pop("TRITON_INTERPRET", None):
         print("bench.resources: TRITON_INTERPRET is ignored, kernels are compiled", file=sys.stderr)
-    rows = table(tuple(args.arch))
+    rows = table(tuple(args.arch), brief=args.brief)
     print(json.dumps(rows, indent=2) if args.json else format_table(rows))
     sys.exit(any(row["problems"] for row in rows))
 

@@ -69,7 +69,7 @@ PLANS: dict[tuple[str, str, int], dict[int, tuple[Plan, ...]]] = {
     ("decode_fwd", "deep", 4): {70: (_plan((16, 8)),), 80: (_plan((16, 4)),), 90: (_plan((32, 8)), _plan((16, 4)))},
     ("decode_fwd", "deep", 2): {70: (_plan((16, 8)),), 80: (_plan((32, 4)), _plan((64, 8)))},
     ("decode_fwd", "large", 4): {70: (_plan((16, 8)),), 80: (_plan((16, 8)),)},
-    ("decode_fwd", "large", 2): {70: (_plan((16, 8)),), 80: (_plan((32, 8)), _plan((16, 4)))},
+    ("decode_fwd", "large", 2): {70: (_plan((16, 8)),), 80: (_plan((16, 4)),), 90: (_plan((32, 8)), _plan((16, 4)))},
     ("decode_bwd", "narrow", 4): {
         70: (_plan((16, 8), (16, 8, 8)),),
         80: (_plan((32, 4), (32, 4, 8, 168)), _plan((32, 4, 8))),
@@ -94,7 +94,7 @@ PLANS: dict[tuple[str, str, int], dict[int, tuple[Plan, ...]]] = {
     },
     ("decode_bwd", "deep", 2): {
         70: (_plan((16, 8), (16, 8, 8)),),
-        80: (_plan((32, 4), (32, 4, 8)),),
+        80: (_plan((32, 4, 1, 168), (32, 4, 8)),),
     },
     ("decode_bwd", "large", 4): {
         70: (_plan((16, 8), (16, 8, 8)),),
@@ -102,7 +102,7 @@ PLANS: dict[tuple[str, str, int], dict[int, tuple[Plan, ...]]] = {
     },
     ("decode_bwd", "large", 2): {
         70: (_plan((16, 8), (16, 8, 8)),),
-        80: (_plan((32, 8), (32, 8, 8)),),
+        80: (_plan((32, 8, 1, 168), (32, 8, 8)),),
     },
 }
 
