@@ -28,19 +28,19 @@ def tune_decode_triplane(
 ) -> None:
     """Times forward and backward of `decode_triplane_rays` with every plan; later calls take the fastest.
 
-    Without a GPU nothing is timed and the defaults stay. It waits for the GPU: never call it in the loop.
+    Without a GPU nothing is timed and the defaults stay; nor if `deterministic`, for plans differ in roundings. It waits
+    for the GPU: never call it in the loop.
 
     Args:
         planes, ...: See `decode_triplane_rays`; the values should be like those of the run, for points share texels.
         timer: Milliseconds of a call; default: by CUDA events, which needs a GPU.
     """
-    if timer is None and planes.device.type != "cuda":
+    if resolve_deterministic(deterministic) or (timer is None and planes.device.type != "cuda"):
         return
     from ..kernels import decode_triplane as kernels
     from ..kernels import tuning
 
-    fixed, arch = resolve_deterministic(deterministic), tuning.architecture(planes.device)
-    problem = planes, w0, w1, precision, arch
+    problem = planes, w0, w1, precision, tuning.architecture(planes.device)
     inputs = [x.detach() for x in (planes, ray_origins, ray_directions, t, w0, b0, w1)]
     options = cube_scale, precision
     grad_y = torch.ones(*t.shape, len(w1), device=planes.device)
@@ -49,10 +49,10 @@ def tune_decode_triplane(
         kernels.fwd(*inputs, b1.detach(), *options, chosen=plan)
 
     def bwd(plan: tuple) -> None:
-        kernels.bwd(grad_y, *inputs, *options, deterministic=fixed, chosen=plan)
+        kernels.bwd(grad_y, *inputs, *options, chosen=plan)
 
     tuning.tune(kernels.case("fwd", *problem), fwd, timer)
-    tuning.tune(kernels.case("bwd", *problem, fixed), bwd, timer)
+    tuning.tune(kernels.case("bwd", *problem), bwd, timer)
 
 
 def export_choices() -> list[dict[str, Any]]:

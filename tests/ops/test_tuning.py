@@ -73,6 +73,14 @@ def test_launches_take_the_fastest_plan(monkeypatch):
     assert asked == [tuning.plans(case("fwd", arch))[-1]]
 
 
+def test_a_deterministic_run_keeps_to_the_defaults(poisoned):
+    rays, network = inputs()
+    ops_tuning.tune_decode_triplane(*rays, *network, timer=last_is_fastest())  # as torch is told to be
+    ops_tuning.tune_decode_triplane(*rays, *network, deterministic=True, timer=last_is_fastest())
+    assert tuning.export_choices() == []
+    assert len(tuning.plans(case("bwd", 90, deterministic=True))) == 1 < len(tuning.plans(case("bwd", 90)))
+
+
 def test_choices_survive_json():
     tuning.tune(case("bwd", 90), lambda plan: None, last_is_fastest())
     saved = json.loads(json.dumps(ops_tuning.export_choices()))
