@@ -23,6 +23,7 @@ from .checks import (
     check_together,
     check_triton_planes,
     no_second_derivative,
+    resolve_deterministic,
 )
 from .sample_triplane import sample_triplane_cpu
 
@@ -62,6 +63,7 @@ def decode_triplane(
     b1: Tensor,
     *,
     precision: str = "fp32",
+    deterministic: bool | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """out = w1 lrelu(w0 feature + b0) + b1, `feature` as in `sample_triplane`, lrelu of slope 0.2 and gain sqrt(2).
@@ -74,12 +76,14 @@ def decode_triplane(
         w1, b1: [out, hidden], [out]. triton: out 2 to 16; the network may be in another dtype than the planes.
         precision: triton: how the factors of the network's products are rounded: "fp32", "tf32" or "fp16" (gradients in
             tf32 then). Sums are fp32. The other backends follow torch's settings.
+        deterministic: triton: whether the gradients have the same bits in every run, as in `sample_triplane`; those of
+            the network are then written once a program and added in a fixed order.
 
     Returns:
         [B, N, out]: raw colour, raw density last; the wider dtype of planes and network.
 
     Derivatives: reference any order, to everything; cpu the first; triton the first, to planes and network, summed in
-        fp32 in an order that changes from run to run.
+        fp32 in an order that changes from run to run unless `deterministic`.
 
     Raises:
         ValueError, TypeError: Wrong ranks, shapes, dtypes or devices; unknown or missing backend, unknown precision.
@@ -94,7 +98,9 @@ def decode_triplane(
         _check_triton("decode_triplane", planes, {"w0": w0, "b0": b0, "w1": w1, "b1": b1}, {"points": points})
         from ..kernels import decode_triplane as kernels
 
-        return _DecodeTriplane.apply(planes, points, None, None, w0, b0, w1, b1, (1.0, precision), kernels)
+        options = (1.0, precision)
+        fixed = resolve_deterministic(deterministic)
+        return _DecodeTriplane.apply(planes, points, None, None, w0, b0, w1, b1, options, fixed, kernels)
     if chosen == "cpu":
         return decode_features(sample_triplane_cpu(planes, points), w0, b0, w1, b1)
     return _reference(planes, points, w0, b0, w1, b1)
@@ -112,6 +118,7 @@ def decode_triplane_rays(
     cube_scale: float = 1.0,
     *,
     precision: str = "fp32",
+    deterministic: bool | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """`decode_triplane` at the points (ray_origin + t ray_direction) / cube_scale.
@@ -120,7 +127,7 @@ def decode_triplane_rays(
         ray_origins, ray_directions: [B, R, 3], world units, directions of length one.
         t: [B, R, S], distance along the ray, world units.
         cube_scale: Half size of the cube that the planes span, world units.
-        planes, w0, b0, w1, b1, precision: See `decode_triplane`.
+        planes, w0, b0, w1, b1, precision, deterministic: See `decode_triplane`.
 
     Returns:
         [B, R, S, out]: raw colour, raw density last.
@@ -138,7 +145,8 @@ def decode_triplane_rays(
         from ..kernels import decode_triplane as kernels
 
         options = (float(cube_scale), precision)
-        return _DecodeTriplane.apply(planes, *rays, w0, b0, w1, b1, options, kernels)
+        fixed = resolve_deterministic(deterministic)
+        return _DecodeTriplane.apply(planes, *rays, w0, b0, w1, b1, options, fixed, kernels)
     if chosen == "cpu":
         points = points_on_rays(ray_origins, ray_directions, t) / cube_scale
         features = sample_triplane_cpu(planes, points.flatten(1, 2))
@@ -159,6 +167,7 @@ def decode_triplane_coarse_to_fine(
     cube_scale: float = 1.0,
     *,
     precision: str = "fp32",
+    deterministic: bool | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`decode_triplane_rays` at t, then at the depths that `resample` finds with the result (SPEC section 5).
@@ -167,7 +176,8 @@ def decode_triplane_coarse_to_fine(
 
     Args:
         resample: Maps the coarse result [B, R, S, out], detached, to fine t [B, R, K].
-        planes, ray_origins, ray_directions, t, w0, b0, w1, b1, cube_scale, precision: See `decode_triplane_rays`.
+        planes, ray_origins, ray_directions, t, w0, b0, w1, b1, cube_scale, precision, deterministic: See
+            `decode_triplane_rays`.
 
     Returns:
         coarse [B, R, S, out]; fine t [B, R, K], as `resample` gave it; fine [B, R, K, out].
@@ -183,7 +193,8 @@ def decode_triplane_coarse_to_fine(
         from ..kernels import decode_triplane as kernels
 
         options = (float(cube_scale), precision)
-        return _DecodeCoarseToFine.apply(planes, *rays, resample, *network, options, kernels)
+        fixed = resolve_deterministic(deterministic)
+        return _DecodeCoarseToFine.apply(planes, *rays, resample, *network, options, fixed, kernels)
     coarse = decode_triplane_rays(planes, *rays, *network, cube_scale, backend=chosen)
     t_fine = resample(coarse.detach())
     fine = decode_triplane_rays(planes, *rays[:2], t_fine, *network, cube_scale, backend=chosen)
@@ -234,18 +245,20 @@ class _DecodeTriplane(torch.autograd.Function):
         w1: Tensor,
         b1: Tensor,
         options: tuple[float, str],
+        deterministic: bool,
         kernels: Any,
     ) -> Tensor:
         ctx.save_for_backward(planes, origins, directions, t, w0, b0, w1)
         ctx.options, ctx.kernels, ctx.b1_dtype = options, kernels, b1.dtype
+        ctx.deterministic = deterministic
         return kernels.fwd(planes, origins, directions, t, w0, b0, w1, b1, *options)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[0], any(ctx.needs_input_grad[4:8])
+        needs = ctx.needs_input_grad[0], any(ctx.needs_input_grad[4:8]), ctx.deterministic
         saved = ctx.saved_tensors
         gradients = _DecodeTriplaneBackward.apply(grad_y, *saved, ctx.b1_dtype, ctx.options, needs, ctx.kernels)
-        return gradients[0], None, None, None, *gradients[1:], None, None
+        return gradients[0], None, None, None, *gradients[1:], None, None, None
 
 
 class _DecodeCoarseToFine(torch.autograd.Function):
@@ -264,6 +277,7 @@ class _DecodeCoarseToFine(torch.autograd.Function):
         w1: Tensor,
         b1: Tensor,
         options: tuple[float, str],
+        deterministic: bool,
         kernels: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
@@ -273,11 +287,12 @@ class _DecodeCoarseToFine(torch.autograd.Function):
         ctx.save_for_backward(planes, origins, directions, t, t_fine, w0, b0, w1)
         ctx.mark_non_differentiable(t_fine)
         ctx.options, ctx.kernels, ctx.b1_dtype = options, kernels, b1.dtype
+        ctx.deterministic = deterministic
         return coarse, t_fine, fine
 
     @staticmethod
     def backward(ctx: Any, grad_coarse: Tensor | None, _: None, grad_fine: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[0], any(ctx.needs_input_grad[5:9])
+        needs = ctx.needs_input_grad[0], any(ctx.needs_input_grad[5:9]), ctx.deterministic
         planes, origins, directions, t, t_fine, *network = ctx.saved_tensors
         if grad_coarse is None and grad_fine is None:
             return (None,) * len(ctx.needs_input_grad)
@@ -287,7 +302,7 @@ class _DecodeCoarseToFine(torch.autograd.Function):
             grad_y, all_t = _joined(grad_coarse, grad_fine), torch.cat([t, t_fine], dim=-1)
         saved = planes, origins, directions, all_t, *network
         gradients = _DecodeTriplaneBackward.apply(grad_y, *saved, ctx.b1_dtype, ctx.options, needs, ctx.kernels)
-        return gradients[0], None, None, None, None, *gradients[1:], None, None
+        return gradients[0], None, None, None, None, *gradients[1:], None, None, None
 
 
 def _joined(first: Tensor, second: Tensor) -> Tensor:
@@ -318,7 +333,7 @@ class _DecodeTriplaneBackward(torch.autograd.Function):
         w1: Tensor,
         b1_dtype: torch.dtype,
         options: tuple[float, str],
-        needs: tuple[bool, bool],
+        needs: tuple[bool, bool, bool],
         kernels: Any,
     ) -> tuple[Tensor | None, ...]:
         grad_planes, grad_network = kernels.bwd(grad_y, planes, origins, directions, t, w0, b0, w1, *options, *needs)
