@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from . import cases as catalogue
-from . import results
+from . import published, results
 from .cases import Case, Inputs, Work
 from .parity import Parity, Verdict, arithmetic, draws_like, leaves
 from .timing import Spread, cpu_ratios, gpu_times, peak_bytes, saved_bytes
@@ -152,7 +152,7 @@ def run(args: argparse.Namespace, say: Callable[[str], None] = print) -> results
     if device.type == "cuda":
         from . import ceilings as measured
 
-        _prepare_compiler()
+        published.prepare_compiler()
         ceilings = measured.measure(tiny=args.size == "tiny")
         for name, value in ceilings.items():
             say(f"ceiling {name:<16} {value:.4g} a second")
@@ -181,15 +181,6 @@ def run(args: argparse.Namespace, say: Callable[[str], None] = print) -> results
                     torch.cuda.empty_cache()
     config = {name: getattr(args, name) for name in ("op", "backend", "mode", "dtype", "size", "batch", "budget")}
     return results.result("ops", config, rows, ceilings=ceilings)
-
-
-def _prepare_compiler() -> None:
-    """Every shape is compiled for itself, and none is left out in silence."""
-    import torch._dynamo
-
-    for name, value in {"recompile_limit": 256, "fail_on_recompile_limit_hit": True}.items():
-        if hasattr(torch._dynamo.config, name):
-            setattr(torch._dynamo.config, name, value)
 
 
 def names(choices: tuple[str, ...]) -> Callable[[str], list[str]]:

@@ -71,7 +71,7 @@ NAMED = {
         Variant(
             "published",
             "the published op sequence in eager torch: grid_sample, sort and gather, unfused modulation, our bias_act "
-            "and upfirdn2d; TF32 off, cudnn.benchmark on, D's top 4 blocks fp16",
+            "and upfirdn2d; TF32 off, cudnn.benchmark on, D's top 4 blocks fp16 on a GPU",
             published=True,
         ),
         Variant(
@@ -111,14 +111,17 @@ def variant(name: str, device: torch.device) -> Variant:
         raise ValueError(f"variant must be one of {', '.join(NAMED)} or ours-BACKEND, got {name!r}")
     status = backends.status()
     having = [op for op in backends.OPS if status[op][backend] is None]
-    by_default = [op for op in having if backends.resolve(op, None, device.type) == backend]
     if not having:
         raise ValueError(f"{name}: no op has the backend here: {status[backends.OPS[0]][backend]}")
-    if len(having) == len(backends.OPS):
-        return Variant(name, f"this engine, every op by backend {backend}; TF32 off", backend=backend)
-    if by_default != having:
-        raise ValueError(f"{name}: only {', '.join(having)} have this backend, and it is not their default here")
-    return Variant(name, f"this engine, backend {backend} where it is: {', '.join(having)}; TF32 off")
+    what = f"this engine, backend {backend} where it is: {', '.join(having)}; TF32 off"
+    default = all(backends.resolve(op, None, device.type) == backend for op in having)
+    return Variant(name, what, backend=None if default and len(having) < len(backends.OPS) else backend)
+
+
+def opt_in_backend(device: torch.device) -> str | None:
+    """What this engine is asked for to be measured at its fastest: triton where that is not the default yet."""
+    usable = device.type == "cuda" and backends.status()["decode_triplane"]["triton"] is None
+    return "triton" if usable and backends.resolve("decode_triplane", None, "cuda") != "triton" else None
 
 
 class RandomData:
@@ -186,16 +189,16 @@ class Step:
     def __init__(self, variant: Variant, config: Config, device: torch.device) -> None:
         self.variant, self.device = variant, device
         half = HALF_BLOCKS if device.type == "cuda" else 0
+        backend = variant.backend or (None if variant.published else opt_in_backend(device))
         self.config = dataclasses.replace(
             config,
             precision=variant.precision if device.type == "cuda" else "fp32",
-            backend=variant.backend,
+            backend=config.backend if backend is None else backend,
             discriminator=dataclasses.replace(config.discriminator, half_blocks=half),
         )
         torch.manual_seed(0)
         with self.environment():
             self.trainer = Trainer(self.config, RandomData(self.config), device)
-        self.trainer.cur_nimg = AT_KIMG * 1000
         if variant.published:
             layout = torch.channels_last if variant.tuned else torch.contiguous_format
             published.publish(self.trainer.generator, layout)
@@ -239,7 +242,7 @@ class Step:
 
     def run(self, regularize: bool) -> None:
         """One iteration, with the regularization of D or without, whatever its turn."""
-        self.trainer.iterations = 0 if regularize else 1
+        self.trainer.iterations, self.trainer.cur_nimg = 0 if regularize else 1, AT_KIMG * 1000
         with self.environment():
             self.trainer.iteration(self.images, self.labels, self.angles)
 
@@ -255,9 +258,17 @@ class Step:
 
 def _compile(trainer: Trainer) -> None:
     """The networks through torch.compile, D's only where no gradient of a gradient is taken."""
+    published.prepare_compiler()
     generator, discriminator = trainer.generator, trainer.discriminator
     generator.synthesis.forward = torch.compile(generator.synthesis.forward, dynamic=False)
-    generator.renderer.forward = torch.compile(generator.renderer.forward, dynamic=False)
+    rendering = torch.compile(generator.renderer.forward, dynamic=False)
+
+    def render(*args: Any, density_noise_std: float = 0.0, **options: Any) -> Any:
+        # A number would be compiled in, and every other number compiled anew.
+        std = torch.full([], density_noise_std, device=trainer.device)
+        return rendering(*args, density_noise_std=std, **options)
+
+    generator.renderer.forward = render
     eager = discriminator.forward
     compiled = torch.compile(eager, dynamic=False)
     discriminator.forward = compiled
@@ -402,14 +413,16 @@ def free_memory() -> None:
     torch.cuda.empty_cache()
 
 
-def backends_of(variant: Variant, device: torch.device) -> dict[str, str]:
+def backends_of(step: Step) -> dict[str, str]:
     """Op -> the backend that a variant's iterations call."""
-    found = {op: backends.resolve(op, variant.backend, device.type) for op in backends.OPS}
-    if variant.published:
+    asked = step.config.backend if step.config.backend in backends.BACKENDS else None
+    default = {op: backends.resolve(op, None, step.device.type) for op in backends.OPS}
+    found = {op: asked if asked and backends.status()[op][asked] is None else default[op] for op in backends.OPS}
+    if step.variant.published:
         for op in backends.OPS:
             if op not in ("bias_act", "upfirdn2d"):
                 found[op] = "published"
-            elif variant.compiled:
+            elif step.variant.compiled:
                 found[op] = "reference"
     return found
 
@@ -436,9 +449,10 @@ def child(args: argparse.Namespace, config: Config) -> None:
     """Measures one variant, and leaves its row in a file."""
     device = torch.device("cuda")
     chosen = variant(args.variants[0], device)
-    row: Row = {"backends": backends_of(chosen, device)}
+    row: Row = {}
     try:
         step = Step(chosen, config, device)
+        row["backends"] = backends_of(step)
         row |= measure_gpu(step, args.seconds, args.largest)
         if args.profile:
             write_trace(step, args.profile)
@@ -456,10 +470,7 @@ def on_cpu(args: argparse.Namespace, config: Config) -> list[Row]:
         step.require_finite()
     if args.profile:
         write_trace(next(iter(steps.values())), args.profile)
-    rows = [
-        {"variant": name, "what": step.variant.what, "backends": backends_of(step.variant, device)}
-        for name, step in steps.items()
-    ]
+    rows = [{"variant": name, "what": step.variant.what, "backends": backends_of(step)} for name, step in steps.items()]
     for label, regularize in (("without_r1", False), ("with_r1", True)):
         functions = {name: functools.partial(step.run, regularize) for name, step in steps.items()}
         slower = cpu_ratios(functions, budget=args.seconds) if len(functions) > 1 else {}
