@@ -20,8 +20,8 @@ from .results import Result
 README = results.ROOT / "README.md"
 BEGIN, END = "<!-- bench:begin, written by python -m bench.report -->", "<!-- bench:end -->"
 PENDING = (
-    "**GPU results are pending:** no GPU has run these benchmarks yet. `bench/gpu_day.sh` measures everything on one,"
-    " and `python -m bench.report` turns its files into tables here. Tables that follow, if any, were measured without a GPU."
+    "**GPU results are pending:** no GPU has run these benchmarks yet. `bench/gpu_day.sh` measures everything on one, "
+    "and `python -m bench.report` writes its tables here. What follows, if anything, was measured without a GPU."
 )
 BASELINES = ("published", "compile", "reference")
 MODES = {"fwd": "forward", "bwd": "backward", "step": "forward + backward", "double": "second derivative"}
@@ -233,6 +233,38 @@ def resources(result: Result) -> str:
     return f"Kernels compiled ahead of time, no GPU needed ({link}):\n\n{table(header, lines)}"
 
 
+def summary(found: list[Result]) -> str:
+    """The results in a screenful."""
+    lines = []
+    for result in found:
+        rows = result["cases"]
+        if result["kind"] == "ops":
+            lines.append(f"{result['file']}: {len(rows)} cases on {result['environment']['device']}")
+            lines += [f"  {gain:6.2f}x  {name}" for name, gain in _gains(result).items() if "step" in name][:10]
+            wrong = [row for row in rows if row.get("failed") or row["parity"]["wrong"]]
+            for row in wrong[:4]:
+                reason = row.get("failed") or row["parity"]["wrong"]
+                lines.append(f"  ! {row['op']} {row['case']} {row['mode']} {row['backend']}: {reason}")
+            lines += [f"  ! and {len(wrong) - 4} more"] if len(wrong) > 4 else []
+        elif result["kind"] == "step":
+            lines.append(f"{result['file']}: {result['config']['preset']} on {result['environment']['device']}")
+            for row in rows:
+                said = row.get("failed") or "ran"
+                if "img_per_sec" in row:
+                    said = (
+                        f"{row['img_per_sec']:.1f} img/s, {row['peak_bytes'] / 2**30:.1f} GiB, idle {row['idle']:.0%}"
+                    )
+                    said += f", {row['gpu_days']:.2f} days for the schedule"
+                elif "times_as_fast" in row:
+                    said = f"{row['times_as_fast']['without_r1']['median']:.2f}x {row['against']}"
+                lines.append(f"  {row['variant']:<10} {said}")
+        elif result["kind"] == "demo":
+            last = rows[0]["last"] or {}
+            speed = f", {last['img_per_sec']:.0f} img/s" if "img_per_sec" in last else ""
+            lines.append(f"{result['file']}: trained to {last.get('kimg', 0):g} kimg{speed}")
+    return "\n".join(line[:150] for line in lines)
+
+
 def split(readme: str) -> tuple[str, str, str]:
     """What is before the markers, between and after them.
 
@@ -356,9 +388,13 @@ def main(argv: list[str] | None = None) -> int:
     out.add_argument("--results", type=Path, default=results.FOLDER, help="folder of result files")
     out.add_argument("--readme", type=Path, default=README)
     out.add_argument("--plots", type=Path, default=None, help="folder of plots; default: beside the result files")
+    out.add_argument("--summary", action="store_true", help="print a screenful instead, write nothing")
     out.add_argument("--check", action="store_true", help="write nothing, compare")
     args = out.parse_args(argv)
     found = results.load(args.results)
+    if args.summary:
+        print(summary(found))
+        return 0
     written = text(found)
     readme = args.readme.read_text(encoding="utf-8")
     before, inside, after = split(readme)
