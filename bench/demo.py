@@ -15,12 +15,15 @@ import types
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from epigraf_fast import config as settings
 from epigraf_fast.data import ImageDataset
 from epigraf_fast.doctor import EXTRAS
 from epigraf_fast.training.log import read_stats
 
 from . import results
+from .step import opt_in_backend
 
 
 def missing(*packages: str) -> list[str]:
@@ -49,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kimg", type=float, default=None, help="default: the preset's")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=None)
     parser.add_argument("--precision", choices=("fp32", "tf32", "fp16"), default="fp32")
-    parser.add_argument("--backend", default=None, help="of the ops; default: the settings'")
+    parser.add_argument("--backend", default=None, help="of the ops; default: the fastest there is")
     parser.add_argument("--json", default=None, help="write speed and losses there")
     args = parser.parse_args(argv)
     import train
@@ -57,8 +60,10 @@ def main(argv: list[str] | None = None) -> int:
     config = dataclasses.replace(
         settings.preset("demo"), run_dir=args.run_dir, device=args.device, precision=args.precision
     )
-    if args.backend:
-        config = dataclasses.replace(config, backend=args.backend)
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    backend = args.backend or opt_in_backend(device)
+    if backend:
+        config = dataclasses.replace(config, backend=backend)
     if args.kimg:
         short = min(config.log_kimg, args.kimg / 2)
         config = dataclasses.replace(config, kimg=args.kimg, log_kimg=short, grid=(2, 1), turntable=0)

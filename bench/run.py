@@ -209,22 +209,34 @@ def run_apart(args: argparse.Namespace) -> results.Result:
     rows: list[Row] = []
     ceilings: dict[str, float] = {}
     left = list(args.op)
+
+    def keep(rows: list[Row], ceilings: dict[str, float]) -> results.Result:
+        """What there is so far, written too: this process may be stopped."""
+        whole = results.result("ops", described(args), rows, ceilings=ceilings)
+        if args.json:
+            results.write(args.json, whole)
+        return whole
+
     while left:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "rows.json"
             line = [*args.line, "--op", ",".join(left), "--json", str(path), "--child"]
             process = subprocess.Popen([sys.executable, "-m", "bench.run", *line], cwd=results.ROOT)
-            begun, written = time.monotonic(), 0.0
-            while process.poll() is None and time.monotonic() - begun < args.timeout:
+            found: results.Result = {"cases": [], "ceilings": {}, "done": []}
+            progress = time.monotonic()
+            while process.poll() is None and time.monotonic() - progress < args.timeout:
                 time.sleep(0.2)
-                if path.is_file() and path.stat().st_mtime != written:
-                    begun, written = time.monotonic(), path.stat().st_mtime
+                before = len(found["done"])
+                found = json.loads(path.read_text()) if path.is_file() else found
+                if len(found["done"]) > before:
+                    progress = time.monotonic()
+                    keep(rows + found["cases"], found["ceilings"])
             reason = f"exit status {process.poll()}"
             if process.poll() is None:
                 process.kill()
                 process.wait()
                 reason = f"took more than {args.timeout:g} seconds"
-            found = json.loads(path.read_text()) if path.is_file() else {"cases": [], "ceilings": {}, "done": []}
+            found = json.loads(path.read_text()) if path.is_file() else found
         rows += found["cases"]
         ceilings = ceilings or found["ceilings"]
         left = left[len(found["done"]) :]
@@ -232,9 +244,8 @@ def run_apart(args: argparse.Namespace) -> results.Result:
             row = {"op": left.pop(0), "case": "all", "dtype": ",".join(args.dtype), "mode": ",".join(args.mode)}
             rows.append(row | {"backend": "all", "failed": reason})
             say(format_row(rows[-1]))
-        if args.json:
-            results.write(args.json, results.result("ops", described(args), rows, ceilings=ceilings))
-    return results.result("ops", described(args), rows, ceilings=ceilings)
+        whole = keep(rows, ceilings)
+    return whole
 
 
 def described(args: argparse.Namespace) -> dict[str, Any]:

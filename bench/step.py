@@ -427,9 +427,8 @@ def backends_of(step: Step) -> dict[str, str]:
     return found
 
 
-def on_gpu(args: argparse.Namespace, config: Config) -> list[Row]:
+def on_gpu(args: argparse.Namespace) -> Iterator[Row]:
     """Every variant in a process of its own: a fault or a full memory stays there."""
-    rows = []
     for name in args.variants:
         head = {"variant": name, "what": variant(name, torch.device("cuda")).what}
         with tempfile.TemporaryDirectory() as folder:
@@ -440,9 +439,7 @@ def on_gpu(args: argparse.Namespace, config: Config) -> list[Row]:
                 row = json.loads(path.read_text()) if path.is_file() else {"failed": f"exit status {code}"}
             except subprocess.TimeoutExpired:
                 row = {"failed": f"took more than {args.timeout} seconds"}
-        rows.append(head | row)
-        print(format_row(rows[-1]), flush=True)
-    return rows
+        yield head | row
 
 
 def child(args: argparse.Namespace, config: Config) -> None:
@@ -480,8 +477,6 @@ def on_cpu(args: argparse.Namespace, config: Config) -> list[Row]:
                 faster = Spread(1 / s.median, 1 / s.p80, 1 / s.p20, s.count).to_dict()
                 row.setdefault("times_as_fast", {})[label] = faster
                 row["against"] = args.variants[-1]
-    for row in rows:
-        print(format_row(row))
     return rows
 
 
@@ -539,6 +534,22 @@ def parser() -> argparse.ArgumentParser:
     return out
 
 
+def described(args: argparse.Namespace, config: Config) -> dict[str, Any]:
+    """The settings of a run, for its result file."""
+    names = ("preset", "size", "variants", "seconds", "micro_batch", "profile")
+    return {name: getattr(args, name) for name in names} | {
+        "resolution": config.resolution,
+        "patch": config.patch.resolution,
+        "batch": config.batch,
+        "kimg": config.kimg,
+        "at_kimg": AT_KIMG,
+        "r1_interval": config.optim.r1_interval,
+        "paper_v100_days": PAPER_GPU_DAYS.get((config.resolution, config.patch.resolution))
+        if args.size == "real" and args.preset != "demo"
+        else None,
+    }
+
+
 def main(argv: list[str] | None = None) -> int:
     line = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(line)
@@ -550,22 +561,12 @@ def main(argv: list[str] | None = None) -> int:
     if args.child:
         child(args, config)
         return 0
-    rows = on_gpu(args, config) if device.type == "cuda" else on_cpu(args, config)
-    if args.json:
-        paper = PAPER_GPU_DAYS.get((config.resolution, config.patch.resolution)) if args.size == "real" else None
-        described = {
-            name: getattr(args, name) for name in ("preset", "size", "variants", "seconds", "micro_batch", "profile")
-        }
-        described |= {
-            "resolution": config.resolution,
-            "patch": config.patch.resolution,
-            "batch": config.batch,
-            "kimg": config.kimg,
-            "at_kimg": AT_KIMG,
-            "r1_interval": config.optim.r1_interval,
-            "paper_v100_days": paper,
-        }
-        results.write(args.json, results.result("step", described, rows))
+    rows = []
+    for row in on_gpu(args) if device.type == "cuda" else on_cpu(args, config):
+        print(format_row(row), flush=True)
+        rows.append(row)
+        if args.json:  # after every variant: this process may be stopped
+            results.write(args.json, results.result("step", described(args, config), rows))
     return int(any(row.get("failed") for row in rows))
 
 

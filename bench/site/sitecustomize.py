@@ -1,4 +1,4 @@
-"""With this folder on PYTHONPATH, `epigraf_fast.kernels` is the folder kernels/ in a checkout that pip has not installed.
+"""With this folder on PYTHONPATH, a checkout needs no installation: `epigraf_fast.kernels` is its folder kernels/.
 
 Python imports this module at its start; the one that it hides is run too.
 """
