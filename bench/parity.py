@@ -2,11 +2,13 @@
 
 Truth is the reference in float64. The error of what is measured may be twice the error of the reference in the same
 dtype and arithmetic, plus a rounding or two of the largest value (in a network, in each layer): the rule of the tests.
+Gradients to parameters are sums over all images and pixels; they may round at every level of a pairwise sum.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -134,8 +136,15 @@ class Parity:
                 for name, truth in self.truth.items():
                     rounding = max(torch.finfo(reference[name].dtype).eps, PRODUCT_ROUNDING.get(case.dtype, 0.0))
                     rounding *= case.layers
+                    rounding += self._levels(name) * torch.finfo(torch.float32).eps
                     allowed = ERROR_FACTOR * _relative(reference[name], truth) + ERROR_ROUNDINGS * rounding
                     self.allowed[self._group(name)] = max(allowed, self.allowed.get(self._group(name), 0.0))
+
+    def _levels(self, name: str) -> float:
+        """Of a pairwise sum that a gradient to a parameter is."""
+        if name.split()[-1] not in self.case.shared:
+            return 0.0
+        return math.log2(max(1.0, self.truth["output 0"].numel() / self.truth[name].numel()))
 
     def _group(self, name: str) -> str:
         """What is judged as one: gradients to the parameters of a whole, else every value by itself."""

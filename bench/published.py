@@ -259,6 +259,15 @@ def _with_backend(function: Callable[..., Tensor], backend: str | None) -> Calla
     return call
 
 
+def prepare_compiler() -> None:
+    """Every shape is compiled for itself, and none falls back to eager code in silence."""
+    import torch._dynamo
+
+    for name, value in {"recompile_limit": 256, "fail_on_recompile_limit_hit": True}.items():
+        if hasattr(torch._dynamo.config, name):
+            setattr(torch._dynamo.config, name, value)
+
+
 def publish(generator: nn.Module, layout: torch.memory_format = torch.contiguous_format) -> None:
     """Gives a generator the published renderer and a layout; `installed` gives it the modulated convolution."""
     old = generator.renderer

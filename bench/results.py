@@ -81,11 +81,16 @@ def write(path: str | os.PathLike[str], content: Result) -> None:
 
 
 def load(folder: Path = FOLDER) -> list[Result]:
-    """The result files of a folder that have this schema, by name; `file` is added to each."""
+    """The result files of a folder that have this schema, and the lists that `bench.resources` prints, by name.
+
+    `file` is added to each.
+    """
     found = []
     for path in sorted(folder.glob("*.json")):
         content = json.loads(path.read_text())
-        if isinstance(content, dict) and content.get("schema") == SCHEMA:
+        if isinstance(content, list) and all("registers" in row for row in content):
+            found.append({"kind": "resources", "cases": content, "file": path.name})
+        elif isinstance(content, dict) and content.get("schema") == SCHEMA:
             found.append({**content, "file": path.name})
     return found
 

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import argparse
 import functools
-import itertools
-import os
+import json
+import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import cases as catalogue
-from . import results
+from . import published, results
 from .cases import Case, Inputs, Work
 from .parity import Parity, Verdict, arithmetic, draws_like, leaves
 from .timing import Spread, cpu_ratios, gpu_times, peak_bytes, saved_bytes
@@ -145,51 +148,109 @@ def format_row(row: Row) -> str:
     return line.rstrip()
 
 
-def run(args: argparse.Namespace, say: Callable[[str], None] = print) -> results.Result:
-    """Measures what the command line asks for."""
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def run(args: argparse.Namespace) -> results.Result:
+    """Measures what the command line asks for, and writes the file after every op."""
     device = torch.device(args.device)
     ceilings: dict[str, float] = {}
     if device.type == "cuda":
         from . import ceilings as measured
 
-        _prepare_compiler()
+        published.prepare_compiler()
         ceilings = measured.measure(tiny=args.size == "tiny")
         for name, value in ceilings.items():
             say(f"ceiling {name:<16} {value:.4g} a second")
     rows: list[Row] = []
-    for op, dtype in itertools.product(args.op, args.dtype):
-        wanted = args.backend or catalogue.available(op, dtype, device)
-        lacking = {name: catalogue.lacking(op, name, dtype, device) for name in wanted}
-        for name, reason in lacking.items():
-            if reason is not None and args.backend:
-                say(f"{op} {dtype}: no {name}: {reason}")
-        backends = [name for name, reason in lacking.items() if reason is None]
-        for case in catalogue.cases(op, args.size, dtype, args.batch):
-            for mode in case.modes:
-                named = [b for b in backends if mode != "double" or b != "compile"]  # it has no second derivative
-                if mode not in args.mode or not named:
-                    continue
-                try:
-                    for row in run_case(case, mode, named, device, ceilings, args.budget):
-                        rows.append(row)
-                        say(format_row(row))
-                except torch.OutOfMemoryError as error:  # of the reference
-                    rows.append({"op": op, "case": case.name, "dtype": dtype, "mode": mode, "backend": "reference"})
-                    rows[-1]["failed"] = f"OutOfMemoryError: {str(error).splitlines()[0]}"
-                    say(format_row(rows[-1]))
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
-    config = {name: getattr(args, name) for name in ("op", "backend", "mode", "dtype", "size", "batch", "budget")}
-    return results.result("ops", config, rows, ceilings=ceilings)
+    done: list[str] = []
+    for op in args.op:
+        for dtype in args.dtype:
+            rows += run_op(op, dtype, args, device, ceilings)
+        done.append(op)
+        found = results.result("ops", described(args), rows, ceilings=ceilings, done=done)
+        if args.json:
+            results.write(args.json, found)
+    return found
 
 
-def _prepare_compiler() -> None:
-    """Every shape is compiled for itself, and none is left out in silence."""
-    import torch._dynamo
+def run_op(
+    op: str, dtype: str, args: argparse.Namespace, device: torch.device, ceilings: dict[str, float]
+) -> Iterator[Row]:
+    """Measures the cases of an op."""
+    wanted = args.backend or catalogue.available(op, dtype, device)
+    lacking = {name: catalogue.lacking(op, name, dtype, device) for name in wanted}
+    for name, reason in lacking.items():
+        if reason is not None and args.backend:
+            say(f"{op} {dtype}: no {name}: {reason}")
+    backends = [name for name, reason in lacking.items() if reason is None]
+    for case in catalogue.cases(op, args.size, dtype, args.batch):
+        for mode in case.modes:
+            named = [b for b in backends if mode != "double" or b != "compile"]  # it has no second derivative
+            if mode not in args.mode or not named:
+                continue
+            try:
+                for row in run_case(case, mode, named, device, ceilings, args.budget):
+                    say(format_row(row))
+                    yield row
+            except torch.OutOfMemoryError as error:  # of the reference
+                row = {"op": op, "case": case.name, "dtype": dtype, "mode": mode, "backend": "reference"}
+                row["failed"] = f"OutOfMemoryError: {str(error).splitlines()[0]}"
+                say(format_row(row))
+                yield row
+            if device.type == "cuda":
+                torch.cuda.synchronize()  # an illegal access ends the process here, at the op that made it
+                torch.cuda.empty_cache()
 
-    for name, value in {"recompile_limit": 256, "fail_on_recompile_limit_hit": True}.items():
-        if hasattr(torch._dynamo.config, name):
-            setattr(torch._dynamo.config, name, value)
+
+def run_apart(args: argparse.Namespace) -> results.Result:
+    """All ops in a process of their own, and what is left in another when one breaks it or stands still."""
+    rows: list[Row] = []
+    ceilings: dict[str, float] = {}
+    left = list(args.op)
+
+    def keep(rows: list[Row], ceilings: dict[str, float]) -> results.Result:
+        """What there is so far, written too: this process may be stopped."""
+        whole = results.result("ops", described(args), rows, ceilings=ceilings)
+        if args.json:
+            results.write(args.json, whole)
+        return whole
+
+    while left:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "rows.json"
+            line = [*args.line, "--op", ",".join(left), "--json", str(path), "--child"]
+            process = subprocess.Popen([sys.executable, "-m", "bench.run", *line], cwd=results.ROOT)
+            found: results.Result = {"cases": [], "ceilings": {}, "done": []}
+            progress = time.monotonic()
+            while process.poll() is None and time.monotonic() - progress < args.timeout:
+                time.sleep(0.2)
+                before = len(found["done"])
+                found = json.loads(path.read_text()) if path.is_file() else found
+                if len(found["done"]) > before:
+                    progress = time.monotonic()
+                    keep(rows + found["cases"], found["ceilings"])
+            reason = f"exit status {process.poll()}"
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+                reason = f"took more than {args.timeout:g} seconds"
+            found = json.loads(path.read_text()) if path.is_file() else found
+        rows += found["cases"]
+        ceilings = ceilings or found["ceilings"]
+        left = left[len(found["done"]) :]
+        if left:
+            row = {"op": left.pop(0), "case": "all", "dtype": ",".join(args.dtype), "mode": ",".join(args.mode)}
+            rows.append(row | {"backend": "all", "failed": reason})
+            say(format_row(rows[-1]))
+        whole = keep(rows, ceilings)
+    return whole
+
+
+def described(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings of a run, for its result file."""
+    return {name: getattr(args, name) for name in ("op", "backend", "mode", "dtype", "size", "batch", "budget")}
 
 
 def names(choices: tuple[str, ...]) -> Callable[[str], list[str]]:
@@ -217,15 +278,16 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--batch", type=lambda text: tuple(map(int, text.split(","))), default=None, help="as 1,8")
     out.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu")
     out.add_argument("--budget", type=float, default=0.3, help="seconds for one measurement")
+    out.add_argument("--timeout", type=float, default=600.0, help="of an op on a GPU, seconds")
+    out.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     out.add_argument("--json", default=None, help="write the results there")
     return out
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    found = run(args)
-    if args.json:
-        results.write(args.json, found)
+    args.line = sys.argv[1:] if argv is None else argv
+    found = run_apart(args) if args.device == "cuda" and not args.child else run(args)
     wrong = [row for row in found["cases"] if row.get("failed") or row["parity"]["wrong"]]
     if wrong:
         print(f"{len(wrong)} of {len(found['cases'])} cases are wrong or failed", file=sys.stderr)
@@ -233,5 +295,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")
     sys.exit(main())

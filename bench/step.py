@@ -71,7 +71,7 @@ NAMED = {
         Variant(
             "published",
             "the published op sequence in eager torch: grid_sample, sort and gather, unfused modulation, our bias_act "
-            "and upfirdn2d; TF32 off, cudnn.benchmark on, D's top 4 blocks fp16",
+            "and upfirdn2d; TF32 off, cudnn.benchmark on, D's top 4 blocks fp16 on a GPU",
             published=True,
         ),
         Variant(
@@ -111,14 +111,17 @@ def variant(name: str, device: torch.device) -> Variant:
         raise ValueError(f"variant must be one of {', '.join(NAMED)} or ours-BACKEND, got {name!r}")
     status = backends.status()
     having = [op for op in backends.OPS if status[op][backend] is None]
-    by_default = [op for op in having if backends.resolve(op, None, device.type) == backend]
     if not having:
         raise ValueError(f"{name}: no op has the backend here: {status[backends.OPS[0]][backend]}")
-    if len(having) == len(backends.OPS):
-        return Variant(name, f"this engine, every op by backend {backend}; TF32 off", backend=backend)
-    if by_default != having:
-        raise ValueError(f"{name}: only {', '.join(having)} have this backend, and it is not their default here")
-    return Variant(name, f"this engine, backend {backend} where it is: {', '.join(having)}; TF32 off")
+    what = f"this engine, backend {backend} where it is: {', '.join(having)}; TF32 off"
+    default = all(backends.resolve(op, None, device.type) == backend for op in having)
+    return Variant(name, what, backend=None if default and len(having) < len(backends.OPS) else backend)
+
+
+def opt_in_backend(device: torch.device) -> str | None:
+    """What this engine is asked for to be measured at its fastest: triton where that is not the default yet."""
+    usable = device.type == "cuda" and backends.status()["decode_triplane"]["triton"] is None
+    return "triton" if usable and backends.resolve("decode_triplane", None, "cuda") != "triton" else None
 
 
 class RandomData:
@@ -186,16 +189,16 @@ class Step:
     def __init__(self, variant: Variant, config: Config, device: torch.device) -> None:
         self.variant, self.device = variant, device
         half = HALF_BLOCKS if device.type == "cuda" else 0
+        backend = variant.backend or (None if variant.published else opt_in_backend(device))
         self.config = dataclasses.replace(
             config,
             precision=variant.precision if device.type == "cuda" else "fp32",
-            backend=variant.backend,
+            backend=config.backend if backend is None else backend,
             discriminator=dataclasses.replace(config.discriminator, half_blocks=half),
         )
         torch.manual_seed(0)
         with self.environment():
             self.trainer = Trainer(self.config, RandomData(self.config), device)
-        self.trainer.cur_nimg = AT_KIMG * 1000
         if variant.published:
             layout = torch.channels_last if variant.tuned else torch.contiguous_format
             published.publish(self.trainer.generator, layout)
@@ -239,7 +242,7 @@ class Step:
 
     def run(self, regularize: bool) -> None:
         """One iteration, with the regularization of D or without, whatever its turn."""
-        self.trainer.iterations = 0 if regularize else 1
+        self.trainer.iterations, self.trainer.cur_nimg = 0 if regularize else 1, AT_KIMG * 1000
         with self.environment():
             self.trainer.iteration(self.images, self.labels, self.angles)
 
@@ -255,9 +258,17 @@ class Step:
 
 def _compile(trainer: Trainer) -> None:
     """The networks through torch.compile, D's only where no gradient of a gradient is taken."""
+    published.prepare_compiler()
     generator, discriminator = trainer.generator, trainer.discriminator
     generator.synthesis.forward = torch.compile(generator.synthesis.forward, dynamic=False)
-    generator.renderer.forward = torch.compile(generator.renderer.forward, dynamic=False)
+    rendering = torch.compile(generator.renderer.forward, dynamic=False)
+
+    def render(*args: Any, density_noise_std: float = 0.0, **options: Any) -> Any:
+        # A number would be compiled in, and every other number compiled anew.
+        std = torch.full([], density_noise_std, device=trainer.device)
+        return rendering(*args, density_noise_std=std, **options)
+
+    generator.renderer.forward = render
     eager = discriminator.forward
     compiled = torch.compile(eager, dynamic=False)
     discriminator.forward = compiled
@@ -402,21 +413,22 @@ def free_memory() -> None:
     torch.cuda.empty_cache()
 
 
-def backends_of(variant: Variant, device: torch.device) -> dict[str, str]:
+def backends_of(step: Step) -> dict[str, str]:
     """Op -> the backend that a variant's iterations call."""
-    found = {op: backends.resolve(op, variant.backend, device.type) for op in backends.OPS}
-    if variant.published:
+    asked = step.config.backend if step.config.backend in backends.BACKENDS else None
+    default = {op: backends.resolve(op, None, step.device.type) for op in backends.OPS}
+    found = {op: asked if asked and backends.status()[op][asked] is None else default[op] for op in backends.OPS}
+    if step.variant.published:
         for op in backends.OPS:
             if op not in ("bias_act", "upfirdn2d"):
                 found[op] = "published"
-            elif variant.compiled:
+            elif step.variant.compiled:
                 found[op] = "reference"
     return found
 
 
-def on_gpu(args: argparse.Namespace, config: Config) -> list[Row]:
+def on_gpu(args: argparse.Namespace) -> Iterator[Row]:
     """Every variant in a process of its own: a fault or a full memory stays there."""
-    rows = []
     for name in args.variants:
         head = {"variant": name, "what": variant(name, torch.device("cuda")).what}
         with tempfile.TemporaryDirectory() as folder:
@@ -427,18 +439,17 @@ def on_gpu(args: argparse.Namespace, config: Config) -> list[Row]:
                 row = json.loads(path.read_text()) if path.is_file() else {"failed": f"exit status {code}"}
             except subprocess.TimeoutExpired:
                 row = {"failed": f"took more than {args.timeout} seconds"}
-        rows.append(head | row)
-        print(format_row(rows[-1]), flush=True)
-    return rows
+        yield head | row
 
 
 def child(args: argparse.Namespace, config: Config) -> None:
     """Measures one variant, and leaves its row in a file."""
     device = torch.device("cuda")
     chosen = variant(args.variants[0], device)
-    row: Row = {"backends": backends_of(chosen, device)}
+    row: Row = {}
     try:
         step = Step(chosen, config, device)
+        row["backends"] = backends_of(step)
         row |= measure_gpu(step, args.seconds, args.largest)
         if args.profile:
             write_trace(step, args.profile)
@@ -456,10 +467,7 @@ def on_cpu(args: argparse.Namespace, config: Config) -> list[Row]:
         step.require_finite()
     if args.profile:
         write_trace(next(iter(steps.values())), args.profile)
-    rows = [
-        {"variant": name, "what": step.variant.what, "backends": backends_of(step.variant, device)}
-        for name, step in steps.items()
-    ]
+    rows = [{"variant": name, "what": step.variant.what, "backends": backends_of(step)} for name, step in steps.items()]
     for label, regularize in (("without_r1", False), ("with_r1", True)):
         functions = {name: functools.partial(step.run, regularize) for name, step in steps.items()}
         slower = cpu_ratios(functions, budget=args.seconds) if len(functions) > 1 else {}
@@ -469,8 +477,6 @@ def on_cpu(args: argparse.Namespace, config: Config) -> list[Row]:
                 faster = Spread(1 / s.median, 1 / s.p80, 1 / s.p20, s.count).to_dict()
                 row.setdefault("times_as_fast", {})[label] = faster
                 row["against"] = args.variants[-1]
-    for row in rows:
-        print(format_row(row))
     return rows
 
 
@@ -528,6 +534,22 @@ def parser() -> argparse.ArgumentParser:
     return out
 
 
+def described(args: argparse.Namespace, config: Config) -> dict[str, Any]:
+    """The settings of a run, for its result file."""
+    names = ("preset", "size", "variants", "seconds", "micro_batch", "profile")
+    return {name: getattr(args, name) for name in names} | {
+        "resolution": config.resolution,
+        "patch": config.patch.resolution,
+        "batch": config.batch,
+        "kimg": config.kimg,
+        "at_kimg": AT_KIMG,
+        "r1_interval": config.optim.r1_interval,
+        "paper_v100_days": PAPER_GPU_DAYS.get((config.resolution, config.patch.resolution))
+        if args.size == "real" and args.preset != "demo"
+        else None,
+    }
+
+
 def main(argv: list[str] | None = None) -> int:
     line = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(line)
@@ -539,22 +561,12 @@ def main(argv: list[str] | None = None) -> int:
     if args.child:
         child(args, config)
         return 0
-    rows = on_gpu(args, config) if device.type == "cuda" else on_cpu(args, config)
-    if args.json:
-        paper = PAPER_GPU_DAYS.get((config.resolution, config.patch.resolution)) if args.size == "real" else None
-        described = {
-            name: getattr(args, name) for name in ("preset", "size", "variants", "seconds", "micro_batch", "profile")
-        }
-        described |= {
-            "resolution": config.resolution,
-            "patch": config.patch.resolution,
-            "batch": config.batch,
-            "kimg": config.kimg,
-            "at_kimg": AT_KIMG,
-            "r1_interval": config.optim.r1_interval,
-            "paper_v100_days": paper,
-        }
-        results.write(args.json, results.result("step", described, rows))
+    rows = []
+    for row in on_gpu(args) if device.type == "cuda" else on_cpu(args, config):
+        print(format_row(row), flush=True)
+        rows.append(row)
+        if args.json:  # after every variant: this process may be stopped
+            results.write(args.json, results.result("step", described(args, config), rows))
     return int(any(row.get("failed") for row in rows))
 
 
