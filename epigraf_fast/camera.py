@@ -133,6 +133,24 @@ def pixel_grid(
     return grid
 
 
+def extract_patches(images: Tensor, patch_scale: Tensor, patch_offset: Tensor, resolution: int) -> Tensor:
+    """Resamples images at the pixel grids of patches, bilinear and corner-aligned.
+
+    Args:
+        images: [B, 3, R, R].
+        patch_scale, patch_offset: [B], [B, 2], offset y from the bottom.
+        resolution: r.
+
+    Returns:
+        [B, 3, r, r].
+    """
+    grid = pixel_grid(resolution, patch_scale, patch_offset).unflatten(1, (resolution, resolution))
+    grid = torch.stack([grid[..., 0], -grid[..., 1]], dim=-1)  # image rows run downwards
+    return torch.nn.functional.grid_sample(
+        images, grid.to(images.dtype), mode="bilinear", padding_mode="border", align_corners=True
+    )
+
+
 def camera_rays(
     cam2world: Tensor,
     fov: float | Tensor,

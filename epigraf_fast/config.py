@@ -74,6 +74,13 @@ class RendererConfig:
     white_background: bool = False
     last_back: bool = False
     """Gives the last sample all remaining weight."""
+    background: Literal["none", "sphere", "plane"] = "none"
+    """Behind the planes: nothing, the inverted sphere of NeRF++, or three more channels of the synthesis network. With
+    one, the last interval is at most 1e-3 and `white_background` holds behind the background alone."""
+    background_samples: int = 16
+    """Of the sphere, along a ray; 8 in the published code."""
+    background_start: float = 1.0
+    """Inverse radius of the sphere's first sample, in radii of the sphere, which is the cameras'."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +156,40 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class AugmentConfig:
+    """Augmentation of the discriminator's input (SPEC section 14)."""
+
+    mode: Literal["none", "ada", "fixed"] = "none"
+    """ada: the strength follows how sure D is of real patches; fixed: it stays at `p`."""
+    p: float = 0.0
+    """Strength, the probability of every operation: in the end (fixed), or at the start (ada)."""
+    target: float = 0.6
+    """ada: mean sign of D's logits of real patches that the strength aims at."""
+    kimg: float = 500.0
+    """ada: thousands of images in which the strength could go from 0 to 1."""
+    interval: int = 4
+    """ada: iterations between two adjustments."""
+    exact_margins: bool = False
+    """Pads by what a batch needs, which waits for the device, rather than by the most; the image is the same."""
+    x_flip: bool = False
+    """Left to the data set's mirroring, as published."""
+    rotate90: bool = True
+    xint: bool = True
+    """Translation by whole pixels."""
+    scale: bool = True
+    rotate: bool = True
+    aniso: bool = True
+    """Stretching along one direction."""
+    xfrac: bool = True
+    """Translation by fractions of a pixel, too."""
+    brightness: bool = True
+    contrast: bool = True
+    luma_flip: bool = True
+    hue: bool = True
+    saturation: bool = True
+
+
+@dataclass(frozen=True)
 class Config:
     """A training run, whole."""
 
@@ -190,6 +231,7 @@ class Config:
     patch: PatchConfig = field(default_factory=PatchConfig)
     loader: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     @property
     def micro(self) -> int:
@@ -211,6 +253,7 @@ def preset(name: str) -> Config:
             generator=GeneratorConfig(pose_conditioning=True),
             discriminator=DiscriminatorConfig(camera_conditioning=True),
             optim=OptimConfig(r1_gamma=0.1),
+            augment=AugmentConfig(mode="ada"),
         )
     if name == "cats":
         return Config(
@@ -220,6 +263,7 @@ def preset(name: str) -> Config:
             kimg=15_000,
             run_dir="runs/cats",
             discriminator=DiscriminatorConfig(camera_conditioning=True),
+            augment=AugmentConfig(mode="ada"),
         )
     if name in ("plants", "food"):
         return Config(
@@ -233,6 +277,7 @@ def preset(name: str) -> Config:
             ),
             renderer=RendererConfig(white_background=True),
             loader=DataConfig(labels=True),
+            augment=AugmentConfig(mode="ada"),
         )
     raise UserError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
 
@@ -333,12 +378,15 @@ def check(config: Config) -> None:
         "discriminator.patch_steps": c.discriminator.patch_steps,
         "discriminator.camera_steps": c.discriminator.camera_steps,
         "renderer.softplus_beta": c.renderer.softplus_beta,
+        "renderer.background_start": c.renderer.background_start,
         "renderer.last_interval": c.renderer.last_interval,
         "renderer.density_noise_kimg": c.renderer.density_noise_kimg,
         "optim.g_lr": c.optim.g_lr,
         "optim.d_lr": c.optim.d_lr,
         "optim.r1_interval": c.optim.r1_interval,
         "optim.blur_kimg": c.optim.blur_kimg,
+        "augment.kimg": c.augment.kimg,
+        "augment.interval": c.augment.interval,
         "camera.radius": c.camera.radius,
         "camera.ray_start": c.camera.ray_start,
         "camera.cube_scale": c.camera.cube_scale,
@@ -353,6 +401,7 @@ def check(config: Config) -> None:
         "optim.blur_sigma": c.optim.blur_sigma,
         "optim.ema_rampup": c.optim.ema_rampup,
         "optim.ema_kimg": c.optim.ema_kimg or 0.0,
+        "augment.p": c.augment.p,
         "discriminator.half_blocks": c.discriminator.half_blocks,
         "discriminator.patch_table_dim": c.discriminator.patch_table_dim,
     }
@@ -372,6 +421,8 @@ def check(config: Config) -> None:
     for name, value in (("optim.beta1", c.optim.beta1), ("optim.beta2", c.optim.beta2)):
         if not 0 <= value < 1:
             raise UserError(f"{name} must be in [0, 1), got {value}")
+    if not -1 <= c.augment.target <= 1:
+        raise UserError(f"augment.target must be in [-1, 1], the mean of a sign, got {c.augment.target}")
     if c.metric_images == 1:
         raise UserError("metric_images must be 0 or at least 2, got 1")
     if not 0 <= c.seed < 2**32:
@@ -382,6 +433,11 @@ def check(config: Config) -> None:
         raise UserError(
             f"renderer.coarse_samples must be at least 3 and fine_samples at least 0, "
             f"got {c.renderer.coarse_samples} and {c.renderer.fine_samples}"
+        )
+    if c.renderer.background_samples < 2 or c.renderer.background_start > 1:
+        raise UserError(
+            f"renderer.background_samples must be at least 2 and background_start at most 1, "
+            f"got {c.renderer.background_samples} and {c.renderer.background_start}"
         )
     check_camera(c.camera)
 

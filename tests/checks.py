@@ -30,6 +30,14 @@ TOLERANCES: dict[torch.dtype | str, tuple[float, float]] = {
     "network_fp32": (1e-3, 1e-4),
     # A golden loss, of order one: room for other CPUs and releases of torch, not for another formula.
     "golden": (1e-4, 0.0),
+    # Resampling in fp32 against the same in float64: two filters of 144 taps on numbers up to 1.
+    "augment_identity": (0.0, 2e-6),
+    # The whole of the reflected surroundings against as much as is needed: 1e-4 of the range of 2.
+    "augment_margins": (0.0, 2e-4),
+    # Depths of the inverted sphere, whose denominators carry the published 1e-6.
+    "background_depth": (1e-4, 1e-5),
+    # A smooth blob that the pipeline moves against the moved formula: bilinear sampling at twice the resolution.
+    "augment_blob": (0.0, 1e-2),
 }
 GRADCHECK_STEP = 1e-6
 SIGMAS = 4.0  # how far a statistic of a seeded draw may lie from its mean, in standard deviations

@@ -114,6 +114,9 @@ def test_the_paper_otherwise(name: str) -> None:
     assert (p.anneal_kimg, p.groups) == (10_000, "strided")
     assert (o.g_lr, o.d_lr, o.beta1, o.beta2, o.r1_interval) == (0.0025, 0.002, 0, 0.99, 16)
     assert (o.blur_sigma, o.blur_kimg, o.ema_kimg, o.ema_rampup) == (10, 200, None, 0.05)
+    assert (r.background, r.background_samples, r.background_start) == ("none", 16, 1)
+    a = config.augment
+    assert (a.mode, a.p, a.target, a.kimg, a.interval, a.x_flip) == ("ada", 0, 0.6, 500, 4, False)
 
 
 def test_demo_needs_no_data_and_no_gpu() -> None:
@@ -163,6 +166,10 @@ def test_demo_needs_no_data_and_no_gpu() -> None:
         ("optim.blur_kimg", 0.0, "optim.blur_kimg must be finite and positive, got 0.0"),
         ("optim.r1_gamma", -0.1, "optim.r1_gamma must be finite and zero or more, got -0.1"),
         ("optim.ema_kimg", -1.0, "optim.ema_kimg must be finite and zero or more, got -1.0"),
+        ("augment.p", -0.1, "augment.p must be finite and zero or more, got -0.1"),
+        ("augment.kimg", 0.0, "augment.kimg must be finite and positive, got 0.0"),
+        ("augment.interval", 0, "augment.interval must be finite and positive, got 0"),
+        ("augment.target", 1.5, "augment.target must be in [-1, 1], the mean of a sign, got 1.5"),
         ("optim.beta1", 1.0, r"optim.beta1 must be in [0, 1), got 1.0"),
         ("optim.beta2", -0.1, r"optim.beta2 must be in [0, 1), got -0.1"),
         ("generator.z_dim", 0, "generator.z_dim must be finite and positive, got 0"),
@@ -175,6 +182,17 @@ def test_demo_needs_no_data_and_no_gpu() -> None:
         ("patch.num_scales", 0, "patch.num_scales must be finite and positive, got 0"),
         ("renderer.coarse_samples", 2, "renderer.coarse_samples must be at least 3 and fine_samples at least 0"),
         ("renderer.fine_samples", -1, "renderer.coarse_samples must be at least 3 and fine_samples at least 0"),
+        (
+            "renderer.background_samples",
+            1,
+            "renderer.background_samples must be at least 2 and background_start at most",
+        ),
+        (
+            "renderer.background_start",
+            1.1,
+            "renderer.background_samples must be at least 2 and background_start at most",
+        ),
+        ("renderer.background_start", 0.0, "renderer.background_start must be finite and positive, got 0.0"),
         ("renderer.density_noise", -1.0, "renderer.density_noise must be finite and zero or more, got -1.0"),
         ("renderer.softplus_beta", 0.0, "renderer.softplus_beta must be finite and positive, got 0.0"),
         ("loader.workers", -1, "loader.workers must be finite and zero or more, got -1"),

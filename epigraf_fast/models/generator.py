@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import torch
 from torch import Tensor, nn
 
 from ..config import CameraConfig, GeneratorConfig, RendererConfig
+from .background import PlaneBackground, SphereBackground
 from .decoder import Decoder
 from .layers import camera_numbers
 from .mapping import StyleMapping
 from .renderer import Images, Renderer, render_planes
 from .synthesis import Synthesis
+
+LAYERS = ("both", "foreground", "background")
+BACKGROUND_INTERVAL = 1e-3  # the last interval in front of a background, which shows through the last sample
 
 
 class Generator(nn.Module):
@@ -19,6 +26,7 @@ class Generator(nn.Module):
     Args:
         config, renderer, camera: Settings.
         label_dim: Numbers of a class label, 0 for none.
+        image_resolution: Of whole images, for a plane background; default: that of the planes.
         half_blocks: Top resolutions of the synthesis network in fp16 (on a GPU).
         backend: See `ops`.
     """
@@ -30,6 +38,7 @@ class Generator(nn.Module):
         camera: CameraConfig,
         *,
         label_dim: int = 0,
+        image_resolution: int | None = None,
         half_blocks: int = 0,
         backend: str | None = None,
     ) -> None:
@@ -37,10 +46,27 @@ class Generator(nn.Module):
         self.z_dim, self.label_dim = config.z_dim, label_dim
         self.pose_conditioning = config.pose_conditioning
         self.camera = camera
+        self.plane_channels = 3 * config.plane_channels
+        self.background: PlaneBackground | SphereBackground | None = None
+        if renderer.background == "plane":
+            self.background = PlaneBackground(image_resolution or config.plane_resolution)
+        if renderer.background == "sphere":
+            self.background = SphereBackground(
+                config.w_dim,
+                camera,
+                samples=renderer.background_samples,
+                start=renderer.background_start,
+                channel_base=config.channel_base,
+                white_background=renderer.white_background,
+                backend=backend,
+            )
+        if self.background is not None:
+            interval = min(renderer.last_interval, BACKGROUND_INTERVAL)
+            renderer = dataclasses.replace(renderer, last_interval=interval, white_background=False)
         self.synthesis = Synthesis(
             config.w_dim,
             config.plane_resolution,
-            3 * config.plane_channels,
+            self.plane_channels + (self.background.extra_channels if self.background else 0),
             channel_base=config.channel_base,
             channel_max=config.channel_max,
             half_blocks=half_blocks,
@@ -50,7 +76,7 @@ class Generator(nn.Module):
             config.z_dim,
             label_dim + (2 if config.pose_conditioning else 0),
             config.w_dim,
-            self.synthesis.num_ws,
+            self.synthesis.num_ws + (self.background.num_ws if self.background else 0),
             config.mapping_layers,
         )
         self.decoder = Decoder(config.plane_channels, config.decoder_hidden, backend=backend)
@@ -87,21 +113,47 @@ class Generator(nn.Module):
         patch_scale: Tensor | None = None,
         patch_offset: Tensor | None = None,
         *,
+        ws: Tensor | None = None,
+        layer: str = "both",
+        background_jitter: Tensor | None = None,
         fov: float | Tensor | None = None,
         **render_options: bool | float | Tensor | None,
     ) -> Images:
-        """Renders planes [B, 3*C, H, W] as full images or patches of resolution^2 pixels; see `render_planes`."""
+        """Renders planes [B, 3*C, H, W] as full images or patches of resolution^2 pixels; see `render_planes`.
+
+        Args:
+            planes: What the synthesis network gives; with a plane background, the last 3 channels are that.
+            ws: [B, num_ws, w_dim], for a sphere background.
+            layer: "both", or "foreground" or "background" alone. The depth is the foreground's; that of the background
+                alone is its own, infinite for a plane.
+            background_jitter: [B, R, S] in [0, 1) in place of fresh draws, which training mode (or `stochastic`) makes.
+        """
+        if layer not in LAYERS:
+            raise ValueError(f"Generator: layer must be one of {', '.join(LAYERS)}, got {layer!r}")
+        patch = (resolution, patch_scale, patch_offset)
+        if self.background is None and layer == "background":
+            raise ValueError('Generator: layer must be both (because there is no background), got "background"')
+        if self.background is not None and layer != "foreground":
+            stochastic = render_options.get("stochastic")
+            rgb, depth = self.background(
+                planes[:, self.plane_channels :],
+                ws,
+                angles,
+                *patch,
+                fov=fov,
+                stochastic=self.training if stochastic is None else stochastic,
+                jitter=background_jitter,
+                with_depth=layer == "background",
+            )
+            if layer == "background":
+                rgb = rgb.transpose(1, 2).unflatten(2, (resolution, resolution))
+                depth = torch.full_like(rgb[:, :1], math.inf) if depth is None else depth.view_as(rgb[:, :1])
+                return Images(rgb, depth, torch.ones_like(depth))
+            render_options["background"] = rgb
+        if planes.shape[1] > self.plane_channels:
+            planes = planes[:, : self.plane_channels].contiguous(memory_format=torch.channels_last)
         return render_planes(
-            self.renderer,
-            self.decoder,
-            self.camera,
-            planes,
-            angles,
-            resolution,
-            patch_scale,
-            patch_offset,
-            fov=fov,
-            **render_options,
+            self.renderer, self.decoder, self.camera, planes, angles, *patch, fov=fov, **render_options
         )
 
     def forward(
@@ -138,4 +190,4 @@ class Generator(nn.Module):
             update_w_avg=update_w_avg,
         )
         planes = self.synthesis(ws, noise_mode)
-        return self.render(planes, angles, resolution, patch_scale, patch_offset, **render_options)
+        return self.render(planes, angles, resolution, patch_scale, patch_offset, ws=ws, **render_options)

@@ -85,6 +85,7 @@ class Renderer(nn.Module):
         u: Tensor | None = None,
         coarse_noise: Tensor | None = None,
         fine_noise: Tensor | None = None,
+        background: Tensor | None = None,
     ) -> Rendering:
         """Renders rays.
 
@@ -97,6 +98,7 @@ class Renderer(nn.Module):
             jitter: [B, R, S] in [0, 1) in place of fresh draws.
             u: [B, R, K] in [0, 1) in place of fresh draws.
             coarse_noise, fine_noise: Standard normal [B, R, S], [B, R, S + K], in place of fresh draws.
+            background: [B, R, 3], what the rays see behind the planes.
         """
         config, shape, device = self.config, ray_origins.shape[:2], ray_origins.device
         stochastic = self.training if stochastic is None else stochastic
@@ -145,6 +147,7 @@ class Renderer(nn.Module):
             density_noise=noise,
             white_background=config.white_background,
             last_back=config.last_back,
+            background=background,
             **density,
         )
         return Rendering(result.rgb, result.depth, result.weight_sum, result.final_transmittance)

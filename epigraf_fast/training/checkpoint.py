@@ -152,8 +152,23 @@ def find_checkpoint(resume: str | None, run_dir: Path) -> Path | None:
 
 
 # What a checkpoint's networks and optimizers depend on; everything else may change on resume.
-STRUCTURE = ("resolution", "generator.", "discriminator.", "patch.resolution", "loader.labels", "loader.mirror", "seed")
-FREE = ("generator.pose_swap_probability", "generator.pose_swap_kimg", "discriminator.camera_dropout")
+STRUCTURE = (
+    "resolution",
+    "generator.",
+    "renderer.background",
+    "discriminator.",
+    "patch.resolution",
+    "loader.labels",
+    "loader.mirror",
+    "seed",
+)
+FREE = (
+    "generator.pose_swap_probability",
+    "generator.pose_swap_kimg",
+    "renderer.background_samples",
+    "renderer.background_start",
+    "discriminator.camera_dropout",
+)
 
 
 def check_resumable(stored: Config, config: Config) -> list[str]:

@@ -19,7 +19,9 @@ def meta_networks(config: Config, label_dim: int) -> tuple[Generator, Discrimina
     """Generator and discriminator without memory behind them."""
     with torch.device("meta"):
         shared = {"label_dim": label_dim, "backend": config.backend}
-        generator = Generator(config.generator, config.renderer, config.camera, **shared)
+        generator = Generator(
+            config.generator, config.renderer, config.camera, image_resolution=config.resolution, **shared
+        )
         return generator, Discriminator(config.discriminator, config.resolution, config.patch.resolution, **shared)
 
 

@@ -1,11 +1,10 @@
-"""Patches: their scales and offsets, and how they are cut from real images (paper, section 3.3)."""
+"""Patches: their scales and offsets (paper, section 3.3); `camera.extract_patches` cuts them from images."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..camera import pixel_grid
 from ..config import PatchConfig
 from .schedule import patch_beta, patch_min_scale
 
@@ -61,21 +60,3 @@ def sample_patches(
     if config.groups == "strided":
         return scale.repeat(group), offset.repeat(group, 1)
     return scale.repeat_interleave(group), offset.repeat_interleave(group, dim=0)
-
-
-def extract_patches(images: Tensor, patch_scale: Tensor, patch_offset: Tensor, resolution: int) -> Tensor:
-    """Resamples images at the pixel grids of patches, bilinear and corner-aligned.
-
-    Args:
-        images: [B, 3, R, R].
-        patch_scale, patch_offset: [B], [B, 2], offset y from the bottom.
-        resolution: r.
-
-    Returns:
-        [B, 3, r, r].
-    """
-    grid = pixel_grid(resolution, patch_scale, patch_offset).unflatten(1, (resolution, resolution))
-    grid = torch.stack([grid[..., 0], -grid[..., 1]], dim=-1)  # image rows run downwards
-    return torch.nn.functional.grid_sample(
-        images, grid.to(images.dtype), mode="bilinear", padding_mode="border", align_corners=True
-    )

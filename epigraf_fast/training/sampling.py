@@ -118,6 +118,9 @@ def circle_angles(frames: int, centre: Tensor, yaw: float, pitch: float) -> Tens
 def render_turntable(generator: Generator, z: Tensor, label: Tensor, frames: int, resolution: int) -> Tensor:
     """Objects seen from all around: rgb [frames, B, 3, resolution, resolution], about [-1, 1]."""
     angles = turntable_angles(frames).to(z.device)
-    planes = generator.synthesis(generator.ws(z, label), noise_mode="const")
-    views = (generator.render(planes, angle.expand(len(z), -1), resolution, stochastic=False).rgb for angle in angles)
-    return torch.stack(list(views))
+    ws = generator.ws(z, label)
+    planes = generator.synthesis(ws, noise_mode="const")
+    views = [
+        generator.render(planes, angle.expand(len(z), -1), resolution, ws=ws, stochastic=False).rgb for angle in angles
+    ]
+    return torch.stack(views)

@@ -8,15 +8,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..camera import extract_patches
 from ..config import Config
 from ..data import ImageDataset
 from ..errors import UserError
+from ..models.augment import Augment
 from ..models.discriminator import Discriminator
 from ..models.generator import Generator
 from ..ops import backends
 from .ema import average_of, update_average
 from .losses import blur, discriminator_loss, generator_loss, r1_penalty
-from .patches import extract_patches, sample_patches
+from .patches import sample_patches
 from .sampling import prior_angles
 from .schedule import blur_sigma, density_noise_std, ema_decay, pose_swap_probability
 
@@ -71,6 +73,7 @@ class Trainer:
             config.generator,
             config.renderer,
             config.camera,
+            image_resolution=config.resolution,
             half_blocks=HALF_BLOCKS if config.precision == "fp16" else 0,
             **shared,
         )
@@ -93,7 +96,11 @@ class Trainer:
         self.d_optimizer = self._adam(self.discriminator, optim.d_lr, lazy)
         self.cur_nimg = 0
         self.iterations = 0
-        self.augment_p = torch.zeros([], device=device)
+        self.augment = None
+        if config.augment.mode != "none":
+            self.augment = Augment(config.augment, backend=config.backend).to(device)
+        self.augment_p = torch.tensor(config.augment.p, device=device)
+        self.real_signs = torch.zeros(2, device=device)  # since the last adjustment of p: their sum, how many
         self.sums: dict[str, Tensor] = {}  # of every statistic since `reset_statistics`, and how many went in
         self.counts: dict[str, int] = {}
 
@@ -127,6 +134,8 @@ class Trainer:
             for real in self._phase(self.d_optimizer, reals):
                 self._regularization_phase(real)
 
+        if config.augment.mode == "ada" and (self.iterations + 1) % config.augment.interval == 0:
+            self._adjust_augmentation()
         update_average(self.average, self.generator, ema_decay(config.optim, self.cur_nimg, config.batch))
         self.cur_nimg += config.batch
         self.iterations += 1
@@ -158,14 +167,32 @@ class Trainer:
         self._record("logits/fake", fake_logits)
         self._record("logits/real", real_logits)
         self._record("logits/real_sign", real_logits.sign())
+        self._observe(real_logits)
 
     def _regularization_phase(self, real: Samples) -> None:
         patches, scale, offset = self._cut(real)
         patches.requires_grad_(True)
-        penalty = r1_penalty(self._judge(patches, scale, offset, real), patches)
+        logits = self._judge(patches, scale, offset, real)
+        penalty = r1_penalty(logits, patches)
         optim = self.config.optim
         self._backward((penalty * (optim.r1_gamma / 2)).mean() * optim.r1_interval)
         self._record("loss/R1", penalty)
+        self._observe(logits)
+
+    def _observe(self, real_logits: Tensor) -> None:
+        """Keeps what the augmentation's strength follows."""
+        if self.augment is not None:
+            signs = real_logits.detach().sign()
+            self.real_signs += torch.stack([signs.sum(), torch.ones_like(signs).sum()])
+            self._record("augment/p", self.augment_p)
+
+    def _adjust_augmentation(self) -> None:
+        """p <- max(p + sign(mean sign(D(real)) - target) images / kimg, 0), on the device."""
+        augment = self.config.augment
+        total, count = self.real_signs
+        step = self.config.batch * augment.interval / (augment.kimg * 1000)
+        self.augment_p.add_((total / count - augment.target).sign() * step).clamp_(min=0)
+        self.real_signs.zero_()
 
     def _backward(self, loss: Tensor) -> None:
         (loss * (self.config.micro / self.config.batch)).backward()
@@ -193,6 +220,8 @@ class Trainer:
 
     def _judge(self, patches: Tensor, scale: Tensor, offset: Tensor, samples: Samples) -> Tensor:
         patches = blur(patches, blur_sigma(self.config.optim, self.cur_nimg))
+        if self.augment is not None:
+            patches = self.augment(patches, self.augment_p)
         return self.discriminator(patches, scale, offset, samples.label, samples.angles)
 
     def _draw_fakes(self, num: int) -> Samples:
@@ -243,6 +272,7 @@ class Trainer:
             "cur_nimg": self.cur_nimg,
             "iterations": self.iterations,
             "augment_p": self.augment_p,
+            "real_signs": self.real_signs,
             "sums": self.sums,
             "counts": self.counts,
         }
@@ -263,6 +293,8 @@ class Trainer:
         for optimizer, name in ((self.g_optimizer, "g_optimizer"), (self.d_optimizer, "d_optimizer")):
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state[name]["state"]})
         self.cur_nimg, self.iterations = state["cur_nimg"], state["iterations"]
-        self.augment_p.copy_(state["augment_p"])
+        if self.config.augment.mode != "fixed":
+            self.augment_p.copy_(state["augment_p"])
+        self.real_signs.copy_(state.get("real_signs", self.real_signs))  # which the first release did not keep
         self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
         self.counts = dict(state["counts"])

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from epigraf_fast.camera import extract_patches
 from epigraf_fast.config import Config, RendererConfig, with_data_camera
 from epigraf_fast.data import ImageDataset
 from epigraf_fast.models.raw_planes import RawPlanes
-from epigraf_fast.training.patches import extract_patches
 
 DATA = Path(__file__).resolve().parents[1] / "data" / "one_object.zip"
 HELD_OUT = 6  # every so many views

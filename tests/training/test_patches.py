@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from checks import SIGMAS, assert_close, draw, draw_uniform
+from epigraf_fast.camera import extract_patches
 from epigraf_fast.config import PatchConfig
 from epigraf_fast.models.discriminator import minibatch_std
-from epigraf_fast.training.patches import extract_patches, sample_patches
+from epigraf_fast.training.patches import sample_patches
 
 R, SMALL = 64, 8  # r / R = 0.125
 DISTRIBUTIONS = ("beta", "uniform", "discrete", "graf", "gnerf")

@@ -328,6 +328,85 @@ def test_a_nan_loss_changes_no_weight(
     assert math.isnan(trainer.statistics()["loss/G"])
 
 
+# Augmentation
+
+
+def test_no_augmentation_draws_nothing(tiny_config: TinyConfig, tiny_trainer: TinyTrainer) -> None:
+    trainer, batches = tiny_trainer(tiny_config())
+    assert trainer.augment is None
+    trainer.iteration(*next(batches))
+    assert "augment/p" not in trainer.statistics()
+
+
+def test_patches_are_blurred_then_augmented_then_judged(tiny_config: TinyConfig, tiny_trainer: TinyTrainer) -> None:
+    """In every phase; and R1's gradient is that to the patch before both."""
+    trainer, batches = tiny_trainer(tiny_config(augment={"mode": "fixed", "p": 0.7}))
+    made = []
+    handle = trainer.augment.register_forward_hook(lambda _, args, result: made.append((*args, result)))
+    cut = []
+    cut_out = trainer._cut
+    trainer._cut = lambda real: cut.append(cut_out(real)) or cut[-1]
+    with calls_of(trainer.discriminator) as judged:
+        trainer.iteration(*next(batches))
+    handle.remove()
+    assert len(judged) == len(made) == 4
+    for (args, _), (before, p, after) in zip(judged, made, strict=True):
+        assert args[0] is after
+        assert p == trainer.augment_p == torch.tensor(0.7)
+        assert not torch.equal(before, after)
+    assert torch.equal(made[3][0], blur(cut[1][0], 1.0))
+    assert cut[1][0].requires_grad
+
+
+def test_the_strength_follows_the_real_logits(
+    tiny_config: TinyConfig, tiny_trainer: TinyTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every 4 iterations by 8 * 4 / 1000, up if more than a share of 0.8 (mean sign 0.6) is positive; never below 0."""
+    config = tiny_config(augment={"mode": "ada", "kimg": 1.0}, optim={"r1_gamma": 0.0})
+    trainer, batches = tiny_trainer(config)
+    positives = iter([8, 8, 8, 1] + [8, 8, 8, 1] + [7, 7, 7, 6] + [6, 6, 6, 6] * 2)  # of 8: 25, 25, 27, 24, 24 of 32
+    monkeypatch.setattr(trainer, "_generator_phase", lambda *args: None)
+
+    def phase(fakes: Samples, real: Samples) -> None:
+        count = next(positives)
+        trainer._observe(torch.tensor([1.0] * count + [-2.0] * (8 - count)))
+
+    monkeypatch.setattr(trainer, "_discriminator_phase", phase)
+    batch = next(batches)
+    strengths = []
+    for _ in range(20):
+        trainer.iteration(*batch)
+        strengths.append(trainer.augment_p.item())
+    step = 0.032
+    # Mean signs 0.5625, 0.5625, 0.6875, 0.5, 0.5 against 0.6.
+    expected = [0.0] * 11 + [step] * 4 + [0.0] * 5
+    assert_close(torch.tensor(strengths), torch.tensor(expected), "p", "hand")
+    assert trainer.real_signs.tolist() == [0, 0]
+
+
+def test_real_logits_of_both_d_phases_count(tiny_config: TinyConfig, tiny_trainer: TinyTrainer) -> None:
+    """8 of the D phase every iteration, 8 of R1 in iterations 0 and 2."""
+    trainer, batches = tiny_trainer(tiny_config(augment={"mode": "ada"}, optim={"r1_interval": 2}, micro_batch=4))
+    counts = []
+    for _ in range(5):
+        trainer.iteration(*next(batches))
+        counts.append(trainer.real_signs[1].item())
+    assert counts == [16, 24, 40, 0, 16]
+    assert trainer.statistics()["augment/p"] >= 0
+
+
+def test_strength_survives_a_checkpoint(tiny_config: TinyConfig, tiny_trainer: TinyTrainer) -> None:
+    trainer, _ = tiny_trainer(tiny_config(augment={"mode": "ada"}))
+    trainer.augment_p.fill_(0.3)
+    trainer.real_signs.copy_(torch.tensor([5.0, 16.0]))
+    state = trainer.state_dict()
+    for mode, p in (("ada", 0.3), ("fixed", 0.6)):
+        other, _ = tiny_trainer(tiny_config(augment={"mode": mode, "p": 0.6}))
+        other.load_state_dict(state)
+        assert_close(other.augment_p, torch.tensor(p), mode)
+        assert other.real_signs.tolist() == [5, 16]
+
+
 # R1
 
 

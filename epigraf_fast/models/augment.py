@@ -1,0 +1,293 @@
+"""Augmentation of the discriminator's input (SPEC section 14; Karras et al. 2020, "Training generative adversarial
+networks with limited data").
+
+One geometric map and one colour map per image, each a product of operations that their own gates switch on. Nothing
+waits for the device: the strength is a tensor, and the constants are buffers.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..config import AugmentConfig
+
+# The 12-tap low-pass of the sym6 wavelet; used divided by its sum.
+SYM6 = (
+    0.015404109327027373,
+    0.0034907120842174702,
+    -0.11799011114819057,
+    -0.048311742585633,
+    0.4910559419267466,
+    0.787641141030194,
+    0.3379294217276218,
+    -0.07263752278646252,
+    -0.021060292512300564,
+    0.04472490177066578,
+    0.0017677118642428036,
+    -0.007800708325034148,
+)
+GEOMETRY = ("x_flip", "rotate90", "xint", "scale", "rotate", "aniso", "xfrac")
+COLOUR = ("brightness", "contrast", "luma_flip", "hue", "saturation")
+REACH = 6  # pixels that half the filter sees beyond the image
+
+
+class Operations(NamedTuple):
+    """What is done to each image; see SPEC section 14 for the units. [B], translations [B, 2] (x, y)."""
+
+    x_flip: Tensor
+    rotate90: Tensor
+    xint: Tensor  # pixels
+    scale: Tensor
+    rotate_before: Tensor  # radians
+    aniso: Tensor
+    rotate_after: Tensor  # radians
+    xfrac: Tensor  # shares of the image's size
+    brightness: Tensor
+    contrast: Tensor
+    luma_flip: Tensor
+    hue: Tensor  # radians
+    saturation: Tensor
+
+
+class Augment(nn.Module):
+    """Augments patches with a probability per operation, each image by itself.
+
+    Args:
+        config: Which operations are enabled.
+        backend: See `ops`.
+    """
+
+    def __init__(self, config: AugmentConfig, *, backend: str | None = None) -> None:
+        super().__init__()
+        self.config, self.backend = config, backend
+        self.enabled = {name for name in (*GEOMETRY, *COLOUR) if getattr(config, name)}
+        taps = torch.tensor(SYM6, dtype=torch.float64)
+        self.register_buffer("low_pass", (taps / taps.sum()).float(), persistent=False)
+        # Rodrigues' formula about v = (1, 1, 1) / sqrt(3): cos I + sin K + (1 - cos) v v^T, K x = v cross x.
+        self.register_buffer("identity", torch.eye(3), persistent=False)
+        self.register_buffer("mean_colour", torch.full((3, 3), 1 / 3), persistent=False)
+        cross = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]])
+        self.register_buffer("cross", cross / math.sqrt(3), persistent=False)
+
+    def forward(self, patches: Tensor, p: Tensor, percentile: float | None = None) -> Tensor:
+        """[B, C, H, W], C = 1 or 3 -> the same shape; affine in the patches, differentiable twice to them.
+
+        Args:
+            p: Strength, a number on the device: the probability of every operation.
+            percentile: In (0, 100): all enabled operations are on, every uniform number is Q = percentile / 100, every
+                normal one erfinv(2 Q - 1), and the second rotation is 0. Draws nothing.
+
+        Raises:
+            ValueError: Another number of channels, or a percentile outside (0, 100).
+        """
+        batch, channels, height, width = patches.shape
+        if channels not in (1, 3):
+            raise ValueError(f"Augment: patches must have 1 or 3 channels, got {channels}")
+        if percentile is not None and not 0 < percentile < 100:
+            raise ValueError(f"Augment: percentile must be in (0, 100), got {percentile}")
+        drawn = self.draw(batch, (width, height), p, patches.dtype, percentile)
+        if self.enabled & set(GEOMETRY):
+            moved = geometric_map(drawn, (width, height))
+            margins = exact_margins(*moved, (width, height)) if self.config.exact_margins else None
+            resampled = resample(patches, *moved, self.low_pass.to(patches.dtype), margins, backend=self.backend)
+            # What nothing moves stays as it is to the last bit; the filters alone would cost a rounding or two.
+            linear, shift = moved
+            still = (linear == self.identity[:2, :2]).all(dim=2).all(dim=1) & (shift == 0).all(dim=1)
+            patches = torch.where(still[:, None, None, None], patches, resampled)
+        if self.enabled & set(COLOUR):
+            patches = recolour(patches, *self.colour_map(drawn, grey=channels == 1))
+        return patches
+
+    def draw(
+        self, num: int, size: tuple[int, int], p: Tensor, dtype: torch.dtype, percentile: float | None = None
+    ) -> Operations:
+        """The operations of `num` images of `size` (width, height)."""
+        device = self.low_pass.device
+        if percentile is None:
+            gates, uniform = torch.rand(21, num, dtype=dtype, device=device).split([13, 8])
+            normal = torch.randn(7, num, dtype=dtype, device=device)
+            p = p.to(dtype)
+        else:
+            quantile = torch.full((15, num), percentile / 100, dtype=dtype, device=device)
+            uniform, normal = quantile[:8], (2 * quantile[8:] - 1).erfinv()
+            gates, p = torch.zeros(13, num, dtype=dtype, device=device), torch.ones([], dtype=dtype, device=device)
+        f, k, x, y, before, after, luma, hue = uniform
+        scale, aniso, right, down, light, contrast, saturation = normal
+        if percentile is not None:
+            after = torch.full_like(after, 0.5)  # an angle of 0
+        # Either rotation is on with probability p: 1 - (1 - gate)^2 = p.
+        rotation_p = 1 - (1 - p.clamp(0, 1)).sqrt()
+        zeros, ones = torch.zeros_like(f), torch.ones_like(f)
+        width, height = size
+        pixels = torch.stack([width * (2 * x - 1) / 8, height * (2 * y - 1) / 8], dim=1).round()
+        shares = torch.stack([right, down], dim=1) / 8
+
+        def on(name: str, gate: int, value: Tensor, neutral: Tensor = zeros, probability: Tensor = p) -> Tensor:
+            neutral = neutral if value.ndim == 1 else neutral[:, None].expand_as(value)
+            if name not in self.enabled:
+                return neutral
+            opened = gates[gate] < probability
+            return torch.where(opened if value.ndim == 1 else opened[:, None], value, neutral)
+
+        return Operations(
+            x_flip=on("x_flip", 0, (2 * f).floor()),
+            rotate90=on("rotate90", 1, (4 * k).floor()),
+            xint=on("xint", 2, pixels),
+            scale=on("scale", 3, torch.exp2(0.2 * scale), ones),
+            rotate_before=on("rotate", 4, (2 * before - 1) * math.pi, probability=rotation_p),
+            aniso=on("aniso", 5, torch.exp2(0.2 * aniso), ones),
+            rotate_after=on("rotate", 6, (2 * after - 1) * math.pi, probability=rotation_p),
+            xfrac=on("xfrac", 7, shares),
+            brightness=on("brightness", 8, 0.2 * light),
+            contrast=on("contrast", 9, torch.exp2(0.5 * contrast), ones),
+            luma_flip=on("luma_flip", 10, (2 * luma).floor()),
+            hue=on("hue", 11, (2 * hue - 1) * math.pi),
+            saturation=on("saturation", 12, torch.exp2(saturation), ones),
+        )
+
+    def colour_map(self, drawn: Operations, grey: bool = False) -> tuple[Tensor, Tensor]:
+        """A [B, 3, 3] and b [B, 3] of the colour map A rgb + b; [B, 1, 1] and [B, 1] for grey images."""
+        dtype = drawn.contrast.dtype
+        identity, mean = self.identity.to(dtype), self.mean_colour.to(dtype)
+        contrast, flip = drawn.contrast[:, None, None], drawn.luma_flip[:, None, None]
+        matrix = contrast * (identity - 2 * flip * mean)
+        if not grey:
+            cos, sin = drawn.hue.cos()[:, None, None], drawn.hue.sin()[:, None, None]
+            rotation = cos * identity + sin * self.cross.to(dtype) + (1 - cos) * mean
+            saturation = drawn.saturation[:, None, None]
+            matrix = product(saturation * identity + (1 - saturation) * mean, product(rotation, matrix))
+        shift = matrix.sum(dim=2) * drawn.brightness[:, None]  # brightness comes first, the same to all channels
+        if grey:
+            return matrix.sum(dim=2).mean(dim=1)[:, None, None], shift.mean(dim=1, keepdim=True)
+        return matrix, shift
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """[..., n, k] times [..., k, m], in full precision whatever the setting of TF32."""
+    return (a[..., :, :, None] * b[..., None, :, :]).sum(dim=-2)
+
+
+def geometric_map(drawn: Operations, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """M as L [B, 2, 2] and b [B, 2]: output pixel positions u to input ones L u + b, x right, y down, from the centre.
+
+    M = S(1-2f, 1) Rot(k pi/2) T(-i) S(1/s, 1/s) Rot(a) S(1/q, q) Rot(a') T(-W v_x, -H v_y).
+
+    Args:
+        size: Width, height.
+    """
+    angles = torch.stack([drawn.rotate90 * (math.pi / 2), drawn.rotate_before, drawn.rotate_after])
+    cos, sin = angles.cos(), angles.sin()
+    turn, before, after = torch.stack([cos, -sin, sin, cos], dim=-1).unflatten(-1, (2, 2))
+    flip = torch.stack([1 - 2 * drawn.x_flip, torch.ones_like(drawn.x_flip)], dim=1)
+    stretch = torch.stack([1 / drawn.aniso, drawn.aniso], dim=1)
+    first = flip[:, :, None] * turn
+    linear = product(first, before / drawn.scale[:, None, None])
+    linear = product(linear * stretch[:, None, :], after)
+    pixels = torch.stack([size[0] * drawn.xfrac[:, 0], size[1] * drawn.xfrac[:, 1]], dim=1)
+    return linear, -(product(first, drawn.xint[..., None]) + product(linear, pixels[..., None]))[..., 0]
+
+
+def exact_margins(linear: Tensor, shift: Tensor, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Left, right, top and bottom padding that a batch needs; waits for the device.
+
+    Args:
+        linear, shift: Of `geometric_map`.
+        size: Width, height.
+    """
+    x, y = (size[0] - 1) / 2, (size[1] - 1) / 2
+    corners = torch.tensor([[-x, x, x, -x], [-y, -y, y, y]], dtype=linear.dtype, device=linear.device)
+    at = product(linear, corners) + shift[..., None]  # [B, 2, 4]
+    reach = torch.stack([(-at).amax(dim=(0, 2)), at.amax(dim=(0, 2))], dim=1).flatten().tolist()
+    most = (size[0] - 1, size[0] - 1, size[1] - 1, size[1] - 1)
+    return tuple(math.ceil(min(max(r + REACH - m / 2, 0), m)) for r, m in zip(reach, most, strict=True))
+
+
+def resample(
+    images: Tensor,
+    linear: Tensor,
+    shift: Tensor,
+    low_pass: Tensor,
+    margins: tuple[int, int, int, int] | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Images moved by u -> L u + b: reflected around, upsampled by 2, sampled bilinearly, downsampled.
+
+    Args:
+        images: [B, C, H, W].
+        linear, shift: Of `geometric_map`.
+        low_pass: [12], orthonormal, sum 1.
+        margins: Left, right, top, bottom; default: as much as reflection allows, which needs no look at the map.
+    """
+    height, width = images.shape[2:]
+    left, right, top, bottom = (width - 1, width - 1, height - 1, height - 1) if margins is None else margins
+    x = torch.nn.functional.pad(images, (left, right, top, bottom), mode="reflect")
+    x = ops.upfirdn2d(x, low_pass, up=2, padding=(6, 5, 6, 5), gain=4, backend=backend)
+    # Zeros up to powers of two, by which normalized coordinates divide without rounding: pixels stay on pixels.
+    rows, columns = x.shape[2:]
+    padded_rows, padded_columns = (1 << (n - 1).bit_length() for n in (rows, columns))
+    x = torch.nn.functional.pad(x, (0, padded_columns - columns, 0, padded_rows - rows))
+
+    # In upsampled pixels, from the centres, which lie half a pixel further than those of the pixels before:
+    # v = L (u + 1/2) + 2 b - 1/2, moved by the margins; then (2 v + columns) / padded_columns - 1.
+    grids = []
+    x_places, y_places = (
+        torch.arange(1 - n - REACH, 1 + n + REACH, dtype=linear.dtype, device=linear.device) for n in (width, height)
+    )
+    for axis, (before, after, size, padded) in enumerate(
+        ((left, right, columns, padded_columns), (top, bottom, rows, padded_rows))
+    ):
+        start = (2 * shift[:, axis] + (before - after - 0.5)) * (2 / padded) + (size / padded - 1)
+        step = linear[:, axis] * (2 / padded)  # [B, 2]
+        along_x, along_y = step[:, :1] * x_places, step[:, 1:] * y_places + start[:, None]
+        grids.append(along_y[:, :, None] + along_x[:, None, :])
+    x = sample_bilinear(x, torch.stack(grids, dim=-1))
+    return ops.upfirdn2d(x, low_pass, down=2, padding=-1, flip=True, backend=backend)
+
+
+def recolour(images: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:
+    """A x + b on every pixel: images [B, C, H, W], A [B, C, C], b [B, C]."""
+    return torch.baddbmm(shift[:, :, None], matrix, images.flatten(2)).view_as(images)
+
+
+def sample_bilinear(images: Tensor, grid: Tensor) -> Tensor:
+    """`grid_sample` (bilinear, zeros outside, align_corners=False) with derivatives of every order to the images.
+
+    torch's own has no second derivative in many releases. The sampling is linear in the images, so the gradient is its
+    transpose, and the gradient of that is the sampling again; the grid gets no gradient.
+
+    Args:
+        images: [B, C, H, W].
+        grid: [B, h, w, 2].
+    """
+    return _Sample.apply(images, grid)
+
+
+class _Sample(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, grid: Tensor) -> Tensor:
+        ctx.save_for_backward(grid)
+        ctx.shape = images.shape
+        return torch.nn.functional.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _SampleTransposed.apply(grad, *ctx.saved_tensors, ctx.shape), None
+
+
+class _SampleTransposed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, grid: Tensor, shape: torch.Size) -> Tensor:
+        ctx.save_for_backward(grid)
+        # Of the images only the shape counts: their values would make the gradient to the grid.
+        images = grad.new_zeros(1).expand(shape)
+        return torch.ops.aten.grid_sampler_2d_backward(grad, images, grid, 0, 0, False, (True, False))[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad_grad: Tensor) -> tuple[Tensor, None, None]:
+        return _Sample.apply(grad_grad, *ctx.saved_tensors), None, None
