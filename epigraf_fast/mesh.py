@@ -36,6 +36,7 @@ def no_progress(items: Any, unit: str) -> Any:
 
 def _decode(generator: Generator, planes: Tensor, points: Tensor) -> Tensor:
     """Points [N, 3] in world units -> [N, 4], raw colours and raw density."""
+    planes = planes[:, : generator.plane_channels]
     return generator.decoder.at_points(planes, points[None], generator.camera.cube_scale)[0]
 
 
@@ -48,7 +49,7 @@ def density_volume(
     What lies farther from the origin than any ray reaches has never been trained on, and gets the lowest density found.
 
     Args:
-        planes: [1, 3*C, H, W].
+        planes: [1, 3*C and what a background takes, H, W].
 
     Returns:
         [x, y, z] float32, `resolution` each.
@@ -83,7 +84,7 @@ def automatic_threshold(generator: Generator, planes: Tensor, whole_sphere: bool
         angles = circle_angles(VIEWS, generator.mean_camera_pose, 0.3, 0.15)
     found = []
     for pose in angles.to(planes.device):
-        images = generator.render(planes, pose[None], VIEW_SIZE, stochastic=False)
+        images = generator.render(planes, pose[None], VIEW_SIZE, layer="foreground", stochastic=False)
         origins, directions = camera_rays(cam2world_matrix(pose[None], camera.radius), camera.fov, VIEW_SIZE)
         opaque = images.weight_sum.flatten() > OPAQUE
         points = origins + surface_depth(images, camera.ray_end).flatten(1)[..., None] * directions
@@ -221,7 +222,7 @@ def run(options: argparse.Namespace) -> None:
     config, generator = load_generator(options.checkpoint, options.device)
     scene = Scene(generator, config.resolution, truncation=options.truncation, cutoff=options.cutoff)
     for seed, ws in zip(seeds, scene.ws(seeds, classes), strict=True):
-        planes = scene.planes(ws[None])
+        planes = scene.paint(ws).planes
         volume = density_volume(generator, planes, options.resolution, progress_bar)
         threshold, how = options.threshold, "given"
         if threshold is None:

@@ -81,11 +81,12 @@ def reprojection_error(
 def consistency(generator: Generator, dataset: ImageDataset, config: Config, num: int, turn: float) -> dict[str, float]:
     """`reprojection_error` between two views `turn` radians of yaw apart, mean over `num` objects."""
     z, label, angles = fixed_latents(num, generator, dataset, config.camera, METRIC_SEED)
-    planes_of = (generator.synthesis(generator.ws(a[None], b[None]), "const") for a, b in zip(z, label, strict=True))
     errors = []
-    for pose, planes in zip(angles, planes_of, strict=True):
+    for one, its_label, pose in zip(z, label, angles, strict=True):
+        ws = generator.ws(one[None], its_label[None])
+        planes = generator.synthesis(ws, noise_mode="const")
         poses = [pose[None], pose[None] + torch.tensor([turn, 0.0, 0.0], device=pose.device)]
-        views = [generator.render(planes, p, config.resolution, stochastic=False) for p in poses]
+        views = [generator.render(planes, p, config.resolution, ws=ws, stochastic=False) for p in poses]
         errors.append(reprojection_error(views[0], poses[0], views[1], poses[1], config.camera))
     means = {}
     for name in errors[0]:

@@ -36,7 +36,12 @@ def load_generator(path: Path, device: str | None = None) -> tuple[Config, Gener
     label_dim = 0 if embed is None else embed.shape[1] - 2 * config.generator.pose_conditioning
     with torch.random.fork_rng(devices=[]):  # the values drawn here are replaced
         generator = Generator(
-            config.generator, config.renderer, config.camera, label_dim=label_dim, backend=config.backend
+            config.generator,
+            config.renderer,
+            config.camera,
+            label_dim=label_dim,
+            image_resolution=config.resolution,
+            backend=config.backend,
         )
     try:
         generator.load_state_dict(state)

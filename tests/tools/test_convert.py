@@ -53,7 +53,8 @@ def tiny(shapes: Shapes) -> Shapes:
     for name, (shape, buffer) in shapes.items():
         block = re.search(r"(?:^|\.)b(\d+)\.", name)
         if not block or int(block[1]) <= (PLANES if name.startswith("synthesis") else IMAGE):
-            kept[name] = tuple(SIZES.get(n, n) for n in shape), buffer
+            sizes = SIZES | ({128: 128} if ".bg_model." in name else {})
+            kept[name] = tuple(sizes.get(n, n) for n in shape), buffer
     return kept
 
 
@@ -164,6 +165,7 @@ def config_node(tree: dict[str, Any]) -> Any:
 CONFIG = {
     "num_ray_steps": 6,
     "clamp_mode": "softplus",
+    "bg_model": {"num_steps": 5, "start": 1.0},
     "dataset": {
         "white_back": True,
         "cube_scale": 0.5,
@@ -221,7 +223,7 @@ def write_snapshot(
 
 EXPECTED_WIDTHS = {
     "FFHQ 512, default": (28_983_507, 27_482_880),
-    "FFHQ 512, camera conditioning in G and D, sphere background": (29_247_187, 27_495_168),
+    "FFHQ 512, camera conditioning in G and D, sphere background": (29_574_795, 27_495_168),
 }
 
 
@@ -246,6 +248,9 @@ def test_every_published_tensor_has_a_place_at_full_width(title: str) -> None:
             generator=dataclasses.replace(expected.generator, pose_conditioning=False),
             discriminator=dataclasses.replace(expected.discriminator, camera_conditioning=False),
         )
+    else:
+        renderer = dataclasses.replace(expected.renderer, background="sphere", background_samples=8)
+        expected = dataclasses.replace(expected, renderer=renderer)
     assert config == expected
     generator, discriminator = convert.networks_of(config, label_dim)
     for module, letter, expected in zip((generator, discriminator), "GD", EXPECTED_WIDTHS[title], strict=True):
@@ -255,8 +260,7 @@ def test_every_published_tensor_has_a_place_at_full_width(title: str) -> None:
         assert sum(state[name].numel() for name, _ in module.named_parameters()) == expected
         sorted_out = [*account.taken, *account.constant, *account.unused, *account.left]
         assert sorted(sorted_out) == sorted(networks[letter])
-        background = [name for name in networks[letter] if ".bg_model." in name]
-        assert account.left == background
+        assert account.left == []
         unused = {f"b{res}.fromrgb.{x}" for res in (256, 128, 64, 32, 16, 8) for x in ("weight", "bias")}
         assert set(account.unused) == (unused if letter == "D" else set())
 
@@ -354,17 +358,28 @@ def test_the_generator_is_the_same_from_every_file_and_back(tmp_path: Path, shap
 
 
 def test_background_and_cameras(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Camera conditioning is found in the shapes; what has no counterpart is named."""
-    path = tmp_path / "x.pkl"
-    write_snapshot(path, *(tiny(published_list(f"{BACKGROUND}: {letter}")) for letter in "GD"))
-    convert.main([str(path), str(tmp_path / "out")])
-    report = capsys.readouterr().out
-    assert "synthesis.bg_model.blocks.1.to_out.affine.bias" in report
-    assert "the foreground alone was converted" in report
-    config, _ = load_generator(tmp_path / "out", "cpu")
+    """Both are found in the shapes; every tensor of the background arrives, and goes back."""
+    path, out = tmp_path / "x.pkl", tmp_path / "out"
+    networks = write_snapshot(path, *(tiny(published_list(f"{BACKGROUND}: {letter}")) for letter in "GD"))
+    convert.main([str(path), str(out)])
+    assert "G_ema: " in capsys.readouterr().out
+    config, generator = load_generator(out, "cpu")
     assert config.generator.pose_conditioning
     assert config.discriminator.camera_conditioning
     assert config.discriminator.camera_steps == 64
+    assert (config.renderer.background, config.renderer.background_samples) == ("sphere", 5)
+    state, theirs = generator.state_dict(), networks["G_ema"]
+    for ours, name in (("layer0", "0.conv1"), ("layer2", "1.conv1"), ("out1", "1.to_out")):
+        for part in ("weight", "bias", "affine.weight", "affine.bias"):
+            assert torch.equal(state[f"background.{ours}.{part}"], theirs[f"synthesis.bg_model.blocks.{name}.{part}"])
+
+    convert.main([str(out), str(tmp_path / "back")])
+    from safetensors.torch import load_file
+
+    back = load_file(tmp_path / "back" / "G_ema-published.safetensors")
+    assert back.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert torch.equal(back[name], tensor), name
 
 
 def test_without_optimizers_or_discriminator(

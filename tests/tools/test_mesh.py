@@ -116,7 +116,7 @@ def test_files(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         volume = file.data.transpose(2, 1, 0).copy()
     generator = load_generator(tiny_run, "cpu")[1]
     scene = mesh.Scene(generator, 16, truncation=0.7)
-    planes = scene.planes(scene.ws([3]))
+    planes = scene.paint(scene.ws([3])[0]).planes
     np.testing.assert_array_equal(volume, mesh.density_volume(generator, planes, 24))
     assert len(list(tmp_path.iterdir())) == 4
 
