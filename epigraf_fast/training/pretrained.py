@@ -1,0 +1,108 @@
+"""The average generator of a checkpoint, a run or a safetensors file, ready to be looked at."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..config import Config, from_dict, to_dict
+from ..errors import UserError
+from ..models.generator import Generator
+from .checkpoint import list_checkpoints, load_checkpoint
+
+
+def load_generator(path: Path, device: str | None = None) -> tuple[Config, Generator]:
+    """Settings and average generator, in evaluation mode and without gradients.
+
+    Args:
+        path: A checkpoint, a safetensors file of `save_safetensors`, or a folder: its newest checkpoint, or else its
+            G_ema.safetensors.
+        device: cpu or cuda; default: a GPU if there is one.
+
+    Raises:
+        UserError: Nothing there, or not a generator of the settings beside it.
+    """
+    path = find_generator(path)
+    if path.suffix == ".safetensors":
+        config, state = load_safetensors(path)
+    else:
+        config, content = load_checkpoint(path)
+        state = content["trainer"]["average"]
+    embed = state.get("mapping.embed.weight")
+    label_dim = 0 if embed is None else embed.shape[1] - 2 * config.generator.pose_conditioning
+    with torch.random.fork_rng(devices=[]):  # the values drawn here are replaced
+        generator = Generator(
+            config.generator,
+            config.renderer,
+            config.camera,
+            label_dim=label_dim,
+            image_resolution=config.resolution,
+            backend=config.backend,
+        )
+    try:
+        generator.load_state_dict(state)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()  # the first line names the class
+        raise UserError(f"{path}: the generator does not fit its settings: {reason[:200]}") from None
+    return config, generator.eval().requires_grad_(False).to(pick_device(device))
+
+
+def find_generator(path: Path) -> Path:
+    """The file that `load_generator` reads."""
+    if path.is_dir():
+        found = list_checkpoints(path) or sorted(path.glob("checkpoint-*.pt")) or sorted(path.glob("G_ema.safetensors"))
+        if not found:
+            raise UserError(f"{path} holds no checkpoint: give a checkpoint, a run folder or a converted one")
+        return found[-1]
+    return path
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device of that name; default: a GPU if there is one."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("device is cuda, but torch sees no GPU: see python -m epigraf_fast.doctor")
+    return torch.device(name)
+
+
+def save_safetensors(state: dict[str, Tensor], config: Config, path: Path) -> None:
+    """Writes tensors, with the settings in the file's header."""
+    _require_safetensors()
+    from safetensors.torch import save_file
+
+    content = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    save_file(content, path, metadata={"config": json.dumps(to_dict(config))})
+
+
+def load_safetensors(path: Path) -> tuple[Config, dict[str, Tensor]]:
+    """The inverse of `save_safetensors`."""
+    _require_safetensors()
+    from safetensors import safe_open
+
+    if not path.is_file():
+        raise UserError(f"there is no file {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
+    except Exception as error:
+        raise UserError(f"{path} cannot be read as safetensors ({str(error).splitlines()[0]})") from None
+    if "config" not in metadata:
+        raise UserError(f"{path} was not written by epigraf_fast: its header has no config")
+    return from_dict(json.loads(metadata["config"])), state
+
+
+def check_finite(state: dict[str, Tensor], name: str) -> None:
+    """Raises UserError naming the first tensor that holds NaN or infinity."""
+    for key, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{name}: {key} is not finite")
+
+
+def _require_safetensors() -> None:
+    if importlib.util.find_spec("safetensors") is None:
+        raise UserError("safetensors is not installed: pip install 'epigraf_fast[tools]'")

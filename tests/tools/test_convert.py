@@ -1,0 +1,596 @@
+"""Published snapshots: synthetic ones convert with every tensor accounted for, hostile ones are refused."""
+
+from __future__ import annotations
+
+import builtins
+import collections
+import dataclasses
+import io
+import json
+import math
+import os
+import pickle
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from epigraf_fast import convert
+from epigraf_fast.camera import sample_angles
+from epigraf_fast.config import preset
+from epigraf_fast.errors import UserError
+from epigraf_fast.published import Snapshot, read_snapshot
+from epigraf_fast.training.checkpoint import find_checkpoint, load_checkpoint
+from epigraf_fast.training.pretrained import load_generator
+
+LISTS = Path(__file__).parents[1] / "data" / "published_state_dict.txt"
+Shapes = dict[str, tuple[tuple[int, ...], bool]]  # name -> shape, whether it is a buffer
+
+
+def published_list(title: str) -> Shapes:
+    """One section of the list of published names."""
+    section = re.search(rf"^## {re.escape(title)}$(.*?)(?=^## |\Z)", LISTS.read_text(), re.MULTILINE | re.DOTALL)[1]
+    lines = re.findall(r"^(\S+) \[([\d, ]*)\]( buffer)?$", section, re.MULTILINE)
+    return {name: (tuple(map(int, filter(None, size.split(", ")))), bool(buffer)) for name, size, buffer in lines}
+
+
+# Real sizes to small ones. Up to these resolutions every width is 512.
+PLANES, IMAGE = 8, 16
+SIZES = {512: 16, 513: 17, 8192: 256, 1024: 32, 828: 72, 852: 96, 256: 4, 128: 16, 96: 12, 64: 16, 32: 4}
+
+
+def tiny(shapes: Shapes) -> Shapes:
+    """The same structure at small widths and resolutions."""
+    kept: Shapes = {}
+    for name, (shape, buffer) in shapes.items():
+        block = re.search(r"(?:^|\.)b(\d+)\.", name)
+        if not block or int(block[1]) <= (PLANES if name.startswith("synthesis") else IMAGE):
+            sizes = SIZES | ({128: 128} if ".bg_model." in name else {})
+            kept[name] = tuple(sizes.get(n, n) for n in shape), buffer
+    return kept
+
+
+def values(shapes: Shapes, seed: int = 0) -> dict[str, Tensor]:
+    """Random numbers of these shapes; the constants have their values."""
+    rng = torch.Generator().manual_seed(seed)
+    tensors = {name: torch.randn(shape, generator=rng) for name, (shape, _) in shapes.items()}
+    for name in tensors:
+        if name.endswith("resample_filter"):
+            tensors[name] = convert.low_pass_filter()
+        elif name.endswith("fourier_coefs"):
+            tensors[name] = math.pi * 2.0 ** torch.arange(len(tensors[name]))
+    return tensors
+
+
+# Pickles of the published structure. The classes exist only while a pickle is written.
+
+
+class _Call:
+    """Pickles as a call of a global."""
+
+    def __init__(self, function: Any, *arguments: Any, state: Any = None) -> None:
+        self.reduced = (function, arguments) if state is None else (function, arguments, state)
+
+    def __reduce__(self) -> tuple:
+        return self.reduced
+
+
+def stand_in(module: str, name: str, base: type = object) -> Any:
+    """A class that pickles as module.name."""
+    if hasattr(sys.modules.get(module), name):
+        return getattr(sys.modules[module], name)
+    made = type(name, (base,), {"__module__": module, "__qualname__": name})
+    for end in range(len(module.split("."))):
+        package = ".".join(module.split(".")[: end + 1])
+        sys.modules.setdefault(package, types.ModuleType(package))
+    setattr(sys.modules[module], name, made)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def _foreign() -> Iterator[None]:
+    """Takes the modules of `stand_in` away again."""
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if name.split(".")[0] in ("src", "torch_utils", "dnnlib", "omegaconf"):
+            del sys.modules[name]
+
+
+def module_of(tensors: dict[str, Tensor], buffers: set[str], prefix: str, init: dict[str, Any], package: str) -> Any:
+    """A persistent object that holds the tensors below a prefix."""
+    own = {name: t for name, t in tensors.items() if name.startswith(prefix)}
+    parts = list(dict.fromkeys(name[len(prefix) :].split(".")[0] for name in own))
+    parameters, kept, children = (collections.OrderedDict() for _ in range(3))
+    for part in parts:
+        full = prefix + part
+        if full in own:
+            if full in buffers:
+                kept[part] = own[full]
+            else:
+                parameters[part] = nn.Parameter(own[full])
+        else:
+            children[part] = module_of(tensors, buffers, f"{full}.", {}, package)
+    if prefix.endswith(("tri_plane_mlp.model.", "bg_model.blocks.")):  # a plain torch.nn container
+        plain = nn.Sequential() if prefix.endswith("model.") else nn.ModuleList()
+        plain.__dict__["_modules"] = children
+        return plain
+    if prefix.endswith("const_embed."):
+        plain = nn.Embedding(1, 1)
+        plain.__dict__["_parameters"] = parameters
+        return plain
+    state = {
+        "training": False,
+        "_parameters": parameters,
+        "_buffers": kept,
+        "_non_persistent_buffers_set": set(),
+        "_modules": children,
+        "_init_args": (),
+        "_init_kwargs": init,
+    }
+    meta = {
+        "type": "class",
+        "version": 6,
+        "module_src": "raise SystemError('this source is never run')",
+        "class_name": "Network",
+        "state": state,
+    }
+    return _Call(sys.modules[f"{package}torch_utils.persistence"]._reconstruct_persistent_obj, meta)
+
+
+def config_node(tree: dict[str, Any]) -> Any:
+    """Nested settings as omegaconf pickles them."""
+    node = stand_in("omegaconf.dictconfig", "DictConfig")()
+    metadata = stand_in("omegaconf.base", "ContainerMetadata")()
+    metadata.__dict__.update(object_type=dict, key_type=typing.Any, flags={})
+    content = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            content[key] = config_node(value)
+        else:
+            content[key] = stand_in("omegaconf.nodes", "AnyNode")()
+            content[key].__dict__.update(_val=value, _metadata=stand_in("omegaconf.base", "Metadata")())
+    node.__dict__.update(_content=content, _metadata=metadata, _parent=None)
+    return node
+
+
+CONFIG = {
+    "num_ray_steps": 6,
+    "clamp_mode": "softplus",
+    "bg_model": {"num_steps": 5, "start": 1.0},
+    "dataset": {
+        "white_back": True,
+        "cube_scale": 0.5,
+        "sampling": {"fov": 20.0, "radius": 1.0, "ray_start": 0.75, "ray_end": 1.25},
+    },
+    "patch": {"resolution": 8},
+}
+
+
+def write_snapshot(
+    path: Path,
+    g_shapes: Shapes,
+    d_shapes: Shapes | None,
+    package: str = "src.",
+    optimizers: bool = True,
+    edit: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, dict[str, Tensor]]:
+    """Writes a pickle of the published structure. Returns the tensors of every network."""
+
+    def _reconstruct_persistent_obj(meta: dict) -> None: ...
+
+    persistence = f"{package}torch_utils.persistence"
+    stand_in(persistence, "Module")
+    _reconstruct_persistent_obj.__module__ = persistence
+    _reconstruct_persistent_obj.__qualname__ = "_reconstruct_persistent_obj"
+    sys.modules[persistence]._reconstruct_persistent_obj = _reconstruct_persistent_obj
+    easy = stand_in(f"{package}dnnlib.util", "EasyDict", dict)
+
+    networks = {"G": values(g_shapes, 1), "G_ema": values(g_shapes, 2)}
+    shapes = {"G": g_shapes, "G_ema": g_shapes}
+    if d_shapes:
+        networks["D"], shapes["D"] = values(d_shapes, 3), d_shapes
+    content: dict[str, Any] = {
+        "training_set_kwargs": easy(class_name="dataset", resolution=16),
+        "vis": {"grid_z": torch.zeros(2, 3), "images": np.zeros((2, 2), np.float32)},
+        "stats": {"Loss/x": np.float64(1.0), "counts": collections.defaultdict(dict, {"a": {}})},
+    }
+    for name, tensors in networks.items():
+        buffers = {key for key, (_, buffer) in shapes[name].items() if buffer}
+        content[name] = module_of(tensors, buffers, "", {"cfg": config_node(CONFIG), "img_channels": 3}, package)
+    content["augment_pipe"] = module_of({"p": torch.tensor(0.25)}, {"p"}, "", {}, package)
+    if optimizers:
+        for name in networks.keys() - {"G_ema"}:
+            trained = [nn.Parameter(t.clone()) for key, t in networks[name].items() if not shapes[name][key][1]]
+            adam = torch.optim.Adam(trained, lr=0.002, betas=(0.0, 0.99))
+            for parameter in trained:
+                parameter.grad = 2 * parameter.detach()
+            adam.step()
+            content[f"{name}_opt"] = adam
+    if edit:
+        edit(content)
+    path.write_bytes(pickle.dumps(content))
+    return networks
+
+
+EXPECTED_WIDTHS = {
+    "FFHQ 512, default": (28_983_507, 27_482_880),
+    "FFHQ 512, camera conditioning in G and D, sphere background": (29_574_795, 27_495_168),
+}
+
+
+@pytest.mark.parametrize("title", EXPECTED_WIDTHS)
+def test_every_published_tensor_has_a_place_at_full_width(title: str) -> None:
+    """The published list, name by name and shape by shape, fills our networks, and nothing else does."""
+    networks = {}
+    for letter in ("G", "D"):
+        shapes = published_list(f"{title}: {letter}")
+        assert len(shapes) > 100
+        networks[letter] = {name: torch.empty(shape, device="meta") for name, (shape, _) in shapes.items()}
+    networks["G_ema"] = networks["G"]
+    snapshot = Snapshot(networks, {}, {}, 0.0, {})
+    config, label_dim = convert.config_of(snapshot, preset("ffhq"))
+    camera = "camera" in title
+    assert label_dim == 0
+    assert (config.generator.pose_conditioning, config.discriminator.camera_conditioning) == (camera, camera)
+    expected = preset("ffhq")
+    if not camera:
+        expected = dataclasses.replace(
+            expected,
+            generator=dataclasses.replace(expected.generator, pose_conditioning=False),
+            discriminator=dataclasses.replace(expected.discriminator, camera_conditioning=False),
+        )
+    else:
+        renderer = dataclasses.replace(expected.renderer, background="sphere", background_samples=8)
+        expected = dataclasses.replace(expected, renderer=renderer)
+    assert config == expected
+    generator, discriminator = convert.networks_of(config, label_dim)
+    for module, letter, expected in zip((generator, discriminator), "GD", EXPECTED_WIDTHS[title], strict=True):
+        account = convert.account_for(networks[letter], letter)
+        state = convert.translate(networks[letter], account, module, letter)
+        assert state.keys() == module.state_dict().keys()
+        assert sum(state[name].numel() for name, _ in module.named_parameters()) == expected
+        sorted_out = [*account.taken, *account.constant, *account.unused, *account.left]
+        assert sorted(sorted_out) == sorted(networks[letter])
+        assert account.left == []
+        unused = {f"b{res}.fromrgb.{x}" for res in (256, 128, 64, 32, 16, 8) for x in ("weight", "bias")}
+        assert set(account.unused) == (unused if letter == "D" else set())
+
+
+DEFAULT, BACKGROUND = EXPECTED_WIDTHS
+
+
+@pytest.fixture
+def shapes() -> tuple[Shapes, Shapes]:
+    return tuple(tiny(published_list(f"{DEFAULT}: {letter}")) for letter in "GD")
+
+
+def test_a_snapshot_becomes_a_checkpoint(
+    tmp_path: Path, shapes: tuple[Shapes, Shapes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Values, settings, optimizers and counters arrive, and the run can be continued from there."""
+    path, out = tmp_path / "network-snapshot-000128.pkl", tmp_path / "out"
+    networks = write_snapshot(path, *shapes)
+    convert.main([str(path), str(out), "--preset", "plants"])
+    report = capsys.readouterr().out
+    assert re.search(
+        r"^G_ema: (\d+) tensors: \d+ taken, \d+ constants checked, 0 unused, 0 left$", report, re.MULTILINE
+    )
+    assert re.search(r"^D: .* 2 unused, 0 left$", report, re.MULTILINE)
+    assert "b8.fromrgb.weight, b8.fromrgb.bias" in report
+    assert re.search(r"^Adam of G: taken for \d+ parameters$", report, re.MULTILINE)
+    assert "images seen: 128,000" in report
+
+    config, content = load_checkpoint(find_checkpoint(str(out), tmp_path / "none"))
+    assert json.loads((out / "config.json").read_text())["generator"]["w_dim"] == 16
+    assert (config.resolution, config.patch.resolution, config.generator.plane_resolution) == (IMAGE, 8, PLANES)
+    assert (config.camera.fov, config.camera.cube_scale, config.camera.prior) == (20.0, 0.5, "spherical_uniform")
+    assert (config.renderer.coarse_samples, config.renderer.white_background) == (6, True)
+    trainer = content["trainer"]
+    assert (trainer["cur_nimg"], trainer["iterations"], float(trainer["augment_p"])) == (128_000, 2_000, 0.25)
+
+    average, discriminator = trainer["average"], trainer["discriminator"]
+    same = {
+        "synthesis.b8.conv0.affine.weight": "synthesis.tri_plane_decoder.b8.conv0.affine.weight",
+        "synthesis.b8.to_planes.weight": "synthesis.tri_plane_decoder.b8.torgb.weight",
+        "synthesis.b4.const": "synthesis.tri_plane_decoder.b4.const",
+        "synthesis.b8.conv1.noise_strength": "synthesis.tri_plane_decoder.b8.conv1.noise_strength",
+        "decoder.fc1.weight": "synthesis.tri_plane_mlp.model.1.weight",
+        "mapping.w_avg": "mapping.w_avg",
+        "mean_camera_pose": "mapping.mean_camera_pose",
+    }
+    for ours, theirs in same.items():
+        assert torch.equal(average[ours], networks["G_ema"][theirs]), ours
+        assert torch.equal(trainer["generator"][ours], networks["G"][theirs]), ours
+    same = {
+        "patch_encoder.table": "scalar_enc.const_embed.weight",
+        "hypernetwork.embed.weight": "hyper_mod_mapping.embed.weight",
+        "head.fc1.bias": "head_mapping.fc1.bias",
+        "b16.from_rgb.weight": "b16.fromrgb.weight",
+        "b8.affine.bias": "b8.conv1.affine.bias",
+        "b8.conv1.bias": "b8.conv1.bias",
+        "fc.weight": "b4.fc.weight",
+    }
+    for ours, theirs in same.items():
+        assert torch.equal(discriminator[ours], networks["D"][theirs]), ours
+
+    _, module = convert.networks_of(config, 0)
+    for number, (name, parameter) in enumerate(module.named_parameters()):
+        state = trainer["d_optimizer"]["state"][number]
+        assert state["exp_avg"].shape == parameter.shape
+        # One step of Adam with gradient 2 x, beta1 = 0, beta2 = 0.99.
+        torch.testing.assert_close(state["exp_avg"], 2 * discriminator[name])
+        torch.testing.assert_close(state["exp_avg_sq"], 0.04 * discriminator[name].square())
+        assert float(state["step"]) == 1
+
+
+def test_the_generator_is_the_same_from_every_file_and_back(tmp_path: Path, shapes: tuple[Shapes, Shapes]) -> None:
+    """Checkpoint and safetensors render equal images; back-conversion gives every published tensor."""
+    path, out = tmp_path / "x.pkl", tmp_path / "out"
+    networks = write_snapshot(path, *shapes, package="")
+    convert.main([str(path), str(out)])
+    pictures = []
+    for source in (out, out / "G_ema.safetensors"):
+        config, generator = load_generator(source, "cpu")
+        assert not generator.training
+        z = torch.randn(1, config.generator.z_dim, generator=torch.Generator().manual_seed(0))
+        angles = sample_angles(1, "uniform", draws=torch.full((1, 2), 0.4))
+        with torch.no_grad():
+            pictures.append(generator(z, angles, resolution=8, noise_mode="const", stochastic=False).rgb)
+    assert torch.isfinite(pictures[0]).all()
+    assert torch.equal(*pictures)
+
+    convert.main([str(out), str(tmp_path / "back")])
+    from safetensors.torch import load_file
+
+    back = load_file(tmp_path / "back" / "G_ema-published.safetensors")
+    assert back.keys() == networks["G_ema"].keys()
+    for name, tensor in networks["G_ema"].items():
+        assert torch.equal(back[name], tensor), name
+
+
+def test_background_and_cameras(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both are found in the shapes; every tensor of the background arrives, and goes back."""
+    path, out = tmp_path / "x.pkl", tmp_path / "out"
+    networks = write_snapshot(path, *(tiny(published_list(f"{BACKGROUND}: {letter}")) for letter in "GD"))
+    convert.main([str(path), str(out)])
+    assert "G_ema: " in capsys.readouterr().out
+    config, generator = load_generator(out, "cpu")
+    assert config.generator.pose_conditioning
+    assert config.discriminator.camera_conditioning
+    assert config.discriminator.camera_steps == 64
+    assert (config.renderer.background, config.renderer.background_samples) == ("sphere", 5)
+    state, theirs = generator.state_dict(), networks["G_ema"]
+    for ours, name in (("layer0", "0.conv1"), ("layer2", "1.conv1"), ("out1", "1.to_out")):
+        for part in ("weight", "bias", "affine.weight", "affine.bias"):
+            assert torch.equal(state[f"background.{ours}.{part}"], theirs[f"synthesis.bg_model.blocks.{name}.{part}"])
+
+    convert.main([str(out), str(tmp_path / "back")])
+    from safetensors.torch import load_file
+
+    back = load_file(tmp_path / "back" / "G_ema-published.safetensors")
+    assert back.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert torch.equal(back[name], tensor), name
+
+
+def test_without_optimizers_or_discriminator(
+    tmp_path: Path, shapes: tuple[Shapes, Shapes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "x.pkl"
+    write_snapshot(path, *shapes, optimizers=False)
+    convert.main([str(path), str(tmp_path / "a"), "--kimg", "1"])
+    assert "Adam of D: not there" in capsys.readouterr().out
+    write_snapshot(path, shapes[0], None)
+    convert.main([str(path), str(tmp_path / "b")])
+    assert "no checkpoint to train on from" in capsys.readouterr().out
+    assert not (tmp_path / "b" / "checkpoints").exists()
+    assert load_generator(tmp_path / "b", "cpu")[0].generator.w_dim == 16
+
+
+def refusal(path: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one error line of a conversion, which leaves nothing behind."""
+    with pytest.raises(SystemExit) as caught:
+        convert.main([str(path), str(out)])
+    assert caught.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert not out.exists()
+    return captured.err
+
+
+# Hostile pickles
+
+
+def storage_bytes(payload: object) -> bytes:
+    """What stands where a tensor's storage is expected."""
+    buffer = io.BytesIO()
+    torch.save(payload, buffer, _use_new_zipfile_serialization=False)
+    return buffer.getvalue()
+
+
+class _WithState:
+    """A reduce whose state holds a call."""
+
+    def __init__(self, payload: object) -> None:
+        self.payload = payload
+
+    def __reduce__(self) -> tuple:
+        return (collections.OrderedDict, (), {"x": self.payload})
+
+
+def hostile(kind: str, target: Path) -> tuple[object, str]:
+    """A payload that would create `target`, and the name that has to be refused."""
+    command = f"touch {target}"
+    call = _Call(os.system, command)
+    system = f"{os.system.__module__}.system"
+    return {
+        "os.system": (call, system),
+        "builtins.eval": (_Call(builtins.eval, f"open({str(target)!r}, 'w')"), "builtins.eval"),
+        "builtins.exec": (_Call(builtins.exec, f"open({str(target)!r}, 'w')"), "builtins.exec"),
+        "getattr": (_Call(getattr, collections.OrderedDict, "fromkeys"), "builtins.getattr"),
+        "nested in storage": (_Call(torch.storage._load_from_bytes, storage_bytes(call)), system),
+        "reduce in state": (_WithState(call), system),
+        "in a tensor": (
+            _Call(torch._utils._rebuild_tensor_v2, call, 0, (1,), (1,), False, collections.OrderedDict()),
+            system,
+        ),
+        "torch.load": (_Call(torch.load, str(target)), "torch.serialization.load"),
+        "module": (_Call(__import__, "os"), "builtins.__import__"),
+    }[kind]
+
+
+KINDS = ("os.system", "builtins.eval", "builtins.exec", "getattr", "nested in storage", "reduce in state")
+KINDS += ("in a tensor", "torch.load", "module")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("place", ["whole", "beside", "inside"])
+def test_hostile_pickles_are_refused_by_name(
+    kind: str, place: str, tmp_path: Path, shapes: tuple[Shapes, Shapes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the whole pickle, beside good networks, or inside a network's state; nothing runs, nothing is written."""
+    path, target = tmp_path / "x.pkl", tmp_path / "ran"
+    payload, name = hostile(kind, target)
+    if place == "whole":
+        path.write_bytes(pickle.dumps(payload))
+    else:
+
+        def edit(content: dict[str, Any]) -> None:
+            if place == "beside":
+                content["stats"] = payload
+            else:
+                content["G"].reduced[1][0]["state"]["_buffers"]["x"] = payload
+
+        write_snapshot(path, *shapes, optimizers=False, edit=edit)
+    message = refusal(path, tmp_path / "out", capsys)
+    assert name in message
+    assert "refused, nothing was run" in message
+    assert not target.exists()
+
+
+def test_hostile_opcodes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Old ways to name a global, dotted names, and attempts to change what is allowed."""
+    out, path = tmp_path / "out", tmp_path / "x.pkl"
+    programs = {
+        b"cos\nsystem\n(S'true'\ntR.": "os.system",
+        b"(S'true'\nios\nsystem\n.": "os.system",
+        b"c__builtin__\neval\n.": "__builtin__.eval",
+        b"\x80\x04\x8c\x0bcollections\x8c\x18OrderedDict.__init__.abc\x93.": "collections.OrderedDict.__init__.abc",
+        b"\x80\x04\x8c\x0fomegaconf.nodes\x8c\x08sys.exit\x93.": "omegaconf.nodes.sys.exit",
+    }
+    for program, name in programs.items():
+        path.write_bytes(program)
+        assert name in refusal(path, out, capsys)
+    # BUILD with attributes for a class (a tuple of None and a dict sets them one by one), then for a function.
+    for module, name in (
+        (b"typing", b"Any"),
+        (b"collections", b"OrderedDict"),
+        (b"torch._utils", b"_rebuild_tensor_v2"),
+    ):
+        path.write_bytes(b"c" + module + b"\n" + name + b"\n(N}S'__setstate__'\nI1\nstb.")
+        refusal(path, out, capsys)
+        path.write_bytes(b"c" + module + b"\n" + name + b"\n}S'kind'\nI1\nsb.")
+        refusal(path, out, capsys)
+
+
+def test_damaged_files(tmp_path: Path, shapes: tuple[Shapes, Shapes], capsys: pytest.CaptureFixture[str]) -> None:
+    path, out = tmp_path / "x.pkl", tmp_path / "out"
+    assert "there is no file" in refusal(path, out, capsys)
+    for content in (b"", b"PK", pickle.dumps({"G": 1}), pickle.dumps([]), pickle.dumps({"G_ema": 3})):
+        path.write_bytes(content)
+        refusal(path, out, capsys)
+    write_snapshot(path, *shapes)
+    whole = path.read_bytes()
+    for length in (100, len(whole) // 2, len(whole) - 10):
+        path.write_bytes(whole[:length])
+        refusal(path, out, capsys)
+
+
+def test_tensors_stay_inside_their_storage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    storage = torch.arange(4.0).storage()
+    rebuild = torch._utils._rebuild_tensor_v2
+    path = tmp_path / "x.pkl"
+    for arguments, words in (
+        ((storage, 1, (2, 2), (2, 1)), "reaches beyond its storage"),
+        ((storage, 0, (2**40,), (1,)), "reaches beyond its storage"),
+        ((storage, -1, (2,), (1,)), "offset -1"),
+        ((storage, 0, (2,), (-1,)), "stride"),
+        ((storage, 0, (2,), ()), "stride"),
+        (("storage", 0, (2,), (1,)), "no storage"),
+    ):
+        path.write_bytes(pickle.dumps(_Call(rebuild, *arguments, False, collections.OrderedDict())))
+        assert words in refusal(path, tmp_path / "out", capsys)
+
+
+# Snapshots of another kind
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda g, d: g.pop("mapping.fc1.bias"), "no tensor for mapping.fc1.bias"),
+        (lambda g, d: g.pop("mapping.w_avg"), "is no EpiGRAF network"),
+        (lambda g, d: g.update({"mapping.fc0.bias": ((17,), False)}), r"mapping.fc0.bias has shape \[17\]"),
+        (lambda g, d: g.update({"mapping.fc9.bias": ((16,), False)}), "mapping.fc9.bias, which"),
+        (lambda g, d: d.update({"b16.conv0.weight": ((15, 16, 3, 3), False)}), r"b16.affine.bias has shape \[16\]"),
+        (lambda g, d: d.update({"b8.conv0.weight": ((15, 16, 3, 3), False)}), "do not follow"),
+        (lambda g, d: d.pop("b16.skip.weight"), "D has no tensor for b16.skip.weight"),
+        (lambda g, d: g.clear(), "is no EpiGRAF network"),
+    ],
+)
+def test_another_network_is_one_line(
+    change: Callable[[Shapes, Shapes], object],
+    words: str,
+    tmp_path: Path,
+    shapes: tuple[Shapes, Shapes],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    change(*shapes)
+    write_snapshot(tmp_path / "x.pkl", *shapes, optimizers=False)
+    assert re.search(words, refusal(tmp_path / "x.pkl", tmp_path / "out", capsys))
+
+
+def test_wrong_values_are_named(
+    tmp_path: Path,
+    shapes: tuple[Shapes, Shapes],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A filter that is not [1, 3, 3, 1], a broken frequency, a weight that is not a number."""
+    original = values
+    for name, words in (
+        ("synthesis.tri_plane_decoder.b8.resample_filter", "is not the constant"),
+        ("mapping.fc0.bias", "is not finite"),
+    ):
+
+        def spoiled(shapes: Shapes, seed: int = 0, name: str = name) -> dict[str, Tensor]:
+            tensors = original(shapes, seed)
+            return {key: t / 0 if key == name else t for key, t in tensors.items()}
+
+        monkeypatch.setattr(sys.modules[__name__], "values", spoiled)
+        write_snapshot(tmp_path / "x.pkl", *shapes, optimizers=False)
+        assert words in refusal(tmp_path / "x.pkl", tmp_path / "out", capsys)
+
+
+def test_settings_are_read_through_every_kind_of_node(tmp_path: Path, shapes: tuple[Shapes, Shapes]) -> None:
+    write_snapshot(tmp_path / "x.pkl", *shapes)
+    settings = read_snapshot(tmp_path / "x.pkl").settings
+    assert settings["cfg.dataset.sampling.fov"] == 20.0
+    assert settings["cfg.num_ray_steps"] == 6
+    assert settings["img_channels"] == 3
+
+
+def test_our_checkpoints_are_no_pickles_of_theirs(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        convert.export_generator(tmp_path, tmp_path / "out")

@@ -1,0 +1,163 @@
+"""Surfaces of a tiny checkpoint, and of a ball whose surface is known."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from checks import assert_close
+from epigraf_fast import mesh
+from epigraf_fast.models.generator import Generator
+from epigraf_fast.training.pretrained import load_generator
+
+trimesh = pytest.importorskip("trimesh", reason="needs the extra tools")
+RADIUS, STEEPNESS = 0.15, 2000.0  # of the ball; its density falls through 0 at the radius
+
+
+class Ball:
+    """Stands in for the decoder: raw density STEEPNESS (RADIUS - |p - centre|), colours from the position."""
+
+    def __init__(self, *centres: tuple[float, float, float]) -> None:
+        self.centres = torch.tensor(centres or ((0.0, 0.0, 0.0),))
+
+    def at_points(self, planes: Tensor, points: Tensor, cube_scale: float) -> Tensor:
+        distance = (points[..., None, :] - self.centres).norm(dim=-1).amin(dim=-1, keepdim=True)
+        return torch.cat([points / cube_scale, STEEPNESS * (RADIUS - distance)], dim=-1)
+
+    def __call__(self, planes: Tensor, origins: Tensor, directions: Tensor, t: Tensor, cube_scale: float) -> Tensor:
+        return self.at_points(planes, origins[..., None, :] + t[..., None] * directions[..., None, :], cube_scale)
+
+
+@pytest.fixture
+def generator(tiny_run: Path) -> Generator:
+    generator = load_generator(tiny_run, "cpu")[1]
+    del generator.decoder
+    generator.decoder = Ball()
+    return generator
+
+
+PLANES = torch.zeros(1, 12, 8, 8)
+
+
+def test_the_volume_has_the_axes_of_the_world(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator.decoder = Ball((0.2, -0.1, 0.05))
+    whole = mesh.density_volume(generator, PLANES, 20)
+    monkeypatch.setattr(mesh, "CHUNK", 123)
+    assert (mesh.density_volume(generator, PLANES, 20) == whole).all()
+    x, y, z = np.unravel_index(whole.argmax(), whole.shape)
+    axis = np.linspace(-0.475, 0.475, 20)
+    np.testing.assert_allclose((axis[x], axis[y], axis[z]), (0.2, -0.1, 0.05), atol=0.026)
+    assert whole[0, 0, 0] == whole.min()  # beyond every ray
+
+
+def test_a_ball_is_found(generator: Generator) -> None:
+    """At the depth that rays see: along a radius the density S x is reached with transmittance exp(-S x^2 / 2), so the
+    mean depth below the surface is sqrt(pi / (2 S)); rays that come in aslant see less deep."""
+    generator.renderer.config = generator.renderer.config.__class__(
+        coarse_samples=48, fine_samples=48, last_interval=1e-3, white_background=True
+    )
+    volume = mesh.density_volume(generator, PLANES, 64)
+    threshold = mesh.automatic_threshold(generator, PLANES, whole_sphere=True)
+    surface = mesh.extract(generator, PLANES, volume, threshold)
+    expected = RADIUS - threshold / STEEPNESS
+    deepest = math.sqrt(math.pi / (2 * STEEPNESS))
+    assert 0.5 * deepest < RADIUS - expected < deepest
+    distance = np.linalg.norm(surface.vertices, axis=1)
+    np.testing.assert_allclose(distance, expected, atol=2e-3)
+    solid = mesh.to_trimesh(surface)
+    assert solid.is_watertight
+    assert solid.volume == pytest.approx(4 / 3 * math.pi * expected**3, rel=0.02)  # positive: faces look outwards
+    colors = torch.from_numpy(surface.vertices) / 0.475 * 127.5 + 127.5
+    assert_close(torch.from_numpy(surface.colors).float(), colors.round(), "colours", torch.bfloat16)
+
+
+def test_components(generator: Generator) -> None:
+    generator.decoder = Ball((0.22, 0.0, 0.0), (-0.22, 0.0, 0.0))
+    volume = mesh.density_volume(generator, PLANES, 32)
+    volume[0, 16, 16] = 1e3  # a speck at the wall, which is closed
+    surface = mesh.extract(generator, PLANES, volume, 1.0)
+    sizes = np.bincount(mesh.components(surface))
+    assert len(sizes) == 3
+    assert (np.diff(sizes) <= 0).all()
+    lines = "\n".join(mesh.statistics(surface))
+    assert "watertight: yes" in lines
+    assert "components: 3" in lines
+    alone = mesh.largest(surface)
+    assert len(alone.faces) == sizes[0]
+    assert mesh.to_trimesh(alone).is_watertight
+    assert abs(abs(alone.vertices[:, 0].mean()) - 0.22) < 0.02
+
+
+def test_files(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every format holds the same mesh with its colours; the volume has its voxels and axes."""
+    import mrcfile
+
+    paths = [tmp_path / f"x{suffix}" for suffix in (".ply", ".obj", ".glb", ".mrc")]
+    mesh.main([str(tiny_run), "--out", *map(str, paths), "--resolution", "24", "--seeds", "3", "--truncation", "0.7"])
+    printed = capsys.readouterr().out
+    for words in ("seed 3: densities", "(found)", "watertight: yes", "components: ", "wrote "):
+        assert words in printed
+    meshes = [trimesh.load(path, force="mesh", process=False) for path in paths[:3]]
+    for loaded in meshes:
+        assert len(loaded.faces) == len(meshes[0].faces) > 20
+        np.testing.assert_allclose(loaded.vertices, meshes[0].vertices, atol=1e-5)
+        assert (loaded.visual.vertex_colors == meshes[0].visual.vertex_colors).all()
+        assert np.abs(loaded.vertices).max() <= 0.475 * (1 + 2 / 23)
+    with mrcfile.open(paths[3]) as file:
+        assert file.data.shape == (24, 24, 24)
+        assert float(file.voxel_size.x) == pytest.approx(0.95 / 23, rel=1e-5)
+        volume = file.data.transpose(2, 1, 0).copy()
+    generator = load_generator(tiny_run, "cpu")[1]
+    scene = mesh.Scene(generator, 16, truncation=0.7)
+    planes = scene.paint(scene.ws([3])[0]).planes
+    np.testing.assert_array_equal(volume, mesh.density_volume(generator, planes, 24))
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_several_seeds_and_a_given_threshold(tiny_run: Path, tmp_path: Path) -> None:
+    mesh.main([str(tiny_run), "--out", str(tmp_path / "x.ply"), "--resolution", "12", "--seeds", "0-1", "--largest"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x-0.ply", "x-1.ply"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--out", "x.stl"), "must end in .ply, .obj, .glb or .mrc"),
+        (("--out", "x.ply", "--resolution", "1"), "--resolution must be from 2 to 1024"),
+        (("--out", "x.ply", "--resolution", "8", "--threshold", "1e9"), "--threshold must be between the densities"),
+        (("--out", "x.ply", "--threshold", "nan"), "--threshold must be finite"),
+    ],
+)
+def test_faults_are_one_line(
+    arguments: tuple[str, ...], words: str, tiny_run: Path, tmp_path: Path, one_error_line: Callable[..., str]
+) -> None:
+    arguments = tuple(tmp_path / a if a.startswith("x.") else a for a in arguments)
+    assert words in one_error_line(mesh.main, tiny_run, *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_scene_is_one_line(generator: Generator) -> None:
+    generator.decoder.centres += 100
+    with pytest.raises(mesh.UserError, match="no ray of this object is opaque"):
+        mesh.automatic_threshold(generator, PLANES, whole_sphere=False)
+
+
+@pytest.mark.parametrize(("module", "suffix"), [("skimage.measure", ".ply"), ("trimesh", ".ply"), ("mrcfile", ".mrc")])
+def test_missing_packages_are_one_line(
+    module: str,
+    suffix: str,
+    tiny_run: Path,
+    tmp_path: Path,
+    one_error_line: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    message = one_error_line(mesh.main, tiny_run, "--out", tmp_path / f"x{suffix}", "--resolution", 12)
+    assert "is not installed: pip install 'epigraf_fast[tools]'" in message

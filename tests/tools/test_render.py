@@ -1,0 +1,193 @@
+"""Pictures and videos of a tiny checkpoint."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import imageio.v3
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from checks import assert_close
+from epigraf_fast import render
+from epigraf_fast.camera import cam2world_matrix, camera_rays
+from epigraf_fast.errors import UserError
+from epigraf_fast.models.renderer import Images
+from epigraf_fast.training.pretrained import load_generator
+
+
+def read(path: Path) -> np.ndarray:
+    with PIL.Image.open(path) as image:
+        return np.asarray(image)
+
+
+def run(*arguments: object) -> None:
+    render.main([str(argument) for argument in arguments])
+
+
+def test_numbers() -> None:
+    assert render.parse_numbers("0-3,8") == [0, 1, 2, 3, 8]
+    assert render.parse_numbers("7") == [7]
+    for text in ("", "a", "3-", "1,,2", "5-3", "-1", "9" * 30):
+        with pytest.raises(UserError):
+            render.parse_numbers(text)
+
+
+def test_a_grid_shows_every_seed_from_every_side(tiny_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "grid.png"
+    arguments = ("--seeds", "0-4", "--columns", 3, "--yaw", -0.5, 0.5, "--show", "rgb", "depth", "normals")
+    run("grid", tiny_run, "--out", out, *arguments)
+    pictures = [read(tmp_path / f"grid{suffix}.png") for suffix in ("", "-depth", "-normals")]
+    for picture in pictures:
+        assert picture.shape == (2 * 16, 3 * 2 * 16, 3)
+        assert (picture[16:, 4 * 16 :] == 255).all()  # five of six places
+        assert picture[:16].std() > 0
+    rows = pictures[0][:16].reshape(16, 6, 16, 3).transpose(1, 0, 2, 3)
+    assert len({cell.tobytes() for cell in rows}) == 6
+
+    _, generator = load_generator(tiny_run, "cpu")
+    ws = render.Scene(generator, 16).ws([1])
+    pose = generator.mean_camera_pose.clone()
+    pose[0] = 0.5
+    with torch.no_grad():
+        planes = generator.synthesis(ws, "const")
+        expected = render.to_uint8(generator.render(planes, pose[None], 16, stochastic=False).rgb)
+    assert (expected[0].permute(1, 2, 0).numpy() == rows[3]).all()
+
+
+def test_truncation_seeds_and_labels(tiny_run: Path, tmp_path: Path) -> None:
+    """psi = 0 shows one object for all seeds of a class; other classes differ, other seeds too."""
+
+    def cells(*arguments: object) -> list[bytes]:
+        run("grid", tiny_run, "--out", tmp_path / "x.png", "--columns", 3, *arguments)
+        picture = read(tmp_path / "x.png")
+        return [picture[:, 16 * i : 16 * i + 16].tobytes() for i in range(3)]
+
+    assert len(set(cells("--seeds", "0-2", "--truncation", 0))) == 1
+    assert len(set(cells("--seeds", "0-2", "--labels", 1))) == 3
+    assert len(set(cells("--seeds", "4,4,4", "--labels", "0-2"))) == 3
+    assert len(set(cells("--seeds", "4,4,4"))) == 1
+    assert cells("--seeds", "0-2", "--truncation", 0.5) != cells("--seeds", "0-2", "--truncation", 0.5, "--cutoff", 2)
+
+
+@pytest.mark.parametrize("kind", ["turntable", "interpolation", "fly-around"])
+@pytest.mark.parametrize("suffix", [".mp4", ".gif"])
+def test_videos(kind: str, suffix: str, tiny_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / f"video{suffix}"
+    run(kind, tiny_run, "--out", out, "--seeds", "0-2", "--frames", 4, "--fps", 10, "--show", "rgb", "depth")
+    tiles = (1, 1) if kind == "interpolation" else (2, 2)
+    for path in (out, tmp_path / f"video-depth{suffix}"):
+        frames = imageio.v3.imread(path, **({"plugin": "FFMPEG"} if suffix == ".mp4" else {}))
+        assert frames.shape[1:] == (16 * tiles[0], 16 * tiles[1], 3)
+        assert len(frames) == 4
+        if path == out:
+            assert np.abs(frames[0].astype(int) - frames[2]).max() > 4
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_other_resolutions(tiny_run: Path, tmp_path: Path) -> None:
+    """Twice the resolution shows the same picture, finer; odd sizes lose a row in an MP4."""
+    for size in (17, 33):  # the pixels of 17 are every second of 33
+        run("grid", tiny_run, "--out", tmp_path / f"{size}.png", "--seeds", 0, "--resolution", size)
+    small, large = read(tmp_path / "17.png"), read(tmp_path / "33.png")
+    assert np.abs(large[::2, ::2].astype(int) - small).max() <= 1
+    run("turntable", tiny_run, "--out", tmp_path / "x.mp4", "--seeds", 0, "--resolution", 17, "--frames", 2)
+    assert imageio.v3.imread(tmp_path / "x.mp4", plugin="FFMPEG").shape == (2, 16, 16, 3)
+
+
+def test_memory_at_1024_is_bounded(tiny_run: Path, tmp_path: Path) -> None:
+    """A million rays, in a process of its own: what they take beyond a tiny picture is far below all samples."""
+    program = f"""
+import resource, sys
+from epigraf_fast import render
+sizes = []
+for size in (16, 1024):
+    render.main(["grid", {str(tiny_run)!r}, "--out", {str(tmp_path / "x.png")!r}, "--seeds", "0", "--ray-samples", "10",
+                 "--resolution", str(size)])
+    sizes.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print((sizes[1] - sizes[0]) // 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=True)
+    used = int(done.stdout.split()[-1])
+    assert read(tmp_path / "x.png").shape == (1024, 1024, 3)
+    samples = 1024**2 * 20 * (4 + 1) * 4 // 2**20  # colours, densities and depths of every sample, MiB
+    assert used < samples / 2, f"{used} MiB of {samples}"
+
+
+def test_normals_of_a_plane(tiny_run: Path) -> None:
+    """Depths of a plane that faces the camera give its direction; a plane turned by 45 degrees looks half aside."""
+    _, generator = load_generator(tiny_run, "cpu")
+    angles = torch.tensor([[0.7, 1.1, 0.0]])
+    cam2world = cam2world_matrix(angles, generator.camera.radius)
+    origins, directions = camera_rays(cam2world, generator.camera.fov, 8)
+    for expected in ((0.0, 0.0, 1.0), (-math.sqrt(0.5), 0.0, math.sqrt(0.5)), (0.0, math.sqrt(0.5), math.sqrt(0.5))):
+        normal = cam2world[0, :3, :3] @ torch.tensor(expected)
+        t = -(origins @ normal) / (directions @ normal)  # the plane through the origin
+        opaque = torch.ones(1, 1, 8, 8)
+        images = Images(torch.zeros(1, 3, 8, 8), t.view(1, 1, 8, 8), opaque)
+        found = render.normals(images, angles, generator)
+        target = torch.tensor(expected)[None, :, None, None].expand_as(found)
+        assert_close(found[..., 1:-1, 1:-1], target[..., 1:-1, 1:-1], "normals", torch.float16)
+        empty = render.normals(images._replace(weight_sum=0 * opaque), angles, generator)
+        assert not empty.any()
+
+
+def test_zoom_comes_back() -> None:
+    fovs = render.zoomed(30.0, 2.0, 10)
+    assert fovs[0] == pytest.approx(30.0)
+    assert math.tan(math.radians(min(fovs)) / 2) == pytest.approx(math.tan(math.radians(15)) / 2)
+    assert fovs[5] == min(fovs)
+    assert fovs[3] == pytest.approx(fovs[7])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("grid", "RUN", "--out", "x.jpg"), "must end in .png"),
+        (("turntable", "RUN", "--out", "x.png"), "must end in .mp4 or .gif"),
+        (("grid", "RUN", "--out", "x.png", "--seeds", "a"), "numbers must look like"),
+        (("grid", "RUN", "--out", "x.png", "--labels", "3"), "class from 0 to 2, got 3"),
+        (("grid", "RUN", "--out", "x.png", "--resolution", "1"), "--resolution must be at least 2"),
+        (("grid", "RUN", "--out", "x.png", "--pitch", "4"), "--pitch must be from 0 to 3.14159, got 4"),
+        (("grid", "RUN", "--out", "x.png", "--ray-samples", "2"), "--ray-samples must be at least 3"),
+        (("turntable", "RUN", "--out", "x.mp4", "--frames", "1"), "--frames must be at least 2"),
+        (("grid", "NOWHERE", "--out", "x.png"), "there is no checkpoint"),
+        (("grid", "EMPTY", "--out", "x.png"), "holds no checkpoint"),
+        (("grid", "RUN", "--out", "x.png", "--device", "cuda"), "torch sees no GPU"),
+    ],
+)
+def test_faults_are_one_line(
+    arguments: tuple[str, ...], words: str, tiny_run: Path, tmp_path: Path, one_error_line: Callable[..., str]
+) -> None:
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    (tmp_path / "empty").mkdir()
+    places = {"RUN": tiny_run, "NOWHERE": tmp_path / "none", "EMPTY": tmp_path / "empty"}
+    arguments = tuple(tmp_path / a if a.startswith("x.") else places.get(a, a) for a in arguments)
+    assert words in one_error_line(render.main, *arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+def test_missing_ffmpeg_is_one_line(
+    tiny_run: Path, tmp_path: Path, one_error_line: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    message = one_error_line(render.main, "turntable", tiny_run, "--out", tmp_path / "x.mp4", "--frames", 2)
+    assert "imageio-ffmpeg is not installed" in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_video_leaves_nothing(tmp_path: Path) -> None:
+    def frames() -> Iterator[render.Frame]:
+        yield {"rgb": np.zeros((16, 16, 3), np.uint8)}
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        render.save_all(frames(), {"rgb": tmp_path / "x.mp4"}, 10)
+    assert not list(tmp_path.iterdir())
