@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Config
-from ..models.discriminator import Discriminator
+from ..models.discriminator import Discriminator, ScaleDiscriminators, discriminator_class
 from ..models.generator import Generator
+from ..models.image_generator import generator_class
 
 
 def parameter_count(module: nn.Module) -> int:
@@ -19,10 +20,11 @@ def meta_networks(config: Config, label_dim: int) -> tuple[Generator, Discrimina
     """Generator and discriminator without memory behind them."""
     with torch.device("meta"):
         shared = {"label_dim": label_dim, "backend": config.backend}
-        generator = Generator(
+        generator = generator_class(config.generator)(
             config.generator, config.renderer, config.camera, image_resolution=config.resolution, **shared
         )
-        return generator, Discriminator(config.discriminator, config.resolution, config.patch.resolution, **shared)
+        discriminator = discriminator_class(config.discriminator)
+        return generator, discriminator(config.discriminator, config.resolution, config.patch.resolution, **shared)
 
 
 def step_bytes(config: Config, generator: Generator, discriminator: Discriminator) -> tuple[int, int]:
@@ -56,6 +58,9 @@ def step_bytes(config: Config, generator: Generator, discriminator: Discriminato
             patch_scale=scale,
             patch_offset=offset,
             density_noise_std=1.0,
+            with_context=config.discriminator.global_context,
         ).rgb
+        if isinstance(discriminator, ScaleDiscriminators):  # which reads the scales
+            discriminator = discriminator.discriminators[0]
         discriminator(patches, scale, offset, label, angles)
     return fixed, sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
