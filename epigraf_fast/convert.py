@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .camera import PRIORS
 from .config import PRESETS, Config, check, preset, to_dict
 from .errors import UserError
 from .models.background import ENCODER_STEPS
@@ -275,10 +276,22 @@ def _stored(stored: dict[str, Any], name: str, default: Any) -> Any:
     return default
 
 
+# Ours -> the ends of the stored names; the cameras stood under `sampling` in older snapshots.
+CAMERA_NAMES = {name: (f"sampling.{name}", f"camera.{name}") for name in ("fov", "radius", "ray_start", "ray_end")}
+CAMERA_NAMES |= {"prior": ("sampling.dist", "camera.dist"), "cube_scale": ("dataset.cube_scale",)}
+for _ours, _theirs in (("yaw", "horizontal"), ("pitch", "vertical")):
+    CAMERA_NAMES[f"{_ours}_mean"] = f"sampling.{_theirs}_mean", f"camera.{_theirs}_mean"
+    CAMERA_NAMES[f"{_ours}_spread"] = f"sampling.{_theirs}_stddev", f"camera.{_theirs}_stddev"
+
+
 def _camera(stored: dict[str, Any], base: Config) -> Any:
-    names = {"fov": "sampling.fov", "radius": "sampling.radius", "cube_scale": "dataset.cube_scale"}
-    names |= {"ray_start": "sampling.ray_start", "ray_end": "sampling.ray_end"}
-    values = {ours: _stored(stored, theirs, getattr(base.camera, ours)) for ours, theirs in names.items()}
+    values = {}
+    for ours, names in CAMERA_NAMES.items():
+        values[ours] = getattr(base.camera, ours)
+        for name in names:
+            values[ours] = _stored(stored, name, values[ours])
+    if values["prior"] not in PRIORS:
+        values["prior"] = base.camera.prior
     return dataclasses.replace(base.camera, **values)
 
 
