@@ -30,7 +30,7 @@ TOOLS = [
     "mrcfile>=1.5",
     "matplotlib>=3.8",
 ]
-VIEWER = ["viser>=1.0"]
+VIEWER = ["viser>=1.1"]
 
 
 def version() -> str:

@@ -32,8 +32,9 @@ from epigraf_fast.training.checkpoint import (
 )
 from epigraf_fast.training.log import RunLog
 from epigraf_fast.training.memory import meta_networks, parameter_count, step_bytes
+from epigraf_fast.training.networks import choose_backends
 from epigraf_fast.training.snapshot import Snapshots
-from epigraf_fast.training.step import Trainer, choose_backends
+from epigraf_fast.training.step import Trainer
 
 
 class StopRequest:

@@ -54,6 +54,14 @@ class GeneratorConfig:
     pose_swap_probability: float = 0.5
     """Final probability of showing the mapping another sample's camera (1 at the start)."""
     pose_swap_kimg: float = 1000.0
+    backbone: Literal["triplane", "image"] = "triplane"
+    """image: the synthesis network paints the image itself, the 2D baseline of Table 3; patches are cut from it."""
+    style_mixing: float = 0.0
+    """Probability that the style vectors from a random one on come from a second z; 0.9 in StyleGAN2."""
+    decoder_fourier: int = 0
+    """Steps of the Fourier features of a point that the decoder sees beside the planes' features; 0 for none."""
+    view_direction: bool = False
+    """Whether colours depend on the ray's direction (appendix C: it breaks multi-view consistency)."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +111,11 @@ class DiscriminatorConfig:
     minibatch_std_group: int = 4
     half_blocks: int = 0
     """Top blocks in fp16 on a GPU; 4 in the published runs. Opt-in until a GPU has run it."""
+    scales: int = 1
+    """2 or 4 train that many discriminators without modulation, one for each scale of the discrete distribution, which
+    then holds whatever `patch.distribution` says (Table 2: "scale-specific")."""
+    global_context: bool = False
+    """Shows D the whole image at the patch's resolution beside the patch (appendix C)."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +134,9 @@ class PatchConfig:
     """Of the discrete distribution: evenly spaced from 0.25 to 1."""
     groups: Literal["strided", "consecutive"] = "strided"
     """Which samples share a draw: those of a minibatch-std group, or neighbours (published code)."""
+    importance: int = 0
+    """Offsets are drawn from so many candidates, in proportion to how much the data set's images vary there
+    (appendix C); 0 draws them evenly."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +169,10 @@ class OptimConfig:
     """Half life of the average generator; default 0.3125 x batch."""
     ema_rampup: float = 0.05
     """The half life is at most this share of the images seen."""
+    path_length_weight: float = 0.0
+    """Of StyleGAN2's path length regularization, for `generator.backbone image`; 2 in StyleGAN2."""
+    path_length_interval: int = 4
+    """Iterations between two path length steps."""
 
 
 @dataclass(frozen=True)
@@ -238,6 +258,13 @@ class Config:
     def micro(self) -> int:
         """The micro-batch in force."""
         return self.batch if self.micro_batch is None else min(self.micro_batch, self.batch)
+
+    @property
+    def patches(self) -> PatchConfig:
+        """The patch settings in force: scale-specific discriminators ask for their own scales."""
+        if self.discriminator.scales == 1:
+            return self.patch
+        return replace(self.patch, distribution="discrete", num_scales=self.discriminator.scales)
 
 
 def preset(name: str) -> Config:
@@ -373,6 +400,7 @@ def check(config: Config) -> None:
         "generator.channel_max": c.generator.channel_max,
         "generator.decoder_hidden": c.generator.decoder_hidden,
         "generator.pose_swap_kimg": c.generator.pose_swap_kimg,
+        "discriminator.scales": c.discriminator.scales,
         "discriminator.channel_base": c.discriminator.channel_base,
         "discriminator.channel_max": c.discriminator.channel_max,
         "discriminator.code_dim": c.discriminator.code_dim,
@@ -385,6 +413,7 @@ def check(config: Config) -> None:
         "optim.g_lr": c.optim.g_lr,
         "optim.d_lr": c.optim.d_lr,
         "optim.r1_interval": c.optim.r1_interval,
+        "optim.path_length_interval": c.optim.path_length_interval,
         "optim.blur_kimg": c.optim.blur_kimg,
         "augment.kimg": c.augment.kimg,
         "augment.interval": c.augment.interval,
@@ -403,6 +432,9 @@ def check(config: Config) -> None:
         "optim.ema_rampup": c.optim.ema_rampup,
         "optim.ema_kimg": c.optim.ema_kimg or 0.0,
         "augment.p": c.augment.p,
+        "generator.decoder_fourier": c.generator.decoder_fourier,
+        "patch.importance": c.patch.importance,
+        "optim.path_length_weight": c.optim.path_length_weight,
         "discriminator.half_blocks": c.discriminator.half_blocks,
         "discriminator.patch_table_dim": c.discriminator.patch_table_dim,
     }
@@ -416,6 +448,7 @@ def check(config: Config) -> None:
     for name, value in (
         ("discriminator.camera_dropout", c.discriminator.camera_dropout),
         ("generator.pose_swap_probability", c.generator.pose_swap_probability),
+        ("generator.style_mixing", c.generator.style_mixing),
     ):
         if not 0 <= value <= 1:
             raise UserError(f"{name} must be in [0, 1], got {value}")
@@ -440,6 +473,18 @@ def check(config: Config) -> None:
             f"renderer.background_samples must be at least 2 and background_start at most 1, "
             f"got {c.renderer.background_samples} and {c.renderer.background_start}"
         )
+    if c.generator.decoder_fourier == 1:
+        raise UserError("generator.decoder_fourier must be 0 or at least 2, got 1")
+    if c.generator.backbone == "image":
+        for name, value in (
+            ("renderer.background", c.renderer.background != "none"),
+            ("generator.view_direction", c.generator.view_direction),
+            ("generator.decoder_fourier", c.generator.decoder_fourier),
+        ):
+            if value:
+                raise UserError(f"{name} belongs to generator.backbone triplane, image has no rays: leave it out")
+    elif c.optim.path_length_weight:
+        raise UserError("optim.path_length_weight must be 0 with generator.backbone triplane, as published")
     check_camera(c.camera)
 
 

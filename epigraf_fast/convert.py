@@ -22,13 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .camera import PRIORS
 from .config import PRESETS, Config, check, preset, to_dict
 from .errors import UserError
-from .models.discriminator import Discriminator
-from .models.generator import Generator
-from .models.layers import LOW_PASS, channels_at
+from .models.background import ENCODER_STEPS
+from .models.layers import LOW_PASS, ScalarEncoder, channels_at
 from .published import Optimizer, Snapshot, read_snapshot
 from .training.checkpoint import save_checkpoint
+from .training.memory import meta_networks
 from .training.pretrained import check_finite, load_generator, save_safetensors
 
 # Published name -> ours, the first pattern that matches the whole name.
@@ -36,6 +37,10 @@ GENERATOR_NAMES = (
     (r"synthesis\.tri_plane_decoder\.(b\d+)\.torgb\.(.+)", r"synthesis.\1.to_planes.\2"),
     (r"synthesis\.tri_plane_decoder\.(b\d+\..+)", r"synthesis.\1"),
     (r"synthesis\.tri_plane_mlp\.model\.([01])\.(weight|bias)", r"decoder.fc\1.\2"),
+    (r"synthesis\.bg_model\.blocks\.0\.conv1\.(.+)", r"background.layer0.\1"),
+    (r"synthesis\.bg_model\.blocks\.1\.conv0\.(.+)", r"background.layer1.\1"),
+    (r"synthesis\.bg_model\.blocks\.1\.conv1\.(.+)", r"background.layer2.\1"),
+    (r"synthesis\.bg_model\.blocks\.([01])\.to_out\.(.+)", r"background.out\1.\2"),
     (r"mapping\.mean_camera_pose", r"mean_camera_pose"),
     (r"(mapping\..+)", r"\1"),
 )
@@ -48,8 +53,16 @@ DISCRIMINATOR_NAMES = (
     (r"(b\d+)\.conv1\.affine\.(.+)", r"\1.affine.\2"),
     (r"(b\d+\..+)", r"\1"),
 )
-BACKGROUND = "synthesis.bg_model."
-PATCH_STEPS, CAMERA_STEPS = "scalar_enc", "head_mapping.camera_scalar_enc"
+BACKGROUND = "synthesis.bg_model.blocks."
+BACKGROUND_LAYERS = {
+    "layer0": "0.conv1",
+    "layer1": "1.conv0",
+    "layer2": "1.conv1",
+    "out0": "0.to_out",
+    "out1": "1.to_out",
+}
+BACKGROUND_STEPS = 8  # of the published code
+CAMERA_STEPS = "head_mapping.camera_scalar_enc"
 COEFFICIENTS = ".fourier_encoder.fourier_coefs"
 
 
@@ -84,9 +97,7 @@ def account_for(tensors: dict[str, Tensor], network: str) -> Account:
     names = DISCRIMINATOR_NAMES if network == "D" else GENERATOR_NAMES
     first_block = max((int(found[1]) for found in map(re.compile(r"b(\d+)\.").match, tensors) if found), default=0)
     for name, tensor in tensors.items():
-        if name.startswith(BACKGROUND):
-            account.left.append(name)
-        elif name.endswith(("resample_filter", COEFFICIENTS)):
+        if name.endswith(("resample_filter", COEFFICIENTS)):
             _check_constant(network, name, tensor)
             account.constant.append(name)
         elif network == "D" and re.match(rf"b(?!{first_block}\.)\d+\.fromrgb\.", name):
@@ -146,12 +157,20 @@ def config_of(snapshot: Snapshot, base: Config, patch_resolution: int | None = N
             camera_in_d = d_settings.camera_conditioning
         if condition - label_dim not in (0, 2):
             raise UserError(f"the mapping has {condition} conditions, the labels are {label_dim}")
-        outputs, colours = generator[f"synthesis.tri_plane_decoder.b{max(planes)}.torgb.weight"].shape[0], 3
+        outputs = generator[f"synthesis.tri_plane_decoder.b{max(planes)}.torgb.weight"].shape[0]
+        hidden, plane_channels = generator["synthesis.tri_plane_mlp.model.0.weight"].shape
         decoder = generator["synthesis.tri_plane_mlp.model.1.weight"]
-        if outputs % 3 or len(decoder) != colours + 1 or "synthesis.tri_plane_mlp.model.2.weight" in generator:
-            raise UserError("the planes or their decoder have another size: plane background or view directions?")
+        painted = outputs - 3 * plane_channels
+        if painted not in (0, 3) or len(decoder) != 4 or "synthesis.tri_plane_mlp.model.2.weight" in generator:
+            raise UserError(
+                "the planes and their decoder do not fit: view directions or coordinates were never published"
+            )
+        background = "plane" if painted else "none"
+        if any(name.startswith(BACKGROUND) for name in generator):
+            background = "sphere"
         channel_base, channel_max = _channels(
-            {res: generator[f"synthesis.tri_plane_decoder.b{res}.conv1.weight"].shape[0] for res in planes}
+            {res: generator[f"synthesis.tri_plane_decoder.b{res}.conv1.weight"].shape[0] for res in planes},
+            base.generator.channel_base,
         )
         config = dataclasses.replace(
             base,
@@ -163,10 +182,10 @@ def config_of(snapshot: Snapshot, base: Config, patch_resolution: int | None = N
                 w_dim=w_dim,
                 mapping_layers=sum(bool(re.fullmatch(r"mapping\.fc\d+\.weight", name)) for name in generator),
                 plane_resolution=max(planes),
-                plane_channels=outputs // 3,
+                plane_channels=plane_channels,
                 channel_base=channel_base,
                 channel_max=channel_max,
-                decoder_hidden=decoder.shape[1],
+                decoder_hidden=hidden,
                 pose_conditioning=condition - label_dim == 2,
             ),
             renderer=dataclasses.replace(
@@ -175,6 +194,11 @@ def config_of(snapshot: Snapshot, base: Config, patch_resolution: int | None = N
                 fine_samples=_stored(stored, "num_ray_steps", base.renderer.fine_samples),
                 density_activation=_stored(stored, "clamp_mode", base.renderer.density_activation),
                 white_background=_stored(stored, "dataset.white_back", base.renderer.white_background),
+                background=background,
+                background_samples=_stored(stored, "bg_model.num_steps", BACKGROUND_STEPS)
+                if background == "sphere"
+                else base.renderer.background_samples,
+                background_start=_stored(stored, "bg_model.start", base.renderer.background_start),
                 last_back=_stored(stored, "dataset.last_back", base.renderer.last_back),
             ),
             discriminator=dataclasses.replace(d_settings, camera_conditioning=camera_in_d),
@@ -198,14 +222,13 @@ def _blocks(tensors: dict[str, Tensor], prefix: str) -> list[int]:
     return sorted({int(match[1]) for match in found if match})
 
 
-def _channels(widths: dict[int, int]) -> tuple[int, int]:
-    """channel_base and channel_max of the rule min(base / res, max)."""
+def _channels(widths: dict[int, int], usual: int) -> tuple[int, int]:
+    """channel_base and channel_max of the rule min(base / res, max); the usual base, if the widths allow it."""
     channel_max, last = max(widths.values()), max(widths)
-    channel_base = widths[last] * last
-    for res, width in widths.items():
-        if channels_at(res, channel_base, channel_max) != width:
-            raise UserError(f"the widths {widths} do not follow min(base / resolution, max)")
-    return channel_base, channel_max
+    for channel_base in (usual, widths[last] * last):
+        if all(channels_at(res, channel_base, channel_max) == width for res, width in widths.items()):
+            return channel_base, channel_max
+    raise UserError(f"the widths {widths} do not follow min(base / resolution, max)")
 
 
 def _discriminator_config(tensors: dict[str, Tensor], base: Config) -> tuple[Any, int, int]:
@@ -213,7 +236,7 @@ def _discriminator_config(tensors: dict[str, Tensor], base: Config) -> tuple[Any
     blocks = [res for res in _blocks(tensors, "") if res > 4]
     widths = {res: tensors[f"b{res}.conv0.weight"].shape[0] for res in blocks}
     widths[4] = tensors["b4.fc.weight"].shape[0]
-    channel_base, channel_max = _channels(widths)
+    channel_base, channel_max = _channels(widths, base.discriminator.channel_base)
     modulated = "hyper_mod_mapping.fc0.weight" in tensors
     camera = CAMERA_STEPS + COEFFICIENTS in tensors
     settings = dataclasses.replace(
@@ -252,21 +275,23 @@ def _stored(stored: dict[str, Any], name: str, default: Any) -> Any:
     return default
 
 
+# Ours -> the ends of the stored names; the cameras stood under `sampling` in older snapshots.
+CAMERA_NAMES = {name: (f"sampling.{name}", f"camera.{name}") for name in ("fov", "radius", "ray_start", "ray_end")}
+CAMERA_NAMES |= {"prior": ("sampling.dist", "camera.dist"), "cube_scale": ("dataset.cube_scale",)}
+for _ours, _theirs in (("yaw", "horizontal"), ("pitch", "vertical")):
+    CAMERA_NAMES[f"{_ours}_mean"] = f"sampling.{_theirs}_mean", f"camera.{_theirs}_mean"
+    CAMERA_NAMES[f"{_ours}_spread"] = f"sampling.{_theirs}_stddev", f"camera.{_theirs}_stddev"
+
+
 def _camera(stored: dict[str, Any], base: Config) -> Any:
-    names = {"fov": "sampling.fov", "radius": "sampling.radius", "cube_scale": "dataset.cube_scale"}
-    names |= {"ray_start": "sampling.ray_start", "ray_end": "sampling.ray_end"}
-    values = {ours: _stored(stored, theirs, getattr(base.camera, ours)) for ours, theirs in names.items()}
+    values = {}
+    for ours, names in CAMERA_NAMES.items():
+        values[ours] = getattr(base.camera, ours)
+        for name in names:
+            values[ours] = _stored(stored, name, values[ours])
+    if values["prior"] not in PRIORS:
+        values["prior"] = base.camera.prior
     return dataclasses.replace(base.camera, **values)
-
-
-def networks_of(config: Config, label_dim: int) -> tuple[Generator, Discriminator]:
-    """The networks that the settings describe, without values."""
-    with torch.device("meta"):
-        generator = Generator(config.generator, config.renderer, config.camera, label_dim=label_dim)
-        discriminator = Discriminator(
-            config.discriminator, config.resolution, config.patch.resolution, label_dim=label_dim
-        )
-    return generator, discriminator
 
 
 def translate(tensors: dict[str, Tensor], account: Account, module: nn.Module, network: str) -> dict[str, Tensor]:
@@ -315,6 +340,7 @@ def published_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     back = {}
     for name, tensor in state.items():
         layer = re.fullmatch(r"synthesis\.(b\d+)\.(.+)", name)
+        behind = re.fullmatch(r"background\.(\w+)\.(.+)", name)
         fully_connected = re.fullmatch(r"decoder\.fc([01])\.(.+)", name)
         if layer:
             block, rest = f"synthesis.tri_plane_decoder.{layer[1]}", layer[2].replace("to_planes.", "torgb.")
@@ -324,12 +350,16 @@ def published_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
                 back[f"{block}.{rest.removesuffix('noise_const')}resample_filter"] = low_pass_filter()
         elif fully_connected:
             back[f"synthesis.tri_plane_mlp.model.{fully_connected[1]}.{fully_connected[2]}"] = tensor
+        elif behind:
+            back[f"{BACKGROUND}{BACKGROUND_LAYERS[behind[1]]}.{behind[2]}"] = tensor
         elif name == "mean_camera_pose":
             back["mapping.mean_camera_pose"] = tensor
         elif name.startswith("mapping."):
             back[name] = tensor
         else:
             raise UserError(f"{name} has no published name")
+    if any(name.startswith(BACKGROUND) for name in back):
+        back[f"{BACKGROUND}0.scalar_enc{COEFFICIENTS}"] = ScalarEncoder(ENCODER_STEPS).frequencies
     return back
 
 
@@ -347,7 +377,7 @@ def import_snapshot(
     base = dataclasses.replace(preset(preset_name), run_dir=str(out))
     try:
         config, label_dim = config_of(snapshot, base, patch_resolution)
-        generator, discriminator = networks_of(config, label_dim)
+        generator, discriminator = meta_networks(config, label_dim)
         modules = {"G_ema": generator, "G": generator, "D": discriminator}
         accounts = {name: account_for(tensors, name) for name, tensors in snapshot.networks.items()}
         states = {
@@ -358,8 +388,6 @@ def import_snapshot(
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     report = [line for name, account in accounts.items() for line in account.lines(name)]
-    if any(name.startswith(BACKGROUND) for account in accounts.values() for name in account.left):
-        report.append("the background network has no counterpart here: the foreground alone was converted")
 
     out.mkdir(parents=True, exist_ok=True)
     save_safetensors(states["G_ema"], config, out / "G_ema.safetensors")

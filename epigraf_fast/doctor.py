@@ -21,7 +21,12 @@ from .training.metrics import PACKAGES as METRICS_PACKAGES
 Report = dict[str, Any]
 
 # Extras of setup.py that add a feature, and their packages.
-EXTRAS = {"metrics": METRICS_PACKAGES, "make_dataset": ("pyvista", "pybullet")}
+EXTRAS = {
+    "metrics": METRICS_PACKAGES,
+    "make_dataset": ("pyvista", "pybullet"),
+    "tools": ("safetensors", "imageio-ffmpeg", "scikit-image", "trimesh", "mrcfile", "matplotlib"),
+    "viewer": ("viser",),
+}
 
 # Code that only a GPU can run and that no GPU has run yet. It is never on by default.
 OPT_IN = (

@@ -17,7 +17,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -81,6 +81,13 @@ def pictures(
     return out
 
 
+class Painted(NamedTuple):
+    """One object, ready to be looked at."""
+
+    planes: Tensor  # [1, 3*C and what a background takes, H, W]
+    ws: Tensor  # [1, num_ws, w_dim]
+
+
 class Scene:
     """A generator and how to look at it.
 
@@ -112,15 +119,17 @@ class Scene:
         return self.generator.ws(z, label, truncation_psi=self.truncation, truncation_cutoff=self.cutoff)
 
     @torch.no_grad()
-    def planes(self, ws: Tensor) -> Tensor:
-        """Planes of one object, [1, 3*C, H, W]."""
-        return self.generator.synthesis(ws, noise_mode="const")
+    def paint(self, ws: Tensor) -> Painted:
+        """The object of style vectors [num_ws, w_dim]."""
+        return Painted(self.generator.synthesis(ws[None], noise_mode="const"), ws[None])
 
     @torch.no_grad()
-    def view(self, planes: Tensor, angles: Tensor, fov: float | None = None) -> dict[str, Tensor]:
+    def view(self, painted: Painted, angles: Tensor, fov: float | None = None) -> dict[str, Tensor]:
         """One object from one camera [3]: uint8 [1, 3, R, R] of each thing to show."""
-        angles = angles.to(planes.device)[None]
-        images = self.generator.render(planes, angles, self.resolution, fov=fov, stochastic=False)
+        angles = angles.to(painted.planes.device)[None]
+        images = self.generator.render(
+            painted.planes, angles, self.resolution, ws=painted.ws, fov=fov, stochastic=False
+        )
         return pictures(images, angles, self.generator, self.shown, fov)
 
 
@@ -146,8 +155,8 @@ def grid(
     ws = scene.ws(seeds, classes)
     views = []
     for w in progress(ws, "objects"):
-        planes = scene.planes(w[None])
-        views += [scene.view(planes, pose) for pose in poses]
+        painted = scene.paint(w)
+        views += [scene.view(painted, pose) for pose in poses]
     return tiled(views, columns * len(poses))
 
 
@@ -161,9 +170,9 @@ def orbit(
     fovs: Sequence[float | None] = (None,),
 ) -> Iterator[Frame]:
     """Frames of all seeds along a path of poses [T, 3], with a field of view each."""
-    planes = [scene.planes(w[None]) for w in scene.ws(seeds, classes)]
+    objects = [scene.paint(w) for w in scene.ws(seeds, classes)]
     for pose, fov in zip(progress(path, "frames"), itertools.cycle(fovs), strict=False):
-        yield tiled((scene.view(p, pose, fov) for p in planes), columns)
+        yield tiled((scene.view(painted, pose, fov) for painted in objects), columns)
 
 
 def interpolation(
@@ -175,8 +184,8 @@ def interpolation(
     for number, pose in enumerate(progress(path, "frames")):
         place = number / len(path) * len(seeds)
         low = int(place)
-        planes = scene.planes(ws[low].lerp(ws[low + 1], place - low)[None])
-        yield tiled([scene.view(planes, pose)], 1)
+        painted = scene.paint(ws[low].lerp(ws[low + 1], place - low))
+        yield tiled([scene.view(painted, pose)], 1)
 
 
 @contextlib.contextmanager

@@ -193,6 +193,12 @@ def test_demo_needs_no_data_and_no_gpu() -> None:
             "renderer.background_samples must be at least 2 and background_start at most",
         ),
         ("renderer.background_start", 0.0, "renderer.background_start must be finite and positive, got 0.0"),
+        ("generator.style_mixing", 1.1, "generator.style_mixing must be in [0, 1], got 1.1"),
+        ("generator.decoder_fourier", 1, "generator.decoder_fourier must be 0 or at least 2, got 1"),
+        ("discriminator.scales", 0, "discriminator.scales must be finite and positive, got 0"),
+        ("patch.importance", -1, "patch.importance must be finite and zero or more, got -1"),
+        ("optim.path_length_weight", 2.0, "optim.path_length_weight must be 0 with generator.backbone triplane"),
+        ("optim.path_length_interval", 0, "optim.path_length_interval must be finite and positive, got 0"),
         ("renderer.density_noise", -1.0, "renderer.density_noise must be finite and zero or more, got -1.0"),
         ("renderer.softplus_beta", 0.0, "renderer.softplus_beta must be finite and positive, got 0.0"),
         ("loader.workers", -1, "loader.workers must be finite and zero or more, got -1"),
@@ -248,6 +254,25 @@ def test_frustum_outside_the_cube(name: str, extent: str, advice: str) -> None:
     assert f"the view frustum reaches {extent}" in message
     assert f"set --camera.cube-scale {advice} or narrow the rays" in message
     check(changed(config, "camera.cube_scale", float(advice)))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("renderer.background", "sphere"), ("generator.view_direction", True), ("generator.decoder_fourier", 8)],
+)
+def test_the_image_backbone_has_no_rays(setting: str, value: Any, tiny_config: TinyConfig) -> None:
+    config = tiny_config(generator={"backbone": "image"})
+    check(config)
+    with pytest.raises(UserError, match=f"{setting} belongs to generator.backbone triplane"):
+        check(changed(config, setting, value))
+
+
+def test_scale_specific_discriminators_ask_for_their_scales() -> None:
+    config = Config()
+    assert config.patches is config.patch
+    config = changed(config, "discriminator.scales", 4)
+    assert (config.patches.distribution, config.patches.num_scales) == ("discrete", 4)
+    assert config.patches.anneal_kimg == config.patch.anneal_kimg
 
 
 def test_micro_batch_defaults_to_the_batch() -> None:

@@ -75,7 +75,9 @@ class Augment(nn.Module):
         self.register_buffer("cross", cross / math.sqrt(3), persistent=False)
 
     def forward(self, patches: Tensor, p: Tensor, percentile: float | None = None) -> Tensor:
-        """[B, C, H, W], C = 1 or 3 -> the same shape; affine in the patches, differentiable twice to them.
+        """[B, C, H, W], C = 1 or a multiple of 3 -> the same shape; affine in the patches, differentiable to any order.
+
+        Further groups of 3 channels are further images that the same is done to.
 
         Args:
             p: Strength, a number on the device: the probability of every operation.
@@ -86,8 +88,8 @@ class Augment(nn.Module):
             ValueError: Another number of channels, or a percentile outside (0, 100).
         """
         batch, channels, height, width = patches.shape
-        if channels not in (1, 3):
-            raise ValueError(f"Augment: patches must have 1 or 3 channels, got {channels}")
+        if channels != 1 and channels % 3:
+            raise ValueError(f"Augment: patches must have 1 channel or a multiple of 3, got {channels}")
         if percentile is not None and not 0 < percentile < 100:
             raise ValueError(f"Augment: percentile must be in (0, 100), got {percentile}")
         drawn = self.draw(batch, (width, height), p, patches.dtype, percentile)
@@ -251,8 +253,10 @@ def resample(
 
 
 def recolour(images: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:
-    """A x + b on every pixel: images [B, C, H, W], A [B, C, C], b [B, C]."""
-    return torch.baddbmm(shift[:, :, None], matrix, images.flatten(2)).view_as(images)
+    """A x + b on every pixel: images [B, k C, H, W], A [B, C, C], b [B, C]."""
+    colours = images.unflatten(1, (-1, shift.shape[1])).transpose(1, 2)  # [B, C, k, H, W]
+    mapped = torch.baddbmm(shift[:, :, None], matrix, colours.flatten(2)).view_as(colours)
+    return mapped.transpose(1, 2).flatten(1, 2)
 
 
 def sample_bilinear(images: Tensor, grid: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
@@ -39,7 +40,7 @@ class DiscriminatorBlock(nn.Module):
     Args:
         c_in: Channels that the block works at.
         c_out: Channels that it ends at.
-        from_rgb: Whether the block begins with the image.
+        image_channels: Of the image that the block begins with, 0 if it does not.
         down: 1 (leading blocks) or 2.
         modulate: "input" or "output", what of conv1 sigma scales (paper, Eq. 2: output), or "none".
         code_dim: Width of the patch code.
@@ -50,7 +51,7 @@ class DiscriminatorBlock(nn.Module):
         c_in: int,
         c_out: int,
         *,
-        from_rgb: bool,
+        image_channels: int,
         down: int,
         modulate: str,
         code_dim: int,
@@ -58,7 +59,7 @@ class DiscriminatorBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.modulate = modulate
-        self.from_rgb = Conv2d(3, c_in, 1, backend=backend) if from_rgb else None
+        self.from_rgb = Conv2d(image_channels, c_in, 1, backend=backend) if image_channels else None
         self.conv0 = Conv2d(c_in, c_in, 3, backend=backend)
         self.conv1 = Conv2d(c_in, c_out, 3, down=down, gain=math.sqrt(0.5), backend=backend)
         self.skip = Conv2d(
@@ -108,6 +109,7 @@ class Discriminator(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.label_dim, self.patch_resolution = config, label_dim, patch_resolution
+        self.image_channels = 6 if config.global_context else 3  # the patch, and the whole image beside it
         self.resolutions = [2**i for i in range(resolution.bit_length() - 1, 2, -1)]  # R, R/2, ..., 8
         self.half_resolutions = self.resolutions[:half_blocks]
 
@@ -126,7 +128,7 @@ class Discriminator(nn.Module):
             block = DiscriminatorBlock(
                 c_in,
                 c_out,
-                from_rgb=res == resolution,
+                image_channels=self.image_channels if res == resolution else 0,
                 down=1 if res > patch_resolution else 2,
                 modulate=config.modulate,
                 code_dim=config.code_dim,
@@ -150,12 +152,12 @@ class Discriminator(nn.Module):
         """Logits [B], large for real.
 
         Args:
-            patches: [B, 3, r, r].
+            patches: [B, 3, r, r], or with global context [B, 6, r, r], the whole image last.
             patch_scale, patch_offset: [B], [B, 2].
             label: [B, L], if the data set has labels.
             angles: [B, 3], with camera conditioning.
         """
-        expected = [3, self.patch_resolution, self.patch_resolution]
+        expected = [self.image_channels, self.patch_resolution, self.patch_resolution]
         if list(patches.shape[1:]) != expected:
             raise ValueError(f"Discriminator: patches must have shape {['B', *expected]}, got {list(patches.shape)}")
         condition = [label] if self.label_dim else []
@@ -177,3 +179,51 @@ class Discriminator(nn.Module):
         if self.head is None:
             return x.squeeze(1)
         return (x * self.head(None, torch.cat(condition, dim=1))).sum(dim=1) / math.sqrt(x.shape[1])
+
+
+class ScaleDiscriminators(nn.Module):
+    """One discriminator without modulation for each scale of the discrete distribution (the "scale-specific" ablation).
+
+    Each judges the patches of its own scale alone, so that minibatch statistics stay within their groups. Which those
+    are is read from the scales: every call waits for the device.
+
+    Args:
+        config: Settings; `scales` discriminators, evenly spaced from 1 down to 0.25.
+        resolution, patch_resolution, options: As `Discriminator`.
+    """
+
+    def __init__(
+        self, config: DiscriminatorConfig, resolution: int, patch_resolution: int, **options: int | str | None
+    ) -> None:
+        super().__init__()
+        self.scales = torch.linspace(1, 0.25, config.scales, device="cpu").tolist()
+        config = dataclasses.replace(config, modulate="none")
+        self.discriminators = nn.ModuleList(
+            Discriminator(config, resolution, patch_resolution, **options) for _ in self.scales
+        )
+
+    def forward(
+        self,
+        patches: Tensor,
+        patch_scale: Tensor,
+        patch_offset: Tensor,
+        label: Tensor | None = None,
+        angles: Tensor | None = None,
+    ) -> Tensor:
+        """As `Discriminator`; a scale between two of the support belongs to the nearest."""
+        inputs = (patches, patch_scale, patch_offset, label, angles)
+        nearest = [min(range(len(self.scales)), key=lambda k: abs(s - self.scales[k])) for s in patch_scale.tolist()]
+        logits, places = [], []
+        for k, discriminator in enumerate(self.discriminators):
+            mine = [i for i, which in enumerate(nearest) if which == k]
+            if mine:
+                index = torch.tensor(mine, device=patches.device)
+                logits.append(discriminator(*(None if x is None else x[index] for x in inputs)))
+                places += mine
+        order = torch.tensor(places, device=patches.device).argsort()
+        return torch.cat(logits)[order]
+
+
+def discriminator_class(config: DiscriminatorConfig) -> type[Discriminator] | type[ScaleDiscriminators]:
+    """The discriminator that the settings ask for; both are built and called alike."""
+    return ScaleDiscriminators if config.scales > 1 else Discriminator

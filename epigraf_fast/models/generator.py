@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from ..config import CameraConfig, GeneratorConfig, RendererConfig
 from .background import PlaneBackground, SphereBackground
 from .decoder import Decoder
+from .feature_decoder import FeatureDecoder
 from .layers import camera_numbers
-from .mapping import StyleMapping
+from .mapping import StyleMapping, mix_styles
 from .renderer import Images, Renderer, render_planes
 from .synthesis import Synthesis
 
@@ -69,7 +70,7 @@ class Generator(nn.Module):
         self.synthesis = Synthesis(
             config.w_dim,
             config.plane_resolution,
-            self.plane_channels + (self.background.extra_channels if self.background else 0),
+            self.plane_channels + (self.background.extra_channels if self.background is not None else 0),
             channel_base=config.channel_base,
             channel_max=config.channel_max,
             half_blocks=half_blocks,
@@ -79,12 +80,21 @@ class Generator(nn.Module):
             config.z_dim,
             label_dim + (2 if config.pose_conditioning else 0),
             config.w_dim,
-            self.synthesis.num_ws + (self.background.num_ws if self.background else 0),
+            self.synthesis.num_ws + (self.background.num_ws if self.background is not None else 0),
             config.mapping_layers,
         )
-        self.decoder = Decoder(
-            config.plane_channels, config.decoder_hidden, precision=precision, backend=renderer_backend
-        )
+        if config.decoder_fourier or config.view_direction:
+            self.decoder = FeatureDecoder(
+                config.plane_channels,
+                config.decoder_hidden,
+                fourier=config.decoder_fourier,
+                view_direction=config.view_direction,
+                backend=renderer_backend,
+            )
+        else:
+            self.decoder = Decoder(
+                config.plane_channels, config.decoder_hidden, precision=precision, backend=renderer_backend
+            )
         self.renderer = Renderer(
             renderer, camera.ray_start, camera.ray_end, camera.cube_scale, backend=renderer_backend
         )
@@ -177,6 +187,8 @@ class Generator(nn.Module):
         truncation_psi: float = 1.0,
         truncation_cutoff: int | None = None,
         update_w_avg: bool = False,
+        style_mixing: float = 0.0,
+        with_context: bool = False,
         **render_options: bool | float | Tensor | None,
     ) -> Images:
         """Images or patches [B, 3, resolution, resolution] of latent codes.
@@ -186,15 +198,17 @@ class Generator(nn.Module):
             angles: [B, 3] that the renderer sees.
             conditioning_angles: [B, 3] that the mapping sees, with pose conditioning; default: `mean_camera_pose`.
             noise_mode: "random", "const" or "none", the noise images of the synthesis network.
+            style_mixing: Probability of `mix_styles` with fresh latent codes.
+            with_context: Appends the whole image to rgb, at the same resolution: [B, 6, resolution, resolution].
             render_options: See `render`.
         """
-        ws = self.ws(
-            z,
-            label,
-            conditioning_angles,
-            truncation_psi=truncation_psi,
-            truncation_cutoff=truncation_cutoff,
-            update_w_avg=update_w_avg,
-        )
+        options = {"truncation_psi": truncation_psi, "truncation_cutoff": truncation_cutoff}
+        ws = self.ws(z, label, conditioning_angles, update_w_avg=update_w_avg, **options)
+        if style_mixing:
+            ws = mix_styles(ws, self.ws(torch.randn_like(z), label, conditioning_angles, **options), style_mixing)
         planes = self.synthesis(ws, noise_mode)
-        return self.render(planes, angles, resolution, patch_scale, patch_offset, ws=ws, **render_options)
+        images = self.render(planes, angles, resolution, patch_scale, patch_offset, ws=ws, **render_options)
+        if not with_context:
+            return images
+        whole = self.render(planes, angles, resolution, ws=ws, **render_options)
+        return images._replace(rgb=torch.cat([images.rgb, whole.rgb], dim=1))

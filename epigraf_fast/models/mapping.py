@@ -78,3 +78,16 @@ class StyleMapping(Mapping):
             cutoff = self.num_ws if truncation_cutoff is None else truncation_cutoff
             ws = torch.cat([truncated[:, :cutoff], ws[:, cutoff:]], dim=1)
         return ws
+
+
+def mix_styles(ws: Tensor, others: Tensor, probability: float) -> Tensor:
+    """With a probability, the style vectors of a sample from a random cutoff in 1..num_ws-1 on are the other ones.
+
+    Args:
+        ws, others: [B, num_ws, w_dim].
+    """
+    batch, num_ws, _ = ws.shape
+    cutoff = torch.rand(batch, device=ws.device).mul(num_ws - 1).floor() + 1
+    kept = torch.where(torch.rand(batch, device=ws.device) < probability, cutoff, num_ws)
+    mask = torch.arange(num_ws, device=ws.device) < kept[:, None]
+    return torch.where(mask[..., None], ws, others)

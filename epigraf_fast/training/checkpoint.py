@@ -165,6 +165,7 @@ STRUCTURE = (
 FREE = (
     "generator.pose_swap_probability",
     "generator.pose_swap_kimg",
+    "generator.style_mixing",
     "renderer.background_samples",
     "renderer.background_start",
     "discriminator.camera_dropout",

@@ -27,6 +27,21 @@ def r1_penalty(real_logits: Tensor, real_patches: Tensor) -> Tensor:
     return grad.square().sum(dim=(1, 2, 3))
 
 
+def path_lengths(images: Tensor, ws: Tensor, noise: Tensor | None = None) -> Tensor:
+    """Per sample sqrt(mean over style vectors of |g|^2), g the gradient of sum(images noise) / sqrt(H W) to ws: [B].
+
+    Differentiable (Karras et al. 2020, "Analyzing and improving the image quality of StyleGAN", section 3.2).
+
+    Args:
+        images: [B, C, H, W], made from ws [B, num_ws, w_dim].
+        noise: Standard normal, like the images, in place of a fresh draw.
+    """
+    noise = torch.randn_like(images) if noise is None else noise
+    height, width = images.shape[2:]
+    (grad,) = torch.autograd.grad((images * noise).sum() / math.sqrt(height * width), ws, create_graph=True)
+    return grad.square().sum(dim=2).mean(dim=1).sqrt()
+
+
 def blur(images: Tensor, sigma: float) -> Tensor:
     """Separable low-pass with taps 2^(-(i / sigma)^2), |i| <= floor(3 sigma), sum 1; zero padding, size kept."""
     radius = math.floor(3 * sigma)

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Config
-from ..models.discriminator import Discriminator
+from ..models.discriminator import Discriminator, ScaleDiscriminators
 from ..models.generator import Generator
+from .networks import build_discriminator, build_generator
 
 
 def parameter_count(module: nn.Module) -> int:
@@ -18,17 +19,7 @@ def parameter_count(module: nn.Module) -> int:
 def meta_networks(config: Config, label_dim: int) -> tuple[Generator, Discriminator]:
     """Generator and discriminator without memory behind them."""
     with torch.device("meta"):
-        generator = Generator(
-            config.generator,
-            config.renderer,
-            config.camera,
-            image_resolution=config.resolution,
-            label_dim=label_dim,
-        )
-        discriminator = Discriminator(
-            config.discriminator, config.resolution, config.patch.resolution, label_dim=label_dim
-        )
-    return generator, discriminator
+        return build_generator(config, label_dim), build_discriminator(config, label_dim)
 
 
 def step_bytes(config: Config, generator: Generator, discriminator: Discriminator) -> tuple[int, int]:
@@ -62,6 +53,9 @@ def step_bytes(config: Config, generator: Generator, discriminator: Discriminato
             patch_scale=scale,
             patch_offset=offset,
             density_noise_std=1.0,
+            with_context=config.discriminator.global_context,
         ).rgb
+        if isinstance(discriminator, ScaleDiscriminators):  # which reads the scales
+            discriminator = discriminator.discriminators[0]
         discriminator(patches, scale, offset, label, angles)
     return fixed, sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..camera import extract_patches
 from ..config import PatchConfig
 from .schedule import patch_beta, patch_min_scale
+
+IMPORTANCE_GRID = 8  # points along each side that a patch's mean importance is taken over
 
 
 def sample_patches(
@@ -20,6 +23,7 @@ def sample_patches(
     device: torch.device | str | None = None,
     scale_draw: Tensor | None = None,
     offset_draw: Tensor | None = None,
+    importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draws scale and offset of patches; the samples of one group share a draw.
 
@@ -36,6 +40,8 @@ def sample_patches(
         group: The minibatch-std group: sample i takes draw i mod n, n = num / group ("strided"; those groups are
             strided, too), or i div group ("consecutive").
         scale_draw, offset_draw: Uniform [n], [n, 2] in place of fresh draws.
+        importance: Of `importance_map`; an offset is then chosen among `config.importance` such draws, in proportion
+            to the map's mean over the patch.
 
     Returns:
         patch_scale [num] in [r/R, 1], patch_offset [num, 2].
@@ -55,8 +61,35 @@ def sample_patches(
             scale = support.to(u.device)[(u * allowed).long().clamp(max=allowed - 1)]
         else:
             scale = s_min + u * (1 - s_min)
+    if importance is not None:
+        offset_draw = _important(importance, scale, config.importance)
     v = torch.rand(draws, 2, device=device) if offset_draw is None else offset_draw
     offset = v * (1 - scale)[:, None]
     if config.groups == "strided":
         return scale.repeat(group), offset.repeat(group, 1)
     return scale.repeat_interleave(group), offset.repeat_interleave(group, dim=0)
+
+
+def importance_map(images: Tensor) -> Tensor:
+    """Where images vary: the norm of the gradient (differences of neighbours), averaged over images: [R, R].
+
+    Args:
+        images: [B, C, R, R].
+    """
+    right = torch.nn.functional.pad(images.diff(dim=3), (0, 1))
+    down = torch.nn.functional.pad(images.diff(dim=2), (0, 0, 0, 1))
+    return (right.square() + down.square()).sum(dim=1).sqrt().mean(dim=0)
+
+
+def _important(importance: Tensor, scale: Tensor, candidates: int) -> Tensor:
+    """Uniform draws [n, 2], one of `candidates` each, chosen in proportion to the map's mean over its patch."""
+    draws = len(scale)
+    v = torch.rand(draws, candidates, 2, device=importance.device)
+    scales = scale.to(importance.device)[:, None].expand(-1, candidates)
+    offsets = (v * (1 - scales)[..., None]).flatten(0, 1)
+    maps = importance.expand(draws * candidates, 1, *importance.shape)
+    means = extract_patches(maps, scales.flatten(), offsets, IMPORTANCE_GRID).mean(dim=(1, 2, 3))
+    chances = means.view(draws, candidates).cumsum(dim=1)
+    u = torch.rand(draws, 1, device=importance.device) * chances[:, -1:]
+    chosen = (chances <= u).sum(dim=1).clamp(max=candidates - 1)
+    return v[torch.arange(draws, device=v.device), chosen]

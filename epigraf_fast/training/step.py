@@ -12,17 +12,16 @@ from ..camera import extract_patches
 from ..config import Config
 from ..data import ImageDataset
 from ..errors import UserError
-from ..models.augment import Augment
-from ..models.discriminator import Discriminator
-from ..models.generator import Generator
-from ..ops import backends
+from ..models.mapping import mix_styles
 from .ema import average_of, update_average
-from .losses import blur, discriminator_loss, generator_loss, r1_penalty
-from .patches import sample_patches
+from .losses import blur, discriminator_loss, generator_loss, path_lengths, r1_penalty
+from .networks import build_augment, build_discriminator, build_generator, choose_backends
+from .patches import importance_map, sample_patches
 from .sampling import prior_angles
 from .schedule import blur_sigma, density_noise_std, ema_decay, pose_swap_probability
 
-HALF_BLOCKS = 4  # top resolutions of G and blocks of D in fp16, with precision fp16 on a GPU
+PATH_LENGTH_DECAY = 0.99
+IMPORTANCE_IMAGES = 256  # that the importance of patches is averaged over
 
 
 class Samples(NamedTuple):
@@ -47,27 +46,6 @@ def swap_poses(angles: Tensor, probability: float) -> Tensor:
     return torch.where(picked[:, None], angles[before], angles)
 
 
-def choose_backends(config: Config, device_type: str) -> dict[str, str]:
-    """op -> the backend that a run takes on this kind of device.
-
-    Raises:
-        UserError: The backend is missing here, or has no kernels for the settings.
-    """
-    try:
-        chosen = backends.choose(config.backend, device_type)
-    except ValueError as error:
-        raise UserError(f"{error} (--backend auto takes what is there)") from None
-    channels, hidden = config.generator.plane_channels, config.generator.decoder_hidden
-    if chosen["decode_triplane"] == "triton":
-        if channels % 8 or channels > 64:
-            raise UserError(
-                f"generator.plane_channels must be a multiple of 8 and at most 64 with backend triton, got {channels}"
-            )
-        if not 16 <= hidden <= 128:
-            raise UserError(f"generator.decoder_hidden must be in [16, 128] with backend triton, got {hidden}")
-    return chosen
-
-
 class Trainer:
     """Networks, optimizers and counters of a run, and the iteration that advances them.
 
@@ -80,45 +58,32 @@ class Trainer:
     def __init__(self, config: Config, dataset: ImageDataset, device: torch.device) -> None:
         self.config, self.device = config, device
         self.backends = choose_backends(config, device.type)
-        renderer_backend, backend = (
-            backends.family_backend(family, self.backends, device.type) for family in ("renderer", "convolutions")
-        )
         self.labels, self.angles = dataset.labels.to(device), dataset.angles.to(device)
-        shared = {"label_dim": dataset.label_dim, "backend": backend}
-        self.generator = Generator(
-            config.generator,
-            config.renderer,
-            config.camera,
-            image_resolution=config.resolution,
-            half_blocks=HALF_BLOCKS if config.precision == "fp16" else 0,
-            precision=config.precision,
-            renderer_backend=renderer_backend,
-            **shared,
-        )
+        self.generator = build_generator(config, dataset.label_dim, device.type)
         if config.camera.prior == "custom":
             self.generator.mean_camera_pose.copy_(dataset.mean_camera_pose)
-        self.discriminator = Discriminator(
-            config.discriminator,
-            config.resolution,
-            config.patch.resolution,
-            half_blocks=HALF_BLOCKS if config.precision == "fp16" else config.discriminator.half_blocks,
-            **shared,
-        )
+        self.discriminator = build_discriminator(config, dataset.label_dim, device.type)
         self.generator.to(device)
         self.discriminator.to(device)
         self.average = average_of(self.generator)
 
         optim = config.optim
-        lazy = optim.r1_interval / (optim.r1_interval + 1) if optim.r1_gamma else 1.0
-        self.g_optimizer = self._adam(self.generator, optim.g_lr, 1.0)
-        self.d_optimizer = self._adam(self.discriminator, optim.d_lr, lazy)
+        g_lazy = optim.path_length_interval / (optim.path_length_interval + 1) if optim.path_length_weight else 1.0
+        d_lazy = optim.r1_interval / (optim.r1_interval + 1) if optim.r1_gamma else 1.0
+        self.g_optimizer = self._adam(self.generator, optim.g_lr, g_lazy)
+        self.d_optimizer = self._adam(self.discriminator, optim.d_lr, d_lazy)
         self.cur_nimg = 0
         self.iterations = 0
-        self.augment = None
-        if config.augment.mode != "none":
-            self.augment = Augment(config.augment, backend=config.backend).to(device)
+        self.augment = build_augment(config, device.type)
+        if self.augment is not None:
+            self.augment.to(device)
         self.augment_p = torch.tensor(config.augment.p, device=device)
         self.real_signs = torch.zeros(2, device=device)  # since the last adjustment of p: their sum, how many
+        self.path_length = torch.zeros([], device=device)  # its running mean
+        self.importance = None
+        if config.patch.importance:
+            index = torch.linspace(0, len(dataset) - 1, min(len(dataset), IMPORTANCE_IMAGES)).long().tolist()
+            self.importance = importance_map(torch.stack([dataset[i][0] for i in index]).float()).to(device)
         self.sums: dict[str, Tensor] = {}  # of every statistic since `reset_statistics`, and how many went in
         self.counts: dict[str, int] = {}
 
@@ -136,8 +101,10 @@ class Trainer:
             angles: [batch, 3].
         """
         config = self.config
+        regularize_g = config.optim.path_length_weight and self.iterations % config.optim.path_length_interval == 0
         # The phases' fakes are drawn together, so that poses are swapped over all of them.
-        g_fakes, d_fakes = self._draw_fakes(2 * config.batch).split(config.batch)
+        num = (3 if regularize_g else 2) * config.batch
+        g_fakes, d_fakes, *path_fakes = self._draw_fakes(num).split(config.batch)
         images = images.to(self.device, non_blocking=True).float() / 127.5 - 1
         angles = angles.to(self.device, non_blocking=True)
         reals = Samples(images, labels.to(self.device, non_blocking=True), angles, angles)
@@ -145,6 +112,9 @@ class Trainer:
         self.discriminator.requires_grad_(False)
         for fakes in self._phase(self.g_optimizer, g_fakes):
             self._generator_phase(fakes)
+        if regularize_g:
+            for fakes in self._phase(self.g_optimizer, path_fakes[0]):
+                self._path_length_phase(fakes)
         self.discriminator.requires_grad_(True)
         for fakes, real in zip(self._phase(self.d_optimizer, d_fakes), reals.split(config.micro), strict=True):
             self._discriminator_phase(fakes, real)
@@ -173,6 +143,22 @@ class Trainer:
         loss = generator_loss(logits)
         self._backward(loss)
         self._record("loss/G", loss)
+
+    def _path_length_phase(self, fakes: Samples) -> None:
+        """weight mean (length - running mean)^2 on half a micro-batch, with gradient through the new mean, too."""
+        config = self.config
+        half = Samples(*(x[: max(1, len(x) // 2)] for x in fakes))
+        z, pose = half.content, half.conditioning_angles
+        ws = self.generator.ws(z, half.label, pose)
+        if config.generator.style_mixing:
+            others = self.generator.ws(torch.randn_like(z), half.label, pose)
+            ws = mix_styles(ws, others, config.generator.style_mixing)
+        lengths = path_lengths(self.generator.synthesis(ws), ws)
+        mean = lengths.mean().lerp(self.path_length, PATH_LENGTH_DECAY)
+        self.path_length.copy_(mean.detach())
+        penalty = (lengths - mean).square()
+        self._backward(config.optim.path_length_weight * penalty.mean() * config.optim.path_length_interval)
+        self._record("loss/path_length", penalty)
 
     def _discriminator_phase(self, fakes: Samples, real: Samples) -> None:
         with torch.no_grad():
@@ -228,13 +214,21 @@ class Trainer:
             conditioning_angles=fakes.conditioning_angles,
             density_noise_std=density_noise_std(self.config.renderer, self.cur_nimg),
             update_w_avg=update_w_avg,
+            style_mixing=self.config.generator.style_mixing,
+            with_context=self.config.discriminator.global_context,
         ).rgb
         return patches, scale, offset
 
     def _cut(self, real: Samples) -> tuple[Tensor, Tensor, Tensor]:
         """Real patches [B, 3, r, r], their scale and offset."""
         scale, offset = self._sample_patches(len(real.content))
-        return extract_patches(real.content, scale, offset, self.config.patch.resolution), scale, offset
+        patches = extract_patches(real.content, scale, offset, self.config.patch.resolution)
+        if self.config.discriminator.global_context:
+            whole = extract_patches(
+                real.content, torch.ones_like(scale), torch.zeros_like(offset), self.config.patch.resolution
+            )
+            patches = torch.cat([patches, whole], dim=1)
+        return patches, scale, offset
 
     def _judge(self, patches: Tensor, scale: Tensor, offset: Tensor, samples: Samples) -> Tensor:
         patches = blur(patches, blur_sigma(self.config.optim, self.cur_nimg))
@@ -257,13 +251,14 @@ class Trainer:
 
     def _sample_patches(self, num: int) -> tuple[Tensor, Tensor]:
         return sample_patches(
-            self.config.patch,
+            self.config.patches,
             self.config.resolution,
             self.cur_nimg,
             self.config.batch,
             num,
             self.config.discriminator.minibatch_std_group,
             device=self.device,
+            importance=self.importance,
         )
 
     def _record(self, name: str, values: Tensor) -> None:
@@ -291,6 +286,7 @@ class Trainer:
             "iterations": self.iterations,
             "augment_p": self.augment_p,
             "real_signs": self.real_signs,
+            "path_length": self.path_length,
             "sums": self.sums,
             "counts": self.counts,
         }
@@ -313,6 +309,7 @@ class Trainer:
         self.cur_nimg, self.iterations = state["cur_nimg"], state["iterations"]
         if self.config.augment.mode != "fixed":
             self.augment_p.copy_(state["augment_p"])
-        self.real_signs.copy_(state.get("real_signs", self.real_signs))  # which the first release did not keep
+        for name in ("real_signs", "path_length"):  # which the first release did not keep
+            getattr(self, name).copy_(state.get(name, getattr(self, name)))
         self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
         self.counts = dict(state["counts"])

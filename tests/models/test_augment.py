@@ -144,7 +144,7 @@ def test_percentiles_end_before_the_infinite(percentile: float) -> None:
 
 
 def test_channels() -> None:
-    with pytest.raises(ValueError, match="must have 1 or 3 channels, got 4"):
+    with pytest.raises(ValueError, match="must have 1 channel or a multiple of 3, got 4"):
         only("hue")(torch.zeros(1, 4, 8, 8), torch.zeros([]))
 
 
@@ -396,6 +396,15 @@ def test_recolour_is_a_matrix_on_every_pixel() -> None:
     images, matrix, shift = draw(2, 3, 4, 5), draw(2, 3, 3, seed=1), draw(2, 3, seed=2)
     expected = torch.einsum("bij,bjhw->bihw", matrix, images) + shift[:, :, None, None]
     assert_close(recolour(images, matrix, shift), expected, "recoloured")
+
+
+def test_further_images_are_moved_and_recoloured_alike() -> None:
+    first, second = draw(2, 3, 8, 8), draw(2, 3, 8, 8, seed=1)
+    results = []
+    for images in (first, second, torch.cat([first, second], dim=1)):
+        torch.manual_seed(0)
+        results.append(only(*ALL)(images, torch.ones([])))
+    assert_close(results[2], torch.cat(results[:2], dim=1), "two images in one")
 
 
 def test_no_parameters_and_nothing_to_store() -> None:

@@ -9,7 +9,13 @@ import torch
 
 from checks import assert_close, assert_finite, draw, gradgradcheck
 from epigraf_fast.config import DiscriminatorConfig, preset
-from epigraf_fast.models.discriminator import Discriminator, DiscriminatorBlock, minibatch_std
+from epigraf_fast.models.discriminator import (
+    Discriminator,
+    DiscriminatorBlock,
+    ScaleDiscriminators,
+    discriminator_class,
+    minibatch_std,
+)
 from epigraf_fast.training.losses import r1_penalty
 from epigraf_fast.training.memory import meta_networks, parameter_count
 
@@ -112,7 +118,7 @@ def test_minibatch_std_averages_over_channels_and_pixels():
 @pytest.mark.parametrize("down", [1, 2])
 def test_block_equals_the_formula(modulate, down):
     torch.manual_seed(0)
-    block = DiscriminatorBlock(4, 5, from_rgb=True, down=down, modulate=modulate, code_dim=6).double()
+    block = DiscriminatorBlock(4, 5, image_channels=3, down=down, modulate=modulate, code_dim=6).double()
     x, code = draw(2, 3, 8, 8, seed=1), draw(2, 6, seed=2)
     seen = []
     block.conv1.register_forward_hook(lambda _, args, __: seen.append(args))
@@ -344,3 +350,43 @@ def test_a_training_step_reaches_every_parameter(tiny_discriminator):
         for name, p in discriminator.named_parameters():
             assert p.grad is not None, name
             assert p.grad.abs().sum() > 0, name
+
+
+# Ablations
+
+
+def test_which_discriminator():
+    assert discriminator_class(DiscriminatorConfig()) is Discriminator
+    assert discriminator_class(DiscriminatorConfig(scales=2)) is ScaleDiscriminators
+
+
+@pytest.mark.parametrize("scales", [2, 4])
+def test_scale_specific_discriminators_see_their_own_groups(scales):
+    """Each is a standard discriminator; their groups, strided over the batch, are judged as if alone."""
+    torch.manual_seed(0)
+    config = DiscriminatorConfig(channel_base=128, channel_max=8, scales=scales, minibatch_std_group=2)
+    judges = ScaleDiscriminators(config, 32, 8, label_dim=2).double()
+    assert len(judges.discriminators) == scales
+    assert judges.scales == torch.linspace(1, 0.25, scales).tolist()
+    assert not hasattr(judges.discriminators[0], "hypernetwork")
+    support = torch.tensor(judges.scales).double()
+    which = torch.tensor([1, 0, scales - 1, 1] * 2)  # 4 groups of 2, strided
+    inputs = draw(8, 3, 8, 8), support[which], draw(8, 2) * 0, draw(8, 2, seed=1), ANGLES.repeat(2, 1)
+    logits = judges(*inputs)
+    for k in range(scales):
+        mine = which == k
+        if mine.any():
+            assert_close(logits[mine], judges.discriminators[k](*(x[mine] for x in inputs)), f"scale {k}")
+    logits.sum().backward()
+    for k, judge in enumerate(judges.discriminators):
+        assert all((p.grad is not None) == bool((which == k).any()) for p in judge.parameters()), k
+
+
+def test_global_context_is_three_more_channels(tiny_discriminator):
+    judge, plain = tiny_discriminator(global_context=True), tiny_discriminator()
+    assert parameter_count(judge) == parameter_count(plain) + 3 * 8
+    whole = draw(4, 3, 8, 8, seed=5)
+    logits = [judge(torch.cat([PATCHES, w], dim=1), SCALE, OFFSET) for w in (whole, whole.flip(0))]
+    assert not torch.equal(*logits)
+    with pytest.raises(ValueError, match=r"patches must have shape \['B', 6, 8, 8\], got \[4, 3, 8, 8\]"):
+        judge(PATCHES, SCALE, OFFSET)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from checks import assert_close, draw
-from epigraf_fast.models.mapping import Mapping, StyleMapping, normalize_rms
+from checks import SIGMAS, assert_close, draw
+from epigraf_fast.models.mapping import Mapping, StyleMapping, mix_styles, normalize_rms
 
 
 def lrelu(x):
@@ -92,3 +94,18 @@ def test_truncation_to_nothing_is_the_average():
     mapping.w_avg.copy_(draw(4, seed=3))
     expected = mapping.w_avg.expand(2, 3, 4)
     assert_close(mapping(draw(2, 5, seed=1), None, truncation_psi=0.0), expected, "ws", "exact")
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.4, 1.0])
+def test_style_mixing(probability):
+    """The first vectors are kept, at least one; of those mixed, every cutoff in 1..num_ws-1 is equally likely."""
+    torch.manual_seed(0)
+    num = 12_000
+    mixed = mix_styles(torch.zeros(num, 5, 2), torch.ones(num, 5, 2), probability)
+    assert torch.equal(mixed[..., 0], mixed[..., 1])
+    assert (mixed[:, :, 0].diff(dim=1) >= 0).all()
+    kept = (mixed[:, :, 0] == 0).sum(dim=1)
+    for cutoff in range(1, 6):
+        expected = probability / 4 if cutoff < 5 else 1 - probability
+        deviation = SIGMAS * math.sqrt(expected * (1 - expected) / num)
+        assert abs((kept == cutoff).double().mean().item() - expected) <= deviation

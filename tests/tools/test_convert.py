@@ -26,10 +26,12 @@ from torch import Tensor, nn
 from epigraf_fast import convert
 from epigraf_fast.camera import sample_angles
 from epigraf_fast.config import preset
+from epigraf_fast.data import ImageDataset, make_loader
 from epigraf_fast.errors import UserError
-from epigraf_fast.published import Snapshot, read_snapshot
+from epigraf_fast.published import Snapshot, _load_storage, read_snapshot
 from epigraf_fast.training.checkpoint import find_checkpoint, load_checkpoint
 from epigraf_fast.training.pretrained import load_generator
+from epigraf_fast.training.step import Trainer
 
 LISTS = Path(__file__).parents[1] / "data" / "published_state_dict.txt"
 Shapes = dict[str, tuple[tuple[int, ...], bool]]  # name -> shape, whether it is a buffer
@@ -53,7 +55,8 @@ def tiny(shapes: Shapes) -> Shapes:
     for name, (shape, buffer) in shapes.items():
         block = re.search(r"(?:^|\.)b(\d+)\.", name)
         if not block or int(block[1]) <= (PLANES if name.startswith("synthesis") else IMAGE):
-            kept[name] = tuple(SIZES.get(n, n) for n in shape), buffer
+            sizes = SIZES | ({128: 128} if ".bg_model." in name else {})
+            kept[name] = tuple(sizes.get(n, n) for n in shape), buffer
     return kept
 
 
@@ -164,10 +167,12 @@ def config_node(tree: dict[str, Any]) -> Any:
 CONFIG = {
     "num_ray_steps": 6,
     "clamp_mode": "softplus",
+    "bg_model": {"num_steps": 5, "start": 1.0},
     "dataset": {
         "white_back": True,
         "cube_scale": 0.5,
-        "sampling": {"fov": 20.0, "radius": 1.0, "ray_start": 0.75, "ray_end": 1.25},
+        "sampling": {"fov": 20.0, "radius": 1.0, "ray_start": 0.75, "ray_end": 1.25, "dist": "normal"},
+        "camera": {"horizontal_stddev": 0.5},
     },
     "patch": {"resolution": 8},
 }
@@ -221,7 +226,7 @@ def write_snapshot(
 
 EXPECTED_WIDTHS = {
     "FFHQ 512, default": (28_983_507, 27_482_880),
-    "FFHQ 512, camera conditioning in G and D, sphere background": (29_247_187, 27_495_168),
+    "FFHQ 512, camera conditioning in G and D, sphere background": (29_574_795, 27_495_168),
 }
 
 
@@ -246,6 +251,9 @@ def test_every_published_tensor_has_a_place_at_full_width(title: str) -> None:
             generator=dataclasses.replace(expected.generator, pose_conditioning=False),
             discriminator=dataclasses.replace(expected.discriminator, camera_conditioning=False),
         )
+    else:
+        renderer = dataclasses.replace(expected.renderer, background="sphere", background_samples=8)
+        expected = dataclasses.replace(expected, renderer=renderer)
     assert config == expected
     generator, discriminator = convert.networks_of(config, label_dim)
     for module, letter, expected in zip((generator, discriminator), "GD", EXPECTED_WIDTHS[title], strict=True):
@@ -255,8 +263,7 @@ def test_every_published_tensor_has_a_place_at_full_width(title: str) -> None:
         assert sum(state[name].numel() for name, _ in module.named_parameters()) == expected
         sorted_out = [*account.taken, *account.constant, *account.unused, *account.left]
         assert sorted(sorted_out) == sorted(networks[letter])
-        background = [name for name in networks[letter] if ".bg_model." in name]
-        assert account.left == background
+        assert account.left == []
         unused = {f"b{res}.fromrgb.{x}" for res in (256, 128, 64, 32, 16, 8) for x in ("weight", "bias")}
         assert set(account.unused) == (unused if letter == "D" else set())
 
@@ -288,7 +295,8 @@ def test_a_snapshot_becomes_a_checkpoint(
     config, content = load_checkpoint(find_checkpoint(str(out), tmp_path / "none"))
     assert json.loads((out / "config.json").read_text())["generator"]["w_dim"] == 16
     assert (config.resolution, config.patch.resolution, config.generator.plane_resolution) == (IMAGE, 8, PLANES)
-    assert (config.camera.fov, config.camera.cube_scale, config.camera.prior) == (20.0, 0.5, "spherical_uniform")
+    assert (config.camera.fov, config.camera.cube_scale, config.camera.prior) == (20.0, 0.5, "normal")
+    assert (config.camera.yaw_spread, config.camera.pitch_spread) == (0.5, math.pi / 2)
     assert (config.renderer.coarse_samples, config.renderer.white_background) == (6, True)
     trainer = content["trainer"]
     assert (trainer["cur_nimg"], trainer["iterations"], float(trainer["augment_p"])) == (128_000, 2_000, 0.25)
@@ -328,6 +336,27 @@ def test_a_snapshot_becomes_a_checkpoint(
         assert float(state["step"]) == 1
 
 
+def test_training_goes_on_from_a_snapshot(tmp_path: Path, shapes: tuple[Shapes, Shapes], tiny_data: Path) -> None:
+    """The checkpoint fits a trainer of its settings, optimizers included, and takes a step."""
+    path, out = tmp_path / "network-snapshot-000004.pkl", tmp_path / "out"
+    write_snapshot(path, *shapes)
+    convert.main([str(path), str(out)])
+    config, content = load_checkpoint(find_checkpoint(str(out), tmp_path / "none"))
+    config = dataclasses.replace(config, batch=4, micro_batch=4)
+    dataset = ImageDataset(tiny_data, config.resolution)
+    trainer = Trainer(config, dataset, torch.device("cpu"))
+    trainer.load_state_dict(content["trainer"])
+    assert trainer.cur_nimg == 4000
+    before = {name: p.clone() for name, p in trainer.generator.named_parameters()}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        trainer.iteration(*next(make_loader(dataset, 4, 0)))
+    assert trainer.cur_nimg == 4004
+    for name, parameter in trainer.generator.named_parameters():
+        assert torch.isfinite(parameter).all(), name
+    assert any((p != before[name]).any() for name, p in trainer.generator.named_parameters())
+
+
 def test_the_generator_is_the_same_from_every_file_and_back(tmp_path: Path, shapes: tuple[Shapes, Shapes]) -> None:
     """Checkpoint and safetensors render equal images; back-conversion gives every published tensor."""
     path, out = tmp_path / "x.pkl", tmp_path / "out"
@@ -354,17 +383,28 @@ def test_the_generator_is_the_same_from_every_file_and_back(tmp_path: Path, shap
 
 
 def test_background_and_cameras(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Camera conditioning is found in the shapes; what has no counterpart is named."""
-    path = tmp_path / "x.pkl"
-    write_snapshot(path, *(tiny(published_list(f"{BACKGROUND}: {letter}")) for letter in "GD"))
-    convert.main([str(path), str(tmp_path / "out")])
-    report = capsys.readouterr().out
-    assert "synthesis.bg_model.blocks.1.to_out.affine.bias" in report
-    assert "the foreground alone was converted" in report
-    config, _ = load_generator(tmp_path / "out", "cpu")
+    """Both are found in the shapes; every tensor of the background arrives, and goes back."""
+    path, out = tmp_path / "x.pkl", tmp_path / "out"
+    networks = write_snapshot(path, *(tiny(published_list(f"{BACKGROUND}: {letter}")) for letter in "GD"))
+    convert.main([str(path), str(out)])
+    assert "G_ema: " in capsys.readouterr().out
+    config, generator = load_generator(out, "cpu")
     assert config.generator.pose_conditioning
     assert config.discriminator.camera_conditioning
     assert config.discriminator.camera_steps == 64
+    assert (config.renderer.background, config.renderer.background_samples) == ("sphere", 5)
+    state, theirs = generator.state_dict(), networks["G_ema"]
+    for ours, name in (("layer0", "0.conv1"), ("layer2", "1.conv1"), ("out1", "1.to_out")):
+        for part in ("weight", "bias", "affine.weight", "affine.bias"):
+            assert torch.equal(state[f"background.{ours}.{part}"], theirs[f"synthesis.bg_model.blocks.{name}.{part}"])
+
+    convert.main([str(out), str(tmp_path / "back")])
+    from safetensors.torch import load_file
+
+    back = load_file(tmp_path / "back" / "G_ema-published.safetensors")
+    assert back.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert torch.equal(back[name], tensor), name
 
 
 def test_without_optimizers_or_discriminator(
@@ -579,3 +619,15 @@ def test_settings_are_read_through_every_kind_of_node(tmp_path: Path, shapes: tu
 def test_our_checkpoints_are_no_pickles_of_theirs(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no checkpoint"):
         convert.export_generator(tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("named", [b"ctorch\nFloatStorage\n", b"ctorch.cuda\nFloatStorage\n"])
+def test_tensors_of_a_gpu_are_read_without_one(named: bytes, tmp_path: Path) -> None:
+    """Adam's state lay on the GPU of the run; the class of its storages is named in two ways."""
+    written = storage_bytes(torch.arange(3.0).storage())
+    moved = written.replace(b"X\x03\x00\x00\x00cpu", b"X\x06\x00\x00\x00cuda:0").replace(
+        b"ctorch\nFloatStorage\n", named
+    )
+    assert moved.count(b"cuda:0") == 1
+    assert moved.count(named) == 1
+    assert torch.equal(torch.tensor(_load_storage(moved).tolist()), torch.arange(3.0))

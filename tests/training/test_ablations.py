@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,9 @@ from epigraf_fast.config import Config
 from epigraf_fast.training.step import Trainer
 
 STEPS = 10
+# Images of 32 pixels, so that patches of 8 reach the scale 0.25, which they may from 40 images on.
+LARGE: dict[str, Any] = {"resolution": 32, "patch": {"anneal_kimg": 0.04}}
+FLAT: dict[str, Any] = {"generator": {"backbone": "image", "style_mixing": 0.9}}
 VARIANTS: dict[str, dict[str, Any]] = {
     "ADA": {"augment": {"mode": "ada"}},
     "fixed augmentation": {"augment": {"mode": "fixed", "p": 0.5}},
@@ -25,12 +30,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "standard discriminator": {"discriminator": {"modulate": "none"}},
     "modulated outputs": {"discriminator": {"modulate": "output"}},
-    "full-size patches": {"patch": {"resolution": 16}},
+    "2 scale-specific discriminators": {**LARGE, "discriminator": {"scales": 2}},
+    "4 scale-specific discriminators": {**LARGE, "discriminator": {"scales": 4}},
+    "larger patches": {"patch": {"resolution": 16}},
     "uniform scales, T = 1k": {"patch": {"distribution": "uniform", "anneal_kimg": 1000.0}},
     "uniform scales, T = 5k": {"patch": {"distribution": "uniform", "anneal_kimg": 5000.0}},
     "uniform scales, T = 10k": {"patch": {"distribution": "uniform", "anneal_kimg": 10_000.0}},
     "GRAF's schedule": {"patch": {"distribution": "graf"}},
     "GNeRF's schedule": {"patch": {"distribution": "gnerf"}},
+    "2D generator, patches": {**FLAT},
+    "2D generator, whole images": {**FLAT, "patch": {"resolution": 16}},
+    "2D generator, path length": {**FLAT, "optim": {"path_length_weight": 2.0, "g_lr": 0.002, "blur_sigma": 0.0}},
+    "global context": {"discriminator": {"global_context": True}, "augment": {"mode": "fixed", "p": 0.5}},
+    "patch importance": {"patch": {"importance": 8}},
+    "Fourier features": {"generator": {"decoder_fourier": 8}},
+    "view direction": {"generator": {"view_direction": True}},
 }
 
 
@@ -39,8 +53,14 @@ def test_ten_steps(
     name: str,
     tiny_config: Callable[..., Config],
     tiny_trainer: Callable[[Config], tuple[Trainer, Iterator]],
+    write_data: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
-    trainer, batches = tiny_trainer(tiny_config(**VARIANTS[name]))
+    config = tiny_config(**VARIANTS[name])
+    if config.resolution != 16:
+        data = write_data(tmp_path / "large.zip", resolution=config.resolution)
+        config = dataclasses.replace(config, data=str(data))
+    trainer, batches = tiny_trainer(config)
     networks = {"generator": trainer.generator, "discriminator": trainer.discriminator}
     before = {
         f"{which}.{key}": parameter.detach().clone()

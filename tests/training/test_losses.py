@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from checks import assert_close, assert_finite, draw
-from epigraf_fast.training.losses import blur, discriminator_loss, generator_loss, r1_penalty
+from epigraf_fast.training.losses import blur, discriminator_loss, generator_loss, path_lengths, r1_penalty
 
 LN3 = math.log(3)
 
@@ -39,6 +39,20 @@ def test_r1_of_a_quadratic() -> None:
     assert_close(penalty, (a * x).square().sum(dim=(1, 2, 3)), "penalty")
     (grad_a,) = torch.autograd.grad(penalty.sum(), a)
     assert_close(grad_a, 2 * (a * x.square()).sum(dim=0), "its gradient")
+
+
+def test_path_lengths_of_a_quadratic() -> None:
+    """image = sum over vectors of a_l w_l^2 / 2 (one number each): g_l = a_l w_l sum(noise) / sqrt(H W)."""
+    a, ws = draw(3, 2, seed=1).requires_grad_(), draw(4, 3, 2, seed=2).requires_grad_()
+    noise = draw(4, 1, 2, 5, seed=3)
+    images = (a * ws.square() / 2).sum(dim=(1, 2)).view(4, 1, 1, 1).expand(4, 1, 2, 5)
+    total = noise.sum(dim=(1, 2, 3)) / math.sqrt(10)
+    expected = total.abs() * (a * ws).square().sum(dim=2).mean(dim=1).sqrt()
+    lengths = path_lengths(images, ws, noise)
+    assert_close(lengths, expected, "lengths")
+    (grad,) = torch.autograd.grad(lengths.sum(), a, retain_graph=True)
+    (expected_grad,) = torch.autograd.grad(expected.sum(), a)
+    assert_close(grad, expected_grad, "their gradient")
 
 
 # Blur

@@ -12,7 +12,7 @@ from checks import SIGMAS, assert_close, draw, draw_uniform
 from epigraf_fast.camera import extract_patches
 from epigraf_fast.config import PatchConfig
 from epigraf_fast.models.discriminator import minibatch_std
-from epigraf_fast.training.patches import sample_patches
+from epigraf_fast.training.patches import importance_map, sample_patches
 
 R, SMALL = 64, 8  # r / R = 0.125
 DISTRIBUTIONS = ("beta", "uniform", "discrete", "graf", "gnerf")
@@ -204,3 +204,42 @@ def test_every_sample_has_its_own_patch() -> None:
     for i in range(2):
         one = slice(i, i + 1)
         assert torch.equal(extract_patches(images[one], scale[one], offset[one], 4), together[one])
+
+
+# Importance
+
+
+def test_importance_map_by_hand() -> None:
+    """Differences to the right and down, root of their squares over channels; 0 beyond the border; averaged."""
+    image = torch.tensor([[0.0, 3.0], [4.0, 3.0]])
+    images = torch.stack([image.expand(2, 2, 2), torch.zeros(2, 2, 2)])
+    root2 = math.sqrt(2)
+    expected = torch.tensor([[5 * root2, 0.0], [root2, 0.0]]) / 2
+    assert_close(importance_map(images), expected, "map", "hand")
+
+
+def test_important_places_are_seen_more_often() -> None:
+    """A map that is 1 in the right half and 0 elsewhere: no patch that misses it is drawn, however small."""
+    importance = torch.zeros(R, R)
+    importance[:, R // 2 :] = 1
+    config = settings("discrete", num_scales=1, importance=16)
+    torch.manual_seed(0)
+    scale, offset = sample(settings("uniform", importance=16), 10_000_000, 4000, importance=importance)
+    small = scale < 0.4
+    assert small.sum() > 500
+    # With 16 candidates the chance that all miss the right half is below 2^-15 a draw.
+    assert (offset[small, 0] + scale[small] > 0.5).double().mean() > 0.99
+    assert abs(offset[small, 1].div(1 - scale[small]).mean().item() - 0.5) < 0.05
+    assert (offset >= 0).all()
+    assert (offset <= (1 - scale)[:, None]).all()
+    scale, offset = sample(config, 10_000_000, 8, importance=importance)
+    assert torch.equal(offset, torch.zeros(8, 2))  # of whole images there is one
+
+
+def test_even_importance_changes_nothing() -> None:
+    torch.manual_seed(0)
+    scale, offset = sample(settings("uniform", importance=8), 10_000_000, 8000, importance=torch.ones(R, R))
+    place = offset / (1 - scale)[:, None]
+    deviation = math.sqrt(1 / 12 / 8000)
+    assert ((place.mean(dim=0) - 0.5).abs() < SIGMAS * deviation).all()
+    assert abs(place.std().item() - math.sqrt(1 / 12)) < 0.01

@@ -26,7 +26,8 @@ from epigraf_fast.models.renderer import Renderer
 from epigraf_fast.ops import backends
 from epigraf_fast.training import step
 from epigraf_fast.training.losses import blur
-from epigraf_fast.training.step import Samples, Trainer, choose_backends, swap_poses
+from epigraf_fast.training.networks import choose_backends
+from epigraf_fast.training.step import Samples, Trainer, swap_poses
 
 TinyConfig = Callable[..., Config]
 TinyTrainer = Callable[[Config], tuple[Trainer, Iterator]]
@@ -407,6 +408,41 @@ def test_strength_survives_a_checkpoint(tiny_config: TinyConfig, tiny_trainer: T
         other.load_state_dict(state)
         assert_close(other.augment_p, torch.tensor(p), mode)
         assert other.real_signs.tolist() == [5, 16]
+
+
+# Path length
+
+
+def test_path_length_phase(tiny_config: TinyConfig, tiny_trainer: TinyTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own step of G between G's and D's, every 2 iterations here, on half a micro-batch; the mean moves by 1%."""
+    config = tiny_config(
+        micro_batch=4,
+        generator={"backbone": "image", "style_mixing": 0.9},
+        optim={"path_length_weight": 2.0, "path_length_interval": 2, "r1_gamma": 0.0},
+    )
+    trainer, batches = tiny_trainer(config)
+    record = Recorder(trainer, monkeypatch)
+    losses, lengths = [], iter([torch.tensor([1.0, 3.0]), torch.tensor([2.0, 2.0])])
+    backward = trainer._backward
+    monkeypatch.setattr(trainer, "_backward", lambda loss: losses.append(loss.detach()) or backward(loss))
+    sizes = []
+
+    def path_lengths(images: Tensor, ws: Tensor) -> Tensor:
+        sizes.append((tuple(images.shape), len(ws)))
+        return next(lengths) + ws.sum() * 0
+
+    monkeypatch.setattr(step, "path_lengths", path_lengths)
+    trainer.iteration(*next(batches))
+    assert [name for name, _ in record.steps] == ["g", "g", "d"]
+    assert sizes == [((2, 3, 16, 16), 2)] * 2
+    # Means 0.02 and 0.02 * 0.99 + 0.02 = 0.0398; mean squares of (0.98, 2.98) and of 1.9602, times 2 and 2.
+    expected = torch.tensor([4 * (0.98**2 + 2.98**2) / 2, 4 * 1.9602**2])
+    assert_close(torch.stack(losses[2:4]), expected, "losses", "hand")
+    assert_close(trainer.path_length, torch.tensor(0.0398), "mean", "hand")
+    trainer.iteration(*next(batches))
+    assert [name for name, _ in record.steps[3:]] == ["g", "d"]
+    (g,) = trainer.g_optimizer.param_groups
+    assert_close([g["lr"], g["betas"][1]], [0.0025 * 2 / 3, 0.99 ** (2 / 3)], "lazy", "hand")
 
 
 # R1
