@@ -52,6 +52,7 @@ class Generator(nn.Module):
             config.w_dim,
             self.synthesis.num_ws,
             config.mapping_layers,
+            backend=backend,
         )
         self.decoder = Decoder(config.plane_channels, config.decoder_hidden, backend=backend)
         self.renderer = Renderer(renderer, camera.ray_start, camera.ray_end, camera.cube_scale, backend=backend)
