@@ -61,7 +61,7 @@ struct Loop {
   template <bool VARYING>
   inline void block(i64 first, i64 n, const S* bias, const S* grad_grad_bias, S* sums) const {
     S buffers[5][kBlock];
-    S zeros[VARYING ? kBlock : 1] = {};
+    static const S zeros[VARYING ? kBlock : 1] = {};
     const S* b = bias ? bias : zeros;
     auto at = [](const S* p, i64 i) { return p[VARYING ? i : 0]; };
     if constexpr (ORDER == kFwd) {
@@ -106,16 +106,32 @@ struct Loop {
     }
   }
 
-  // The channel runs fastest: part p is rows p*rows .. of `channels` elements.
+  // The channel runs fastest: part p is rows p*rows .. of `channels` elements. Rows of few channels are taken together,
+  // with the bias repeated.
   void fastest_channel(int threads) const {
     const i64 channels = args.channels, outer = args.count / channels, rows = bias_act_part_rows(channels);
+    const i64 together = maximum<i64>(1, kBlock / channels), width = together * channels;
+    const Scratch<S> bias(args.bias ? width : 0), grad_grad_bias(args.grad_grad_bias ? width : 0);
+    for (i64 i = 0; args.bias && i < width; i++) bias[i] = offset(args.bias, 0)[i % channels];
+    for (i64 i = 0; args.grad_grad_bias && i < width; i++)
+      grad_grad_bias[i] = offset(args.grad_grad_bias, 0)[i % channels];
     parallel(ceil_div(outer, rows), threads, [&](i64 part) {
+      S several[kBlock];
       S* sums = args.grad_bias ? static_cast<S*>(args.partials) + part * channels : nullptr;
-      for (i64 c = 0; sums && c < channels; c++) sums[c] = 0;
-      for (i64 row = part * rows; row < minimum(outer, (part + 1) * rows); row++)
-        for (i64 c = 0; c < channels; c += kBlock)
-          block<true>(row * channels + c, minimum(kBlock, channels - c), offset(args.bias, c),
-                      offset(args.grad_grad_bias, c), sums ? sums + c : nullptr);
+      S* running = sums && together > 1 ? several : sums;
+      for (i64 i = 0; running && i < width; i++) running[i] = S(0);
+      const i64 end = minimum(outer, (part + 1) * rows);
+      for (i64 row = part * rows; row < end; row += together) {
+        const i64 n = minimum(together, end - row) * channels;
+        for (i64 i = 0; i < n; i += kBlock)
+          block<true>(row * channels + i, minimum(kBlock, n - i), args.bias ? bias.get() + i : nullptr,
+                      args.grad_grad_bias ? grad_grad_bias.get() + i : nullptr, running ? running + i : nullptr);
+      }
+      if (running == several)
+        for (i64 c = 0; c < channels; c++) {
+          sums[c] = S(0);
+          for (i64 i = c; i < width; i += channels) sums[c] += several[i];
+        }
     });
   }
 

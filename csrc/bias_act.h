@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common.h"
+#include "elementary.h"
 
 namespace epigraf {
 
@@ -41,14 +42,6 @@ EPIGRAF_HD i64 bias_act_parts(i64 count, i64 channels, i64 inner) {
 
 enum Act : int { kLinear, kRelu, kLrelu, kTanh, kSigmoid, kElu, kSelu, kSoftplus, kSwish, kActs };
 
-EPIGRAF_HD float exp_of(float x) { return expf(x); }
-EPIGRAF_HD double exp_of(double x) { return exp(x); }
-EPIGRAF_HD float expm1_of(float x) { return expm1f(x); }
-EPIGRAF_HD double expm1_of(double x) { return expm1(x); }
-EPIGRAF_HD float log1p_of(float x) { return log1pf(x); }
-EPIGRAF_HD double log1p_of(double x) { return log1p(x); }
-EPIGRAF_HD float tanh_of(float x) { return tanhf(x); }
-EPIGRAF_HD double tanh_of(double x) { return tanh(x); }
 template <typename S>
 EPIGRAF_HD S sigmoid_of(S x) {
   return S(1) / (S(1) + exp_of(-x));
@@ -68,7 +61,7 @@ struct Activation {
     if constexpr (ACT == kSigmoid) return sigmoid_of(u);
     if constexpr (ACT == kElu) return u > S(0) ? u : expm1_of(u);
     if constexpr (ACT == kSelu) return selu_scale * (u > S(0) ? u : selu_alpha * expm1_of(u));
-    if constexpr (ACT == kSoftplus) return u > softplus_linear ? u : log1p_of(exp_of(u));
+    if constexpr (ACT == kSoftplus) return u > softplus_linear ? u : maximum(u, S(0)) + log1p_of(exp_of(u > S(0) ? -u : u));
     if constexpr (ACT == kSwish) return u * sigmoid_of(u);
     return u;
   }

@@ -253,6 +253,7 @@ struct LayerShape {
     args.grad_style[0] = check.pointer("grad_style0", style0, compute, vectors, true);
     args.grad_style[1] = check.pointer("grad_style1", style1, compute, vectors, true);
     args.map = check.pointer("map", noise, compute, map, true);
+    require(style1 == 0 || args.grad_out[1], check.op, "grad_style1 must be null where grad_out1 is");
     args.partials = check.pointer("partials", partials, compute, count);
   }
 };
@@ -280,9 +281,9 @@ epigraf::LayerEpilogueArgs layer_epilogue_bwd(const Check& check, Pointer x, Poi
   LayerShape shape(check, dtype, channels_last, taps != 0, slope, gain, clamp, batch, channels, height, width,
                    noise_stride);
   shape.inputs(check, x, taps, demod, bias, noise, strength, style0, style1);
-  shape.sums(check, grad_demod, grad_bias, grad_strength, grad_style0, grad_style1, map, partials);
   shape.args.grad_out[0] = check.pointer("grad_out0", grad_out0, shape.size, shape.count);
   shape.args.grad_out[1] = check.pointer("grad_out1", grad_out1, shape.size, shape.count, true);
+  shape.sums(check, grad_demod, grad_bias, grad_strength, grad_style0, grad_style1, map, partials);
   shape.args.grad_x = check.pointer("grad_x", grad_x, shape.size, shape.x_count);
   return shape.args;
 }
@@ -296,11 +297,11 @@ epigraf::LayerEpilogueArgs layer_epilogue_double_bwd(
     double slope, double gain, double clamp, i64 batch, i64 channels, i64 height, i64 width, i64 noise_stride) {
   LayerShape shape(check, dtype, channels_last, false, slope, gain, clamp, batch, channels, height, width, noise_stride);
   shape.inputs(check, x, 0, demod, bias, noise, strength, style0, style1);
-  shape.sums(check, grad_demod, grad_bias, grad_strength, grad_style0, grad_style1, map, partials);
   auto& args = shape.args;
   const bool two = grad_out1 != 0;
   args.grad_out[0] = check.pointer("grad_out0", grad_out0, shape.size, shape.count);
   args.grad_out[1] = check.pointer("grad_out1", grad_out1, shape.size, shape.count, true);
+  shape.sums(check, grad_demod, grad_bias, grad_strength, grad_style0, grad_style1, map, partials);
   args.dot_x = check.pointer("dot_x", dot_x, shape.size, shape.count, true);
   args.dot_demod = check.pointer("dot_demod", dot_demod, shape.compute, shape.vectors, true);
   args.dot_bias = check.pointer("dot_bias", dot_bias, shape.compute, channels, true);
@@ -357,8 +358,11 @@ epigraf::DemodulationArgs demodulation_bwd(const Check& check, Pointer weight, P
 }
 
 void bind_modulated_conv2d(py::module_& m) {
-  m.def("layer_epilogue_parts", [](i64 batch, i64 channels, i64 height, bool blur) {
-    return batch * epigraf::base::layer_epilogue_blocks(height, blur) * epigraf::base::kLayerSums * channels;
+  // How many numbers `partials` must hold.
+  m.def("layer_epilogue_partials", [](i64 batch, i64 channels, i64 height, i64 width, bool blur, bool cuda) {
+    const i64 parts = cuda ? epigraf::base::layer_epilogue_parts_cuda(height, width, blur)
+                           : epigraf::base::layer_epilogue_blocks(height, blur);
+    return batch * parts * epigraf::base::kLayerSums * channels;
   });
   EPIGRAF_DEFINE(m, layer_epilogue_fwd);
   EPIGRAF_DEFINE(m, layer_epilogue_bwd);

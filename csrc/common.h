@@ -31,7 +31,9 @@ using i64 = long long;
 // The codes that Python passes.
 enum class DType : int { f32 = 0, f16 = 1, bf16 = 2, f64 = 3 };
 
+#if !defined(__CUDACC_RTC__)
 inline i64 size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+#endif
 
 namespace EPIGRAF_ISA {
 

@@ -39,13 +39,14 @@ inline void parallel(i64 chunks, int threads, const F& f) {
 template <typename S>
 class Scratch {
  public:
-  explicit Scratch(i64 count) : data_(nullptr) {
-    if (count > 0 && posix_memalign(reinterpret_cast<void**>(&data_), 64, static_cast<size_t>(count) * sizeof(S)))
-      throw std::bad_alloc();
-  }
+  explicit Scratch(i64 count = 0) : data_(nullptr) { allocate(count); }
   ~Scratch() { free(data_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
+  void allocate(i64 count) {
+    if (count > 0 && posix_memalign(reinterpret_cast<void**>(&data_), 64, static_cast<size_t>(count) * sizeof(S)))
+      throw std::bad_alloc();
+  }
   S* get() const { return data_; }
   S& operator[](i64 i) const { return data_[i]; }
 

@@ -10,7 +10,8 @@ namespace epigraf {
 // out, grad_out, grad_x and all that has their size are in the storage type; vectors, noise and taps are in the type that
 // is computed with. Absent tensors are null: demod and style then are 1, bias and noise 0. x is [B, C, H, W], with the
 // blur [B, C, H+1, W+1] (it pads by 1 on every side), in contiguous or channels-last memory as everything of its size.
-// Sums over pixels go through `partials`, layer_epilogue_parts() x kLayerSums x C numbers.
+// Sums over pixels go through `partials`, kLayerSums x C numbers for each of layer_epilogue_blocks() (on the GPU
+// layer_epilogue_parts_cuda()) parts of an image.
 struct LayerEpilogueArgs {
   const void* x;
   const void* taps;      // [4], what v is convolved with along each axis; null: no blur
@@ -71,6 +72,14 @@ enum LayerSum : int { kSumDemod, kSumBias, kSumNoise, kSumStyle0, kSumStyle1, kL
 constexpr i64 kLayerRows = 32;
 
 EPIGRAF_HD i64 layer_epilogue_blocks(i64 height, bool blur) { return ceil_div(height + (blur ? 1 : 0), kLayerRows); }
+
+// Parts of an image on the GPU: with the blur, blocks of rows cut into so many columns; without, so many pixels.
+constexpr i64 kLayerColumns = 29, kLayerPixels = 256;
+
+EPIGRAF_HD i64 layer_epilogue_parts_cuda(i64 height, i64 width, bool blur) {
+  if (blur) return ceil_div(height + 1, kLayerRows) * ceil_div(width + 1, kLayerColumns);
+  return ceil_div(height * width, kLayerPixels);
+}
 
 template <typename S>
 struct LeakyClamp {

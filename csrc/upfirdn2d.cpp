@@ -4,6 +4,8 @@
 // else a plane is one channel and lanes is 1. Samples of a row are padded with zeros where taps reach beyond it.
 #include "upfirdn2d.h"
 
+#include <memory>
+
 #include "cpu.h"
 
 namespace epigraf {
@@ -47,7 +49,15 @@ struct Terms {
   Scratch<S> w;
   i64 count = 0;
 
-  explicit Terms(i64 most) : src(most), moved(most), w(most) {}
+  void reserve(i64 most) {
+    src.allocate(most);
+    moved.allocate(most);
+    w.allocate(most);
+  }
+
+  void shift(i64 elements) {
+    for (i64 k = 0; k < count; k++) src[k] += elements;
+  }
 
   void add(const S* row, S weight) {
     src[count] = row;
@@ -82,6 +92,7 @@ struct Plan {
   const i64 meeting_rows;  // as many input rows an output row meets at most
   Scratch<S> taps;         // correlating: [taps_y][taps_x], or those of the columns with the gain and of the rows
   i64 before, padded;      // zeros before a row, and its samples with the zeros
+  Scratch<Taps> vertical;  // of every output row
 
   explicit Plan(const UpFirDnArgs& a)
       : args(a),
@@ -90,7 +101,9 @@ struct Plan {
         period(a.up / common_divisor(a.up, a.down)),
         step(a.down / common_divisor(a.up, a.down)),
         meeting_rows(ceil_div(a.taps_y, a.up)),
-        taps(a.separable ? 2 * a.taps_x : a.taps_y * a.taps_x) {
+        taps(a.separable ? 2 * a.taps_x : a.taps_y * a.taps_x),
+        vertical(a.out_height) {
+    for (i64 oy = 0; oy < a.out_height; oy++) vertical[oy] = taps_of(oy, a.up, a.down, a.pad_y);
     const i64 count = a.separable ? a.taps_x : a.taps_y * a.taps_x;
     for (i64 i = 0; i < count; i++) {
       const S tap = static_cast<const S*>(a.taps)[a.flip ? i : count - 1 - i];
@@ -119,7 +132,7 @@ class Worker {
         part_(ceil_div(plan.padded, plan.step)),
         phase_(ceil_div(a_.out_width, plan.period)),
         has_ring_(!kPlain || !a_.separable),
-        terms_(a_.taps_y * a_.taps_x),
+        of_phase_(new Terms<S>[static_cast<size_t>(plan.period)]),
         rows_(plan.meeting_rows),
         weights_(plan.meeting_rows),
         ring_(has_ring_ ? ring_row_ * plan.meeting_rows : 0),
@@ -130,6 +143,14 @@ class Worker {
         out_(kPlain ? 0 : out_row_) {
     for (i64 i = 0; has_ring_ && i < ring_row_ * plan.meeting_rows; i++) ring_[i] = S(0);
     for (i64 i = 0; a_.separable && i < plan.padded * lanes_; i++) vertical_[i] = S(0);
+    terms_.reserve(a_.taps_y * a_.taps_x);
+    count_ = 1;  // of a separable filter: the vertically filtered row
+    rows_[0] = vertical_.get();
+    weights_[0] = plan.taps.get() + a_.taps_x;
+    for (i64 phase = 0; lanes_ == 1 && phase < plan.period; phase++) {
+      of_phase_[phase].reserve(a_.taps_y * a_.taps_x);
+      if (a_.separable) collect_phase(phase, of_phase_[phase]);
+    }
   }
 
   // Output rows first .. end of a plane.
@@ -138,7 +159,7 @@ class Worker {
     for (i64 i = 0; i < plan_.meeting_rows; i++) held_[i] = -1;
     for (i64 oy = first; oy < end; oy++) {
       T* y = static_cast<T*>(a_.y) + (plane * a_.out_height + oy) * out_row_;
-      const Taps taps = taps_of(oy, a_.up, a_.down, a_.pad_y);
+      const Taps taps = plan_.vertical[oy];
       count_ = 0;
       terms_.count = 0;
       for (i64 i = taps.first, iy = taps.sample; i < a_.taps_y && iy < a_.in_height; i += a_.up, iy++) {
@@ -152,8 +173,6 @@ class Worker {
       }
       if (a_.separable) {
         terms_.sum(vertical_.get() + plan_.before * lanes_, in_row_);
-        rows_[0] = vertical_.get();
-        weights_[0] = plan_.taps.get() + a_.taps_x;
         count_ = 1;
       }
       if constexpr (kPlain) {
@@ -195,9 +214,12 @@ class Worker {
       collect(taps_of(0, 1, 1, a_.pad_x));
       terms_.sum(out, out_row_);
     } else {
-      for (i64 ox = 0; ox < a_.out_width; ox++) {
-        collect(taps_of(ox, a_.up, a_.down, a_.pad_x));
-        terms_.sum(out + ox * lanes_, lanes_);
+      for (i64 phase = 0; phase < plan_.period; phase++) {
+        collect(taps_of(phase, a_.up, a_.down, a_.pad_x));
+        for (i64 ox = phase; ox < a_.out_width; ox += plan_.period) {
+          terms_.sum(out + ox * lanes_, lanes_);
+          terms_.shift(plan_.step * lanes_);
+        }
       }
     }
   }
@@ -212,24 +234,29 @@ class Worker {
   // One lane: outputs o, o + period, ... at once, from samples that are made neighbours first.
   void contiguous(S* out) {
     const i64 period = plan_.period, step = plan_.step;
-    for (i64 k = 0; step > 1 && k < count_; k++) {
-      S* parts = split_.get() + k * part_ * step;
-      deal(rows_[k], parts, step, part_, plan_.padded);
-      rows_[k] = parts;
-    }
+    for (i64 k = 0; step > 1 && k < count_; k++) deal(rows_[k], split_.get() + k * part_ * step);
     for (i64 phase = 0; phase < period && phase < a_.out_width; phase++) {
-      const Taps taps = taps_of(phase, a_.up, a_.down, a_.pad_x);
-      terms_.count = 0;
-      for (i64 k = 0; k < count_; k++)
-        for (i64 j = taps.first, s = taps.sample + plan_.before; j < a_.taps_x; j += a_.up, s++)
-          terms_.add(rows_[k] + s % step * part_ + s / step, weights_[k][j]);
-      terms_.sum(period == 1 ? out : phases_.get() + phase * phase_, ceil_div(a_.out_width - phase, period));
+      Terms<S>& terms = of_phase_[phase];
+      if (!a_.separable) collect_phase(phase, terms);
+      terms.sum(period == 1 ? out : phases_.get() + phase * phase_, (a_.out_width - phase + period - 1) / period);
     }
-    if (period > 1) gather(phases_.get(), out, period, phase_, a_.out_width);
+    if (period > 1) gather(out);
+  }
+
+  void collect_phase(i64 phase, Terms<S>& terms) const {
+    const i64 step = plan_.step;
+    const Taps taps = taps_of(phase, a_.up, a_.down, a_.pad_x);
+    terms.count = 0;
+    for (i64 k = 0; k < count_; k++) {
+      const S* row = step > 1 ? split_.get() + k * part_ * step : rows_[k];
+      for (i64 j = taps.first, s = taps.sample + plan_.before; j < a_.taps_x; j += a_.up, s++)
+        terms.add(row + s % step * part_ + s / step, weights_[k][j]);
+    }
   }
 
   // parts[i % step][i / step] = row[i]
-  static void deal(const S* __restrict row, S* __restrict parts, i64 step, i64 part, i64 n) {
+  void deal(const S* __restrict row, S* __restrict parts) const {
+    const i64 step = plan_.step, part = part_, n = plan_.padded;
     if (step == 2) {
       for (i64 i = 0; i < n / 2; i++) {
         parts[i] = row[2 * i];
@@ -242,7 +269,9 @@ class Worker {
   }
 
   // out[i] = phases[i % period][i / period]
-  static void gather(const S* __restrict phases, S* __restrict out, i64 period, i64 phase, i64 n) {
+  void gather(S* __restrict out) const {
+    const S* __restrict phases = phases_.get();
+    const i64 period = plan_.period, phase = phase_, n = a_.out_width;
     if (period == 2) {
       for (i64 i = 0; i < n / 2; i++) {
         out[2 * i] = phases[i];
@@ -258,7 +287,8 @@ class Worker {
   const UpFirDnArgs& a_;
   const i64 lanes_, in_row_, out_row_, ring_row_, part_, phase_;
   const bool has_ring_;
-  Terms<S> terms_;
+  Terms<S> terms_;                            // of the columns; channels-last of the rows, too
+  const std::unique_ptr<Terms<S>[]> of_phase_;  // of the rows, of one lane
   Scratch<const S*> rows_, weights_;
   i64 count_ = 0;
   Scratch<S> ring_;    // input rows, converted or padded

@@ -82,6 +82,7 @@ class Generator(nn.Module):
             config.w_dim,
             self.synthesis.num_ws + (self.background.num_ws if self.background is not None else 0),
             config.mapping_layers,
+            backend=backend,
         )
         if config.decoder_fourier or config.view_direction:
             self.decoder = FeatureDecoder(

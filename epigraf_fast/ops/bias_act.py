@@ -158,6 +158,9 @@ class _BiasActDoubleBackward(torch.autograd.Function):
         grad_grad_bias = None if grad_grad_bias is None else grad_grad_bias.contiguous()
         tensors = grad_grad_x, grad_grad_bias, grad_y, x, bias, grad_grad_y, grad_x, grad_bias, partials
         native.launch("bias_act_double_bwd", *tensors, *settings.for_launch(grad_y))
+        if needed[2] and grad_bias is None:
+            # Not None: an optimizer's state moves with a gradient of 0, which is what the reference gives.
+            grad_bias = torch.zeros_like(bias)
         return grad_grad_y, grad_x, grad_bias
 
     @staticmethod

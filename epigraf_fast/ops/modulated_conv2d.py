@@ -496,10 +496,11 @@ class _Sums:
         self.map = None
         if noise is not None and needs[4]:
             self.map = noise.new_empty((len(x), *noise.shape[1:]))
-        batch, channels, height, _ = x.shape
+        batch, channels, height, width = x.shape
         blurred = blur is not None
-        parts = native.extension().layer_epilogue_parts(batch, channels, height - blurred, blurred)
-        self.partials = x.new_empty(parts, dtype=native.compute_dtype(x.dtype))
+        sizes = batch, channels, height - blurred, width - blurred, blurred, x.is_cuda
+        count = native.extension().layer_epilogue_partials(*sizes)
+        self.partials = x.new_empty(count, dtype=native.compute_dtype(x.dtype))
 
     def for_launch(self, *more: Tensor | None) -> tuple[Tensor | None, ...]:
         vectors = self.demod, self.bias, self.strength, self.style0, self.style1
