@@ -12,6 +12,7 @@ from torch import Tensor
 from ..config import Config, from_dict, to_dict
 from ..errors import UserError
 from ..models.generator import Generator
+from ..models.image_generator import generator_class
 from .checkpoint import list_checkpoints, load_checkpoint
 
 
@@ -35,7 +36,7 @@ def load_generator(path: Path, device: str | None = None) -> tuple[Config, Gener
     embed = state.get("mapping.embed.weight")
     label_dim = 0 if embed is None else embed.shape[1] - 2 * config.generator.pose_conditioning
     with torch.random.fork_rng(devices=[]):  # the values drawn here are replaced
-        generator = Generator(
+        generator = generator_class(config.generator)(
             config.generator,
             config.renderer,
             config.camera,
