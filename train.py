@@ -9,7 +9,6 @@ $ python train.py ffhq --data datasets/ffhq.zip --run-dir runs/ffhq --resume aut
 import contextlib
 import json
 import random
-import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,33 +20,21 @@ import torch
 from epigraf_fast import doctor
 from epigraf_fast.config import PRESETS, Config, check, preset, to_dict, with_data_camera
 from epigraf_fast.data import ImageDataset, make_loader
-from epigraf_fast.errors import DivergenceError, UserError
+from epigraf_fast.errors import DivergenceError, SaveError, UserError
 from epigraf_fast.training.checkpoint import (
     check_resumable,
     find_checkpoint,
-    list_checkpoints,
+    keep_best,
     load_checkpoint,
     save_checkpoint,
     set_random_state,
 )
+from epigraf_fast.training.endurance import StopRequest, explain_out_of_memory, require_finite
 from epigraf_fast.training.log import RunLog
 from epigraf_fast.training.memory import meta_networks, parameter_count, step_bytes
 from epigraf_fast.training.networks import choose_backends
-from epigraf_fast.training.snapshot import Snapshots
+from epigraf_fast.training.snapshot import Snapshots, is_best
 from epigraf_fast.training.step import Trainer
-
-
-class StopRequest:
-    """SIGTERM and Ctrl-C ask the loop to save and leave; a second Ctrl-C interrupts at once."""
-
-    def __init__(self) -> None:
-        self.signal = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._asked)
-
-    def _asked(self, number: int, frame: object) -> None:
-        self.signal = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -141,14 +128,6 @@ def loop(config: Config, dataset: ImageDataset, trainer: Trainer, log: RunLog) -
     run_dir, stop = Path(config.run_dir), StopRequest()
     snapshots = Snapshots(config, dataset, trainer.average, log)
     total = round(config.kimg * 1000)
-    if trainer.cur_nimg == 0:
-        with log.pause():
-            log.say(f"real images:     {snapshots.reals()}")
-            log.say(f"initial samples: {snapshots.grids(0)[0]}")
-            if config.metric_images:
-                log.say(f"fd_efficientnet: {snapshots.measure(0):.1f}")
-    order = config.batch, config.seed, trainer.cur_nimg
-    loader = make_loader(dataset, *order, config.loader.workers, device=trainer.device)
 
     def crossed(kimg: float) -> bool:
         """Whether the last iteration stepped over a multiple of this many kimg."""
@@ -156,44 +135,65 @@ def loop(config: Config, dataset: ImageDataset, trainer: Trainer, log: RunLog) -
         return trainer.cur_nimg // interval != (trainer.cur_nimg - config.batch) // interval
 
     def save() -> Path:
-        require_finite(trainer, run_dir)
-        return save_checkpoint(run_dir, config, trainer.state_dict(), config.keep_checkpoints)
+        with log.pause():
+            require_finite(trainer, run_dir)
+            return save_checkpoint(run_dir, config, trainer.state_dict(), config.keep_checkpoints)
+
+    def measure() -> None:
+        """Measures, and keeps the checkpoint of this moment if it is the best."""
+        with log.pause():
+            for name, value in snapshots.measure(trainer.cur_nimg).items():
+                log.say(f"{f'{name}:':<16} {value:.1f} ({run_dir / 'metrics.json'})")
+            if is_best(run_dir):
+                keep_best(run_dir, trainer.cur_nimg)
+
+    if trainer.cur_nimg == 0:
+        with log.pause():
+            log.say(f"real images:     {snapshots.reals()}")
+            log.say(f"initial samples: {snapshots.grids(0)[0]}")
+        if config.metric_images:
+            measure()
+    order = config.batch, config.seed, trainer.cur_nimg
+    loader = make_loader(dataset, *order, config.loader.workers, device=trainer.device)
+    saved_nimg = trainer.cur_nimg
 
     while trainer.cur_nimg < total:
-        trainer.iteration(*next(loader))
+        try:
+            batch = next(loader)
+        except UserError as error:  # an unreadable image or a dead worker; the networks are sound
+            kept = f" (saved {save()}; go on with --resume auto)" if trainer.cur_nimg > saved_nimg else ""
+            raise UserError(f"{error}{kept}") from None
+        with explain_out_of_memory(config, dataset.label_dim, trainer.device):
+            trainer.iteration(*batch)
         log.advance(trainer.cur_nimg)
+        finished = trainer.cur_nimg >= total
         if crossed(config.log_kimg):
-            log.write(trainer.cur_nimg, require_finite(trainer, run_dir))
+            log.write(trainer.cur_nimg, require_finite(trainer, run_dir) | snapshots.statistics)
             trainer.reset_statistics()
         if crossed(config.snapshot_kimg):
             with log.pause():
                 snapshots.grids(trainer.cur_nimg)
-        if stop.signal or crossed(config.checkpoint_kimg) or trainer.cur_nimg >= total:
-            with log.pause():
+        measuring = config.metric_kimg is not None and crossed(config.metric_kimg)
+        if stop.signal or measuring or finished or crossed(config.checkpoint_kimg):
+            try:
                 path = save()
+                saved_nimg = trainer.cur_nimg
+            except SaveError as error:
+                if stop.signal or finished:
+                    raise
+                log.say(f"warning: {error}; training goes on")
         if stop.signal:
             log.say(f"stopped by signal {stop.signal}; saved {path}; go on with --run-dir {run_dir} --resume auto")
             return 128 + stop.signal
+        if measuring and not finished:
+            measure()
 
     log.say(f"samples:         {' '.join(map(str, snapshots.grids(trainer.cur_nimg)))}")
     if config.turntable:
         log.say(f"turntable:       {snapshots.turntable()}")
     if config.metric_images:
-        log.say(f"fd_efficientnet: {snapshots.measure(trainer.cur_nimg):.1f} ({run_dir / 'metrics.json'})")
+        measure()
     return 0
-
-
-def require_finite(trainer: Trainer, run_dir: Path) -> dict[str, float]:
-    """The statistics, if every one is finite."""
-    statistics = trainer.statistics()
-    broken = [name for name, value in statistics.items() if not np.isfinite(value)]
-    if broken:
-        last = [str(path) for path in list_checkpoints(run_dir)[-1:]]
-        raise DivergenceError(
-            f"{', '.join(broken)} not finite at {trainer.cur_nimg} images; nothing was saved over the last good "
-            f"checkpoint ({last[0] if last else 'none yet'}). Lower the learning rates, or raise optim.r1_gamma"
-        )
-    return statistics
 
 
 if __name__ == "__main__":
