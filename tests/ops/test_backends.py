@@ -60,7 +60,17 @@ CALLS = {
         "modulated_conv2d",
         functools.partial(ops.modulated_conv2d, draw(1, 2, 4, 4), draw(3, 2, 3, 3), draw(1, 2)),
     ),
+    "modulation": (
+        "modulated_conv2d",
+        functools.partial(ops.modulation, draw(3, 2, 3, 3), draw(1, 2), torch.float64),
+    ),
+    "modulated_layer": (
+        "modulated_conv2d",
+        functools.partial(ops.modulated_layer, draw(1, 2, 4, 4), draw(3, 2, 3, 3), draw(1, 3)),
+    ),
+    "layer_epilogue": ("modulated_conv2d", functools.partial(ops.layer_epilogue, draw(1, 2, 4, 4), bias=draw(2))),
 }
+NOT_OPS = {"Composite", "Modulation", "draw_seed"}
 
 
 def test_status_covers_the_table():
@@ -73,7 +83,7 @@ def test_status_covers_the_table():
 
 
 def test_every_public_op_is_called_here():
-    assert {*CALLS} == {*ops.__all__} - {"Composite", "draw_seed"}
+    assert {*CALLS} == {*ops.__all__} - NOT_OPS
     assert {op for op, _ in CALLS.values()} == {*backends.OPS}
 
 
@@ -92,9 +102,7 @@ def test_cpu_backend_is_not_for_other_devices(op):
 
 
 def test_resolve_says_why_one_is_missing(monkeypatch):
-    status = {"bias_act": dict.fromkeys(backends.BACKENDS)}
-    status["bias_act"]["cuda"] = "the extension was not built"
-    monkeypatch.setattr(backends, "status", lambda: status)
+    monkeypatch.setattr(backends, "_lacking", lambda op, backend: "the extension was not built")
     with pytest.raises(ValueError, match=r"bias_act: backend 'cuda' is not available.*the extension was not built"):
         backends.resolve("bias_act", "cuda", "cuda")
 
@@ -131,7 +139,7 @@ def test_default_gives_what_the_reference_gives(name):
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_run_takes_the_named_backend_where_an_op_has_it(name, device, monkeypatch):
     """Whatever is implemented, were it all here; and every family can be told so by one argument."""
-    monkeypatch.setattr(backends, "_lacking", lambda op, backend, device_type: None)
+    monkeypatch.setattr(backends, "_lacking_on", lambda op, backend, device_type: None)
     named = backends.OPS if name == "reference" else backends.IMPLEMENTED.get(name, ())
     if name != "auto" and not named:
         with pytest.raises(ValueError, match=f"backend '{name}' is not available: no op of this release has it"):
