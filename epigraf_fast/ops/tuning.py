@@ -28,8 +28,8 @@ def tune_decode_triplane(
 ) -> None:
     """Times forward and backward of `decode_triplane_rays` with every plan; later calls take the fastest.
 
-    Without a GPU nothing is timed and the defaults stay; nor if `deterministic`, for plans differ in roundings. It waits
-    for the GPU: never call it in the loop.
+    Without a GPU nothing is timed and the defaults stay; nor if `deterministic`, for plans differ in roundings. It
+    waits for the GPU: never call it in the loop.
 
     Args:
         planes, ...: See `decode_triplane_rays`; the values should be like those of the run, for points share texels.
