@@ -1,7 +1,8 @@
 """Registers, spills and instructions of the Triton kernels, without a GPU: `python -m bench.resources [--json]`.
 
 The launchers are called with tensors that have no memory, and what they would launch is compiled ahead of time instead,
-with the hints on alignment that real launches have. Exit status 1 if a default configuration falls short (`problems`).
+with the hints on alignment that real launches have. All plans of `kernels.tuning` are compiled. Exit status 1 if one
+falls short (`problems`).
 """
 
 from __future__ import annotations
