@@ -32,6 +32,7 @@ from epigraf_fast.training.checkpoint import (
 )
 from epigraf_fast.training.log import RunLog
 from epigraf_fast.training.memory import meta_networks, parameter_count, step_bytes
+from epigraf_fast.training.profile import traced
 from epigraf_fast.training.snapshot import Snapshots
 from epigraf_fast.training.step import Trainer, check_backend
 
@@ -54,15 +55,14 @@ def main(argv: list[str] | None = None) -> int:
     command = parse(argv)
     try:
         check(command.config)
-        config, device = command.config, pick_device(command.config)
-        dataset = ImageDataset(
-            config.data, config.resolution, use_labels=config.loader.labels, mirror=config.loader.mirror
-        )
+        config, device, loader = command.config, pick_device(command.config), command.config.loader
+        dataset = ImageDataset(config.data, config.resolution, use_labels=loader.labels, mirror=loader.mirror)
         config = with_data_camera(config, dataset.camera)
         check(config)
         if command.dry_run:
             return dry_run(config, dataset)
-        return train(config, dataset, device, command.resume)
+        with traced(Path(config.run_dir) / "trace.json" if command.profile else None):
+            return train(config, dataset, device, command.resume)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -82,6 +82,8 @@ def parse(argv: list[str] | None):
         """Continue: a checkpoint, a run folder, or `auto` for the newest checkpoint in --run-dir, if there is one."""
         dry_run: bool = False
         """Print the settings, parameter counts and a memory estimate, check the data, and leave."""
+        profile: bool = False
+        """Write a torch profiler trace of a few iterations, from the sixth on, to trace.json in --run-dir."""
 
     presets = {name: (f"the {name} preset", Command(preset(name))) for name in PRESETS}
     return tyro.extras.overridable_config_cli(presets, prog="train.py", description=__doc__, args=argv)
@@ -154,10 +156,6 @@ def loop(config: Config, dataset: ImageDataset, trainer: Trainer, log: RunLog) -
         interval = round(kimg * 1000)
         return trainer.cur_nimg // interval != (trainer.cur_nimg - config.batch) // interval
 
-    def save() -> Path:
-        require_finite(trainer, run_dir)
-        return save_checkpoint(run_dir, config, trainer.state_dict(), config.keep_checkpoints)
-
     while trainer.cur_nimg < total:
         trainer.iteration(*next(loader))
         log.advance(trainer.cur_nimg)
@@ -169,7 +167,8 @@ def loop(config: Config, dataset: ImageDataset, trainer: Trainer, log: RunLog) -
                 snapshots.grids(trainer.cur_nimg)
         if stop.signal or crossed(config.checkpoint_kimg) or trainer.cur_nimg >= total:
             with log.pause():
-                path = save()
+                require_finite(trainer, run_dir)
+                path = save_checkpoint(run_dir, config, trainer.state_dict(), config.keep_checkpoints)
         if stop.signal:
             log.say(f"stopped by signal {stop.signal}; saved {path}; go on with --run-dir {run_dir} --resume auto")
             return 128 + stop.signal

@@ -39,6 +39,7 @@ LOGS=$OUT/logs
 
 export PYTHONPATH=$ROOT/bench/site:$ROOT${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONUNBUFFERED=1
+unset TRITON_INTERPRET
 export PATH=$PATH:/usr/local/cuda/bin
 
 case $MODE in
