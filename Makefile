@@ -3,6 +3,7 @@
 #   make demo              train the demo preset on the built-in data; an unfinished run goes on
 #   make test              all tests (ARGS="-k composite" picks some, JOBS=8 uses more cores)
 #   make lint              ruff
+#   make bench             what this machine can measure (OUT=folder): on a GPU bench/gpu_day.sh, else ratios on the CPU
 #   make test TORCH=2.10.0 another torch, with the Triton that belongs to it (V100s need at most 2.10)
 #   make clean             remove what set-up, tests and builds left (not runs/)
 
@@ -10,6 +11,7 @@ PYTHON  ?= python3
 RUN_DIR ?= runs/demo
 JOBS    ?= 2
 ARGS    ?=
+OUT     ?= bench/results
 
 TESTED_TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 TORCH        ?= $(TESTED_TORCH)
@@ -37,7 +39,7 @@ endif
 VENV  := .venv
 READY := $(VENV)/ready
 
-.PHONY: demo test lint clean force
+.PHONY: demo test lint bench clean force
 
 demo: $(READY)
 	$(VENV)/bin/python train.py demo --run-dir $(RUN_DIR) --resume auto
@@ -48,6 +50,13 @@ test: $(READY)
 lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+bench: $(READY)
+	@if $(VENV)/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+		PYTHON=$(VENV)/bin/python bench/gpu_day.sh $(OUT); \
+	else \
+		PYTHON=$(VENV)/bin/python bench/cpu_ratios.sh $(OUT); \
+	fi
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

@@ -31,6 +31,7 @@ TOOLS = [
     "matplotlib>=3.8",
 ]
 VIEWER = ["viser>=1.1"]
+BENCHMARKS = ["matplotlib>=3.8", "pytest-benchmark>=5"]
 
 
 def version() -> str:
@@ -194,11 +195,13 @@ setup(
         "make_dataset": [*RENDERING, "pybullet>=3.2.6"],
         "tools": TOOLS,
         "viewer": [*TOOLS, *VIEWER],
+        "bench": BENCHMARKS,
         "test": [
             *METRICS,
             *RENDERING,
             *TOOLS,
             *VIEWER,
+            *BENCHMARKS,
             "playwright>=1.40",
             "pytest>=8",
             "pytest-xdist>=3.5",

@@ -32,7 +32,8 @@ from epigraf_fast.training.checkpoint import (
 from epigraf_fast.training.endurance import StopRequest, explain_out_of_memory, require_finite
 from epigraf_fast.training.log import RunLog
 from epigraf_fast.training.memory import meta_networks, parameter_count, step_bytes
-from epigraf_fast.training.networks import choose_backends
+from epigraf_fast.training.networks import choose_backends, find_device
+from epigraf_fast.training.profile import traced
 from epigraf_fast.training.snapshot import Snapshots, is_best
 from epigraf_fast.training.step import Trainer
 
@@ -42,15 +43,14 @@ def main(argv: list[str] | None = None) -> int:
     command = parse(argv)
     try:
         check(command.config)
-        config, device = command.config, pick_device(command.config)
-        dataset = ImageDataset(
-            config.data, config.resolution, use_labels=config.loader.labels, mirror=config.loader.mirror
-        )
+        config, device, loader = command.config, pick_device(command.config), command.config.loader
+        dataset = ImageDataset(config.data, config.resolution, use_labels=loader.labels, mirror=loader.mirror)
         config = with_data_camera(config, dataset.camera)
         check(config)
         if command.dry_run:
             return dry_run(config, dataset)
-        return train(config, dataset, device, command.resume)
+        with traced(Path(config.run_dir) / "trace.json" if command.profile else None):
+            return train(config, dataset, device, command.resume)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -70,6 +70,8 @@ def parse(argv: list[str] | None):
         """Continue: a checkpoint, a run folder, or `auto` for the newest checkpoint in --run-dir, if there is one."""
         dry_run: bool = False
         """Print the settings, parameter counts and a memory estimate, check the data, and leave."""
+        profile: bool = False
+        """Write a torch profiler trace of a few iterations, from the sixth on, to trace.json in --run-dir."""
 
     presets = {name: (f"the {name} preset", Command(preset(name))) for name in PRESETS}
     return tyro.extras.overridable_config_cli(presets, prog="train.py", description=__doc__, args=argv)
@@ -77,14 +79,12 @@ def parse(argv: list[str] | None):
 
 def pick_device(config: Config) -> torch.device:
     """The device to train on, with the arithmetic that the precision asks for switched on."""
-    name = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("device is cuda, but torch sees no GPU: see python -m epigraf_fast.doctor")
-    if name == "cpu" and config.precision != "fp32":
+    device = find_device(config.device)
+    if device.type == "cpu" and config.precision != "fp32":
         raise UserError(f"precision {config.precision} needs a GPU, a CPU computes in fp32: set --precision fp32")
-    choose_backends(config, name.partition(":")[0])
+    choose_backends(config, device.type)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision != "fp32"
-    return torch.device(name)
+    return device
 
 
 def dry_run(config: Config, dataset: ImageDataset) -> int:

@@ -131,6 +131,8 @@ class Case:
 def available(op: str, dtype: str, device: torch.device) -> list[str]:
     """Backends that can be measured here, the baselines among them; the reference last, for ratios to it."""
     names = [*(b for b in backends.BACKENDS if b != "reference"), *BASELINES, "reference"]
+    if device.type == "cpu":
+        names.remove("triton")  # its interpreter has no speed to measure
     return [name for name in names if lacking(op, name, dtype, device) is None]
 
 

@@ -25,7 +25,7 @@ from epigraf_fast.models.synthesis import Synthesis
 OPS = ("sample_triplane", "decode_triplane", "modulated_conv2d", "renderer", "synthesis")
 
 # The functions of `ops` that `installed` replaces; bias_act and upfirdn2d are called from inside them, too.
-_bias_act, _upfirdn2d = ops.bias_act, ops.upfirdn2d
+_bias_act, _upfirdn2d, _conv2d_resample = ops.bias_act, ops.upfirdn2d, ops.conv2d_resample
 
 
 def sample_triplane(planes: Tensor, points: Tensor) -> Tensor:
@@ -213,6 +213,32 @@ def modulated_conv2d(
     return _bias_act(x, None if bias is None else bias.to(x.dtype), act=act, gain=gain, clamp=clamp, backend=backend)
 
 
+def layer_epilogue(
+    x: Tensor,
+    *,
+    blur: Tensor | None = None,
+    demod: Tensor | None = None,
+    noise: Tensor | None = None,
+    strength: Tensor | None = None,
+    bias: Tensor | None = None,
+    styles: tuple[Tensor | None, ...] = (None,),
+    act: str = "linear",
+    gain: float | None = None,
+    clamp: float | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, ...]:
+    """What follows a convolution, and the scaling of the next one's input, one pass over memory after the other."""
+    if blur is not None:
+        x = _upfirdn2d(x, blur, padding=1, gain=4, backend=backend)
+    if demod is not None:
+        x = x * demod.to(x.dtype)[:, :, None, None]
+    if noise is not None:
+        x = x + (noise if strength is None else noise * strength).to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    y = _bias_act(x, bias, act=act, gain=gain, clamp=clamp, backend=backend)
+    return tuple(y if style is None else y * style.to(y.dtype)[:, :, None, None] for style in styles)
+
+
 def synthesize(synthesis: Synthesis, layout: torch.memory_format, ws: Tensor, noise_mode: str = "random") -> Tensor:
     """`Synthesis.forward` with activations in a layout; planes come contiguous, as `grid_sample` wants them."""
     x = planes = None
@@ -229,16 +255,19 @@ def synthesize(synthesis: Synthesis, layout: torch.memory_format, ws: Tensor, no
 
 @contextlib.contextmanager
 def installed(backend: str | None = None) -> Iterator[None]:
-    """In this block `ops.modulated_conv2d` is the unfused one; networks built or called inside use it.
+    """In this block the convolutions of `ops` are the unfused ones; networks that are called inside use them.
 
     Args:
         backend: Of bias_act and upfirdn2d; None takes the fastest there is.
     """
-    replaced = {
-        "modulated_conv2d": _with_backend(modulated_conv2d, backend),
-        "bias_act": _with_backend(_bias_act, backend),
-        "upfirdn2d": _with_backend(_upfirdn2d, backend),
+    functions = {
+        "modulated_conv2d": modulated_conv2d,
+        "layer_epilogue": layer_epilogue,
+        "conv2d_resample": _conv2d_resample,
+        "bias_act": _bias_act,
+        "upfirdn2d": _upfirdn2d,
     }
+    replaced = {name: _with_backend(f, backend) for name, f in functions.items() if hasattr(ops, name)}
     before = {name: getattr(ops, name) for name in replaced}
     for name, function in replaced.items():
         setattr(ops, name, function)

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -360,8 +360,13 @@ def _profile(step: Step, regularize: bool) -> tuple[int, int, float]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         step.run(regularize)
         torch.cuda.synchronize()
+    return activity(profiler.events())
+
+
+def activity(events: Iterable[Any]) -> tuple[int, int, float]:
+    """Of a profiler's events: launches, what ran on the GPU, and the seconds in which any of it did."""
     launches, spans = 0, []
-    for event in profiler.events():
+    for event in events:
         if event.device_type != torch.autograd.DeviceType.CUDA:
             launches += event.name.startswith(LAUNCHES)
         elif not getattr(event, "is_user_annotation", False):

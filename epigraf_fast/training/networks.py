@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from ..config import Config
 from ..errors import UserError
 from ..models.augment import Augment
@@ -11,6 +13,14 @@ from ..models.image_generator import ImageGenerator, generator_class
 from ..ops import backends
 
 HALF_BLOCKS = 4  # top resolutions of G and blocks of D in fp16, with precision fp16 on a GPU
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device of that name; default: a GPU if there is one."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("device is cuda, but torch sees no GPU: see python -m epigraf_fast.doctor")
+    return torch.device(name)
 
 
 def choose_backends(config: Config, device_type: str) -> dict[str, str]:

@@ -14,7 +14,7 @@ from ..config import Config, from_dict, to_dict
 from ..errors import UserError
 from ..models.generator import Generator
 from .checkpoint import list_checkpoints, load_checkpoint
-from .networks import build_generator
+from .networks import build_generator, find_device
 
 
 def load_generator(path: Path, device: str | None = None) -> tuple[Config, Generator]:
@@ -28,7 +28,7 @@ def load_generator(path: Path, device: str | None = None) -> tuple[Config, Gener
     Raises:
         UserError: Nothing there, or not a generator of the settings beside it.
     """
-    path, device = find_generator(path), pick_device(device)
+    path, device = find_generator(path), find_device(device)
     if path.suffix == ".safetensors":
         config, state = load_safetensors(path)
     else:
@@ -55,14 +55,6 @@ def find_generator(path: Path) -> Path:
             raise UserError(f"{path} holds no checkpoint: give a checkpoint, a run folder or a converted one")
         return found[-1]
     return path
-
-
-def pick_device(name: str | None) -> torch.device:
-    """The device of that name; default: a GPU if there is one."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("device is cuda, but torch sees no GPU: see python -m epigraf_fast.doctor")
-    return torch.device(name)
 
 
 def save_safetensors(state: dict[str, Tensor], config: Config, path: Path) -> None:

@@ -20,12 +20,12 @@ _listeners: list[Callable[[str], AbstractContextManager[Any]]] = []
 def annotate(name: str) -> Iterator[None]:
     """A range that profilers show under this name: NVTX on a GPU, torch's profiler while it records."""
     with contextlib.ExitStack() as ranges:
+        for listener in _listeners:
+            ranges.enter_context(listener(name))
         if torch.cuda.is_initialized():
             ranges.enter_context(torch.cuda.nvtx.range(name))
         if torch.autograd.profiler._is_profiler_enabled:
             ranges.enter_context(torch.profiler.record_function(name))
-        for listener in _listeners:
-            ranges.enter_context(listener(name))
         yield
 
 
@@ -40,17 +40,14 @@ def listening(listener: Callable[[str], AbstractContextManager[Any]]) -> Iterato
 
 
 @contextlib.contextmanager
-def traced(path: Path | None) -> Iterator[Callable[[], None]]:
-    """Writes a trace of a few iterations for chrome://tracing or Perfetto.
+def traced(path: Path | None) -> Iterator[None]:
+    """Writes a trace of a few training iterations of this block, for Perfetto or chrome://tracing.
 
     Args:
         path: Of the trace, a .json; None records nothing.
-
-    Yields:
-        What to call after every iteration.
     """
     if path is None:
-        yield lambda: None
+        yield
         return
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
@@ -61,5 +58,12 @@ def traced(path: Path | None) -> Iterator[Callable[[], None]]:
         path.parent.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(path))
 
-    with torch.profiler.profile(activities=activities, schedule=schedule, on_trace_ready=write) as profiler:
-        yield profiler.step
+    @contextlib.contextmanager
+    def count(name: str) -> Iterator[None]:
+        yield
+        if name == "iteration":
+            profiler.step()
+
+    profiler = torch.profiler.profile(activities=activities, schedule=schedule, on_trace_ready=write)
+    with profiler, listening(count):
+        yield

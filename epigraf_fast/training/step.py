@@ -17,6 +17,7 @@ from .ema import average_of, update_average
 from .losses import blur, discriminator_loss, generator_loss, path_lengths, r1_penalty
 from .networks import build_augment, build_discriminator, build_generator, choose_backends
 from .patches import importance_map, sample_patches
+from .profile import annotate
 from .sampling import prior_angles
 from .schedule import blur_sigma, density_noise_std, ema_decay, pose_swap_probability
 
@@ -92,6 +93,7 @@ class Trainer:
         fused = True if self.device.type == "cuda" else None
         return torch.optim.Adam(module.parameters(), lr=lr * lazy, betas=betas, eps=1e-8, fused=fused)
 
+    @annotate("iteration")
     def iteration(self, images: Tensor, labels: Tensor, angles: Tensor) -> None:
         """Trains on one batch.
 
@@ -110,32 +112,34 @@ class Trainer:
         reals = Samples(images, labels.to(self.device, non_blocking=True), angles, angles)
 
         self.discriminator.requires_grad_(False)
-        for fakes in self._phase(self.g_optimizer, g_fakes):
+        for fakes in self._phase("G", self.g_optimizer, g_fakes):
             self._generator_phase(fakes)
         if regularize_g:
-            for fakes in self._phase(self.g_optimizer, path_fakes[0]):
+            for fakes in self._phase("path length", self.g_optimizer, path_fakes[0]):
                 self._path_length_phase(fakes)
         self.discriminator.requires_grad_(True)
-        for fakes, real in zip(self._phase(self.d_optimizer, d_fakes), reals.split(config.micro), strict=True):
+        for fakes, real in zip(self._phase("D", self.d_optimizer, d_fakes), reals.split(config.micro), strict=True):
             self._discriminator_phase(fakes, real)
         if config.optim.r1_gamma and self.iterations % config.optim.r1_interval == 0:
-            for real in self._phase(self.d_optimizer, reals):
+            for real in self._phase("R1", self.d_optimizer, reals):
                 self._regularization_phase(real)
 
         if config.augment.mode == "ada" and (self.iterations + 1) % config.augment.interval == 0:
             self._adjust_augmentation()
-        update_average(self.average, self.generator, ema_decay(config.optim, self.cur_nimg, config.batch))
+        with annotate("average"):
+            update_average(self.average, self.generator, ema_decay(config.optim, self.cur_nimg, config.batch))
         self.cur_nimg += config.batch
         self.iterations += 1
 
-    def _phase(self, optimizer: torch.optim.Optimizer, samples: Samples) -> Iterator[Samples]:
+    def _phase(self, name: str, optimizer: torch.optim.Optimizer, samples: Samples) -> Iterator[Samples]:
         """Yields micro-batches; their gradients, each a mean, are averaged, cleaned and stepped on."""
-        optimizer.zero_grad(set_to_none=True)
-        yield from samples.split(self.config.micro)
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        for grad in grads:
-            torch.nan_to_num(grad, nan=0.0, posinf=1e5, neginf=-1e5, out=grad)
-        optimizer.step()
+        with annotate(name):
+            optimizer.zero_grad(set_to_none=True)
+            yield from samples.split(self.config.micro)
+            grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            for grad in grads:
+                torch.nan_to_num(grad, nan=0.0, posinf=1e5, neginf=-1e5, out=grad)
+            optimizer.step()
 
     def _generator_phase(self, fakes: Samples) -> None:
         patches, scale, offset = self._generate(fakes)

@@ -311,7 +311,7 @@ def test_gradients_are_cleaned(tiny_config: TinyConfig, tiny_trainer: TinyTraine
     trainer.discriminator.out.weight.grad = torch.ones_like(trainer.discriminator.out.weight)  # of another phase
     before = copy_state(trainer.discriminator)
     samples = Samples(*(torch.zeros(8, 1) for _ in Samples._fields))
-    for _ in trainer._phase(trainer.d_optimizer, samples):
+    for _ in trainer._phase("D", trainer.d_optimizer, samples):
         bias.grad = torch.zeros_like(bias)
         bias.grad[:4] = torch.tensor([math.nan, math.inf, -math.inf, 0.5])
     assert bias.grad[:4].tolist() == [0.0, 1e5, -1e5, 0.5]

@@ -1,0 +1,475 @@
+"""bench: the gate before every number, the CPU paths, the tables of the README, and a rehearsal of the GPU day."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import cases as catalogue
+from bench import demo, parity, published, report, results, run, step, timing
+from bench.cases import SIZES, Work
+from checks import assert_error_within_reference
+from epigraf_fast import ops
+from epigraf_fast.training import profile
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+
+
+def spoil(function, monkeypatch):
+    """Gives the cpu backend of sample_triplane another result."""
+    original = ops.sample_triplane
+
+    def sample_triplane(*args, backend=None):
+        y = original(*args, backend=backend)
+        return function(y) if backend == "cpu" else y
+
+    monkeypatch.setattr(ops, "sample_triplane", sample_triplane)
+
+
+# What a kernel may get wrong: a value, a gradient alone, a shape, or all of it.
+FAULTS = {
+    "value": lambda y: y * (1 + 1e-5),
+    "one value": lambda y: y.index_fill(1, torch.tensor([3]), 0.0),
+    "gradient": lambda y: y.detach() + (y - y.detach()) * 1.001,
+    "nan": lambda y: y.index_fill(1, torch.tensor([3]), torch.nan),
+    "shape": lambda y: y[:, :-1],
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_wrong_backend_gets_no_speed(fault, monkeypatch, tmp_path, capsys):
+    spoil(FAULTS[fault], monkeypatch)
+    path = tmp_path / "ops.json"
+    line = ["--device", "cpu", "--size", "tiny", "--op", "sample_triplane", "--mode", "step", "--budget", "0.01"]
+    status = run.main([*line, "--backend", "cpu,reference", "--json", str(path)])
+    rows = json.loads(path.read_text())["cases"]
+    assert status == 1
+    assert {row["backend"] for row in rows} == {"cpu", "reference"}
+    for row in rows:
+        assert not {"times_as_fast", "ms"} & set(row)  # the reference has nothing left to be compared with
+        refused = "failed" in row or row["parity"]["wrong"] is not None
+        assert refused == (row["backend"] == "cpu")
+    printed = capsys.readouterr().out
+    assert "WRONG" in printed or "!" in printed
+    assert "x reference" not in printed
+
+
+def test_the_gate_is_the_rule_of_the_tests():
+    """What `checks.assert_error_within_reference` allows, the gate allows; what it refuses, the gate refuses."""
+    (case, *_) = catalogue.cases("upfirdn2d", "tiny", "fp32")
+    inputs = case.build(CPU)
+    gate = parity.Parity(case, inputs, "fwd")
+    (reference,) = case.call(inputs, "reference")
+    truth = gate.truth["output 0"]
+    own = (reference.double() - truth).abs().amax()
+    assert gate.judge({"output 0": reference}).wrong is None
+    for factor, passes in ((1.9, True), (20.0, False)):
+        off = (truth + factor * own).float()
+        assert (gate.judge({"output 0": off}).wrong is None) == passes
+        if passes:
+            assert_error_within_reference(off, reference, truth, "off")
+        else:
+            with pytest.raises(AssertionError):
+                assert_error_within_reference(off, reference, truth, "off")
+
+
+@pytest.mark.parametrize("op", catalogue.OPS)
+def test_every_case_runs_and_every_backend_here_is_right(op):
+    found = catalogue.cases(op, "tiny", "fp32")
+    assert found
+    assert len({case.name for case in found}) == len(found)
+    for case in found:
+        inputs = case.build(CPU)
+        gate = parity.Parity(case, inputs, case.modes[-1])
+        backends = catalogue.available(op, "fp32", CPU)
+        assert "reference" in backends
+        for backend in backends:
+            verdict = gate.check(backend)
+            assert verdict.wrong is None, f"{case.name} {backend}: {verdict.wrong}"
+            for mode in case.modes:
+                run.runner(case, inputs, backend, mode)()
+
+
+def test_real_shapes_are_those_of_a_step():
+    """An image of FFHQ-512: 393,216 points, 12 taps of 32 numbers each; 62.7 GMAC of synthesis."""
+    (case,) = [c for c in catalogue.cases("renderer", "real", "fp32", (1,)) if "scale=0.35" in c.name]
+    work = case.work["fwd"]
+    assert work.gather_bytes == 64 * 64 * 96 * 12 * 32 * 4
+    assert case.work["bwd"].atomics == 64 * 64 * 96 * 12 * 32
+    assert work.flops == 64 * 64 * 96 * 2 * (32 * 64 + 64 * 4)
+    (synthesis,) = catalogue.cases("synthesis", "real", "fp32", (1,))
+    assert synthesis.work["fwd"].flops == pytest.approx(2 * 62.7e9, rel=0.01)
+    assert SIZES["real"].batches == (1, 4, 8, 16)
+    names = [case.name for case in catalogue.cases("decode_triplane", "real", "tf32")]
+    assert names == [f"batch={b} scale={s}" for b in (1, 4, 8, 16) for s in (0.125, 0.35, 1.0)]
+
+
+def test_rays_of_a_smaller_patch_lie_closer():
+    spread = [catalogue.rays(1, 8, scale, CPU)[1].std(dim=1).sum() for scale in catalogue.PATCH_SCALES]
+    assert spread[0] < spread[1] < spread[2]
+
+
+def test_fractions_are_of_the_slowest_need():
+    ceilings = {"copy_bytes": 100.0, "gather_bytes": 1000.0, "atomics_scalar": 10.0, "fp32_flops": 1e4}
+    found = run.fractions(Work(bytes=50, gather_bytes=500, atomics=5, flops=1000), "fp32", ceilings, seconds=2.0)
+    # 0.5 s of copies, 0.5 s of gathers and 0.5 s of additions on the same cache, 0.1 s of products; 2 s taken.
+    assert found == pytest.approx({"copy": 0.25, "gather": 0.25, "atomics": 0.25, "product": 0.05, "floor": 0.5})
+    assert run.fractions(Work(bytes=50), "fp32", {}, seconds=1.0) == {}
+
+
+def test_ratios_are_of_neighbouring_runs():
+    clock = {"slow": 0.02, "fast": 0.005}
+    found = timing.cpu_ratios({name: lambda t=t: time.sleep(t) for name, t in clock.items()}, budget=0.2)
+    assert list(found) == ["slow"]
+    assert 2 < found["slow"].median < 5
+    assert found["slow"].p20 <= found["slow"].median <= found["slow"].p80
+
+
+def test_saved_bytes_leave_inputs_out():
+    x = torch.randn(1000, requires_grad=True)
+    assert timing.saved_bytes(lambda: x.exp(), [x]) == 4000  # the result
+    assert timing.saved_bytes(lambda: x * x, [x]) == 0
+
+
+def test_published_ops_replace_those_of_the_networks_and_leave():
+    (case,) = catalogue.cases("synthesis", "tiny", "fp32")
+    before = ops.modulated_conv2d, ops.bias_act, ops.upfirdn2d
+    with published.installed():
+        assert ops.modulated_conv2d is not before[0]
+    assert (ops.modulated_conv2d, ops.bias_act, ops.upfirdn2d) == before
+    gate = parity.Parity(case, case.build(CPU), "bwd")
+    assert gate.check("published").wrong is None
+
+
+def test_steps_on_a_cpu_give_ratios_and_no_times(tmp_path, capsys):
+    path, trace = tmp_path / "step.json", tmp_path / "trace.json"
+    line = ["--device", "cpu", "--size", "tiny", "--seconds", "0.05", "--json", str(path), "--profile", str(trace)]
+    assert step.main([*line, "--variants", "ours-cpu,published,reference"]) == 0
+    found = json.loads(path.read_text())
+    assert [row["variant"] for row in found["cases"]] == ["ours-cpu", "published", "reference"]
+    for row in found["cases"]:
+        assert ("times_as_fast" in row) == (row["variant"] != "reference")
+        assert not {"iteration_ms", "img_per_sec", "phase_ms"} & set(row)
+        assert row["what"] in capsys.readouterr().out or row["what"]
+    assert found["cases"][2]["backends"] == dict.fromkeys(found["cases"][2]["backends"], "reference")
+    names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
+    assert {"iteration", "G", "D", "R1", "average"} <= names
+
+
+def test_variants_that_are_not_there_are_refused():
+    for name in ("fastest", "ours-fast"):
+        with pytest.raises(ValueError, match="variant must be one of"):
+            step.variant(name, CPU)
+    assert step.variant("reference", CPU).backend == "reference"
+
+
+def tiny_step(name):
+    args = step.parser().parse_args(["--device", "cpu", "--size", "tiny"])
+    return step.Step(step.variant(name, CPU), step.settings(args), CPU)
+
+
+def test_variants_of_a_step_compute_the_same():
+    """The published renderer and convolutions in place of ours: the same losses from the same draws."""
+    losses = {}
+    for name in ("reference", "published"):
+        one = tiny_step(name)
+        torch.manual_seed(1)
+        one.run(regularize=True)
+        losses[name] = one.trainer.statistics()
+        assert isinstance(one.trainer.generator.renderer, published.PublishedRenderer) == (name == "published")
+    assert losses["published"] == pytest.approx(losses["reference"], rel=1e-3, abs=1e-4)
+
+
+def test_a_step_runs_the_regularization_when_asked():
+    one = tiny_step("reference")
+    one.run(regularize=False)
+    assert "loss/R1" not in one.trainer.statistics()
+    one.run(regularize=True)
+    assert "loss/R1" in one.trainer.statistics()
+
+
+class Clock:
+    """Stands for a CUDA event."""
+
+    def __init__(self, enable_timing=False):
+        self.time = 0.0
+
+    def record(self):
+        self.time = time.perf_counter()
+
+    def elapsed_time(self, other):
+        return 1000 * (other.time - self.time)
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """The calls to a GPU's clock and memory do something on the CPU, so that the code around them runs."""
+    replaced = {
+        "Event": Clock,
+        "synchronize": lambda: None,
+        "_sleep": lambda cycles: None,
+        "empty_cache": lambda: None,
+        "reset_peak_memory_stats": lambda: None,
+        "memory_allocated": lambda: 0,
+        "max_memory_allocated": lambda: 2**20,
+        "get_device_properties": lambda device: type("Properties", (), {"total_memory": 2**24}),
+    }
+    for name, value in replaced.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, device=None, **k: empty(*a, device=device and "cpu", **k))
+    monkeypatch.setattr(timing, "FLUSH_BYTES", 16)
+
+
+def test_the_gpu_measurement_of_an_op_fills_its_row(pretended_gpu):
+    (case, *_) = catalogue.cases("decode_triplane", "tiny", "fp32")
+    ceilings = {"copy_bytes": 1e12, "gather_bytes": 1e12, "atomics_scalar": 1e12, "fp32_flops": 1e12}
+    row = run.measure_gpu(case, case.build(CPU), "reference", "fwd", ceilings, budget=0.01)
+    assert set(row) == {"ms", "peak_bytes", "saved_bytes", "rates", "fractions"}
+    assert row["saved_bytes"] > 0
+    assert set(row["fractions"]) == {"copy", "gather", "product", "floor"}
+
+
+def test_launches_are_counted_and_overlaps_once():
+    cpu, cuda = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
+
+    def event(device, name, start, end, annotation=False):
+        span = types.SimpleNamespace(start=start, end=end)
+        return types.SimpleNamespace(device_type=device, name=name, time_range=span, is_user_annotation=annotation)
+
+    events = [
+        event(cpu, "cudaLaunchKernel", 0, 1),
+        event(cpu, "cuLaunchKernelEx", 1, 2),
+        event(cpu, "cudaStreamSynchronize", 2, 90),
+        event(cuda, "a kernel", 10, 30),
+        event(cuda, "another one beside it", 20, 40),
+        event(cuda, "a later one", 60, 70),
+        event(cuda, "G", 0, 90, annotation=True),
+    ]
+    launches, kernels, busy = step.activity(events)
+    assert (launches, kernels) == (2, 3)
+    assert busy == pytest.approx(40e-6)  # 10 to 40 and 60 to 70 microseconds
+
+
+def test_the_gpu_measurement_of_a_step_fills_its_row(pretended_gpu, monkeypatch):
+    monkeypatch.setattr(step, "_profile", lambda one, regularize: (32, 40, 0.0) if regularize else (16, 20, 0.0))
+    row = step.measure_gpu(tiny_step("reference"), seconds=0.01, largest=False)
+    assert set(row["phase_ms"]) == {"iteration", "G", "D", "R1", "average"}
+    assert row["img_per_sec"] == pytest.approx(4 / (row["iteration_ms"] / 1000))
+    assert row["iteration_ms"] == pytest.approx(row["without_r1_ms"] + row["r1_ms"] / 16)
+    assert (row["launches"], row["kernels"], row["idle"]) == (17, 21.25, 1.0)
+    assert row["gpu_days"] == pytest.approx(20e6 / row["img_per_sec"] / 86400)
+
+
+def test_the_largest_micro_batch_is_predicted_and_tried(pretended_gpu, monkeypatch):
+    tried = []
+
+    class Trial:
+        """An iteration that takes 1 MiB, and 256 KiB an image."""
+
+        def __init__(self, variant, config, device):
+            self.variant, self.config, self.device, self.trainer = variant, config, device, None
+
+        def run(self, regularize):
+            tried.append(self.config.batch)
+            if self.config.batch > 52:
+                raise torch.OutOfMemoryError("full")
+
+    def peak():
+        return 2**20 + 2**18 * tried[-1]
+
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", peak)
+    monkeypatch.setattr(step, "Step", Trial)
+    config = dataclasses.replace(tiny_step("reference").config, batch=8)
+    found = step.largest_micro_batch(Trial(None, config, CPU), 2**20 + 8 * 2**18)
+    # 0.97 of 16 MiB holds 58 images, 56 in whole groups; 56 and 52 are tried.
+    assert (found, tried) == (52, [16, 56, 52])
+
+
+def test_a_file_that_is_no_result_is_left_out(tmp_path):
+    (tmp_path / "a.json").write_text('{"what": "another file"}')
+    results.write(tmp_path / "b.json", results.result("ops", {}, []))
+    (found,) = results.load(tmp_path)
+    assert (found["file"], found["kind"], found["schema"]) == ("b.json", "ops", results.SCHEMA)
+    assert found["environment"]["versions"]["torch"] == torch.__version__
+
+
+def test_the_readme_holds_what_the_report_prints():
+    _, inside, _ = report.split(report.README.read_text(encoding="utf-8"))
+    assert inside == report.text(results.load()), "run python -m bench.report"
+
+
+GPU = {
+    "device": "Pretended GPU",
+    "gpu": {"name": "Pretended GPU", "driver": "1"},
+    "versions": {"torch": "2", "triton": "3"},
+    "commit": "abc",
+}
+
+
+def gpu_results():
+    """Result files as a GPU would leave them, of round numbers."""
+    spread = {"median": 2.0, "p20": 1.5, "p80": 2.5, "count": 9}
+    rows = []
+    for backend, ms in (("triton", 0.5), ("published", 2.0), ("reference", 4.0)):
+        row = {"op": "decode_triplane", "case": "batch=8 scale=0.35", "dtype": "fp32", "mode": "step"}
+        row |= {"backend": backend, "parity": {"wrong": None, "error": 0.1, "where": ""}, "peak_bytes": 2**20}
+        row |= {"ms": {"cold": {**spread, "median": ms}, "warm": spread}, "fractions": {"floor": 0.61}}
+        row |= {"rates": {"bytes": 1e9, "gather_bytes": 1e9, "atomics": 1e9, "flops": 1e12}}
+        rows.append(row)
+    broken = {**rows[0], "op": "composite", "parity": {"wrong": "output 0: off", "error": 9.0, "where": "output 0"}}
+    rows.append({name: value for name, value in broken.items() if name not in ("ms", "fractions", "rates")})
+    common = {"schema": 1, "date": "2026-01-01", "environment": GPU}
+    small = {"size": "real"}
+    variants = []
+    for name, speed in (("published", 20.0), ("ours-fp32", 60.0)):
+        row = {"variant": name, "what": f"what {name} is", "img_per_sec": speed, "iteration_ms": 8000 / speed}
+        row |= {"phase_ms": {"G": spread, "D": spread}, "peak_bytes": 2**30, "launches": 1000.0, "idle": 0.125}
+        variants.append(row | {"gpu_days": 20e6 / speed / 86400, "largest_micro_batch": 32})
+    variants.append({"variant": "compile", "what": "what compile is", "failed": "took more than 75 seconds"})
+    config = {"preset": "ffhq", "resolution": 512, "batch": 8, "micro_batch": None, "r1_interval": 16, "kimg": 20000}
+    config["paper_v100_days"] = 24
+    ceilings = {"copy_bytes": 3e12, "fp32_flops": 5e13}
+    return [
+        common | {"kind": "ops", "file": "gpu-ops.json", "config": small, "ceilings": ceilings, "cases": rows},
+        common
+        | {"kind": "step", "file": "gpu-step.json", "config": config | {"paper_v100_days": 24}, "cases": variants},
+    ]
+
+
+def test_tables_of_a_gpu():
+    text = report.text(gpu_results())
+    assert report.PENDING not in text
+    (op,) = [line for line in text.splitlines() if line.startswith("| `decode_triplane`")]
+    cells = [cell.strip() for cell in op.split("|")[1:-1]]
+    assert cells[4:] == ["0.500 (1.500 to 2.500)", "61%", "4.0x", "-", "8.0x"]
+    assert "No speed is shown where the result was wrong: `composite` triton fp32." in text
+    (ours,) = [line for line in text.splitlines() if line.startswith("| `ours-fp32`")]
+    assert [cell.strip() for cell in ours.split("|")[2:4]] == ["60.0", "3.00x"]
+    assert "| `compile` | took more than 75 seconds |" in text
+    assert "24 V100 GPU-days" in text
+    assert "what ours-fp32 is" in text
+
+
+def test_without_a_gpu_the_report_says_so():
+    on_cpu = results.result("ops", {"size": "tiny"}, [])
+    assert report.text([]).startswith("**GPU results are pending:**")
+    assert report.text([on_cpu | {"file": "cpu.json"}]).startswith("**GPU results are pending:**")
+
+
+def test_plots_are_of_what_the_files_hold(tmp_path):
+    pytest.importorskip("matplotlib")
+    written = report.plot(gpu_results(), tmp_path)
+    names = ["gpu-ops-speed-up", "gpu-ops-roofline", "gpu-step-phases", "gpu-step-memory"]
+    assert [path.stem for path in written] == names
+    assert all(path.stat().st_size > 1000 for path in written)
+    assert report.plot([], tmp_path) == []
+
+
+def test_the_report_writes_between_the_markers_and_checks(tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    line = ["--results", str(tmp_path), "--readme", str(readme), "--plots", str(tmp_path)]
+    assert report.main([*line, "--check"]) == 1
+    assert report.main(line) == 0
+    assert report.main([*line, "--check"]) == 0
+    text = readme.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith(f"{report.END}\nafter\n")
+    with pytest.raises(ValueError, match="must hold the line"):
+        report.split("no markers")
+
+
+def test_ranges_reach_listeners_and_cost_nothing_without():
+    seen = []
+
+    @contextlib.contextmanager
+    def listener(name):
+        seen.append(f"+{name}")
+        yield
+        seen.append(f"-{name}")
+
+    with profile.listening(listener), profile.annotate("G"), profile.annotate("inside"):
+        pass
+    with profile.annotate("unheard"):
+        pass
+    assert seen == ["+G", "+inside", "-inside", "-G"]
+
+
+def test_the_demo_leaves_out_what_is_missing(monkeypatch):
+    assert demo.missing("torch", "no-such-package") == ["no-such-package"]
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    demo.without_tensorboard()
+    from torch.utils.tensorboard import SummaryWriter
+
+    SummaryWriter("somewhere", purge_step=1).add_scalar("name", 1.0, 2)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard")
+
+
+def test_a_checkout_needs_no_installation(tmp_path):
+    """A copy of the sources alone, with bench/site on the path, has the kernels; a hidden sitecustomize still runs."""
+    for name in ("epigraf_fast", "bench", "kernels"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "epigraf_fast" / "__init__.py").write_text("")
+    (tmp_path / "kernels" / "__init__.py").write_text("WHERE = __file__")
+    (tmp_path / "kernels" / "inner.py").write_text("VALUE = 5")
+    (tmp_path / "bench" / "site").mkdir()
+    (tmp_path / "bench" / "site" / "sitecustomize.py").write_text((ROOT / "bench/site/sitecustomize.py").read_text())
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "sitecustomize.py").write_text("print('hidden')")
+    program = "import epigraf_fast.kernels.inner as k, epigraf_fast.kernels as p; print(k.VALUE, p.WHERE)"
+    path = os.pathsep.join(str(tmp_path / name) for name in ("bench/site", "other", "."))
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": path},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["hidden", "5", str(tmp_path / "kernels" / "__init__.py")]
+
+
+def gpu_day(*args, **environment):
+    return subprocess.run(
+        ["bash", str(ROOT / "bench/gpu_day.sh"), *args],
+        env={**os.environ, "PYTHON": sys.executable, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=1800,
+    )
+
+
+def test_a_rehearsed_gpu_day_passes(tmp_path):
+    done = gpu_day("--cpu", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = done.stdout.partition("== cpu")[2].splitlines()
+    for part in ("build", "tests", "sanitize", "demo", "ops", "renderer", "step", "report"):
+        assert any(line.startswith(part) and line.endswith("ok") for line in summary), done.stdout
+    assert len(summary) < 50
+    for name in ("cpu-ops.json", "cpu-renderer.json", "cpu-step.json", "cpu-demo.json"):
+        assert json.loads((tmp_path / name).read_text())["schema"] == results.SCHEMA
+
+
+def test_a_failing_part_of_a_gpu_day_is_reported(tmp_path):
+    broken = tmp_path / "python"
+    broken.write_text(f'#!/bin/sh\ncase "$*" in *bench.run*) echo no luck; exit 7;; esac\nexec {sys.executable} "$@"\n')
+    broken.chmod(0o755)
+    done = gpu_day("--cpu", "--only", "ops", str(tmp_path / "out"), PYTHON=str(broken))
+    assert done.returncode == 1
+    assert "FAILED: exit status 7" in done.stdout
+    assert "no luck" in done.stdout
+    assert gpu_day("--only", "nothing").returncode == 2
+    assert gpu_day("--no-such-option").returncode == 2
