@@ -47,7 +47,7 @@ def resolve(op: str, backend: str | None, device_type: str) -> str:
         return "cpu" if device_type == "cpu" and _lacking(op, "cpu") is None else "reference"
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend must be None or one of {', '.join(BACKENDS)}, got {backend!r}")
-    reason = status()[op][backend]
+    reason = _lacking(op, backend)
     if reason is None and (
         (backend in ("cpu", "cuda") and device_type != backend)
         or (backend == "triton" and device_type != "cuda" and not _interpreting())
