@@ -27,6 +27,7 @@ EXTRAS = {"metrics": METRICS_PACKAGES, "make_dataset": ("pyvista", "pybullet")}
 OPT_IN = (
     "--precision tf32 and fp16, --discriminator.half-blocks: not yet run on a GPU",
     "the Triton kernels of the renderer's ops (backend triton): not yet run on a GPU, only in Triton's interpreter",
+    "the CUDA kernels of the extension (backend cuda): not yet run on a GPU, only compiled; tested on the CPU",
 )
 
 

@@ -34,7 +34,12 @@ ALLOWED = {
     "__init__": set(),
 }
 # room -> what it may import besides Python's own modules, where that is a rule.
-ALLOWED_OUTSIDE = {"reference": {"torch"}, "ops": {"torch", "nvtx"}, "kernels": {"torch", "triton"}, "camera": {"torch"}}
+ALLOWED_OUTSIDE = {
+    "reference": {"torch"},
+    "ops": {"torch", "nvtx"},
+    "kernels": {"torch", "triton"},
+    "camera": {"torch"},
+}
 
 NEVER = {"bench", "tests", "checks", "kernels", "train"}  # under these names
 
