@@ -4,6 +4,7 @@
 #   make test              all tests (ARGS="-k composite" picks some, JOBS=8 uses more cores)
 #   make lint              ruff
 #   make bench             what this machine can measure (OUT=folder): on a GPU bench/gpu_day.sh, else ratios on the CPU
+#   make sanitize          the extension's CPU code under the address, undefined-behaviour and thread sanitizers
 #   make test TORCH=2.10.0 another torch, with the Triton that belongs to it (V100s need at most 2.10)
 #   make clean             remove what set-up, tests and builds left (not runs/)
 
@@ -39,7 +40,7 @@ endif
 VENV  := .venv
 READY := $(VENV)/ready
 
-.PHONY: demo test lint bench clean force
+.PHONY: demo test lint bench sanitize clean force
 
 demo: $(READY)
 	$(VENV)/bin/python train.py demo --run-dir $(RUN_DIR) --resume auto
@@ -58,8 +59,19 @@ bench: $(READY)
 		PYTHON=$(VENV)/bin/python bench/cpu_ratios.sh $(OUT); \
 	fi
 
+# A program of its own over the same launchers, so that no sanitizer has to be loaded into Python.
+SANITIZED := bias_act upfirdn2d launchers tests/sanitize
+sanitize:
+	@mkdir -p build
+	$(CXX) -std=c++17 -O1 -g -Wall -Wno-unknown-pragmas -DEPIGRAF_ISA=base -DEPIGRAF_STD_THREADS -Icsrc $(SANITIZED:%=csrc/%.cpp) -pthread \
+		-fsanitize=address,undefined -fno-sanitize-recover=all -o build/sanitize-address
+	build/sanitize-address
+	$(CXX) -std=c++17 -O1 -g -Wall -Wno-unknown-pragmas -DEPIGRAF_ISA=base -DEPIGRAF_STD_THREADS -Icsrc $(SANITIZED:%=csrc/%.cpp) -pthread \
+		-fsanitize=thread -o build/sanitize-thread
+	build/sanitize-thread
+
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache epigraf_fast/_C.*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): $(VENV)/constraints.txt setup.py pyproject.toml

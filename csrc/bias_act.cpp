@@ -36,17 +36,20 @@ inline void write(void* tensor, i64 first, i64 n, const S* buffer) {
   if constexpr (sizeof(T) != sizeof(S)) store_row<T>(buffer, static_cast<T*>(tensor) + first, n);
 }
 
-// The sum of n numbers in 16 interleaved ones: vectors, and short chains of roundings.
+// The sum of n numbers: 16 interleaved sums over every 256 of them, which are vectors and short chains of roundings.
 template <typename S>
 inline S sum_row(const S* p, i64 n) {
-  S lanes[16] = {};
-  i64 i = 0;
-  for (; i + 16 <= n; i += 16)
-    for (int k = 0; k < 16; k++) lanes[k] += p[i + k];
-  for (int k = 0; i + k < n; k++) lanes[k] += p[i + k];
-  for (int half = 8; half > 0; half /= 2)
-    for (int k = 0; k < half; k++) lanes[k] += lanes[k + half];
-  return lanes[0];
+  double total = 0;
+  for (i64 start = 0; start < n; start += 256) {
+    const i64 end = minimum(n, start + 256);
+    S lanes[16] = {};
+    i64 i = start;
+    for (; i + 16 <= end; i += 16)
+      for (int k = 0; k < 16; k++) lanes[k] += p[i + k];
+    for (int k = 0; i + k < end; k++) lanes[k] += p[i + k];
+    for (int k = 0; k < 16; k++) total += static_cast<double>(lanes[k]);
+  }
+  return static_cast<S>(total);
 }
 
 enum Order { kFwd, kBwd, kDoubleBwd };

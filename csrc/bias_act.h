@@ -47,7 +47,7 @@ EPIGRAF_HD S sigmoid_of(S x) {
   return S(1) / (S(1) + exp_of(-x));
 }
 
-// act(u) and its derivatives; at a kink those of the left side.
+// act(u) and its derivatives; at a kink the slope is that of the left side, the curvature 0.
 template <int ACT, typename S>
 struct Activation {
   static constexpr S slope_left = S(0.2);                                                   // lrelu
@@ -70,8 +70,8 @@ struct Activation {
     if constexpr (ACT == kRelu) return u > S(0) ? S(1) : S(0);
     if constexpr (ACT == kLrelu) return u > S(0) ? S(1) : slope_left;
     if constexpr (ACT == kTanh) {
-      const S t = tanh_of(u);
-      return S(1) - t * t;
+      const S e = exp_of(u > S(0) ? S(-2) * u : S(2) * u), d = S(1) + e;
+      return S(4) * e / (d * d);  // 1 - tanh^2, without its cancellation
     }
     if constexpr (ACT == kSigmoid) {
       const S s = sigmoid_of(u);
@@ -88,16 +88,13 @@ struct Activation {
   }
 
   static EPIGRAF_HD S curvature(S u) {
-    if constexpr (ACT == kTanh) {
-      const S t = tanh_of(u);
-      return S(-2) * t * (S(1) - t * t);
-    }
+    if constexpr (ACT == kTanh) return S(-2) * tanh_of(u) * slope(u);
     if constexpr (ACT == kSigmoid) {
       const S s = sigmoid_of(u);
       return s * (S(1) - s) * (S(1) - S(2) * s);
     }
-    if constexpr (ACT == kElu) return u > S(0) ? S(0) : exp_of(u);
-    if constexpr (ACT == kSelu) return u > S(0) ? S(0) : selu_scale * selu_alpha * exp_of(u);
+    if constexpr (ACT == kElu) return u < S(0) ? exp_of(u) : S(0);
+    if constexpr (ACT == kSelu) return u < S(0) ? selu_scale * selu_alpha * exp_of(u) : S(0);
     if constexpr (ACT == kSoftplus) {
       const S s = sigmoid_of(u);
       return u > softplus_linear ? S(0) : s * (S(1) - s);

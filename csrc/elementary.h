@@ -31,7 +31,8 @@ EPIGRAF_HD ExpParts exp_parts(float x) {
   const float whole = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   const float n = (bounded * 1.44269504f + whole) - whole;
   const float r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;  // ln(2) in two parts
-  float p = 1.0f / 5040;
+  float p = 1.0f / 40320;
+  p = p * r + 1.0f / 5040;
   p = p * r + 1.0f / 720;
   p = p * r + 1.0f / 120;
   p = p * r + 1.0f / 24;

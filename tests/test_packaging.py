@@ -7,6 +7,7 @@ import itertools
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -83,7 +84,9 @@ def test_ci_runs_the_command_of_the_readme() -> None:
 
 def test_wheel_holds_kernels_and_data(tmp_path: Path) -> None:
     build = ["build", "-b", tmp_path / "build", "egg_info", "-e", tmp_path, "bdist_wheel", "-d", tmp_path]
-    subprocess.run([sys.executable, "setup.py", "-q", *map(str, build)], cwd=ROOT, check=True, capture_output=True)
+    command = [sys.executable, "setup.py", "-q", *map(str, build)]
+    without_extension = {**os.environ, "CXX": "/nowhere/c++"}
+    subprocess.run(command, cwd=ROOT, env=without_extension, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
@@ -92,6 +95,38 @@ def test_wheel_holds_kernels_and_data(tmp_path: Path) -> None:
     expected |= {f"epigraf_fast/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
     assert expected <= names, f"not in the wheel: {sorted(expected - names)}"
     assert {name.split("/")[0].split("-")[0] for name in names} == {"epigraf_fast"}
+
+
+def build_extension(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "setup.py", "build_ext", "--build-temp", folder / "temp", "--build-lib", folder / "lib"]
+    environment = {**os.environ, **environment}
+    return subprocess.run([*map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def test_without_a_compiler_the_package_builds_and_says_so_once(tmp_path: Path) -> None:
+    result = build_extension(tmp_path, CXX="/nowhere/c++", EPIGRAF_FAST_CUDA="0")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("no C++17 compiler (/nowhere/c++ does not work") == 1, result.stderr
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_cuda_that_is_asked_for_and_missing_ends_the_build(tmp_path: Path) -> None:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for tool in ("c++", "ld", "as"):
+        if (path := shutil.which(tool)) is None:
+            pytest.skip(f"there is no {tool}")
+        (folder / tool).symlink_to(path)
+    result = build_extension(tmp_path, EPIGRAF_FAST_CUDA="1", PATH=str(folder), CUDA_HOME=str(tmp_path))
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("epigraf_fast: EPIGRAF_FAST_CUDA=1, but there is no nvcc in PATH"), result.stderr
+
+
+def test_unknown_choice_of_cuda_is_refused(tmp_path: Path) -> None:
+    result = build_extension(tmp_path, EPIGRAF_FAST_CUDA="yes")
+    assert result.returncode == 1
+    assert result.stderr.strip().endswith("EPIGRAF_FAST_CUDA must be 0, 1 or auto, got 'yes'")
 
 
 def test_kernels_refuses_its_folder_name() -> None:

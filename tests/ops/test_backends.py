@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from checks import assert_close, draw
 from epigraf_fast import ops
-from epigraf_fast.ops import backends
+from epigraf_fast.ops import backends, native
 
+ROOT = Path(__file__).resolve().parents[2]
 NET = {"w0": draw(5, 2), "b0": draw(5), "w1": draw(4, 5), "b1": draw(4)}
 T = torch.arange(4.0).expand(1, 2, 4)
 
@@ -102,7 +108,7 @@ def test_cpu_backend_is_not_for_other_devices(op):
 
 
 def test_resolve_says_why_one_is_missing(monkeypatch):
-    monkeypatch.setattr(backends, "_lacking", lambda op, backend: "the extension was not built")
+    monkeypatch.setattr(native, "lacking", lambda backend: "the extension was not built")
     with pytest.raises(ValueError, match=r"bias_act: backend 'cuda' is not available.*the extension was not built"):
         backends.resolve("bias_act", "cuda", "cuda")
 
@@ -171,3 +177,51 @@ def test_a_family_has_one_backend(monkeypatch):
     chosen = {**backends.choose("auto", "cpu"), "composite": "triton"}
     with pytest.raises(ValueError, match=r"^renderer: the ops must share a backend, got .* composite triton$"):
         backends.family_backend("renderer", chosen, "cpu")
+
+
+HIDDEN = "EPIGRAF_FAST_EXTENSION=0 in the environment hides the extension"
+
+
+def reasons(monkeypatch, extension):
+    """Why cpu and cuda are missing for bias_act, given what `native.extension` finds."""
+    monkeypatch.setattr(native, "extension", lambda: extension)
+    row = backends.status()["bias_act"]
+    return row["cpu"], row["cuda"]
+
+
+def test_status_tells_the_reasons_apart(monkeypatch):
+    cpu, cuda = reasons(monkeypatch, "the extension is not built: how to")
+    assert cpu == cuda == "the extension is not built: how to"
+    assert backends.resolve("bias_act", None, "cpu") == "reference"
+    cpu, cuda = reasons(monkeypatch, SimpleNamespace(cuda_built=False))
+    assert cpu is None
+    assert "built without CUDA" in cuda
+    assert backends.resolve("bias_act", None, "cpu") == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert reasons(monkeypatch, SimpleNamespace(cuda_built=True)) == (None, "there is no CUDA device")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert reasons(monkeypatch, SimpleNamespace(cuda_built=True)) == (None, None)
+    assert backends.resolve("bias_act", "cuda", "cuda") == "cuda"
+    assert backends.resolve("bias_act", None, "cuda") == "reference"  # until a GPU has run it
+    with pytest.raises(ValueError, match="the tensors are on cpu"):
+        backends.resolve("bias_act", "cuda", "cpu")
+
+
+@pytest.mark.parametrize("blocked", [True, False])
+def test_without_the_extension_everything_works(blocked):
+    program = """
+import sys, torch
+BLOCK
+from epigraf_fast import ops
+from epigraf_fast.ops import backends
+x = torch.ones(1, 1, 4, 4, requires_grad=True)
+y = ops.upfirdn2d(ops.bias_act(x, torch.ones(1), act="lrelu", clamp=256), torch.ones(4), padding=(2, 1, 2, 1))
+y.sum().backward()
+print(backends.resolve("bias_act", None, "cpu"), "|", backends.status()["upfirdn2d"]["cpu"])
+"""
+    program = program.replace("BLOCK", "sys.modules['epigraf_fast._C'] = None" if blocked else "")
+    environment = {**os.environ, "EPIGRAF_FAST_EXTENSION": "1" if blocked else "0"}
+    result = subprocess.run([sys.executable, "-c", program], env=environment, cwd=ROOT, capture_output=True, text=True)
+    chosen, _, reason = result.stdout.strip().partition(" | ")
+    assert chosen == "reference", result.stderr
+    assert reason == (f"the extension is not built: {native.BUILD}" if blocked else HIDDEN)

@@ -1,4 +1,4 @@
-"""upfirdn2d: the reference against loops and numbers worked by hand."""
+"""upfirdn2d: every backend against loops and numbers worked by hand, the kernels against the reference."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import re
 import pytest
 import torch
 
-from checks import assert_close, draw, gradcheck, gradgradcheck, layouts
+from checks import assert_close, assert_error_within_reference, draw, gradcheck, gradgradcheck, layouts
 from epigraf_fast import ops
+from epigraf_fast.ops import backends
 
-upfirdn2d = functools.partial(ops.upfirdn2d, backend="reference")
 BLUR = torch.tensor([1, 3, 3, 1], dtype=torch.float64) / 8
 
 
@@ -48,14 +48,14 @@ def literal(x, kernel, up=1, down=1, padding=(0, 0, 0, 0), flip=False, gain=1.0)
     return out
 
 
-def test_convolution_and_correlation_by_hand():
+def test_convolution_and_correlation_by_hand(upfirdn2d):
     kernel = torch.tensor([[1, 10, 100]], dtype=torch.float64)
     assert_close(upfirdn2d(row(1, 2, 3), kernel), row(123), "convolution")  # 1 * 100 + 2 * 10 + 3 * 1
     assert_close(upfirdn2d(row(1, 2, 3), kernel, flip=True), row(321), "correlation")  # 1 * 1 + 2 * 10 + 3 * 100
     assert_close(upfirdn2d(row(1, 2, 3), kernel, gain=-2), row(-246), "gain")
 
 
-def test_resampling_by_hand():
+def test_resampling_by_hand(upfirdn2d):
     kernel = torch.tensor([[1, 1]], dtype=torch.float64)
     # Two zero-inserted samples are 1 0 2 0, two rows of them as many zeros: rows 1 0 2 0 and 0 0 0 0.
     assert_close(upfirdn2d(row(1, 2), kernel, up=2), [[[[1, 2, 2], [0, 0, 0]]]], "up")
@@ -67,7 +67,7 @@ def test_resampling_by_hand():
     assert_close(upfirdn2d(row(1, 2, 3, 4, 5), kernel, down=3), row(3, 9), "down 3")
 
 
-def test_one_dimensional_kernel_is_its_outer_product():
+def test_one_dimensional_kernel_is_its_outer_product(upfirdn2d):
     x, taps = draw(2, 3, 6, 7), draw(3, seed=1)
     outer = taps[:, None] * taps[None, :]
     for flip in (False, True):
@@ -92,7 +92,7 @@ def test_one_dimensional_kernel_is_its_outer_product():
         {"padding": (-6, 9, 9, -6)},  # crops everything, then only zeros are left
     ],
 )
-def test_equals_the_loops(settings, kernel_shape):
+def test_equals_the_loops(upfirdn2d, settings, kernel_shape):
     x, kernel = draw(2, 2, 4, 5), draw(*kernel_shape, seed=1)
     actual = upfirdn2d(x, kernel, **settings)
     for image in range(2):
@@ -101,7 +101,7 @@ def test_equals_the_loops(settings, kernel_shape):
             assert_close(actual[image, channel], expected, f"image {image}, channel {channel}")
 
 
-def test_padding_is_before_and_after_x_then_y():
+def test_padding_is_before_and_after_x_then_y(upfirdn2d):
     x, kernel = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
     y = upfirdn2d(x, kernel, padding=(1, 2, 3, 4))
     assert y.shape == (1, 1, 8, 4)
@@ -112,7 +112,7 @@ def test_padding_is_before_and_after_x_then_y():
 
 @pytest.mark.parametrize("taps", range(1, 8))
 @pytest.mark.parametrize(("height", "width"), [(6, 12), (5, 7), (1, 1)])
-def test_sizes_of_the_standard_paddings(taps, height, width):
+def test_sizes_of_the_standard_paddings(upfirdn2d, taps, height, width):
     kernel = torch.ones(taps, dtype=torch.float64) / taps
     x = draw(1, 1, height, width)
     before, after = taps // 2, (taps - 1) // 2
@@ -128,7 +128,7 @@ def test_sizes_of_the_standard_paddings(taps, height, width):
                 assert y.shape == (1, 1, height // factor, width // factor)
 
 
-def test_upsampling_by_hand():
+def test_upsampling_by_hand(upfirdn2d):
     # One pixel, the third of five: upsampled it lies at 4, padded at 6; 1 3 3 1 then covers outputs 3 to 6, which is
     # symmetric about 4.5, the middle of the pixel's two. Weights 2/8 per axis; 3/4 and 1/4 in the rows.
     y = upfirdn2d(row(0, 0, 1, 0, 0), BLUR, up=2, padding=(2, 1, 2, 1), gain=4.0)
@@ -138,7 +138,7 @@ def test_upsampling_by_hand():
     assert_close(y[..., 1:-1, 1:-1], torch.ones(1, 1, 6, 6), "a constant stays constant")
 
 
-def test_downsampling_by_hand():
+def test_downsampling_by_hand(upfirdn2d):
     # Padded by 1: the first output weighs -1..2 by 1 3 3 1 over 8, the second 1..4; rows of one weigh 3/8 (0 1 0 0).
     x = row(8, 16, 24, 32).expand(1, 1, 4, 4)
     y = upfirdn2d(x, BLUR, down=2, padding=(1, 1, 1, 1))
@@ -154,7 +154,7 @@ def test_downsampling_by_hand():
         {"up": 2, "down": 3, "padding": (-1, 3, 2, 0)},
     ],
 )
-def test_adjoint(settings):
+def test_adjoint(upfirdn2d, settings):
     x, kernel = draw(2, 3, 5, 6).requires_grad_(), draw(3, 4, seed=1)
     y = upfirdn2d(x, kernel, **settings)
     other = draw(*y.shape, seed=2)
@@ -162,7 +162,7 @@ def test_adjoint(settings):
     assert_close((adjoint * x).sum(), (other * y).sum(), "<x, A^T y>")
 
 
-def test_transpose_of_upsampling_is_downsampling():
+def test_transpose_of_upsampling_is_downsampling(upfirdn2d):
     # By 2, with [1,3,3,1]: the gradient of the one is the other with the kernel flipped.
     x = draw(1, 2, 4, 6).requires_grad_()
     y = upfirdn2d(x, BLUR, up=2, padding=(2, 1, 2, 1))
@@ -179,21 +179,23 @@ def test_transpose_of_upsampling_is_downsampling():
     ],
 )
 @pytest.mark.parametrize("kernel_shape", [(2, 3), (3,)])
-def test_first_and_second_derivatives(settings, kernel_shape):
+def test_first_and_second_derivatives(upfirdn2d, backend, settings, kernel_shape):
     inputs = {"x": draw(1, 2, 3, 3), "kernel": draw(*kernel_shape, seed=1)}
     function = functools.partial(upfirdn2d, **settings)
+    if backend != "reference":  # the kernel is a constant there
+        function = functools.partial(function, kernel=inputs.pop("kernel"))
     gradcheck(function, inputs, "upfirdn2d")
     gradgradcheck(function, inputs, "upfirdn2d")
 
 
-def test_empty_batch():
+def test_empty_batch(upfirdn2d):
     x = torch.zeros(0, 3, 4, 4, requires_grad=True)
     y = upfirdn2d(x, BLUR, up=2, padding=(2, 1, 2, 1))
     assert y.shape == (0, 3, 8, 8)
     assert torch.autograd.grad(y.sum(), x)[0].shape == x.shape
 
 
-def test_layout_does_not_matter():
+def test_layout_does_not_matter(upfirdn2d):
     x, kernel = draw(2, 3, 4, 5), draw(3, 2, seed=1)
     function = functools.partial(upfirdn2d, up=2, down=3, padding=(1, 2, 1, 0), gain=2.0)
     expected = function(x, kernel)
@@ -204,7 +206,7 @@ def test_layout_does_not_matter():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_result_has_the_dtype_of_x(dtype):
+def test_result_has_the_dtype_of_x(upfirdn2d, dtype):
     x = draw(1, 2, 6, 6).to(dtype)
     y = upfirdn2d(x, BLUR.float(), up=2, padding=(2, 1, 2, 1), gain=4.0)
     assert y.dtype == dtype
@@ -227,6 +229,118 @@ def test_result_has_the_dtype_of_x(dtype):
         ({"padding": (0, 0, -3, 2)}, ValueError, "the padded image must be at least as large as the kernel [4]"),
     ],
 )
-def test_errors(change, error, message):
+def test_errors(upfirdn2d, change, error, message):
     with pytest.raises(error, match=re.escape(f"upfirdn2d: {message}")):
         upfirdn2d(**{"x": draw(1, 1, 4, 4), "kernel": draw(4), **change})
+
+
+# What the networks and the augmentation ask for, and what no fast path takes.
+CALLS = {
+    "up": ((4,), {"up": 2, "padding": (2, 1, 2, 1), "gain": 4.0}),
+    "down": ((4,), {"down": 2, "padding": (1, 1, 1, 1)}),
+    "same": ((4,), {"padding": (2, 1, 2, 1), "flip": True}),
+    "augmentation up": ((12,), {"up": 2, "padding": (6, 5, 6, 5), "gain": 4.0}),
+    "augmentation down": ((12,), {"down": 2, "padding": (-1, -1, -1, -1), "flip": True}),
+    "row": ((1, 7), {"padding": (3, 3, 0, 0)}),
+    "column": ((7, 1), {"padding": (0, 0, 3, 3)}),
+    "general": ((3, 5), {"up": 3, "down": 2, "padding": (4, -2, 1, 6), "gain": -0.5}),
+}
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("shape", [(2, 16, 17, 19), (1, 3, 16, 24), (3, 5, 1, 40), (0, 4, 16, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", CALLS)
+def test_error_is_that_of_the_reference(upfirdn2d, backend, name, dtype, shape):
+    if backend == "reference":
+        pytest.skip("compares a kernel with the reference")
+    kernel_shape, settings = CALLS[name]
+    if shape[2] * settings.get("up", 1) + sum(settings["padding"][2:]) < kernel_shape[0]:
+        pytest.skip("nothing is left to filter")
+    kernel = draw(*kernel_shape, seed=1, dtype=torch.float32)
+
+    own = dtype  # all draws are rounded to it
+
+    def run(function, dtype, channels_last=False):
+        x = draw(*shape).to(own).to(dtype)
+        if channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        x.requires_grad_()
+        y = function(x, kernel.to(torch.promote_types(dtype, torch.float32)), **settings)
+        grad_y = draw(*y.shape, seed=2).to(own).to(dtype).requires_grad_()
+        (grad_x,) = torch.autograd.grad(y, x, grad_y, create_graph=True)
+        other = draw(*shape, seed=3).to(own).to(dtype)
+        (second,) = torch.autograd.grad(grad_x, grad_y, other, materialize_grads=True, allow_unused=True)
+        return {"y": y, "gradient to x": grad_x, "gradient to the gradient": second}
+
+    reference = functools.partial(ops.upfirdn2d, backend="reference")
+    truth, expected = run(reference, torch.float64), run(reference, dtype)
+    for channels_last in (False, True):
+        for what, actual in run(upfirdn2d, dtype, channels_last).items():
+            assert_error_within_reference(actual, expected[what], truth[what], what)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_levels_and_threads_agree(name, cpu_level, threads):
+    kernel_shape, settings = CALLS[name]
+    x, kernel = draw(4, 24, 32, 32, dtype=torch.float32), draw(*kernel_shape, seed=1, dtype=torch.float32)
+    for view in (x, x.contiguous(memory_format=torch.channels_last)):
+        threads(1)
+        expected = ops.upfirdn2d(view, kernel, backend="cpu", **settings)
+        threads(3)
+        assert_close(ops.upfirdn2d(view, kernel, backend="cpu", **settings), expected, cpu_level, "exact")
+        reference = ops.upfirdn2d(x, kernel, backend="reference", **settings)
+        truth = ops.upfirdn2d(x.double(), kernel.double(), backend="reference", **settings)
+        assert_error_within_reference(expected, reference, truth, cpu_level)
+
+
+def test_kernel_gradient_is_the_references(backend):
+    x, kernel = draw(1, 1, 4, 4), draw(3, seed=1).requires_grad_()
+    assert torch.autograd.grad(ops.upfirdn2d(x, kernel).sum(), kernel)[0].shape == (3,)
+    if backend == "cpu":
+        with pytest.raises(NotImplementedError, match=r'upfirdn2d: backend "cpu" has no gradient to kernel'):
+            ops.upfirdn2d(x, kernel, backend=backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_layout_is_kept(upfirdn2d, backend, dtype):
+    if backend == "reference":
+        pytest.skip("a property of the kernels")
+    x = draw(2, 8, 6, 6, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    y = upfirdn2d(x, BLUR, up=2, padding=(2, 1, 2, 1))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": 0}, "x must not be a null pointer"),
+        ({"x": 6}, "x must be aligned to its elements of 4 bytes, got 6"),
+        ({"taps": 0}, "taps must not be a null pointer"),
+        ({"y": 2}, "y must be aligned"),
+        ({"dtype": 4}, "dtype must be a code from 0 to 3, got 4"),
+        ({"batch": -1}, "batch must be at least 0"),
+        ({"in_width": -4}, "in_width must be at least 0"),
+        ({"out_height": 1 << 40}, "out_height must be at least 0 and at most 16777216"),
+        ({"taps_x": 0}, "taps_x must be at least 1"),
+        ({"taps_y": 3}, "taps_y must be taps_x of a separable filter, got 3 and 4"),
+        ({"up": 0}, "up must be at least 1"),
+        ({"channels": 1 << 47}, "elements of x must be at most"),
+        ({"threads": 0}, "threads must be at least 1"),
+    ],
+)
+def test_binding_refuses_what_cannot_be_right(change, message):
+    reason = backends.status()["upfirdn2d"]["cpu"]
+    if reason is not None:
+        pytest.skip(reason)
+    from epigraf_fast import _C
+
+    x, taps, y = torch.ones(1, 1, 4, 4), torch.ones(4), torch.empty(1, 1, 4, 4)
+    arguments = {"x": x.data_ptr(), "taps": taps.data_ptr(), "y": y.data_ptr(), "dtype": 0, "batch": 1, "channels": 1}
+    arguments |= {"in_height": 4, "in_width": 4, "out_height": 4, "out_width": 4, "taps_y": 4, "taps_x": 4}
+    arguments |= {"separable": True, "channels_last": False, "flip": False, "up": 1, "down": 1, "pad_x": 2, "pad_y": 2}
+    arguments |= {"gain": 1.0, "threads": 1}
+    _C.upfirdn2d_cpu(*arguments.values())
+    assert_close(y[0, 0, 2, 2], torch.tensor(16.0), "y")
+    with pytest.raises(ValueError, match=re.escape(f"upfirdn2d: {message}")):
+        _C.upfirdn2d_cpu(*{**arguments, **change}.values())

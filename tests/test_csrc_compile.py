@@ -1,0 +1,39 @@
+"""The CUDA files of csrc/, compiled for GPUs that need not be there: registers, spills, loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import resources_cuda
+
+GOOD = {"case": "bias_act_runs_kernel<Half, 8, false, (Order)1>", "spill": 0, "load_bits": 128}
+
+
+@pytest.mark.parametrize("arch", [*resources_cuda.NVRTC_ARCHS, *resources_cuda.NVCC_ARCHS])
+@pytest.mark.parametrize("source", resources_cuda.sources(), ids=lambda source: source.stem)
+def test_every_kernel_compiles_and_fits(source: Path, arch: int) -> None:
+    reason = resources_cuda.lacking(arch)
+    if reason is not None:
+        pytest.skip(reason)
+    rows = resources_cuda.rows((arch,), [source])
+    assert rows
+    lacking = [f"{row['case']}: {problem}" for row in rows for problem in row["problems"]]
+    assert not lacking, "\n".join(lacking)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({}, []),
+        ({"spill": 8}, ["spills 8 bytes"]),
+        ({"load_bits": 16}, ["loads at most 16 bits at once"]),
+        ({"load_bits": 16, "case": "bias_act_runs_kernel<Half, 1, true, (Order)1>"}, []),
+        ({"load_bits": 0, "case": "bias_act_sum_parts_kernel<float>"}, []),
+    ],
+    ids=str,
+)
+def test_problems(change: dict[str, Any], found: list[str]) -> None:
+    assert resources_cuda.problems({**GOOD, **change}) == found
