@@ -53,7 +53,7 @@ class Record:
         """Writes one line of statistics."""
         statistics = require_finite(self.trainer, self.run_dir)
         if self.log is not None:
-            self.log.write(self.trainer.cur_nimg, statistics | self.snapshots.statistics)
+            self.log.write(self.trainer.cur_nimg, statistics)
         self.trainer.reset_statistics()
 
     def grids(self) -> None:
