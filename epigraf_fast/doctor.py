@@ -30,6 +30,7 @@ EXTRAS = {
 
 # Code that only a GPU can run and that no GPU has run yet. It is never on by default.
 OPT_IN = (
+    "torchrun on several GPUs (NCCL): not yet run, only gloo between two processes on a CPU",
     "--precision tf32 and fp16, --discriminator.half-blocks: not yet run on a GPU",
     "--backend triton, the renderer on Triton kernels: not yet run on a GPU, only in Triton's interpreter",
     "--backend cuda, the convolutions on the extension: not yet run on a GPU, only compiled; the same maths is "

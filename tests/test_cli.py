@@ -435,7 +435,7 @@ def test_what_a_finished_run_leaves(
 
     events = EventAccumulator(str(run_dir / "tensorboard"))
     events.Reload()
-    assert {"loss/G", "loss/D", "img_per_sec"} <= set(events.Tags()["scalars"])
+    assert {"loss/G", "loss/D", "img_per_sec", "geometry/non_flat"} <= set(events.Tags()["scalars"])
     assert set(events.Tags()["images"]) == {"samples/images", "samples/depth"}
 
     output = capsys.readouterr().out

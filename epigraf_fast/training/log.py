@@ -87,6 +87,10 @@ class RunLog:
         """Adds a uint8 [H, W, 3] picture to TensorBoard."""
         self.board.add_image(name, picture, cur_nimg, dataformats="HWC")
 
+    def scalar(self, name: str, value: float, cur_nimg: int) -> None:
+        """Adds a number to TensorBoard alone."""
+        self.board.add_scalar(name, value, cur_nimg)
+
     def say(self, text: str) -> None:
         """Prints a line above the bar."""
         self.bar.write(text)

@@ -57,7 +57,6 @@ class Snapshots:
         self.run_dir = Path(config.run_dir)
         columns, rows = config.grid
         self.distances: dict[str, FeatureDistance] = {}  # once needed, with the real images seen
-        self.statistics: dict[str, float] = {}  # of the last grids
         self.latents = fixed_latents(columns * rows, generator, dataset, config.camera, config.seed)
 
     def reals(self) -> Path:
@@ -83,7 +82,7 @@ class Snapshots:
             self.log.image(f"samples/{name}", picture, cur_nimg)
         if self.config.generator.backbone == "triplane":
             share = non_flat_share(batches, camera)
-            self.statistics = {"geometry/non_flat": share}
+            self.log.scalar("geometry/non_flat", share, cur_nimg)
             if cur_nimg and share < 0.5:
                 self.log.say(f"warning: {1 - share:.0%} of the shapes are flat; are the camera poses right?")
         return paths[0], paths[1]

@@ -14,7 +14,7 @@ import train
 from epigraf_fast.config import Config, check
 from epigraf_fast.data import ImageDataset
 from epigraf_fast.errors import SaveError, UserError
-from epigraf_fast.training import endurance, snapshot
+from epigraf_fast.training import endurance, record, snapshot
 from epigraf_fast.training.checkpoint import list_checkpoints, load_checkpoint
 from epigraf_fast.training.endurance import explain_out_of_memory, is_out_of_memory, micro_batch_that_fits
 from epigraf_fast.training.memory import meta_networks, step_bytes
@@ -99,14 +99,14 @@ def test_a_disk_that_is_full_for_a_while(
 ) -> None:
     """Training goes on, and the next checkpoint is written."""
     config = tiny_config(kimg=0.032, checkpoint_kimg=0.008)
-    original, calls = train.save_checkpoint, itertools.count(1)
+    original, calls = record.save_checkpoint, itertools.count(1)
 
     def save_checkpoint(*args: Any) -> Path:
         if next(calls) in (2, 3):
             raise SaveError("checkpoint x could not be written (No space left on device): make room")
         return original(*args)
 
-    monkeypatch.setattr(train, "save_checkpoint", save_checkpoint)
+    monkeypatch.setattr(record, "save_checkpoint", save_checkpoint)
     assert run(config, tiny_dataset) == 0
     assert [int(path.stem[-9:]) for path in list_checkpoints(Path(config.run_dir))] == [8, 32]
     assert capsys.readouterr().out.count("No space left on device): make room; training goes on") == 2
@@ -118,7 +118,7 @@ def test_a_disk_that_is_full_at_the_end(
     def save_checkpoint(*args: Any) -> Path:
         raise SaveError("could not be written")
 
-    monkeypatch.setattr(train, "save_checkpoint", save_checkpoint)
+    monkeypatch.setattr(record, "save_checkpoint", save_checkpoint)
     with pytest.raises(SaveError, match="could not be written"):
         run(tiny_config(kimg=0.008), tiny_dataset)
 
@@ -140,7 +140,9 @@ def test_what_was_trained_is_saved_when_the_data_break(
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "make_loader", make_loader)
-        with pytest.raises(UserError, match=rf"{fault} \(saved .*checkpoint-000000024\.pt; go on with --resume auto\)"):
+        with pytest.raises(
+            UserError, match=rf"{fault} \(saved .*checkpoint-000000024\.pt; go on with --run-dir .* --resume auto\)"
+        ):
             run(config, tiny_dataset)
     assert run(config, tiny_dataset, "auto") == 0
     resumed = load_checkpoint(list_checkpoints(Path(config.run_dir))[-1])[1]["trainer"]

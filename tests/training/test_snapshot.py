@@ -37,9 +37,13 @@ class Log:
     def __init__(self) -> None:
         self.pictures: list[tuple[str, np.ndarray, int]] = []
         self.said: list[str] = []
+        self.scalars: list[tuple[str, float, int]] = []
 
     def say(self, text: str) -> None:
         self.said.append(text)
+
+    def scalar(self, name: str, value: float, cur_nimg: int) -> None:
+        self.scalars.append((name, value, cur_nimg))
 
     def image(self, name: str, picture: np.ndarray, cur_nimg: int) -> None:
         self.pictures.append((name, picture, cur_nimg))
@@ -206,7 +210,7 @@ def test_flat_shapes_are_said(run: tuple[Trainer, Snapshots], monkeypatch: pytes
         monkeypatch.setattr(snapshot, "non_flat_share", lambda *args, share=share: share)
         snapshots.log.said = []
         snapshots.grids(cur_nimg)
-        assert snapshots.statistics == {"geometry/non_flat": share}
+        assert snapshots.log.scalars[-1] == ("geometry/non_flat", share, cur_nimg)
         assert [text.partition(";")[0] for text in snapshots.log.said] == said
 
 
