@@ -26,11 +26,10 @@ from .camera import PRIORS
 from .config import PRESETS, Config, check, preset, to_dict
 from .errors import UserError
 from .models.background import ENCODER_STEPS
-from .models.discriminator import Discriminator
-from .models.generator import Generator
 from .models.layers import LOW_PASS, ScalarEncoder, channels_at
 from .published import Optimizer, Snapshot, read_snapshot
 from .training.checkpoint import save_checkpoint
+from .training.memory import meta_networks
 from .training.pretrained import check_finite, load_generator, save_safetensors
 
 # Published name -> ours, the first pattern that matches the whole name.
@@ -295,22 +294,6 @@ def _camera(stored: dict[str, Any], base: Config) -> Any:
     return dataclasses.replace(base.camera, **values)
 
 
-def networks_of(config: Config, label_dim: int) -> tuple[Generator, Discriminator]:
-    """The networks that the settings describe, without values."""
-    with torch.device("meta"):
-        generator = Generator(
-            config.generator,
-            config.renderer,
-            config.camera,
-            label_dim=label_dim,
-            image_resolution=config.resolution,
-        )
-        discriminator = Discriminator(
-            config.discriminator, config.resolution, config.patch.resolution, label_dim=label_dim
-        )
-    return generator, discriminator
-
-
 def translate(tensors: dict[str, Tensor], account: Account, module: nn.Module, network: str) -> dict[str, Tensor]:
     """Our state dict of a published network.
 
@@ -394,7 +377,7 @@ def import_snapshot(
     base = dataclasses.replace(preset(preset_name), run_dir=str(out))
     try:
         config, label_dim = config_of(snapshot, base, patch_resolution)
-        generator, discriminator = networks_of(config, label_dim)
+        generator, discriminator = meta_networks(config, label_dim)
         modules = {"G_ema": generator, "G": generator, "D": discriminator}
         accounts = {name: account_for(tensors, name) for name, tensors in snapshot.networks.items()}
         states = {
