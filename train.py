@@ -4,12 +4,12 @@ $ python train.py demo
 $ python train.py ffhq --data datasets/ffhq.zip --resolution 512 --batch 64 --run-dir runs/ffhq
 $ python train.py ffhq --data datasets/ffhq.zip --dry-run
 $ python train.py ffhq --data datasets/ffhq.zip --run-dir runs/ffhq --resume auto
+$ torchrun --nproc_per_node 8 train.py ffhq --data datasets/ffhq.zip --run-dir runs/ffhq --resume auto
 """
 
 import contextlib
 import json
 import random
-import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,39 +22,21 @@ from epigraf_fast import doctor
 from epigraf_fast.config import PRESETS, Config, check, preset, to_dict, with_data_camera
 from epigraf_fast.data import ImageDataset, make_loader
 from epigraf_fast.errors import DivergenceError, UserError
-from epigraf_fast.training.checkpoint import (
-    check_resumable,
-    find_checkpoint,
-    list_checkpoints,
-    load_checkpoint,
-    save_checkpoint,
-    set_random_state,
-)
-from epigraf_fast.training.log import RunLog
+from epigraf_fast.training.checkpoint import check_resumable, find_checkpoint, load_checkpoint, set_random_state
+from epigraf_fast.training.distributed import FAULT, World, check_world
+from epigraf_fast.training.endurance import StopRequest, explain_out_of_memory
 from epigraf_fast.training.memory import meta_networks, parameter_count, step_bytes
-from epigraf_fast.training.snapshot import Snapshots
+from epigraf_fast.training.record import Record
 from epigraf_fast.training.step import Trainer, check_backend
-
-
-class StopRequest:
-    """SIGTERM and Ctrl-C ask the loop to save and leave; a second Ctrl-C interrupts at once."""
-
-    def __init__(self) -> None:
-        self.signal = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._asked)
-
-    def _asked(self, number: int, frame: object) -> None:
-        self.signal = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 done, 1 training diverged, 2 a fault in the input, 128 + n stopped by signal n."""
-    command = parse(argv)
+    command, world = parse(argv), World.from_environment()
     try:
         check(command.config)
-        config, device = command.config, pick_device(command.config)
+        check_world(command.config, world)
+        config, device = command.config, pick_device(command.config, world)
         dataset = ImageDataset(
             config.data, config.resolution, use_labels=config.loader.labels, mirror=config.loader.mirror
         )
@@ -62,13 +44,13 @@ def main(argv: list[str] | None = None) -> int:
         check(config)
         if command.dry_run:
             return dry_run(config, dataset)
-        return train(config, dataset, device, command.resume)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except DivergenceError as error:
-        print(f"stopped: {error}", file=sys.stderr)
-        return 1
+        return train(config, dataset, device, command.resume, world)
+    except (UserError, DivergenceError) as error:
+        where = f"[rank {world.rank}] " if world.size > 1 else ""
+        print(f"{where}{'error' if isinstance(error, UserError) else 'stopped'}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    finally:
+        world.close()
 
 
 def parse(argv: list[str] | None):
@@ -87,7 +69,7 @@ def parse(argv: list[str] | None):
     return tyro.extras.overridable_config_cli(presets, prog="train.py", description=__doc__, args=argv)
 
 
-def pick_device(config: Config) -> torch.device:
+def pick_device(config: Config, world: World) -> torch.device:
     """The device to train on, with the arithmetic that the precision asks for switched on."""
     name = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -96,6 +78,9 @@ def pick_device(config: Config) -> torch.device:
         raise UserError(f"precision {config.precision} needs a GPU, a CPU computes in fp32: set --precision fp32")
     check_backend(config.backend, name.partition(":")[0])
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision != "fp32"
+    if name == "cuda" and world.size > 1:
+        name = f"cuda:{world.local_rank}"
+        torch.cuda.set_device(name)
     return torch.device(name)
 
 
@@ -114,85 +99,75 @@ def dry_run(config: Config, dataset: ImageDataset) -> int:
     return 0
 
 
-def train(config: Config, dataset: ImageDataset, device: torch.device, resume: str | None) -> int:
+def train(
+    config: Config, dataset: ImageDataset, device: torch.device, resume: str | None, world: World | None = None
+) -> int:
     """Builds or restores a run, and trains it."""
-    run_dir = Path(config.run_dir)
-    checkpoint = find_checkpoint(resume, run_dir)
+    world = World() if world is None else world
+    world.connect(device)
+    checkpoint = find_checkpoint(resume, Path(config.run_dir))
     random.seed(config.seed)
     np.random.seed(config.seed)  # noqa: NPY002 - libraries draw from it
     torch.manual_seed(config.seed)
-    trainer = Trainer(config, dataset, device)
+    trainer = Trainer(config, dataset, device, world)
     if checkpoint:
         stored_config, stored = load_checkpoint(checkpoint)
         changes = check_resumable(stored_config, config)
         trainer.load_state_dict(stored["trainer"])
         set_random_state(stored["random"])
-        print(f"continuing from {checkpoint}", *changes, sep="\n  ")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
-    print(doctor.format_backends(doctor.report()))
-    with contextlib.closing(RunLog(run_dir, config.kimg, trainer.cur_nimg)) as log:
-        return loop(config, dataset, trainer, log)
+        if world.rank == 0:
+            print(f"continuing from {checkpoint}", *changes, sep="\n  ")
+    world.reseed(config.seed, trainer.cur_nimg)
+    if world.rank == 0:
+        print(doctor.format_backends(doctor.report()))
+    with contextlib.closing(Record(config, dataset, trainer)) as record:
+        return loop(config, dataset, trainer, record)
 
 
-def loop(config: Config, dataset: ImageDataset, trainer: Trainer, log: RunLog) -> int:
+def loop(config: Config, dataset: ImageDataset, trainer: Trainer, record: Record) -> int:
     """Trains a run to its end, or until a signal."""
-    run_dir, stop = Path(config.run_dir), StopRequest()
-    snapshots = Snapshots(config, dataset, trainer.average, log)
+    world, stop = trainer.world, StopRequest()
     total = round(config.kimg * 1000)
-    if trainer.cur_nimg == 0:
-        with log.pause():
-            log.say(f"real images:     {snapshots.reals()}")
-            log.say(f"initial samples: {snapshots.grids(0)[0]}")
-            if config.metric_images:
-                log.say(f"fd_efficientnet: {snapshots.measure(0):.1f}")
-    order = config.batch, config.seed, trainer.cur_nimg
-    loader = make_loader(dataset, *order, config.loader.workers, device=trainer.device)
+    record.begin()
+    order = trainer.share, config.seed, trainer.cur_nimg, config.loader.workers
+    loader = make_loader(dataset, *order, rank=world.rank, world_size=world.size, device=trainer.device)
 
-    def crossed(kimg: float) -> bool:
+    def crossed(kimg: float | None) -> bool:
         """Whether the last iteration stepped over a multiple of this many kimg."""
-        interval = round(kimg * 1000)
-        return trainer.cur_nimg // interval != (trainer.cur_nimg - config.batch) // interval
-
-    def save() -> Path:
-        require_finite(trainer, run_dir)
-        return save_checkpoint(run_dir, config, trainer.state_dict(), config.keep_checkpoints)
+        interval = round((kimg or 0) * 1000)
+        return interval > 0 and trainer.cur_nimg // interval != (trainer.cur_nimg - config.batch) // interval
 
     while trainer.cur_nimg < total:
-        trainer.iteration(*next(loader))
-        log.advance(trainer.cur_nimg)
+        fault = None
+        try:
+            batch = next(loader)
+        except UserError as error:  # an unreadable image or a dead worker; the networks are sound
+            fault = error
+        (word,) = world.agree(FAULT if fault else stop.signal)
+        if word:
+            saved = (
+                f"saved {record.save()}; go on with --run-dir {config.run_dir} --resume auto"
+                if trainer.cur_nimg
+                else ""
+            )
+            if word == FAULT:
+                raise UserError(f"{fault or 'another process has no data'}{f' ({saved})' if saved else ''}")
+            record.say(f"stopped by signal {word}; {saved or 'nothing was trained yet'}")
+            return 128 + word
+        with explain_out_of_memory(config, dataset.label_dim, trainer.device):
+            trainer.iteration(*batch)
+        record.advance()
         if crossed(config.log_kimg):
-            log.write(trainer.cur_nimg, require_finite(trainer, run_dir))
-            trainer.reset_statistics()
+            record.statistics()
         if crossed(config.snapshot_kimg):
-            with log.pause():
-                snapshots.grids(trainer.cur_nimg)
-        if stop.signal or crossed(config.checkpoint_kimg) or trainer.cur_nimg >= total:
-            with log.pause():
-                path = save()
-        if stop.signal:
-            log.say(f"stopped by signal {stop.signal}; saved {path}; go on with --run-dir {run_dir} --resume auto")
-            return 128 + stop.signal
-
-    log.say(f"samples:         {' '.join(map(str, snapshots.grids(trainer.cur_nimg)))}")
-    if config.turntable:
-        log.say(f"turntable:       {snapshots.turntable()}")
-    if config.metric_images:
-        log.say(f"fd_efficientnet: {snapshots.measure(trainer.cur_nimg):.1f} ({run_dir / 'metrics.json'})")
+            record.grids()
+        finished, measuring = trainer.cur_nimg >= total, crossed(config.metric_kimg)
+        if finished or measuring or crossed(config.checkpoint_kimg):
+            record.save(must=finished)
+        if measuring and not finished:
+            record.measure()
+    record.finish()
     return 0
-
-
-def require_finite(trainer: Trainer, run_dir: Path) -> dict[str, float]:
-    """The statistics, if every one is finite."""
-    statistics = trainer.statistics()
-    broken = [name for name, value in statistics.items() if not np.isfinite(value)]
-    if broken:
-        last = [str(path) for path in list_checkpoints(run_dir)[-1:]]
-        raise DivergenceError(
-            f"{', '.join(broken)} not finite at {trainer.cur_nimg} images; nothing was saved over the last good "
-            f"checkpoint ({last[0] if last else 'none yet'}). Lower the learning rates, or raise optim.r1_gamma"
-        )
-    return statistics
 
 
 if __name__ == "__main__":

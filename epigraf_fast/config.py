@@ -242,6 +242,10 @@ class Config:
     """Columns and rows of the sample grids."""
     metric_images: int = 0
     """Generated images that fd_efficientnet is measured on, before and after training; 0 measures nothing."""
+    metric_kimg: float | None = None
+    """Between two measurements during training, each at a checkpoint; the best one is kept as best.pt."""
+    inception: str | None = None
+    """A TorchScript file of Inception's features: FID is measured, too, and decides which checkpoint is the best."""
     turntable: int = 0
     """Objects of the turntable that a finished run leaves; 0 for none."""
     camera: CameraConfig = field(default_factory=CameraConfig)
@@ -458,6 +462,11 @@ def check(config: Config) -> None:
         raise UserError(f"augment.target must be in [-1, 1], the mean of a sign, got {c.augment.target}")
     if c.metric_images == 1:
         raise UserError("metric_images must be 0 or at least 2, got 1")
+    if c.metric_kimg is not None and not 0.001 <= c.metric_kimg < math.inf:
+        raise UserError(f"metric_kimg must be finite and at least 0.001, which is one image, got {c.metric_kimg}")
+    for name, value in (("metric_kimg", c.metric_kimg), ("inception", c.inception)):
+        if value is not None and not c.metric_images:
+            raise UserError(f"{name} needs images to measure: set --metric-images 2048")
     if not 0 <= c.seed < 2**32:
         raise UserError(f"seed must be in [0, 2^32), got {c.seed}")
     if c.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", c.device):

@@ -30,6 +30,7 @@ EXTRAS = {
 
 # Code that only a GPU can run and that no GPU has run yet. It is never on by default.
 OPT_IN = (
+    "torchrun on several GPUs (NCCL): not yet run, only gloo between two processes on a CPU",
     "--precision tf32 and fp16, --discriminator.half-blocks: not yet run on a GPU",
     "the Triton kernels of the renderer's ops (backend triton): not yet run on a GPU, only in Triton's interpreter",
 )

@@ -1,4 +1,4 @@
-"""The one exception that stands for a mistake in what a user gave us."""
+"""The exceptions that end a program with one line: a mistake in what a user gave us, a run that diverged."""
 
 from __future__ import annotations
 
@@ -13,3 +13,7 @@ class UserError(ValueError):
 
 class DivergenceError(RuntimeError):
     """A loss is not finite any more. The message says where the last good checkpoint is."""
+
+
+class SaveError(UserError):
+    """A checkpoint could not be written; the ones before are as they were."""

@@ -30,6 +30,8 @@ TOLERANCES: dict[torch.dtype | str, tuple[float, float]] = {
     "network_fp32": (1e-3, 1e-4),
     # A golden loss, of order one: room for other CPUs and releases of torch, not for another formula.
     "golden": (1e-4, 0.0),
+    # Gradients of two processes against those of one, each divided by its largest value: another order of one sum.
+    "distributed": (0.0, 1e-6),
     # Resampling in fp32 against the same in float64: two filters of 144 taps on numbers up to 1.
     "augment_identity": (0.0, 2e-6),
     # The whole of the reflected surroundings against as much as is needed: 1e-4 of the range of 2.

@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import random
 import re
+import shutil
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import numpy as np
 import torch
 
 from ..config import Config, differences, from_dict, to_dict
-from ..errors import UserError
+from ..errors import SaveError, UserError
 
 FORMAT = "epigraf_fast"
 VERSION = 1
@@ -59,14 +61,18 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 def save_checkpoint(run_dir: Path, config: Config, trainer_state: dict[str, Any], keep: int) -> Path:
     """Writes a checkpoint to a temporary file, renames it into place, and removes all but the newest `keep`.
 
+    A write that fails, as on a full disk, leaves nothing behind and the checkpoints before alone.
+
     Args:
         trainer_state: `Trainer.state_dict()`.
 
     Returns:
         Its path.
+
+    Raises:
+        SaveError: The file could not be written.
     """
     path = checkpoint_path(run_dir, trainer_state["cur_nimg"])
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -75,22 +81,45 @@ def save_checkpoint(run_dir: Path, config: Config, trainer_state: dict[str, Any]
         "random": random_state(),
     }
     temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    directory = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(directory)  # the rename itself survives a power cut
-    finally:
-        os.close(directory)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)  # the rename itself survives a power cut
+        finally:
+            os.close(directory)
+    except (OSError, RuntimeError) as error:  # the latter is how torch's writer wraps the former
+        temporary.unlink(missing_ok=True)
+        reason = error.strerror if isinstance(error, OSError) else str(error).strip().splitlines()[0][:120]
+        kept = list_checkpoints(run_dir)
+        last = f"the last one is {kept[-1].name}" if kept else "there is none yet"
+        raise SaveError(f"checkpoint {path} could not be written ({reason}): make room; {last}") from None
     for old in list_checkpoints(run_dir)[:-keep]:
         if old != path:  # which is not the last one where a damaged one was passed over on resume
             old.unlink()
     for left in path.parent.glob("*.tmp"):  # of a process that was killed while writing
         left.unlink()
     return path
+
+
+def keep_best(run_dir: Path, cur_nimg: int) -> Path | None:
+    """Keeps the checkpoint at `cur_nimg` images as best.pt, beside the newest ones; None if there is none."""
+    path = checkpoint_path(run_dir, cur_nimg)
+    if not path.is_file():
+        return None
+    best, temporary = path.with_name("best.pt"), path.with_name("best.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:  # a file system without links
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, best)
+    return best
 
 
 def load_checkpoint(path: Path) -> tuple[Config, dict[str, Any]]:
@@ -105,6 +134,11 @@ def load_checkpoint(path: Path) -> tuple[Config, dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}: give a checkpoint file or a run folder")
     try:
+        # The file is a zip whose checksums torch writes, but does not compare on reading: a flipped bit would pass.
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        if broken is not None:
+            raise ValueError(f"the checksum of {broken} is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes torch trip in every possible way
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import Config
+from ..config import CameraConfig, Config
 from ..data import ImageDataset
 from ..models.generator import Generator
+from ..models.renderer import Images
 from .log import RunLog, depth_to_uint8, save_gif, save_png, tile, to_uint8
-from .metrics import FeatureDistance
+from .metrics import FeatureDistance, ScriptFeatures
 from .sampling import BATCH, fixed_latents, render_images, render_turntable, surface_depth
 
 TURNTABLE_FRAMES = 36
 TURNTABLE_SECONDS = 3.0
 METRIC_SEED = 10_000  # other latents than those of the grids
+SOLID = 0.5  # opacity of the pixels whose depth counts
+FLAT = 0.05  # of the ray range
 
 
 def real_images(dataset: ImageDataset, num: int) -> Iterator[Tensor]:
@@ -53,7 +56,8 @@ class Snapshots:
         self.config, self.dataset, self.generator, self.log = config, dataset, generator, log
         self.run_dir = Path(config.run_dir)
         columns, rows = config.grid
-        self.distance: FeatureDistance | None = None  # once needed, with the real images seen
+        self.distances: dict[str, FeatureDistance] = {}  # once needed, with the real images seen
+        self.statistics: dict[str, float] = {}  # of the last grids
         self.latents = fixed_latents(columns * rows, generator, dataset, config.camera, config.seed)
 
     def reals(self) -> Path:
@@ -77,6 +81,11 @@ class Snapshots:
             paths.append(self.run_dir / "samples" / f"{name}-{cur_nimg:09d}.png")
             save_png(picture, paths[-1])
             self.log.image(f"samples/{name}", picture, cur_nimg)
+        if self.config.generator.backbone == "triplane":
+            share = non_flat_share(batches, camera)
+            self.statistics = {"geometry/non_flat": share}
+            if cur_nimg and share < 0.5:
+                self.log.say(f"warning: {1 - share:.0%} of the shapes are flat; are the camera poses right?")
         return paths[0], paths[1]
 
     def turntable(self) -> Path:
@@ -88,21 +97,62 @@ class Snapshots:
         save_gif(frames, path, TURNTABLE_FRAMES / TURNTABLE_SECONDS)
         return path
 
-    def measure(self, cur_nimg: int) -> float:
-        """fd_efficientnet of `metric_images` generated against as many real images; added to metrics.json."""
-        num = self.config.metric_images
-        if self.distance is None:
-            self.distance = FeatureDistance(self.latents[0].device)
+    def measure(self, cur_nimg: int) -> dict[str, float]:
+        """Distances of `metric_images` generated to as many real images; added to metrics.json.
+
+        They are fd_efficientnet, and fid where Inception's weights are given.
+        """
+        num, device = self.config.metric_images, self.latents[0].device
+        if not self.distances:
+            distances = {"fd_efficientnet": FeatureDistance(device)}
+            if self.config.inception is not None:
+                distances["fid"] = FeatureDistance(device, ScriptFeatures(Path(self.config.inception), device))
             for images in real_images(self.dataset, num):
-                self.distance.update_real(images)
-        self.distance.reset_fake()
-        measure_fakes(self.generator, self.dataset, self.config, num, self.distance.update_fake)
-        value = self.distance.compute()
+                for distance in distances.values():
+                    distance.update_real(images)
+            self.distances = distances
+        for distance in self.distances.values():
+            distance.reset_fake()
+
+        def use(images: Tensor) -> None:
+            for distance in self.distances.values():
+                distance.update_fake(images)
+
+        measure_fakes(self.generator, self.dataset, self.config, num, use)
+        values = {name: distance.compute() for name, distance in self.distances.items()}
+        entries = [entry for entry in read_metrics(self.run_dir) if entry["cur_nimg"] < cur_nimg]
+        entries.append({"cur_nimg": cur_nimg, **values, "images": num})
         path = self.run_dir / "metrics.json"
-        entries = json.loads(path.read_text()) if path.is_file() else []
-        entries = [entry for entry in entries if entry["cur_nimg"] < cur_nimg]
-        entries.append({"cur_nimg": cur_nimg, "fd_efficientnet": value, "images": num})
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(entries, indent=2) + "\n")
         temporary.replace(path)
-        return value
+        return values
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, float]]:
+    """The entries of metrics.json, oldest first."""
+    path = run_dir / "metrics.json"
+    return json.loads(path.read_text()) if path.is_file() else []
+
+
+def is_best(run_dir: Path) -> bool:
+    """Whether the last measurement is the best so far, by FID if it was measured, else by fd_efficientnet."""
+    entries = read_metrics(run_dir)
+    name = "fid" if "fid" in entries[-1] else "fd_efficientnet"
+    return entries[-1][name] <= min(entry[name] for entry in entries if name in entry)
+
+
+def non_flat_share(batches: Sequence[Images], camera: CameraConfig) -> float:
+    """The share of images whose depth is not flat: flat geometry is the commonest failure of a 3D GAN.
+
+    An image is flat if the middle 90% of the depths of its solid pixels span less than 5% of ray_start to ray_end, or
+    if it has no solid pixel.
+    """
+    flat = []
+    for images in batches:
+        for depth, opacity in zip(surface_depth(images, camera.ray_end), images.weight_sum, strict=True):
+            solid = depth[opacity > SOLID].float()
+            ends = torch.tensor([0.05, 0.95], device=solid.device)
+            span = float(solid.quantile(ends).diff()) if len(solid) else 0.0
+            flat.append(span < FLAT * (camera.ray_end - camera.ray_start))
+    return 1 - sum(flat) / len(flat)

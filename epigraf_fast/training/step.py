@@ -17,6 +17,7 @@ from ..models.discriminator import discriminator_class
 from ..models.image_generator import generator_class
 from ..models.mapping import mix_styles
 from ..ops import backends
+from .distributed import World
 from .ema import average_of, update_average
 from .losses import blur, discriminator_loss, generator_loss, path_lengths, r1_penalty
 from .patches import importance_map, sample_patches
@@ -66,10 +67,14 @@ class Trainer:
         config: Settings, checked.
         dataset: For labels and poses of the fake samples; real batches are handed to `iteration`.
         device: Where to train.
+        world: The processes that train together, each on its share of the batch.
     """
 
-    def __init__(self, config: Config, dataset: ImageDataset, device: torch.device) -> None:
+    def __init__(self, config: Config, dataset: ImageDataset, device: torch.device, world: World | None = None) -> None:
         self.config, self.device = config, device
+        self.world = World() if world is None else world
+        self.share = config.batch // self.world.size
+        self.micro = min(config.micro, self.share)
         self.labels, self.angles = dataset.labels.to(device), dataset.angles.to(device)
         shared = {"label_dim": dataset.label_dim, "backend": config.backend}
         self.generator = generator_class(config.generator)(
@@ -119,18 +124,18 @@ class Trainer:
         return torch.optim.Adam(module.parameters(), lr=lr * lazy, betas=betas, eps=1e-8, fused=fused)
 
     def iteration(self, images: Tensor, labels: Tensor, angles: Tensor) -> None:
-        """Trains on one batch.
+        """Trains on one batch, or on this process's share of it.
 
         Args:
-            images: uint8 [batch, 3, R, R].
-            labels: [batch, L].
-            angles: [batch, 3].
+            images: uint8 [share, 3, R, R].
+            labels: [share, L].
+            angles: [share, 3].
         """
         config = self.config
         regularize_g = config.optim.path_length_weight and self.iterations % config.optim.path_length_interval == 0
         # The phases' fakes are drawn together, so that poses are swapped over all of them.
-        num = (3 if regularize_g else 2) * config.batch
-        g_fakes, d_fakes, *path_fakes = self._draw_fakes(num).split(config.batch)
+        num = (3 if regularize_g else 2) * self.share
+        g_fakes, d_fakes, *path_fakes = self._draw_fakes(num).split(self.share)
         images = images.to(self.device, non_blocking=True).float() / 127.5 - 1
         angles = angles.to(self.device, non_blocking=True)
         reals = Samples(images, labels.to(self.device, non_blocking=True), angles, angles)
@@ -141,8 +146,9 @@ class Trainer:
         if regularize_g:
             for fakes in self._phase(self.g_optimizer, path_fakes[0]):
                 self._path_length_phase(fakes)
+            self.world.average([self.path_length])
         self.discriminator.requires_grad_(True)
-        for fakes, real in zip(self._phase(self.d_optimizer, d_fakes), reals.split(config.micro), strict=True):
+        for fakes, real in zip(self._phase(self.d_optimizer, d_fakes), reals.split(self.micro), strict=True):
             self._discriminator_phase(fakes, real)
         if config.optim.r1_gamma and self.iterations % config.optim.r1_interval == 0:
             for real in self._phase(self.d_optimizer, reals):
@@ -150,6 +156,7 @@ class Trainer:
 
         if config.augment.mode == "ada" and (self.iterations + 1) % config.augment.interval == 0:
             self._adjust_augmentation()
+        self.world.average([self.generator.mapping.w_avg])
         update_average(self.average, self.generator, ema_decay(config.optim, self.cur_nimg, config.batch))
         self.cur_nimg += config.batch
         self.iterations += 1
@@ -157,8 +164,15 @@ class Trainer:
     def _phase(self, optimizer: torch.optim.Optimizer, samples: Samples) -> Iterator[Samples]:
         """Yields micro-batches; their gradients, each a mean, are averaged, cleaned and stepped on."""
         optimizer.zero_grad(set_to_none=True)
-        yield from samples.split(self.config.micro)
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        yield from samples.split(self.micro)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        # A parameter that none of the processes has a gradient of is left alone, as by one process.
+        somewhere = self.world.agree(*(p.grad is not None for p in parameters))
+        for p, has_grad in zip(parameters, somewhere, strict=True):
+            if has_grad and p.grad is None:
+                p.grad = torch.zeros_like(p)
+        grads = [p.grad for p in parameters if p.grad is not None]
+        self.world.average(grads)
         for grad in grads:
             torch.nan_to_num(grad, nan=0.0, posinf=1e5, neginf=-1e5, out=grad)
         optimizer.step()
@@ -219,13 +233,14 @@ class Trainer:
     def _adjust_augmentation(self) -> None:
         """p <- max(p + sign(mean sign(D(real)) - target) images / kimg, 0), on the device."""
         augment = self.config.augment
+        self.world.average([self.real_signs])
         total, count = self.real_signs
         step = self.config.batch * augment.interval / (augment.kimg * 1000)
         self.augment_p.add_((total / count - augment.target).sign() * step).clamp_(min=0)
         self.real_signs.zero_()
 
     def _backward(self, loss: Tensor) -> None:
-        (loss * (self.config.micro / self.config.batch)).backward()
+        (loss * (self.micro / self.share)).backward()
 
     def _generate(self, fakes: Samples, update_w_avg: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Fake patches [B, 3, r, r], their scale and offset."""
@@ -294,7 +309,11 @@ class Trainer:
         self.counts[name] = self.counts.get(name, 0) + values.numel()
 
     def statistics(self) -> dict[str, float]:
-        """Means since `reset_statistics`; waits for the device."""
+        """Means since `reset_statistics`, over all processes, which all have to ask; waits for the device."""
+        if self.world.size > 1:
+            totals = [total.clone() for total in self.sums.values()]
+            self.world.average(totals)
+            return {name: x.item() / self.counts[name] for name, x in zip(self.sums, totals, strict=True)}
         return {name: self.sums[name].item() / self.counts[name] for name in self.sums}
 
     def reset_statistics(self) -> None:

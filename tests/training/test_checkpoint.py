@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import pickle
 import random
+import resource
+import signal
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -18,11 +21,12 @@ import torch
 
 from epigraf_fast.config import Config
 from epigraf_fast.data import ImageDataset, make_loader
-from epigraf_fast.errors import UserError
+from epigraf_fast.errors import SaveError, UserError
 from epigraf_fast.training.checkpoint import (
     check_resumable,
     checkpoint_path,
     find_checkpoint,
+    keep_best,
     list_checkpoints,
     load_checkpoint,
     random_state,
@@ -264,19 +268,21 @@ def test_a_failed_write_leaves_the_last_checkpoint(
     def fail(*args: Any, **kwargs: Any) -> None:
         if where == "torch.save":
             args[1].write(b"half of it")
-        raise OSError(28, "No space left on device")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
         module, name = where.split(".")
         patch.setattr({"torch": torch, "os": os}[module], name, fail)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(
+            SaveError, match=r"checkpoint-000000016\.pt could not be written \(No space left on device\)"
+        ):
             save_tiny(tmp_path, config, 16)
     assert names(tmp_path) == [8]
     assert load_checkpoint(good)[1]["trainer"]["cur_nimg"] == 8
     assert find_checkpoint("auto", tmp_path) == good
-    assert [path.name for path in good.parent.glob("*.tmp")] == ["checkpoint-000000016.tmp"]
+    assert not list(good.parent.glob("*.tmp"))  # the half of it makes room again
 
-    save_tiny(tmp_path, config, 24)  # the next one tidies up
+    save_tiny(tmp_path, config, 24)
     assert sorted(path.name for path in good.parent.iterdir()) == ["checkpoint-000000008.pt", "checkpoint-000000024.pt"]
 
 
@@ -309,6 +315,85 @@ def test_all_damaged(tmp_path: Path, tiny_config: TinyConfig) -> None:
         pytest.raises(UserError, match="holds no readable checkpoint"),
     ):
         find_checkpoint("auto", tmp_path)
+
+
+def test_a_full_disk_of_a_real_file(tmp_path: Path, tiny_config: TinyConfig) -> None:
+    """The system refuses to let the file grow beyond 4000 bytes, in the middle of torch's writer."""
+    config = tiny_config()
+    good = save_tiny(tmp_path, config, 8)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
+        with pytest.raises(
+            SaveError, match=r"could not be written .*: make room; the last one is checkpoint-000000008"
+        ):
+            save_tiny(tmp_path, config, 16)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [path.name for path in good.parent.iterdir()] == ["checkpoint-000000008.pt"]
+    assert load_checkpoint(good)[1]["trainer"]["cur_nimg"] == 8
+
+
+def test_a_flipped_bit(tmp_path: Path, tiny_config: TinyConfig) -> None:
+    """Anywhere: it is found, or it changes nothing. In a tensor torch itself would read it without a word."""
+    path = save_tiny(tmp_path, tiny_config(), 8)
+    whole, (_, before) = path.read_bytes(), load_checkpoint(path)
+    value = torch.arange(1000).numpy().tobytes()
+    found = 0
+    for place in (whole.index(value) + 4001, *range(0, len(whole), len(whole) // 150)):
+        flipped = bytearray(whole)
+        flipped[place] ^= 16
+        path.write_bytes(flipped)
+        try:
+            _, after = load_checkpoint(path)
+        except UserError:
+            found += 1
+        else:
+            assert differences(before, after) == [], f"byte {place}"
+    assert found > 75
+
+    flipped = bytearray(whole)
+    flipped[whole.index(value) + 4001] ^= 16
+    path.write_bytes(flipped)
+    assert not torch.equal(torch.load(path, weights_only=True)["trainer"]["value"], torch.arange(1000))
+    with pytest.raises(UserError, match=r"the checksum of \S+/data/\d+ is wrong|Bad CRC"):
+        load_checkpoint(path)
+
+
+def test_a_flipped_bit_falls_back(tmp_path: Path, tiny_config: TinyConfig) -> None:
+    for cur_nimg in (8, 16):
+        newest = save_tiny(tmp_path, tiny_config(), cur_nimg)
+    content = bytearray(newest.read_bytes())
+    content[content.index(torch.arange(1000).numpy().tobytes()) + 100] ^= 1
+    newest.write_bytes(content)
+    with pytest.warns(UserWarning, match=r"checkpoint-000000016\.pt cannot be read .*: use the one before it"):
+        assert find_checkpoint("auto", tmp_path) == checkpoint_path(tmp_path, 8)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_best_is_kept(
+    links: bool, tmp_path: Path, tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the newest, and it is no candidate for resuming."""
+
+    def refuse(*args: Any) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    save_tiny(tmp_path, tiny_config(), 8, keep=1)
+    best = keep_best(tmp_path, 8)
+    assert best.name == "best.pt"
+    save_tiny(tmp_path, tiny_config(), 16, keep=1)
+    assert names(tmp_path) == [16]
+    assert load_checkpoint(best)[1]["trainer"]["cur_nimg"] == 8
+    assert find_checkpoint("auto", tmp_path) == checkpoint_path(tmp_path, 16)
+    assert load_checkpoint(keep_best(tmp_path, 16))[1]["trainer"]["cur_nimg"] == 16
+    assert keep_best(tmp_path, 24) is None
+    assert load_checkpoint(best)[1]["trainer"]["cur_nimg"] == 16
+    assert not list(best.parent.glob("*.tmp"))
 
 
 def test_keep(tmp_path: Path, tiny_config: TinyConfig) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import imageio.v3
 import numpy as np
@@ -16,12 +18,13 @@ import torch
 from torch import Tensor
 
 from checks import assert_close
-from epigraf_fast.config import Config
+from epigraf_fast.config import CameraConfig, Config
 from epigraf_fast.data import ImageDataset
+from epigraf_fast.models.renderer import Images
 from epigraf_fast.training import sampling, snapshot
 from epigraf_fast.training.log import tile, to_uint8
 from epigraf_fast.training.sampling import fixed_latents, render_images, render_turntable, turntable_angles
-from epigraf_fast.training.snapshot import TURNTABLE_FRAMES, Snapshots
+from epigraf_fast.training.snapshot import TURNTABLE_FRAMES, Snapshots, is_best, non_flat_share
 from epigraf_fast.training.step import Trainer
 
 TinyConfig = Callable[..., Config]
@@ -33,6 +36,10 @@ class Log:
 
     def __init__(self) -> None:
         self.pictures: list[tuple[str, np.ndarray, int]] = []
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
 
     def image(self, name: str, picture: np.ndarray, cur_nimg: int) -> None:
         self.pictures.append((name, picture, cur_nimg))
@@ -43,7 +50,8 @@ class Distance:
 
     made = 0
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, features: Any = None) -> None:
+        self.scale = 1 if features is None else 2
         type(self).made += 1
         self.real: list[Tensor] = []
         self.fake: list[Tensor] = []
@@ -59,7 +67,7 @@ class Distance:
         self.fake = []
 
     def compute(self) -> float:
-        return float(torch.cat(self.fake).float().mean())
+        return self.scale * float(torch.cat(self.fake).float().mean())
 
 
 @pytest.fixture
@@ -131,9 +139,9 @@ def test_turntable(run: tuple[Trainer, Snapshots], tmp_path: Path) -> None:
 def test_measure(run: tuple[Trainer, Snapshots], tmp_path: Path, tiny_dataset: ImageDataset) -> None:
     trainer, snapshots = run
     first = snapshots.measure(0)
-    assert sum(map(len, snapshots.distance.real)) == 20
-    assert sum(map(len, snapshots.distance.fake)) == 20
-    reals = {image.numpy().tobytes() for batch in snapshots.distance.real for image in batch}
+    assert sum(map(len, snapshots.distances["fd_efficientnet"].real)) == 20
+    assert sum(map(len, snapshots.distances["fd_efficientnet"].fake)) == 20
+    reals = {image.numpy().tobytes() for batch in snapshots.distances["fd_efficientnet"].real for image in batch}
     assert len(reals) == 20
     assert reals <= {tiny_dataset[i][0].numpy().tobytes() for i in range(len(tiny_dataset))}
     with torch.no_grad():
@@ -142,13 +150,64 @@ def test_measure(run: tuple[Trainer, Snapshots], tmp_path: Path, tiny_dataset: I
     assert last != first
     assert Distance.made == 1  # the real images are seen once
     expected = [
-        {"cur_nimg": 0, "fd_efficientnet": first, "images": 20},
-        {"cur_nimg": 40, "fd_efficientnet": last, "images": 20},
+        {"cur_nimg": 0, **first, "images": 20},
+        {"cur_nimg": 40, **last, "images": 20},
     ]
     path = tmp_path / "run" / "metrics.json"
     assert json.loads(path.read_text()) == expected
     snapshots.measure(40)  # once more after a resume
     assert json.loads(path.read_text()) == expected
+
+
+def test_fid_where_weights_are_given(run: tuple[Trainer, Snapshots], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a local file; and then it says which checkpoint is the best."""
+    _, snapshots = run
+    opened = []
+    monkeypatch.setattr(snapshot, "ScriptFeatures", lambda path, device: opened.append(path) or object())
+    snapshots.config = dataclasses.replace(snapshots.config, inception="some/inception.pt")
+    values = snapshots.measure(0)
+    assert opened == [Path("some/inception.pt")]
+    assert values["fid"] == 2 * values["fd_efficientnet"]
+
+
+def test_which_is_best(tmp_path: Path) -> None:
+    def entries(**values: list[float]) -> None:
+        rows = [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
+        (tmp_path / "metrics.json").write_text(json.dumps(rows))
+
+    entries(fd_efficientnet=[9.0, 7.0])
+    assert is_best(tmp_path)
+    entries(fd_efficientnet=[7.0, 9.0])
+    assert not is_best(tmp_path)
+    entries(fd_efficientnet=[7.0, 9.0], fid=[3.0, 2.0])  # FID decides
+    assert is_best(tmp_path)
+    entries(fd_efficientnet=[9.0, 7.0], fid=[2.0, 3.0])
+    assert not is_best(tmp_path)
+
+
+def test_non_flat_share_by_hand() -> None:
+    """Ray range 1 to 3, so that a span of 0.1 is the least: a slope, a plane, an empty image, one solid pixel, a slope
+    that is too transparent to count, a slope of 0.08 in its middle 90%."""
+    camera = CameraConfig(ray_start=1.0, ray_end=3.0)
+    slope = torch.linspace(1.8, 2.2, 64).view(1, 8, 8)
+    plane, ones = torch.full((1, 8, 8), 2.0), torch.ones(1, 8, 8)
+    point = torch.zeros(1, 8, 8)
+    point[0, 3, 3] = 1
+    gentle = torch.linspace(2 - 0.08 / 1.8, 2 + 0.08 / 1.8, 64).view(1, 8, 8)
+    depth = torch.stack([slope, plane, 0 * ones, 2 * point, 0.4 * slope, gentle])
+    opacity = torch.stack([ones, ones, 0 * ones, point, 0.4 * ones, ones])
+    batches = [Images(depth[part], depth[part], opacity[part]) for part in (slice(0, 2), slice(2, 6))]
+    assert non_flat_share(batches, camera) == pytest.approx(1 / 6)
+
+
+def test_flat_shapes_are_said(run: tuple[Trainer, Snapshots], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, snapshots = run
+    for share, cur_nimg, said in ((0.2, 0, []), (0.9, 8, []), (0.2, 8, ["warning: 80% of the shapes are flat"])):
+        monkeypatch.setattr(snapshot, "non_flat_share", lambda *args, share=share: share)
+        snapshots.log.said = []
+        snapshots.grids(cur_nimg)
+        assert snapshots.statistics == {"geometry/non_flat": share}
+        assert [text.partition(";")[0] for text in snapshots.log.said] == said
 
 
 def test_nothing_disturbs_the_training(run: tuple[Trainer, Snapshots]) -> None:

@@ -1,0 +1,229 @@
+"""The paper's figures about patches, and a run's curves.
+
+$ python -m epigraf_fast.figures scales --out fig3.png
+$ python -m epigraf_fast.figures schedules --out fig8.png
+$ python -m epigraf_fast.figures modulation runs/ffhq --out fig7.png
+$ python -m epigraf_fast.figures curves runs/demo --out curves.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .config import Config, PatchConfig
+from .errors import UserError
+from .models.discriminator import Discriminator
+from .training.checkpoint import find_checkpoint, load_checkpoint
+from .training.log import read_stats
+from .training.schedule import patch_beta, patch_min_scale
+
+MAX_DENSITY = 5.0  # what Fig. 3 clamps densities to
+FILTERS = 32  # random filters of a layer in Fig. 7
+LAYERS = 4
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the annealing, in Fig. 3
+
+
+def scale_density(config: PatchConfig, smallest: float, cur_nimg: int, scales: np.ndarray) -> np.ndarray:
+    """The probability density of patch scales, uniform (Eq. 4) or beta (Eq. 5), at `cur_nimg` images.
+
+    Args:
+        smallest: r / R.
+        scales: Where, any shape.
+    """
+    inside = (scales >= smallest) & (scales <= 1)
+    if config.distribution == "beta":
+        beta = patch_beta(config, cur_nimg)
+        x = np.clip((scales - smallest) / (1 - smallest), 0, 1)
+        with np.errstate(divide="ignore"):
+            density = beta * (1 - x) ** (beta - 1) / (1 - smallest)
+        return np.where(inside, density, 0.0)
+    least = min(patch_min_scale(config, cur_nimg, 1, smallest), 1 - 1e-9)  # a spike where all scales are 1
+    return np.where(inside & (scales >= least), 1 / (1 - least), 0.0)
+
+
+def modulation(discriminator: Discriminator, scales: Tensor) -> dict[str, Tensor]:
+    """sigma of every block's conv1 over patch scales, patches in the middle of the image: name -> [n, C].
+
+    Raises:
+        UserError: The discriminator is not modulated.
+    """
+    if discriminator.config.modulate == "none":
+        raise UserError("the discriminator of this run is not modulated: there is nothing to draw")
+    offset = ((1 - scales) / 2)[:, None].expand(-1, 2)
+    with torch.no_grad():
+        encoded = discriminator.patch_encoder(torch.cat([scales[:, None], offset], dim=1))
+        code = discriminator.hypernetwork(None, encoded)
+        return {
+            f"layer {2 * (number + 1)}": getattr(discriminator, f"b{res}").sigma(code)
+            for number, res in enumerate(discriminator.resolutions)
+        }
+
+
+def load_discriminator(path: Path) -> tuple[Config, Discriminator]:
+    """Settings and discriminator of a checkpoint, or of the newest one of a run."""
+    file = find_checkpoint("auto" if path.is_dir() else str(path), path)
+    if file is None:
+        raise UserError(f"{path} holds no checkpoint: give a checkpoint or a run folder")
+    config, content = load_checkpoint(file)
+    if config.discriminator.scales > 1:
+        raise UserError("the discriminators of this run are not modulated: there is nothing to draw")
+    state = content["trainer"]["discriminator"]
+
+    def build(label_dim: int) -> Discriminator:
+        return Discriminator(config.discriminator, config.resolution, config.patch.resolution, label_dim=label_dim)
+
+    label_dim = 0
+    if "head.embed.weight" in state:
+        with torch.device("meta"):
+            plain = build(0)
+        label_dim = state["head.embed.weight"].shape[1] - (plain.head.c_dim if plain.head is not None else 0)
+    discriminator = build(label_dim)
+    discriminator.load_state_dict(state)
+    return config, discriminator.eval()
+
+
+def draw_scales(plt: Any, resolution: int, patch: int, anneal_kimg: float) -> Any:
+    """Fig. 3: uniform scales from 0.9 on, beta scales, and Beta(1, beta) itself."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.2), sharey=True, constrained_layout=True)
+    scales, smallest = np.linspace(0, 1, 2001)[:-1], patch / resolution
+    titles = {"uniform": "annealed uniform scales", "beta": "annealed beta scales"}
+    for axis, (distribution, title) in zip(axes, titles.items(), strict=False):
+        config = PatchConfig(resolution=patch, distribution=distribution, anneal_kimg=anneal_kimg)
+        for share in SHARES:
+            # The uniform panel begins at 0.9, as published; before that, all scales are nearly 1.
+            begun = (1 - 0.9) / (1 - smallest) if distribution == "uniform" else 0.0
+            cur_nimg = round((begun + share * (1 - begun)) * anneal_kimg * 1000)
+            density = scale_density(config, smallest, cur_nimg, scales)
+            axis.plot(scales, density.clip(max=MAX_DENSITY), label=f"t = {share:g} T")
+        axis.set(title=title, xlabel="patch scale s")
+        axis.legend()
+    axes[0].set_ylabel("density")
+    for beta in (0.001, 0.2, 0.4, 0.8, 1.0):
+        density = beta * (1 - scales) ** (beta - 1)
+        axes[2].plot(scales, density.clip(max=MAX_DENSITY), label=f"beta = {beta:g}")
+    axes[2].set(title="Beta(1, beta)", xlabel="x")
+    axes[2].legend()
+    return figure
+
+
+def draw_schedules(plt: Any, resolution: int, patch: int, anneal_kimg: float, batch: int) -> Any:
+    """Fig. 8: the smallest scale over training."""
+    figure, axis = plt.subplots(figsize=(5, 3.4), constrained_layout=True)
+    kimg = np.linspace(0, 1.5 * anneal_kimg, 601)
+    for distribution, name in (("graf", "GRAF"), ("gnerf", "GNeRF"), ("uniform", "linear")):
+        config = PatchConfig(resolution=patch, distribution=distribution, anneal_kimg=anneal_kimg)
+        values = [patch_min_scale(config, round(k * 1000), batch, patch / resolution) for k in kimg]
+        axis.plot(kimg, values, label=name)
+    axis.set(xlabel="thousands of images", ylabel="smallest scale", ylim=(0, 1.05))
+    axis.legend()
+    return figure
+
+
+def draw_modulation(plt: Any, discriminator: Discriminator, smallest: float, seed: int) -> Any:
+    """Fig. 7: sigma of random filters over the patch scale, four layers."""
+    scales = torch.linspace(smallest, 1, 128)
+    sigmas = list(modulation(discriminator, scales).items())
+    chosen = [sigmas[i] for i in sorted({round(x) for x in np.linspace(0, len(sigmas) - 1, LAYERS)})]
+    figure, axes = plt.subplots(
+        1, len(chosen), figsize=(3.2 * len(chosen), 3), sharey=True, squeeze=False, constrained_layout=True
+    )
+    rng = torch.Generator().manual_seed(seed)
+    for axis, (name, sigma) in zip(axes[0], chosen, strict=True):
+        filters = torch.randperm(sigma.shape[1], generator=rng)[:FILTERS]
+        axis.plot(scales.numpy(), sigma[:, filters].numpy(), linewidth=0.8)
+        axis.set(title=name, xlabel="patch scale s", ylim=(0, 2))
+    axes[0, 0].set_ylabel("sigma")
+    return figure
+
+
+def draw_curves(plt: Any, run_dir: Path) -> Any:
+    """Losses, logits, speed and the rest of stats.jsonl, one panel a group; distances of metrics.json in their own."""
+    lines = read_stats(run_dir / "stats.jsonl")
+    path = run_dir / "metrics.json"
+    if path.is_file():
+        lines = [*lines, *({f"metrics/{k}": v for k, v in e.items()} | e for e in json.loads(path.read_text()))]
+    hidden = {"cur_nimg", "kimg", "seconds", "sec_per_kimg", "images", "metrics/cur_nimg", "metrics/images"}
+    groups: dict[str, set[str]] = {}
+    for line in lines:
+        for name in line.keys() - hidden:
+            if "/" in name or name == "img_per_sec":
+                groups.setdefault(name.partition("/")[0], set()).add(name)
+    if not groups:
+        raise UserError(f"{run_dir} holds no stats.jsonl with a line in it: give the folder of a run")
+    figure, axes = plt.subplots(
+        len(groups), 1, figsize=(8, 2.4 * len(groups)), sharex=True, squeeze=False, constrained_layout=True
+    )
+    for axis, (group, names) in zip(axes[:, 0], sorted(groups.items()), strict=True):
+        for name in sorted(names):
+            points = [(line["cur_nimg"] / 1000, line[name]) for line in lines if name in line]
+            axis.plot(*zip(*points, strict=True), label=name.rpartition("/")[2], marker="." if len(points) < 30 else "")
+        axis.set_ylabel(group.replace("_", " "))
+        axis.legend(loc="upper right")
+    axes[-1, 0].set_xlabel("thousands of images")
+    return figure
+
+
+def parse(args: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m epigraf_fast.figures",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("figure", choices=("scales", "schedules", "modulation", "curves"))
+    parser.add_argument("run", type=Path, nargs="?", help="a checkpoint or run folder (modulation), a run (curves)")
+    parser.add_argument("--out", type=Path, help="default: the figure's name, .png")
+    defaults = {f.name: f.default for f in dataclasses.fields(PatchConfig)}
+    parser.add_argument(
+        "--resolution", type=int, default=512, help="of the images in scales, schedules (default: %(default)s)"
+    )
+    parser.add_argument("--patch", type=int, default=defaults["resolution"], help="default: %(default)s")
+    parser.add_argument("--anneal-kimg", type=float, default=defaults["anneal_kimg"], help="default: %(default)s")
+    parser.add_argument("--batch", type=int, default=64, help="images per iteration (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of filters")
+    options = parser.parse_intermixed_args(args)
+    if options.run is None and options.figure in ("modulation", "curves"):
+        parser.error(f"{options.figure} needs a run")
+    return options
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    options = parse(args)
+    try:
+        import matplotlib
+
+        matplotlib.use("agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise UserError("matplotlib is not installed: pip install 'epigraf_fast[tools]'") from None
+    if options.figure == "scales":
+        figure = draw_scales(plt, options.resolution, options.patch, options.anneal_kimg)
+    elif options.figure == "schedules":
+        figure = draw_schedules(plt, options.resolution, options.patch, options.anneal_kimg, options.batch)
+    elif options.figure == "modulation":
+        config, discriminator = load_discriminator(options.run)
+        figure = draw_modulation(plt, discriminator, config.patch.resolution / config.resolution, options.seed)
+    else:
+        figure = draw_curves(plt, options.run)
+    out = options.out or Path(f"{options.figure}.png")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=120)
+    plt.close(figure)
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,84 @@
+"""What a run of weeks meets: requests to stop, losses that diverge, a device that is too small."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from ..config import Config
+from ..errors import DivergenceError, UserError
+from .checkpoint import list_checkpoints
+from .memory import meta_networks, step_bytes
+from .step import Trainer
+
+USABLE = 0.9  # of a device's memory: libraries and fragments take the rest
+
+
+class StopRequest:
+    """SIGTERM and Ctrl-C ask the loop to save and leave; a second Ctrl-C interrupts at once."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._asked)
+
+    def _asked(self, number: int, frame: object) -> None:
+        self.signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def require_finite(trainer: Trainer, run_dir: Path) -> dict[str, float]:
+    """The statistics, if every one is finite."""
+    statistics = trainer.statistics()
+    broken = [name for name, value in statistics.items() if not math.isfinite(value)]
+    if broken:
+        last = [str(path) for path in list_checkpoints(run_dir)[-1:]]
+        raise DivergenceError(
+            f"{', '.join(broken)} not finite at {trainer.cur_nimg} images; nothing was saved over the last good "
+            f"checkpoint ({last[0] if last else 'none yet'}). Lower the learning rates, or raise optim.r1_gamma"
+        )
+    return statistics
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(config: Config, label_dim: int, device: torch.device) -> Iterator[None]:
+    """Turns an out-of-memory error into a UserError that names the micro-batch that would fit."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        available = device_bytes(device)
+        fits = micro_batch_that_fits(config, label_dim, available)
+        advice = f"set --micro-batch {fits}" if fits else "not even one image fits: make the networks smaller"
+        memory = f"{available / 2**30:.1f} GiB of {device}"
+        raise UserError(f"a micro-batch of {config.micro} needs more memory than the {memory}: {advice}") from None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of a GPU or of the CPU, whose allocator of torch raises a plain RuntimeError."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def device_bytes(device: torch.device) -> int:
+    """All memory of a device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def micro_batch_that_fits(config: Config, label_dim: int, available: int) -> int | None:
+    """The largest micro-batch, at most half of the one in force, whose step is estimated to fit; None if none does."""
+    fixed, step = step_bytes(config, *meta_networks(config, label_dim))
+    group = config.discriminator.minibatch_std_group
+    for micro in range(config.micro // 2, 0, -1):
+        valid = config.batch % micro == 0 and micro % min(group, micro) == 0
+        if valid and fixed + step * micro / config.micro <= USABLE * available:
+            return micro
+    return None

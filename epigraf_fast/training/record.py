@@ -1,0 +1,104 @@
+"""What a run leaves behind while it trains: log, pictures, measurements and checkpoints, written by one process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ..config import Config, to_dict
+from ..data import ImageDataset
+from ..errors import SaveError
+from .checkpoint import checkpoint_path, keep_best, save_checkpoint
+from .endurance import require_finite
+from .log import RunLog
+from .snapshot import Snapshots, is_best
+from .step import Trainer
+
+
+class Record:
+    """The run folder. All processes call the same methods in the same order; rank 0 writes.
+
+    Args:
+        config, dataset, trainer: Of the run.
+    """
+
+    def __init__(self, config: Config, dataset: ImageDataset, trainer: Trainer) -> None:
+        self.config, self.trainer, self.run_dir = config, trainer, Path(config.run_dir)
+        self.log: RunLog | None = None
+        if trainer.world.rank == 0:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            (self.run_dir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
+            self.log = RunLog(self.run_dir, config.kimg, trainer.cur_nimg)
+            self.snapshots = Snapshots(config, dataset, trainer.average, self.log)
+
+    def say(self, text: str) -> None:
+        if self.log is not None:
+            self.log.say(text)
+
+    def begin(self) -> None:
+        """What is there before the first step of a new run."""
+        if self.log is not None and self.trainer.cur_nimg == 0:
+            with self.log.pause():
+                self.say(f"real images:     {self.snapshots.reals()}")
+                self.say(f"initial samples: {self.snapshots.grids(0)[0]}")
+            if self.config.metric_images:
+                self.measure()
+
+    def advance(self) -> None:
+        """Moves the bar."""
+        if self.log is not None:
+            self.log.advance(self.trainer.cur_nimg)
+
+    def statistics(self) -> None:
+        """Writes one line of statistics."""
+        statistics = require_finite(self.trainer, self.run_dir)
+        if self.log is not None:
+            self.log.write(self.trainer.cur_nimg, statistics | self.snapshots.statistics)
+        self.trainer.reset_statistics()
+
+    def grids(self) -> None:
+        """Draws the sample grids."""
+        if self.log is not None:
+            with self.log.pause():
+                self.snapshots.grids(self.trainer.cur_nimg)
+
+    def save(self, *, must: bool = True) -> Path:
+        """Writes a checkpoint and names it; where it `must` not be, a full disk is but a warning.
+
+        Raises:
+            DivergenceError: A loss is not finite.
+            SaveError: It could not be written.
+        """
+        require_finite(self.trainer, self.run_dir)
+        if self.log is not None:
+            state = self.trainer.state_dict()
+            with self.log.pause():
+                try:
+                    save_checkpoint(self.run_dir, self.config, state, self.config.keep_checkpoints)
+                except SaveError as error:
+                    if must:
+                        raise
+                    self.say(f"warning: {error}; training goes on")
+        return checkpoint_path(self.run_dir, self.trainer.cur_nimg)
+
+    def measure(self) -> None:
+        """Measures, and keeps the checkpoint of this moment if it is the best."""
+        if self.log is not None:
+            with self.log.pause():
+                for name, value in self.snapshots.measure(self.trainer.cur_nimg).items():
+                    self.say(f"{f'{name}:':<16} {value:.1f} ({self.run_dir / 'metrics.json'})")
+                if is_best(self.run_dir):
+                    keep_best(self.run_dir, self.trainer.cur_nimg)
+
+    def finish(self) -> None:
+        """What a finished run leaves."""
+        if self.log is not None:
+            self.say(f"samples:         {' '.join(map(str, self.snapshots.grids(self.trainer.cur_nimg)))}")
+            if self.config.turntable:
+                self.say(f"turntable:       {self.snapshots.turntable()}")
+            if self.config.metric_images:
+                self.measure()
+
+    def close(self) -> None:
+        if self.log is not None:
+            self.log.close()

@@ -1,0 +1,241 @@
+"""Two processes on a CPU: one step is that of one process, a run finishes, a dead process ends the job."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_cli import flags
+
+from checks import assert_close
+from epigraf_fast.config import Config, to_dict
+from epigraf_fast.data import ImageDataset, make_loader
+from epigraf_fast.errors import UserError
+from epigraf_fast.training.checkpoint import list_checkpoints, load_checkpoint
+from epigraf_fast.training.distributed import World, check_world
+from epigraf_fast.training.log import read_stats
+from epigraf_fast.training.step import Samples, Trainer
+
+TinyConfig = Callable[..., Config]
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT = 300
+
+
+def environment(**others: str) -> dict[str, str]:
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **others}
+
+
+def torchrun(*line: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *line]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def step_of_two(config: Config, tmp_path: Path) -> list[dict[str, Any]]:
+    """What the two processes saw in one step."""
+    (tmp_path / "settings.json").write_text(json.dumps(to_dict(config)))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    workers = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                str(Path(__file__).with_name("worker.py")),
+                str(tmp_path / "settings.json"),
+                str(tmp_path),
+            ],
+            env=environment(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port),
+        )
+        for rank in range(2)
+    ]
+    assert [worker.wait(TIMEOUT) for worker in workers] == [0, 0]
+    return [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+class Alternating(Trainer):
+    """One process that does the micro-batches of two in turn, each under the random numbers of its own."""
+
+    states: list[torch.Tensor]
+
+    def under(self, rank: int, function: Callable[..., Any], *args: Any) -> Any:
+        torch.set_rng_state(self.states[rank])
+        result = function(*args)
+        self.states[rank] = torch.get_rng_state()
+        return result
+
+    def _draw_fakes(self, num: int) -> Samples:
+        draw = super()._draw_fakes
+        draws = [self.under(rank, draw, num // 2) for rank in range(2)]
+        halves = [
+            draws_of.split(self.micro) for draws_of in draws
+        ]  # of each phase, the share of rank 0, then that of rank 1
+        order = [part for parts in zip(*halves, strict=True) for part in parts]
+        return Samples(*(torch.cat(parts) for parts in zip(*order, strict=True)))
+
+    def in_turn(self, name: str) -> None:
+        original, ranks = getattr(self, name), itertools.cycle((0, 1))
+        setattr(self, name, lambda *args: self.under(next(ranks), original, *args))
+
+
+def test_gradients_are_those_of_one_process(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    """Of G, D and R1, to 1e-6 of their largest value, and the same on both; statistics are means over both."""
+    config = tiny_config(micro_batch=4, augment={"mode": "ada", "interval": 1, "p": 0.3})
+    first, second = step_of_two(config, tmp_path)
+    for a, b in zip(first["grads"], second["grads"], strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    assert all(torch.equal(first["weights"][name], value) for name, value in second["weights"].items())
+    assert first["statistics"] == second["statistics"]
+    assert torch.equal(first["augment_p"], second["augment_p"])
+    assert not torch.equal(first["start"], second["start"])
+
+    dataset = ImageDataset(config.data, use_labels=True)
+    torch.manual_seed(config.seed)
+    trainer = Alternating(config, dataset, torch.device("cpu"))
+    trainer.states = [first["start"], second["start"]]
+    for name in ("_generator_phase", "_discriminator_phase", "_regularization_phase"):
+        trainer.in_turn(name)
+    grads = []
+    networks = ((trainer.generator, trainer.g_optimizer), (trainer.discriminator, trainer.d_optimizer))
+    for network, optimizer in networks:
+
+        def step(network=network, original=optimizer.step) -> None:
+            grads.append({name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None})
+            original()
+
+        optimizer.step = step
+    batches = [next(make_loader(dataset, 4, config.seed, rank=rank, world_size=2)) for rank in range(2)]
+    trainer.iteration(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
+    assert len(grads) == 3
+    for phase, alone, together in zip(("G", "D", "R1"), grads, first["grads"], strict=True):
+        assert alone.keys() == together.keys()
+        for name, expected in alone.items():
+            unit = expected.abs().max().clamp(min=1e-12)
+            assert_close(together[name] / unit, expected / unit, f"{phase}: {name}", "distributed")
+    for name, expected in trainer.statistics().items():
+        assert_close(torch.tensor(first["statistics"][name]), torch.tensor(expected), name)
+    assert_close(first["augment_p"], trainer.augment_p, "augment_p")
+
+
+def test_a_run_of_two_and_its_continuation_by_one(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    """One set of files; global batch and image count stay."""
+    process = torchrun("train.py", *flags(tiny_config(kimg=0.032)))
+    output, errors = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 0, errors
+    assert output.count("initial samples:") == 1
+    run_dir = tmp_path / "run"
+    assert [path.name for path in list_checkpoints(run_dir)] == ["checkpoint-000000032.pt"]
+    assert [line["cur_nimg"] for line in read_stats(run_dir / "stats.jsonl")] == [8, 16, 24, 32]
+
+    import train
+
+    assert train.main([*flags(tiny_config(kimg=0.048)), "--resume", "auto"]) == 0
+    lines = read_stats(run_dir / "stats.jsonl")
+    assert [line["cur_nimg"] for line in lines] == [8, 16, 24, 32, 40, 48]
+
+
+def children(pid: int) -> list[int]:
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in path.read_text().split()] if path.is_file() else []
+
+
+def test_a_killed_worker_ends_the_job(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    """Within a minute, with an error code; and two processes go on from the last checkpoint."""
+    process = torchrun("train.py", *flags(tiny_config(kimg=100.0, checkpoint_kimg=0.016)))
+    started = time.monotonic()
+    while not list_checkpoints(tmp_path / "run"):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() - started < TIMEOUT
+        time.sleep(0.2)
+    workers = children(process.pid)
+    assert len(workers) == 2
+    os.kill(workers[1], signal.SIGKILL)
+    killed = time.monotonic()
+    process.communicate(timeout=60)
+    assert time.monotonic() - killed < 60
+    assert process.returncode != 0
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").is_dir() for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not any(Path(f"/proc/{pid}").is_dir() for pid in workers)
+
+    newest = load_checkpoint(list_checkpoints(tmp_path / "run")[-1])[1]["trainer"]["cur_nimg"]
+    kimg = newest / 1000 + 0.016
+    process = torchrun("train.py", *flags(tiny_config(kimg=kimg, checkpoint_kimg=0.016)), "--resume", "auto")
+    output, errors = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 0, errors
+    assert output.count("continuing from") == 1
+    assert list_checkpoints(tmp_path / "run")[-1].name == f"checkpoint-{newest + 16:09d}.pt"
+
+
+# One process
+
+
+def test_alone_nothing_is_exchanged() -> None:
+    world = World()
+    tensor = torch.tensor([3.0])
+    world.connect(torch.device("cpu"))
+    world.average([tensor])
+    state = torch.get_rng_state()
+    world.reseed(0, 0)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (tensor.item(), world.agree(15, 0)) == (3.0, [15, 0])
+    world.close()
+
+
+def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    world = World.from_environment()
+    assert (world.rank, world.size, world.local_rank) == (5, 8, 1)
+
+
+def test_every_process_has_its_random_numbers() -> None:
+    seen = set()
+    for seed, cur_nimg, rank in itertools.product((0, 1), (0, 64), range(4)):
+        World(rank, 4).reseed(seed, cur_nimg)
+        seen.add(torch.rand(1).item())
+    assert len(seen) == 16
+
+
+@pytest.mark.parametrize(
+    ("size", "settings", "message"),
+    [
+        (3, {}, "batch must be a multiple of the 3 processes, got 8"),
+        (2, {"batch": 16, "micro_batch": 16}, None),
+        (2, {"batch": 24, "micro_batch": 8}, "= 12, must be a multiple of micro_batch = 8"),
+        (2, {"batch": 12}, "must be a multiple of micro_batch = 6, and that of discriminator.minibatch_std_group = 4"),
+        (4, {"batch": 8}, None),  # two each, fewer than a group
+    ],
+)
+def test_the_batch_is_shared(size: int, settings: dict[str, Any], message: str | None, tiny_config: TinyConfig) -> None:
+    config = tiny_config(**settings)
+    if message is None:
+        check_world(config, World(0, size))
+    else:
+        with pytest.raises(UserError, match=message):
+            check_world(config, World(0, size))
+
+
+def test_shares_make_the_batch(tiny_config: TinyConfig, tiny_dataset: ImageDataset) -> None:
+    """The images of all processes are those that one would take."""
+
+    def taken(loader: Iterator) -> list[bytes]:
+        return [image.numpy().tobytes() for image in next(loader)[0]]
+
+    whole = taken(make_loader(tiny_dataset, 8, 0))
+    shares = [taken(make_loader(tiny_dataset, 4, 0, rank=rank, world_size=2)) for rank in range(2)]
+    assert whole == [image for pair in zip(*shares, strict=True) for image in pair]
