@@ -20,6 +20,7 @@ import torch
 from epigraf_fast import config as settings
 from epigraf_fast.data import ImageDataset
 from epigraf_fast.doctor import EXTRAS
+from epigraf_fast.training.distributed import World
 from epigraf_fast.training.log import read_stats
 
 from . import results
@@ -81,11 +82,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"without {what}: {', '.join(packages)}")
 
     settings.check(config)
-    device = train.pick_device(config)
+    device = train.pick_device(config, World())
     dataset = ImageDataset(config.data, config.resolution, use_labels=config.loader.labels, mirror=config.loader.mirror)
     config = settings.with_data_camera(config, dataset.camera)
     begun = time.perf_counter()
-    code = train.train(config, dataset, device, None)
+    code = train.train(config, dataset, device, None, World())
     stats = read_stats(Path(args.run_dir) / "stats.jsonl")
     case = {"exit": code, "seconds": time.perf_counter() - begun, "last": stats[-1] if stats else None}
     if device.type == "cpu" and case["last"]:  # speed on a CPU is no result

@@ -25,6 +25,7 @@ import torch
 
 from epigraf_fast.config import PRESETS, Config, check, preset
 from epigraf_fast.ops import backends
+from epigraf_fast.training.distributed import World
 from epigraf_fast.training.profile import listening
 from epigraf_fast.training.step import Trainer
 
@@ -119,9 +120,12 @@ def variant(name: str, device: torch.device) -> Variant:
 
 
 def opt_in_backend(device: torch.device) -> str | None:
-    """What this engine is asked for to be measured at its fastest: triton where that is not the default yet."""
-    usable = device.type == "cuda" and backends.status()["decode_triplane"]["triton"] is None
-    return "triton" if usable and backends.resolve("decode_triplane", None, "cuda") != "triton" else None
+    """What this engine is asked for to be measured at its fastest: its own kernels where they are not the default."""
+    if device.type != "cuda":
+        return None
+    status = backends.status()
+    usable = {name: status[op][name] is None for op, name in (("decode_triplane", "triton"), ("bias_act", "cuda"))}
+    return "gpu" if all(usable.values()) else next((name for name, there in usable.items() if there), None)
 
 
 class RandomData:
@@ -229,7 +233,7 @@ class Step:
         )
         before = [getattr(owner, name) for owner, name in switches]
         with contextlib.ExitStack() as stack:
-            train.pick_device(self.config)
+            train.pick_device(self.config, World())
             if self.variant.published:
                 torch.backends.cudnn.benchmark = True
                 # A compiler fuses what it can see: it gets the plain bias_act and upfirdn2d.

@@ -168,7 +168,9 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=1000, help="generated, and real ones (default: %(default)s)")
     parser.add_argument("--all-reals", action="store_true", help="compare with every real image, as FID50k-full does")
     parser.add_argument("--inception", type=Path, help="TorchScript file of Inception: adds FID and KID")
-    parser.add_argument("--objects", type=int, default=16, help="of the re-projection error; 0 leaves it out")
+    parser.add_argument(
+        "--objects", type=int, default=16, help="of the re-projection error; 0 leaves it out, as 2D generators need"
+    )
     parser.add_argument("--turn", type=float, default=0.2, help="radians of yaw between the views it compares")
     parser.add_argument("--out", type=Path, help="a JSON file to write the results to")
     parser.add_argument("--plot", type=Path, help="a .png, .pdf or .svg to draw the results of all checkpoints in")
@@ -194,7 +196,7 @@ def run(options: argparse.Namespace) -> None:
     paths = paths or [find_generator(options.checkpoint)]
     distances, results = None, []
     for path in paths:
-        config, generator = load_generator(path, options.device)
+        config, generator = load_generator(path, options.device, three_d=options.objects > 0)
         dataset = ImageDataset(
             options.data or config.data,
             config.resolution,

@@ -20,6 +20,7 @@ OPS = (
     "modulated_conv2d",
 )
 BACKENDS = ("reference", "triton", "cuda", "cpu")
+RUN_BACKENDS = ("auto", "gpu", *BACKENDS)  # what a run may name, see `choose`
 
 # Ops that one module takes together, and that it hands one backend.
 FAMILIES = {"renderer": OPS[:4], "convolutions": OPS[4:]}
@@ -59,18 +60,21 @@ def choose(backend: str, device_type: str) -> dict[str, str]:
     """What a run takes: op -> the named backend where the op has one, else the op's default for the device.
 
     Args:
-        backend: One of `BACKENDS`, or "auto" for every op's default.
+        backend: One of `BACKENDS`, "gpu" for triton and cuda together, or "auto" for every op's default.
 
     Raises:
         ValueError: The named backend is unknown, no op has it, or it is missing here; the message says why.
     """
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, got {backend!r}")
-    named = OPS if backend == "reference" else IMPLEMENTED.get(backend, ())
-    reasons = [_lacking_on(op, backend, device_type) for op in named] or ["no op of this release has it"]
-    if backend != "auto" and any(reasons):
-        raise ValueError(f"backend {backend!r} is not available: {next(filter(None, reasons))}")
-    return {op: backend if op in named else resolve(op, None, device_type) for op in OPS}
+    if backend not in RUN_BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(RUN_BACKENDS)}, got {backend!r}")
+    named = {}
+    for name in ("triton", "cuda") if backend == "gpu" else (backend,):
+        ops = OPS if name == "reference" else IMPLEMENTED.get(name, ())
+        reasons = [_lacking_on(op, name, device_type) for op in ops]
+        if any(reasons):
+            raise ValueError(f"backend {name!r} is not available: {next(filter(None, reasons))}")
+        named |= dict.fromkeys(ops, name)
+    return {op: named.get(op) or resolve(op, None, device_type) for op in OPS}
 
 
 def family_backend(family: str, chosen: dict[str, str], device_type: str) -> str | None:

@@ -13,17 +13,21 @@ from torch import Tensor
 from ..config import Config, from_dict, to_dict
 from ..errors import UserError
 from ..models.generator import Generator
+from ..models.image_generator import ImageGenerator
 from .checkpoint import list_checkpoints, load_checkpoint
 from .networks import build_generator, find_device
 
 
-def load_generator(path: Path, device: str | None = None) -> tuple[Config, Generator]:
+def load_generator(
+    path: Path, device: str | None = None, *, three_d: bool = True
+) -> tuple[Config, Generator | ImageGenerator]:
     """Settings and average generator, in evaluation mode and without gradients.
 
     Args:
         path: A checkpoint, a safetensors file of `save_safetensors`, or a folder: its newest checkpoint, or else its
             G_ema.safetensors.
         device: cpu or cuda; default: a GPU if there is one.
+        three_d: Whether it must have planes; those of `backbone: image` have none.
 
     Raises:
         UserError: Nothing there, or not a generator of the settings beside it.
@@ -34,15 +38,17 @@ def load_generator(path: Path, device: str | None = None) -> tuple[Config, Gener
     else:
         config, content = load_checkpoint(path)
         state = content["trainer"]["average"]
+    if three_d and config.generator.backbone == "image":
+        raise UserError(f"{path} is a generator of images (generator.backbone image): it has no planes to look into")
     config = dataclasses.replace(config, backend="auto")  # that of the run need not be here
     embed = state.get("mapping.embed.weight")
     label_dim = 0 if embed is None else embed.shape[1] - 2 * config.generator.pose_conditioning
-    with torch.random.fork_rng(devices=[]):  # the values drawn here are replaced
-        generator = build_generator(config, label_dim, device.type)
     try:
+        with torch.random.fork_rng(devices=[]):  # the values drawn here are replaced
+            generator = build_generator(config, label_dim, device.type)
         generator.load_state_dict(state)
     except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()  # the first line names the class
+        reason = str(error).splitlines()[-1].strip()  # the first line names the class
         raise UserError(f"{path}: the generator does not fit its settings: {reason[:200]}") from None
     return config, generator.eval().requires_grad_(False).to(device)
 
@@ -79,9 +85,10 @@ def load_safetensors(path: Path) -> tuple[Config, dict[str, Tensor]]:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
     except Exception as error:
         raise UserError(f"{path} cannot be read as safetensors ({str(error).splitlines()[0]})") from None
-    if "config" not in metadata:
-        raise UserError(f"{path} was not written by epigraf_fast: its header has no config")
-    return from_dict(json.loads(metadata["config"])), state
+    try:
+        return from_dict(json.loads(metadata["config"])), state
+    except (KeyError, json.JSONDecodeError, AttributeError):
+        raise UserError(f"{path} was not written by epigraf_fast: its header has no config") from None
 
 
 def check_finite(state: dict[str, Tensor], name: str) -> None:

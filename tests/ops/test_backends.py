@@ -141,22 +141,26 @@ def test_default_gives_what_the_reference_gives(name):
             assert_close(one, other, name)
 
 
-@pytest.mark.parametrize("name", ["auto", *backends.BACKENDS])
+@pytest.mark.parametrize("name", backends.RUN_BACKENDS)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_run_takes_the_named_backend_where_an_op_has_it(name, device, monkeypatch):
     """Whatever is implemented, were it all here; and every family can be told so by one argument."""
     monkeypatch.setattr(backends, "_lacking_on", lambda op, backend, device_type: None)
-    named = backends.OPS if name == "reference" else backends.IMPLEMENTED.get(name, ())
-    if name != "auto" and not named:
-        with pytest.raises(ValueError, match=f"backend '{name}' is not available: no op of this release has it"):
-            backends.choose(name, device)
-        return
     chosen = backends.choose(name, device)
-    assert chosen == {op: name if op in named else backends.resolve(op, None, device) for op in backends.OPS}
+    expected = {op: backends.resolve(op, None, device) for op in backends.OPS}
+    for backend in ("triton", "cuda") if name == "gpu" else (name,):
+        named = backends.OPS if backend == "reference" else backends.IMPLEMENTED.get(backend, ())
+        expected |= dict.fromkeys(named, backend)
+    assert chosen == expected
     if (name, device) != ("cpu", "cuda"):  # which is not there
         for family, ops_ in backends.FAMILIES.items():
             argument = backends.family_backend(family, chosen, device)
             assert {op: backends.resolve(op, argument, device) for op in ops_} == {op: chosen[op] for op in ops_}
+
+
+def test_gpu_is_the_kernels_of_both_kinds(monkeypatch):
+    monkeypatch.setattr(backends, "_lacking_on", lambda op, backend, device_type: None)
+    assert set(backends.choose("gpu", "cuda").values()) == {"triton", "cuda"}
 
 
 def test_families_are_all_ops():
@@ -169,7 +173,7 @@ def test_a_run_is_told_why_a_backend_is_missing(monkeypatch):
         backends.choose("triton", "cuda")
     with pytest.raises(ValueError, match=r"^backend 'cpu' is not available: the tensors are on cuda$"):
         backends.choose("cpu", "cuda")
-    with pytest.raises(ValueError, match="backend must be auto or one of reference, triton, cuda, cpu, got 'numpy'"):
+    with pytest.raises(ValueError, match="backend must be one of auto, gpu, reference, triton, cuda, cpu, got 'numpy'"):
         backends.choose("numpy", "cpu")
 
 

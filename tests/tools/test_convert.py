@@ -30,6 +30,7 @@ from epigraf_fast.data import ImageDataset, make_loader
 from epigraf_fast.errors import UserError
 from epigraf_fast.published import Snapshot, _load_storage, read_snapshot
 from epigraf_fast.training.checkpoint import find_checkpoint, load_checkpoint
+from epigraf_fast.training.memory import meta_networks
 from epigraf_fast.training.pretrained import load_generator
 from epigraf_fast.training.step import Trainer
 
@@ -255,7 +256,7 @@ def test_every_published_tensor_has_a_place_at_full_width(title: str) -> None:
         renderer = dataclasses.replace(expected.renderer, background="sphere", background_samples=8)
         expected = dataclasses.replace(expected, renderer=renderer)
     assert config == expected
-    generator, discriminator = convert.networks_of(config, label_dim)
+    generator, discriminator = meta_networks(config, label_dim)
     for module, letter, expected in zip((generator, discriminator), "GD", EXPECTED_WIDTHS[title], strict=True):
         account = convert.account_for(networks[letter], letter)
         state = convert.translate(networks[letter], account, module, letter)
@@ -326,7 +327,7 @@ def test_a_snapshot_becomes_a_checkpoint(
     for ours, theirs in same.items():
         assert torch.equal(discriminator[ours], networks["D"][theirs]), ours
 
-    _, module = convert.networks_of(config, 0)
+    _, module = meta_networks(config, 0)
     for number, (name, parameter) in enumerate(module.named_parameters()):
         state = trainer["d_optimizer"]["state"][number]
         assert state["exp_avg"].shape == parameter.shape
@@ -542,6 +543,36 @@ def test_damaged_files(tmp_path: Path, shapes: tuple[Shapes, Shapes], capsys: py
         refusal(path, out, capsys)
 
 
+def fault_of(path: Path) -> str:
+    """What the reader says against a pickle, nothing if it takes it."""
+    try:
+        read_snapshot(path)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_no_damage_gets_past_the_reader(tmp_path: Path, shapes: tuple[Shapes, Shapes]) -> None:
+    """Flipped bytes either leave a snapshot of other values or are refused; nothing else is ever raised."""
+    path = tmp_path / "x.pkl"
+    write_snapshot(path, shapes[0], None, optimizers=False)
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    # Most bytes are weights; the opcodes lie between them.
+    structure = [m.start() for m in re.finditer(rb"[\x80-\x95cRtbuesa(.)}\]]", whole)]
+    refused = 0
+    for _ in range(60):
+        content = bytearray(whole)
+        for place in rng.choice(structure, 3):
+            content[place] = rng.integers(256)
+        path.write_bytes(content)
+        fault = fault_of(path)
+        assert "\n" not in fault
+        refused += bool(fault)
+    assert refused > 5
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
 def test_tensors_stay_inside_their_storage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     storage = torch.arange(4.0).storage()
     rebuild = torch._utils._rebuild_tensor_v2
@@ -621,6 +652,7 @@ def test_our_checkpoints_are_no_pickles_of_theirs(tmp_path: Path) -> None:
         convert.export_generator(tmp_path, tmp_path / "out")
 
 
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
 @pytest.mark.parametrize("named", [b"ctorch\nFloatStorage\n", b"ctorch.cuda\nFloatStorage\n"])
 def test_tensors_of_a_gpu_are_read_without_one(named: bytes, tmp_path: Path) -> None:
     """Adam's state lay on the GPU of the run; the class of its storages is named in two ways."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from checks import assert_close
 from epigraf_fast import mesh
+from epigraf_fast.models.feature_decoder import FeatureDecoder
 from epigraf_fast.models.generator import Generator
 from epigraf_fast.training.pretrained import load_generator
 
@@ -26,6 +27,8 @@ class Ball:
 
     def __init__(self, *centres: tuple[float, float, float]) -> None:
         self.centres = torch.tensor(centres or ((0.0, 0.0, 0.0),))
+
+    coarse_to_fine = FeatureDecoder.coarse_to_fine
 
     def at_points(self, planes: Tensor, points: Tensor, cube_scale: float) -> Tensor:
         distance = (points[..., None, :] - self.centres).norm(dim=-1).amin(dim=-1, keepdim=True)

@@ -1,0 +1,102 @@
+"""Flags, commands and files that the documents name exist."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from epigraf_fast import convert
+from epigraf_fast.config import PRESETS, Config, preset
+
+ROOT = Path(__file__).resolve().parents[1]
+GUIDE = (ROOT / "docs" / "coming-from-epigraf.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SCRIPT = (ROOT / "docs" / "make_pictures.sh").read_text(encoding="utf-8")
+
+
+def section(title: str) -> list[list[str]]:
+    """The rows of the table below a heading of the guide."""
+    text = re.search(rf"^## {title}$(.*?)(?=^## |\Z)", GUIDE, re.MULTILINE | re.DOTALL)[1]
+    rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row] for row in rows[2:]]
+
+
+def setting(flag: str, config: Config) -> object:
+    """The value of `--part.name`. Raises AttributeError if there is no such setting."""
+    value: object = config
+    for name in flag.removeprefix("--").replace("-", "_").split("."):
+        value = getattr(value, name)
+    return value
+
+
+def test_every_flag_of_the_table_is_a_setting() -> None:
+    rows = section("Training settings")
+    assert len(rows) > 30
+    for _, ours in rows:
+        for flag in re.findall(r"`(--[\w.-]+)", ours):
+            if flag not in ("--resume", "--dry-run"):
+                setting(flag, preset("ffhq"))
+    for name in re.findall(r"`train.py (\w+)`", rows[0][1]):
+        assert name in PRESETS
+
+
+def test_every_default_of_the_table_is_that_of_the_preset() -> None:
+    checked = 0
+    for _, ours in section("Training settings"):
+        for flag, stated in re.findall(r"`(--[\w.-]+)` \((\d{1,3}(?:,\d{3})+|[\w.]+)[,;)]", ours):
+            value = setting(flag, preset("ffhq"))
+            words = {"on": True, "off": False}
+            number = stated.replace(",", "")
+            expected = words.get(number, number)
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                expected = float(number)
+            assert value == expected, (flag, value, stated)
+            checked += 1
+    assert checked > 20
+
+
+def test_the_table_of_tensors_is_what_the_importer_does() -> None:
+    for published, ours in section("Tensors"):
+        names = re.findall(r"`([^`]+)`", published)
+        if "*" in names[0] and names[0].startswith("*"):
+            continue
+        first = names[0].replace("<res>", "8").replace("*", "fc0")
+        patterns = convert.DISCRIMINATOR_NAMES if "(D)" in published else convert.GENERATOR_NAMES
+        suffix = "" if first.endswith(("weight", "pose")) else ".weight"
+        expected = re.findall(r"`([^`]+)`", ours)[0].replace("<res>", "8").replace("*", "fc0") + suffix
+        assert convert._translate(first + suffix, patterns) == expected
+
+
+def commands(text: str) -> list[list[str]]:
+    """Every `python -m epigraf_fast.tool ...` of a text: tool, then its words."""
+    text = text.replace("\\\n", " ").replace('"$python"', "python").replace('"$run"', "runs/demo")
+    found = re.findall(r"python -m epigraf_fast\.(\w+)([^\n`#|]*)", text)
+    return [[tool, *shlex.split(words)] for tool, words in found]
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/coming-from-epigraf.md", "docs/make_pictures.sh"])
+def test_every_command_exists_with_its_flags(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = commands((ROOT / name).read_text(encoding="utf-8"))
+    assert found
+    for tool, *words in found:
+        module = importlib.import_module(f"epigraf_fast.{tool}")
+        if tool == "doctor":
+            continue
+        with pytest.raises(SystemExit):
+            module.main(["--help"])
+        usage = capsys.readouterr().out
+        for word in words:
+            if word.startswith("--"):
+                assert re.search(rf"(?<![\w-]){word}(?![\w-])", usage), f"{tool} has no {word}"
+
+
+def test_the_pictures_of_the_readme_are_made_by_the_script() -> None:
+    shown = set(re.findall(r"\]\((docs/[\w.-]+\.(?:png|gif))\)", README)) - {"docs/demo.png"}
+    written = set(re.findall(r"docs/[\w.-]+\.(?:png|gif)", SCRIPT))
+    written |= {f"docs/render-{name}.png" for name in ("depth", "normals")}
+    assert shown == written
+    assert all((ROOT / path).is_file() for path in shown)

@@ -1,0 +1,137 @@
+"""Where a generator is found, and what is said when it is none."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from epigraf_fast.config import Config
+from epigraf_fast.errors import UserError
+from epigraf_fast.training.checkpoint import save_checkpoint
+from epigraf_fast.training.pretrained import (
+    check_finite,
+    find_generator,
+    load_generator,
+    load_safetensors,
+    pick_device,
+    save_safetensors,
+)
+from epigraf_fast.training.step import Trainer
+
+TinyConfig = Callable[..., Config]
+TinyTrainer = Callable[[Config], tuple[Trainer, Iterator]]
+
+
+@pytest.fixture
+def saved(tiny_config: TinyConfig, tiny_trainer: TinyTrainer) -> tuple[Config, Trainer, Path]:
+    """A run's settings, its trainer and its checkpoint, at the beginning."""
+    config = tiny_config()
+    trainer, _ = tiny_trainer(config)
+    return config, trainer, save_checkpoint(Path(config.run_dir), config, trainer.state_dict(), keep=3)
+
+
+def test_the_average_comes_back(saved: tuple[Config, Trainer, Path]) -> None:
+    """From the file, its folder and the run; the random state stays where it was."""
+    config, trainer, path = saved
+    with torch.no_grad():
+        trainer.average.decoder.fc1.bias += 1
+    save_checkpoint(Path(config.run_dir), config, trainer.state_dict(), keep=3)
+    before = torch.get_rng_state()
+    for source in (path, path.parent, path.parent.parent):
+        loaded, generator = load_generator(source, "cpu")
+        assert loaded == config
+        assert not generator.training
+        assert not any(p.requires_grad for p in generator.parameters())
+        for name, value in trainer.average.state_dict().items():
+            assert torch.equal(generator.state_dict()[name], value), name
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_safetensors_hold_settings_and_tensors(saved: tuple[Config, Trainer, Path], tmp_path: Path) -> None:
+    pytest.importorskip("safetensors", reason="needs the extra tools")
+    config, trainer, _ = saved
+    state = trainer.average.state_dict()
+    path = tmp_path / "converted" / "G_ema.safetensors"
+    path.parent.mkdir()
+    save_safetensors(state, config, path)
+    loaded, tensors = load_safetensors(path)
+    assert loaded == config
+    assert tensors.keys() == state.keys()
+    assert find_generator(path.parent) == path
+    assert torch.equal(load_generator(path.parent, "cpu")[1].decoder.fc0.weight, trainer.average.decoder.fc0.weight)
+
+
+def test_a_checkpoint_of_another_shape_is_one_line(saved: tuple[Config, Trainer, Path], tmp_path: Path) -> None:
+    """A tensor that is too large, missing or unknown is named."""
+    _, _, path = saved
+    for change, words in (
+        (lambda state: state.update({"decoder.fc0.bias": torch.zeros(9)}), "decoder.fc0.bias"),
+        (lambda state: state.pop("decoder.fc0.bias"), "decoder.fc0.bias"),
+        (lambda state: state.update({"decoder.fc7.bias": torch.zeros(9)}), "decoder.fc7.bias"),
+    ):
+        content = torch.load(path, weights_only=True)
+        change(content["trainer"]["average"])
+        torch.save(content, tmp_path / "x.pt")
+        with pytest.raises(UserError, match=rf"x\.pt: the generator does not fit its settings: .*{words}") as caught:
+            load_generator(tmp_path / "x.pt", "cpu")
+        assert "\n" not in str(caught.value)
+
+
+def test_an_image_generator_has_no_planes(tiny_config: TinyConfig, tiny_trainer: TinyTrainer) -> None:
+    config = tiny_config(generator={"backbone": "image"})
+    trainer, _ = tiny_trainer(config)
+    path = save_checkpoint(Path(config.run_dir), config, trainer.state_dict(), keep=3)
+    with pytest.raises(UserError, match="it has no planes to look into"):
+        load_generator(path, "cpu")
+    _, generator = load_generator(path, "cpu", three_d=False)
+    assert generator.state_dict().keys() == trainer.average.state_dict().keys()
+
+
+def test_faults_are_one_line(
+    saved: tuple[Config, Trainer, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    safetensors = pytest.importorskip("safetensors.torch", reason="needs the extra tools")
+    config, trainer, _ = saved
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    broken, foreign, odd = (tmp_path / f"{name}.safetensors" for name in ("broken", "foreign", "odd"))
+    broken.write_bytes(b"no safetensors")
+    safetensors.save_file({"x": torch.zeros(1)}, foreign)
+    safetensors.save_file({"x": torch.zeros(1)}, odd, metadata={"config": json.dumps([1])})
+    for path, words in (
+        (empty, "holds no checkpoint"),
+        (tmp_path / "none.pt", "there is no checkpoint"),
+        (tmp_path / "none.safetensors", "there is no file"),
+        (broken, "cannot be read as safetensors"),
+        (foreign, "was not written by epigraf_fast"),
+        (odd, "was not written by epigraf_fast"),
+    ):
+        with pytest.raises(UserError, match=words) as caught:
+            load_generator(path, "cpu")
+        assert "\n" not in str(caught.value)
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="torch sees no GPU"):
+            pick_device("cuda")
+    state = {"a": torch.zeros(2), "b": torch.tensor([1.0, torch.inf])}
+    with pytest.raises(UserError, match="G: b is not finite"):
+        check_finite(state, "G")
+    for name in [name for name in sys.modules if name.split(".")[0] == "safetensors"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"safetensors is not installed: pip install 'epigraf_fast\[tools\]'"):
+        save_safetensors(trainer.average.state_dict(), config, tmp_path / "y.safetensors")
+
+
+def test_a_damaged_checkpoint_is_one_line(saved: tuple[Config, Trainer, Path], tmp_path: Path) -> None:
+    _, _, path = saved
+    shutil.copy(path, tmp_path / "x.pt")
+    with open(tmp_path / "x.pt", "r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+    with pytest.raises(UserError, match="cannot be read"):
+        load_generator(tmp_path / "x.pt", "cpu")
