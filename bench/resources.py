@@ -1,4 +1,4 @@
-"""Registers, spills and instructions of the tri-plane kernels, without a GPU: `python -m bench.resources [--json]`.
+"""Registers, spills and instructions of the Triton kernels, without a GPU: `python -m bench.resources [--json]`.
 
 The launchers are called with tensors that have no memory, and what they would launch is compiled ahead of time instead,
 with the hints on alignment that real launches have. Exit status 1 if a default configuration falls short (`problems`).
@@ -7,13 +7,18 @@ with the hints on alignment that real launches have. Exit status 1 if a default 
 from __future__ import annotations
 
 import argparse
+import functools
+import inspect
+import itertools
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,8 +27,8 @@ import torch
 from torch import Tensor
 
 ARCHS = (70, 80, 90)
-SHARED_LIMIT = {70: 96, 80: 163, 90: 227}  # KiB of shared memory that one block can have
-SHARED_PER_SM = {70: 96, 80: 164, 90: 228}
+SHARED_LIMIT = {70: 96, 80: 163, 90: 227, 100: 227}  # KiB of shared memory that one block can have
+SHARED_PER_SM = {70: 96, 80: 164, 90: 228, 100: 228}
 REGISTERS_PER_SM, WARPS_PER_SM, BLOCKS_PER_SM = 65536, 64, 32
 
 # One micro-batch of the FFHQ-512 preset: images, plane resolution, rays, samples of a pass, decoder outputs.
@@ -45,45 +50,106 @@ def _network(channels: int, hidden: int) -> tuple[Tensor, ...]:
     return _meta(hidden, channels), _meta(hidden), _meta(OUT, hidden), _meta(OUT)
 
 
-def launches(arch: int) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """What to compile: a name, and a call of a launcher."""
-    from epigraf_fast.kernels import decode_triplane, sample_triplane
+def launches(arch: int, *, brief: bool = False) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """What to compile: a name, and a call of a launcher.
+
+    All sizes with every plan of `tuning`; or if `brief` those of the FFHQ preset with the default plans.
+    """
+    for name, launch in _triplane_launches(arch, 1 if brief else None):
+        if not brief or name.split()[2:4] in (["C=32", "hidden=64"], ["C=32", "float32"], ["C=32", "float16"]):
+            yield name, launch
+    for name, launch in _ray_launches():
+        if not brief or "S=48+48" in name:
+            yield name, launch
+
+
+def _ray_launches() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Importance sampling and compositing: coarse and fine samples, one long set, short rays."""
+    from epigraf_fast.kernels import composite, sample_importance
+
+    density = {"activation": "softplus", "softplus_beta": 1.0, "density_shift": 0.0}
+    settings = {**density, "last_interval": 1e10, "last_back": False, "white_background": False}
+    for coarse, fine in ((48, 48), (96, 0), (256, 256), (16, 16)):
+        sets = [_meta(BATCH, RAYS, coarse), _meta(BATCH, RAYS, coarse, OUT), None, None]
+        if fine:
+            sets[2:] = _meta(BATCH, RAYS, fine), _meta(BATCH, RAYS, fine, OUT)
+        inputs = *sets, None, None
+        case = f"S={coarse}+{fine}"
+        yield (
+            f"composite fwd {case}",
+            lambda inputs=inputs: composite.fwd(*inputs, return_weights=False, **settings),
+        )
+        grads = _meta(BATCH, RAYS, OUT - 1), None, None, None, None
+        yield (
+            f"composite bwd {case}",
+            lambda inputs=inputs, grads=grads: composite.bwd(
+                grads, *inputs, to_density_noise=False, to_background=False, **settings
+            ),
+        )
+        if fine:
+            seed = _meta(1, dtype=torch.int64)
+            yield (
+                f"importance {case}",
+                lambda sets=sets, fine=fine, seed=seed: sample_importance.fwd(
+                    sets[0], sets[1][..., -1], None, seed, fine, sorted=True, **density
+                ),
+            )
+            rows = BATCH * RAYS
+            inversion = _meta(rows, coarse), _meta(rows, coarse - 1), _meta(rows, fine)
+            yield f"invert_cdf {case}", lambda inversion=inversion: sample_importance.invert_cdf(*inversion)
+
+
+def _triplane_launches(arch: int, plans: int | None) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Sampling and decoding, by the size of texels and network."""
+    from epigraf_fast.kernels import decode_triplane, sample_triplane, tuning
 
     points = _meta(BATCH, RAYS * SAMPLES, 3)
     rays = _meta(BATCH, RAYS, 3), _meta(BATCH, RAYS, 3), _meta(BATCH, RAYS, SAMPLES)
     half = torch.float16
+    size = RESOLUTION, RESOLUTION
     for channels, dtype in ((32, torch.float32), (32, half), (8, torch.float32), (64, torch.float32)):
         planes = _planes(channels, dtype)
         grad = _meta(BATCH, RAYS * SAMPLES, channels, dtype=dtype)
-        case = f"C={channels} {str(dtype).removeprefix('torch.')}"
-        yield f"sample fwd {case}", lambda planes=planes: sample_triplane.fwd(planes, points)
-        yield f"sample bwd {case}", lambda grad=grad: sample_triplane.bwd(grad, points, RESOLUTION, RESOLUTION)
+        name = f"C={channels} {str(dtype).removeprefix('torch.')}"
+        for plan in tuning.plans(sample_triplane.case("fwd", channels, *size, dtype, arch))[:plans]:
+            fwd = functools.partial(sample_triplane.fwd, planes, points, chosen=plan, arch=arch)
+            yield f"sample fwd {name} {_text(plan)}", fwd
+        for deterministic in (False, True):
+            for plan in tuning.plans(sample_triplane.case("bwd", channels, *size, dtype, arch, deterministic))[:plans]:
+                bwd = functools.partial(sample_triplane.bwd, grad, points, *size, deterministic, chosen=plan, arch=arch)
+                yield f"sample bwd {name} {_text(plan)}{' fixed' * deterministic}", bwd
     grad_y = _meta(BATCH, RAYS, SAMPLES, OUT)
     for channels, hidden, dtype, precision in (
         (32, 64, torch.float32, "fp32"),
         (32, 64, torch.float32, "tf32"),
         (32, 64, half, "fp16"),
         (8, 16, torch.float32, "fp32"),
+        (8, 16, half, "fp16"),
         (16, 64, torch.float32, "fp32"),
         (32, 128, torch.float32, "fp32"),
+        (32, 128, half, "fp16"),
         (64, 64, torch.float32, "fp32"),
         (64, 128, torch.float32, "fp32"),
         (64, 128, half, "fp16"),
     ):
         planes, net = _planes(channels, dtype), _network(channels, hidden)
-        case = f"C={channels} hidden={hidden} {str(dtype).removeprefix('torch.')} {precision}"
-        yield (
-            f"decode fwd {case}",
-            lambda a=(planes, *rays, *net), precision=precision: decode_triplane.fwd(
-                *a, precision=precision, arch=arch
-            ),
-        )
-        yield (
-            f"decode bwd {case}",
-            lambda a=(grad_y, planes, *rays, *net[:3]), precision=precision: decode_triplane.bwd(
-                *a, precision=precision, arch=arch
-            ),
-        )
+        name = f"C={channels} hidden={hidden} {str(dtype).removeprefix('torch.')} {precision}"
+        problem = planes, net[0], net[2], precision, arch
+        for plan in tuning.plans(decode_triplane.case("fwd", *problem))[:plans]:
+            fwd = functools.partial(
+                decode_triplane.fwd, planes, *rays, *net, precision=precision, chosen=plan, arch=arch
+            )
+            yield f"decode fwd {name} {_text(plan)}", fwd
+        for deterministic in (False, True):
+            for plan in tuning.plans(decode_triplane.case("bwd", *problem, deterministic))[:plans]:
+                options = {"precision": precision, "deterministic": deterministic, "chosen": plan, "arch": arch}
+                bwd = functools.partial(decode_triplane.bwd, grad_y, planes, *rays, *net[:3], **options)
+                yield f"decode bwd {name} {_text(plan)}{' fixed' * deterministic}", bwd
+
+
+def _text(plan: tuple[tuple[int | None, ...], ...]) -> str:
+    """points x warps of every launch of a plan."""
+    return "+".join(f"{block_n}x{num_warps}" for block_n, num_warps, *_ in plan)
 
 
 @contextmanager
@@ -149,19 +215,41 @@ def resources(compiled: Any, arch: int) -> Row:
     registers, spill = (int(re.search(rf"{name}:(\d+)", usage.stdout)[1]) for name in ("REG", "STACK"))
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
     ptx = compiled.asm["ptx"]
-    loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.[bfu](\d+)", ptx)
+    loads = _loads(ptx)
     atomics = re.findall(r"(?:red|atom)\.global\.(\S+)", ptx)
-    products = re.findall(r"(wgmma\.mma_async|mma\.sync)\S*", ptx)
+    products = re.findall(r"(tcgen05\.mma|wgmma\.mma_async|mma\.sync)\S*", ptx)
     return {
         "registers": registers,
         "spill": spill,
         "shared": shared,
         "warps": warps,
-        "load_bits": max((int(vector or 1) * int(bits) for vector, bits in loads), default=0),
+        "load_bits": max((width for width, _, _ in loads), default=0),
+        "plane_bits": min((width for width, *line in loads if tuple(line) in _plane_lines()), default=None),
         "atomic": max(set(atomics), key=len) if atomics else None,
         "products": sorted(set(products)),
         "occupancy": _occupancy(registers, shared, warps, arch),
     }
+
+
+def _loads(ptx: str) -> list[tuple[int, str, int]]:
+    """Global loads: bits, and the file and line of the source that they come from."""
+    files = dict(re.findall(r'\.file\s+(\d+) "(?:[^"]*/)?([^/"]+)"', ptx))
+    found, file, line = [], "", 0
+    for text in ptx.splitlines():
+        if place := re.match(r"\s*\.loc\s+(\d+) (\d+)", text):
+            file, line = files[place[1]], int(place[2])
+        elif load := re.search(r"ld\.global\S*?(?:\.v(\d))?\.[bfu](\d+)", text):
+            found.append((int(load[1] or 1) * int(load[2]), file, line))
+    return found
+
+
+@functools.cache
+def _plane_lines() -> set[tuple[str, int]]:
+    """Where texels are read: every line of `gather_features`."""
+    from epigraf_fast.kernels.sample_triplane import gather_features
+
+    lines, first = inspect.getsourcelines(gather_features.fn)
+    return {("sample_triplane.py", first + i) for i in range(len(lines))}
 
 
 def _occupancy(registers: int, shared: int, warps: int, arch: int) -> float:
@@ -181,37 +269,44 @@ def problems(row: Row) -> list[str]:
             found.append(f"spills {row['spill']} bytes")
         if row["shared"] > SHARED_LIMIT[row["arch"]] * 1024:
             found.append(f"takes {row['shared']} bytes of shared memory")
-        if row["load_bits"] < 128:
-            found.append(f"loads at most {row['load_bits']} bits at once")
+        if row["plane_bits"] is not None and row["plane_bits"] < 128:
+            found.append(f"loads {row['plane_bits']} bits of planes at once")
         if row["kernel"].startswith("_decode") and not row["products"]:
             found.append("has no tensor-core instruction")
     return found
 
 
-def table(archs: tuple[int, ...]) -> list[Row]:
-    """Compiles everything: one row a kernel and architecture."""
+def _rows(arch: int, brief: bool, first: int, step: int) -> list[Row]:
+    """Compiles every `step`-th launch from the `first` on."""
     rows = []
-    for arch in archs:
-        for case, launch in launches(arch):
-            with recorded() as calls:
-                launch()
-            for kernel, args, kwargs in calls:
-                row = {"arch": arch, "case": case, "kernel": kernel.__name__}
-                row |= resources(compile_launch(kernel, args, kwargs, arch), arch)
-                rows.append(row | {"problems": problems(row)})
+    for case, launch in itertools.islice(launches(arch, brief=brief), first, None, step):
+        with recorded() as calls:
+            launch()
+        for kernel, args, kwargs in calls:
+            row = {"arch": arch, "case": case, "kernel": kernel.__name__}
+            row |= resources(compile_launch(kernel, args, kwargs, arch), arch)
+            rows.append(row | {"problems": problems(row)})
     return rows
 
 
+def table(archs: tuple[int, ...], *, brief: bool = False) -> list[Row]:
+    """Compiles everything, in two processes: one row a kernel and architecture. Triton keeps what it has compiled."""
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        parts = [pool.submit(_rows, arch, brief, first, 2) for arch in archs for first in range(2)]
+        rows = [row for part in parts for row in part.result()]
+    order = {case: i for arch in archs for i, (case, _) in enumerate(launches(arch, brief=brief))}
+    return sorted(rows, key=lambda row: (row["arch"], order[row["case"]]))
+
+
 def format_table(rows: list[Row]) -> str:
-    header = (
-        "arch  case                                   regs  spill  shared  warps  occupancy  load  atomic; products"
-    )
+    header = f"arch  {'case':<58} regs  spill  shared  warps  occupancy  load  planes  atomic; products"
     lines = [header]
     for row in rows:
         end = "; ".join(filter(None, [row["atomic"], " ".join(row["products"])]))
         lines.append(
-            f"sm_{row['arch']} {row['case']:<44} {row['registers']:>4} {row['spill']:>6} {row['shared']:>7} "
-            f"{row['warps']:>6} {row['occupancy']:>10.2f} {row['load_bits']:>5}  {end}".rstrip()
+            f"sm_{row['arch']} {row['case']:<58} {row['registers']:>4} {row['spill']:>6} {row['shared']:>7} "
+            f"{row['warps']:>6} {row['occupancy']:>10.2f} {row['load_bits']:>5} {row['plane_bits'] or '':>7}  "
+            f"{end}".rstrip()
         )
         lines += [f"      ! {problem}" for problem in row["problems"]]
     return "\n".join(lines)
@@ -219,12 +314,13 @@ def format_table(rows: list[Row]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.resources", description=__doc__.split(":")[0] + ".")
-    parser.add_argument("--arch", type=int, nargs="+", choices=ARCHS, default=ARCHS)
+    parser.add_argument("--arch", type=int, nargs="+", choices=SHARED_LIMIT, default=ARCHS)
+    parser.add_argument("--brief", action="store_true", help="default plans at the sizes of the ffhq preset alone")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
     if os.environ.pop("TRITON_INTERPRET", None):
         print("bench.resources: TRITON_INTERPRET is ignored, kernels are compiled", file=sys.stderr)
-    rows = table(tuple(args.arch))
+    rows = table(tuple(args.arch), brief=args.brief)
     print(json.dumps(rows, indent=2) if args.json else format_table(rows))
     sys.exit(any(row["problems"] for row in rows))
 

@@ -92,12 +92,13 @@ def cam2world_matrix(angles: Tensor, radius: float | Tensor) -> Tensor:
     pitch = angles[:, 1].clamp(POLE_MARGIN, math.pi - POLE_MARGIN)
     outward = torch.stack([pitch.sin() * yaw.cos(), pitch.cos(), pitch.sin() * yaw.sin()], dim=-1)  # [B, 3]
     forward = -outward
-    world_up = torch.tensor([0.0, 1.0, 0.0], dtype=angles.dtype, device=angles.device).expand_as(forward)
-    left = torch.nn.functional.normalize(torch.cross(world_up, forward, dim=-1), dim=-1)
+    x, _, z = forward.unbind(dim=-1)
+    left = torch.stack([z, torch.zeros_like(z), -x], dim=-1)  # (0, 1, 0) x forward
+    left = torch.nn.functional.normalize(left, dim=-1)
     up = torch.nn.functional.normalize(torch.cross(forward, left, dim=-1), dim=-1)
-    radius = torch.as_tensor(radius, dtype=angles.dtype, device=angles.device).expand(len(angles))
+    position = outward * (radius.to(angles)[..., None] if isinstance(radius, Tensor) else radius)
     matrix = torch.zeros(len(angles), 4, 4, dtype=angles.dtype, device=angles.device)
-    matrix[:, :3] = torch.stack([-left, up, outward, outward * radius[:, None]], dim=-1)
+    matrix[:, :3] = torch.stack([-left, up, outward, position], dim=-1)
     matrix[:, 3, 3] = 1
     return matrix
 
@@ -175,12 +176,16 @@ def camera_rays(
     batch = len(cam2world)
     grid = pixel_grid(resolution, patch_scale, patch_offset, dtype=cam2world.dtype, device=cam2world.device)
     grid = grid.to(cam2world.dtype).expand(batch, -1, -1)
-    fov = torch.as_tensor(fov, dtype=cam2world.dtype, device=cam2world.device).expand(batch)
+    given = isinstance(fov, Tensor)
+    fov = torch.as_tensor(fov, dtype=cam2world.dtype, device=grid.device if given else "cpu")
     depth = -1 / torch.tan(torch.deg2rad(fov) / 2)
-    directions = torch.cat([grid, depth[:, None, None].expand(-1, grid.shape[1], 1)], dim=-1)
+    if not given:  # written by a fill, as a copy from the host would make a GPU wait
+        depth = grid.new_full((1,), depth.item())
+    depth = depth.reshape(-1, 1, 1).expand(batch, grid.shape[1], 1)
+    directions = torch.cat([grid, depth], dim=-1)
     directions = torch.nn.functional.normalize(directions, dim=-1)
     directions = directions @ cam2world[:, :3, :3].transpose(1, 2)
-    origins = cam2world[:, None, :3, 3].expand_as(directions)
+    origins = cam2world[:, None, :3, 3].expand_as(directions).contiguous()
     return origins, directions
 
 

@@ -228,8 +228,9 @@ class Config:
     precision: Literal["fp32", "tf32", "fp16"] = "fp32"
     """fp32: no TF32, and fp16 only in discriminator.half_blocks; tf32: the same with TF32 matrix products; fp16: also
     the top 4 resolutions of G and blocks of D in fp16. A CPU computes in fp32."""
-    backend: str | None = None
-    """Of the ops: reference, or default: the fastest that is there."""
+    backend: Literal["auto", "reference", "triton", "cpu", "cuda"] = "auto"
+    """Of the ops: every op that has the named one takes it, the others their default for the device, and so do all with
+    auto. The table at the start of a run says what it takes. triton is opt-in until a GPU has run it."""
     device: str | None = None
     """cpu or cuda; default: a GPU if there is one."""
     log_kimg: float = 4.0

@@ -22,14 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .camera import PRIORS
 from .config import PRESETS, Config, check, preset, to_dict
 from .errors import UserError
 from .models.background import ENCODER_STEPS
-from .models.discriminator import Discriminator
-from .models.generator import Generator
 from .models.layers import LOW_PASS, ScalarEncoder, channels_at
 from .published import Optimizer, Snapshot, read_snapshot
 from .training.checkpoint import save_checkpoint
+from .training.memory import meta_networks
 from .training.pretrained import check_finite, load_generator, save_safetensors
 
 # Published name -> ours, the first pattern that matches the whole name.
@@ -275,27 +275,23 @@ def _stored(stored: dict[str, Any], name: str, default: Any) -> Any:
     return default
 
 
+# Ours -> the ends of the stored names; the cameras stood under `sampling` in older snapshots.
+CAMERA_NAMES = {name: (f"sampling.{name}", f"camera.{name}") for name in ("fov", "radius", "ray_start", "ray_end")}
+CAMERA_NAMES |= {"prior": ("sampling.dist", "camera.dist"), "cube_scale": ("dataset.cube_scale",)}
+for _ours, _theirs in (("yaw", "horizontal"), ("pitch", "vertical")):
+    CAMERA_NAMES[f"{_ours}_mean"] = f"sampling.{_theirs}_mean", f"camera.{_theirs}_mean"
+    CAMERA_NAMES[f"{_ours}_spread"] = f"sampling.{_theirs}_stddev", f"camera.{_theirs}_stddev"
+
+
 def _camera(stored: dict[str, Any], base: Config) -> Any:
-    names = {"fov": "sampling.fov", "radius": "sampling.radius", "cube_scale": "dataset.cube_scale"}
-    names |= {"ray_start": "sampling.ray_start", "ray_end": "sampling.ray_end"}
-    values = {ours: _stored(stored, theirs, getattr(base.camera, ours)) for ours, theirs in names.items()}
+    values = {}
+    for ours, names in CAMERA_NAMES.items():
+        values[ours] = getattr(base.camera, ours)
+        for name in names:
+            values[ours] = _stored(stored, name, values[ours])
+    if values["prior"] not in PRIORS:
+        values["prior"] = base.camera.prior
     return dataclasses.replace(base.camera, **values)
-
-
-def networks_of(config: Config, label_dim: int) -> tuple[Generator, Discriminator]:
-    """The networks that the settings describe, without values."""
-    with torch.device("meta"):
-        generator = Generator(
-            config.generator,
-            config.renderer,
-            config.camera,
-            label_dim=label_dim,
-            image_resolution=config.resolution,
-        )
-        discriminator = Discriminator(
-            config.discriminator, config.resolution, config.patch.resolution, label_dim=label_dim
-        )
-    return generator, discriminator
 
 
 def translate(tensors: dict[str, Tensor], account: Account, module: nn.Module, network: str) -> dict[str, Tensor]:
@@ -381,7 +377,7 @@ def import_snapshot(
     base = dataclasses.replace(preset(preset_name), run_dir=str(out))
     try:
         config, label_dim = config_of(snapshot, base, patch_resolution)
-        generator, discriminator = networks_of(config, label_dim)
+        generator, discriminator = meta_networks(config, label_dim)
         modules = {"G_ema": generator, "G": generator, "D": discriminator}
         accounts = {name: account_for(tensors, name) for name, tensors in snapshot.networks.items()}
         states = {

@@ -21,13 +21,18 @@ from .training.metrics import PACKAGES as METRICS_PACKAGES
 Report = dict[str, Any]
 
 # Extras of setup.py that add a feature, and their packages.
-EXTRAS = {"metrics": METRICS_PACKAGES, "make_dataset": ("pyvista", "pybullet")}
+EXTRAS = {
+    "metrics": METRICS_PACKAGES,
+    "make_dataset": ("pyvista", "pybullet"),
+    "tools": ("safetensors", "imageio-ffmpeg", "scikit-image", "trimesh", "mrcfile", "matplotlib"),
+    "viewer": ("viser",),
+}
 
 # Code that only a GPU can run and that no GPU has run yet. It is never on by default.
 OPT_IN = (
     "torchrun on several GPUs (NCCL): not yet run, only gloo between two processes on a CPU",
     "--precision tf32 and fp16, --discriminator.half-blocks: not yet run on a GPU",
-    "the Triton kernels of the renderer's ops (backend triton): not yet run on a GPU, only in Triton's interpreter",
+    "--backend triton, the renderer on Triton kernels: not yet run on a GPU, only in Triton's interpreter",
 )
 
 
@@ -65,14 +70,20 @@ def report() -> Report:
     }
 
 
-def format_backends(report: Report) -> str:
-    """The backend table: one line an op, then one line a reason."""
+def format_backends(report: Report, chosen: dict[str, str] | None = None) -> str:
+    """The backend table: one line an op, then one line a reason.
+
+    Args:
+        chosen: op -> the backend that a run takes, for a column of its own.
+    """
     devices = list(next(iter(report["defaults"].values())))
     rows = [["op", *backends.BACKENDS, *(f"default on {device}" for device in devices)]]
+    rows[0] += ["this run"] if chosen else []
     lacking: dict[tuple[str, str], list[str]] = {}
     for op, reasons in report["backends"].items():
         rows.append([op, *("yes" if reason is None else "-" for reason in reasons.values())])
         rows[-1] += report["defaults"][op].values()
+        rows[-1] += [chosen[op]] if chosen else []
         for backend, reason in reasons.items():
             if reason is not None:
                 lacking.setdefault((backend, reason), []).append(op)

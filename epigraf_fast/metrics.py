@@ -26,7 +26,7 @@ from .data import ImageDataset
 from .errors import UserError
 from .models.generator import Generator, Images
 from .render import check_range, progress_bar
-from .training.checkpoint import list_checkpoints
+from .training.checkpoint import NAME, list_checkpoints
 from .training.metrics import FeatureDistance, ScriptFeatures, kernel_distance
 from .training.pretrained import find_generator, load_generator
 from .training.sampling import fixed_latents, surface_depth
@@ -138,6 +138,25 @@ class Distances:
         return values
 
 
+def plot(results: Sequence[dict], path: Path) -> None:
+    """Draws every number against the images seen, as the names of the checkpoints tell."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("matplotlib is not installed: pip install 'epigraf_fast[tools]'") from None
+    names = [name for name, value in results[0].items() if isinstance(value, float)]
+    found = [NAME.fullmatch(Path(result["checkpoint"]).name) for result in results]
+    kimg = [int(match[1]) / 1000 if match else float(number) for number, match in enumerate(found)]
+    figure = Figure(figsize=(3.2 * len(names), 2.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        axes.plot(kimg, [result[name] for result in results], marker="o")
+        axes.set(title=name, xlabel="kimg" if all(found) else "checkpoint")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+
+
 def main(args: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m epigraf_fast.metrics",
@@ -152,6 +171,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--objects", type=int, default=16, help="of the re-projection error; 0 leaves it out")
     parser.add_argument("--turn", type=float, default=0.2, help="radians of yaw between the views it compares")
     parser.add_argument("--out", type=Path, help="a JSON file to write the results to")
+    parser.add_argument("--plot", type=Path, help="a .png, .pdf or .svg to draw the results of all checkpoints in")
     parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
     options = parser.parse_args(args)
     try:
@@ -162,6 +182,8 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    if options.plot is not None and options.plot.suffix not in (".png", ".pdf", ".svg"):
+        raise UserError(f"--plot must end in .png, .pdf or .svg, got {options.plot}")
     check_range("images", options.images, 2)
     check_range("objects", options.objects, 0)
     check_range("turn", options.turn, -math.pi, math.pi)
@@ -198,6 +220,9 @@ def run(options: argparse.Namespace) -> None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(results, indent=2) + "\n")
         print(f"wrote {options.out}")
+    if options.plot is not None:
+        plot(results, options.plot)
+        print(f"wrote {options.plot}")
 
 
 if __name__ == "__main__":

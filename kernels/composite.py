@@ -2,8 +2,8 @@
 
 Two sets that are each sorted are merged by rank: the program finds by bisection how many samples of the second set are
 among the first p, reads every sample from where it lies, and integrates in registers. Nothing is sorted, gathered or
-written in sorted order. The pieces that `sample_importance` builds upon (`density`, `absorption`) take tiles
-[RAYS, BLOCK_S] in registers.
+written in sorted order. The pieces that `sample_importance` builds upon (`density`, `absorption`, `uniforms`) take
+tiles [RAYS, BLOCK_S] in registers.
 """
 
 from __future__ import annotations
@@ -20,6 +20,12 @@ LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2_HIGH: tl.constexpr = tl.constexpr(0.693359375)  # ten bits, so that small integers times it are exact
 LN2_LOW: tl.constexpr = tl.constexpr(-2.1219444005469057e-4)
 BEYOND: tl.constexpr = tl.constexpr(3e38)  # t where there is no sample
+PI: tl.constexpr = tl.constexpr(3.141592653589793)
+# Which numbers of a seed are drawn for what: one seed serves all of a rendering.
+IMPORTANCE_STREAM: tl.constexpr = tl.constexpr(0)
+JITTER_STREAM: tl.constexpr = tl.constexpr(1)
+COARSE_NOISE_STREAM: tl.constexpr = tl.constexpr(2)
+NOISE_STREAM: tl.constexpr = tl.constexpr(3)
 TILE = 128  # samples of a program that has one warp
 
 
@@ -36,13 +42,44 @@ class Outputs(NamedTuple):
 class Gradients(NamedTuple):
     """What `bwd` gives."""
 
-    values: Tensor  # [B, R, S_coarse, C+1]
+    values: Tensor  # [B, R, S_coarse, C+1]; with the next side by side in one [B, R, S_coarse + S_fine, C+1]
     values_fine: Tensor | None  # [B, R, S_fine, C+1]
     density_noise: Tensor | None  # [B, R, S]
     background: Tensor | None  # [B, R, C]
 
 
 # Numbers are limited by tl.where throughout: tl.maximum and tl.minimum would turn NaN into the limit.
+
+
+@triton.jit
+def uniforms(seed, ray, k, STREAM: tl.constexpr):
+    """Two numbers of Philox at the counter (k, ray, STREAM), each in [0, 1), of the common shape of ray and k."""
+    ray = ray.to(tl.int32)
+    first, second, _, _ = tl.philox(seed, k, ray, ray * 0 + STREAM, ray * 0)
+    return tl.uint_to_uniform_float(first), tl.uint_to_uniform_float(second)
+
+
+@triton.jit
+def _cos_turn(turn):
+    """cos(2 pi turn) for turn in [0, 1): sin(y), y = pi (|2 turn - 1| - 1/2), by its series.
+
+    (tl.cos prepares for any argument, and takes local memory for that.)
+    """
+    y = (tl.abs(2.0 * turn - 1.0) - 0.5) * PI
+    series = tl.zeros_like(y) + 1.0
+    for n in tl.static_range(12, 0, -2):
+        series = 1.0 - y * y * (1.0 / (n * (n + 1))) * series
+    return y * series
+
+
+@triton.jit
+def density_noise(seed_ptr, noise_std, ray, k, STREAM: tl.constexpr):
+    """Normal numbers by Box and Muller, times noise_std, a number or a pointer to it."""
+    noise_std = tl.to_tensor(noise_std)
+    if noise_std.dtype.is_ptr():
+        noise_std = tl.load(noise_std)
+    u, turn = uniforms(tl.load(seed_ptr), ray, k, STREAM)
+    return noise_std * (tl.sqrt(-2.0 * tl.log(1.0 - u)) * _cos_turn(turn))
 
 
 @triton.jit
@@ -198,6 +235,8 @@ def _sorted_samples(
     t_fine_ptr,
     values_fine_ptr,
     density_noise_ptr,
+    seed_ptr,
+    noise_std,
     ray,
     num_rays,
     t_stride,
@@ -245,6 +284,8 @@ def _sorted_samples(
     x = tl.sum(tl.where(c == CHANNELS - 1, values, 0.0), 2) + density_shift
     if density_noise_ptr is not None:
         x += tl.load(density_noise_ptr + row * density_noise_stride + p, mask=valid, other=0.0).to(tl.float32)
+    if noise_std is not None:
+        x += density_noise(seed_ptr, noise_std, row, p, NOISE_STREAM)
     return valid, t, interval, x, is_fine, index, values
 
 
@@ -256,6 +297,8 @@ def _composite_fwd_kernel(
     values_fine_ptr,
     density_noise_ptr,
     background_ptr,
+    seed_ptr,
+    noise_std,
     rgb_ptr,
     depth_ptr,
     weight_sum_ptr,
@@ -286,7 +329,7 @@ def _composite_fwd_kernel(
     rgb = sum_i w_i c_i, depth = sum_i w_i t_i.
 
     One program owns BLOCK_R rays, with all their samples. The second set, density_noise, background and weights may be
-    None; strides are those of rows (one ray), which are dense.
+    None; strides are those of rows (one ray), which are dense. Noise is drawn from the seed unless noise_std is None.
     """
     S: tl.constexpr = S_COARSE + S_FINE
     ray = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -296,6 +339,8 @@ def _composite_fwd_kernel(
         t_fine_ptr,
         values_fine_ptr,
         density_noise_ptr,
+        seed_ptr,
+        noise_std,
         ray,
         num_rays,
         t_stride,
@@ -351,8 +396,9 @@ def _composite_bwd_kernel(
     values_fine_ptr,
     density_noise_ptr,
     background_ptr,
+    seed_ptr,
+    noise_std,
     grad_values_ptr,
-    grad_values_fine_ptr,
     grad_density_noise_ptr,
     grad_background_ptr,
     num_rays,
@@ -397,6 +443,8 @@ def _composite_bwd_kernel(
         t_fine_ptr,
         values_fine_ptr,
         density_noise_ptr,
+        seed_ptr,
+        noise_std,
         ray,
         num_rays,
         t_stride,
@@ -462,9 +510,7 @@ def _composite_bwd_kernel(
         channel == CHANNELS - 1, grad_density[:, :, None], colour_weights[:, :, None] * grad_rgb[:, None, :]
     )
     row = ray[:, None]
-    target = grad_values_ptr + row * (S_COARSE * CHANNELS) + index * CHANNELS
-    if S_FINE > 0:
-        target = tl.where(is_fine, grad_values_fine_ptr + row * (S_FINE * CHANNELS) + index * CHANNELS, target)
+    target = grad_values_ptr + (row * S + tl.where(is_fine, S_COARSE, 0) + index) * CHANNELS
     tl.store(target[:, :, None] + channel, grad_values, mask=valid[:, :, None] & (channel < CHANNELS))
     if grad_density_noise_ptr is not None:
         tl.store(grad_density_noise_ptr + row * S + p, grad_density, mask=valid)
@@ -534,6 +580,8 @@ def fwd(
     values_fine: Tensor | None,
     density_noise: Tensor | None,
     background: Tensor | None,
+    seed: Tensor | None = None,
+    noise_std: Tensor | float | None = None,
     *,
     return_weights: bool,
     **settings: str | float | bool,
@@ -544,6 +592,7 @@ def fwd(
         t, t_fine: [B, R, S_coarse], [B, R, S_fine] fp32, each sorted.
         values, values_fine: [B, R, S_coarse, C+1], [B, R, S_fine, C+1], fp32, fp16 or bf16, both alike.
         density_noise, background: [B, R, S_coarse + S_fine], [B, R, C].
+        seed, noise_std: [1] int64 and a number or a tensor of one, fp32; None for both draws no noise.
         settings: activation, softplus_beta, density_shift, last_interval, last_back, white_background.
     """
     if t_fine is not None and t_fine.shape[-1] == 0:
@@ -562,7 +611,7 @@ def fwd(
         inputs = [rows(x) for x in (t, values, t_fine, values_fine, density_noise, background)]
         with torch.cuda.device_of(t):
             _composite_fwd_kernel[(triton.cdiv(num_rays, options["BLOCK_R"]),)](
-                *inputs, *outputs, num_rays, *map(_stride, inputs), **options
+                *inputs, seed, noise_std, *outputs, num_rays, *map(_stride, inputs), **options
             )
     return outputs
 
@@ -579,33 +628,45 @@ def bwd(
     values_fine: Tensor | None,
     density_noise: Tensor | None,
     background: Tensor | None,
+    seed: Tensor | None = None,
+    noise_std: Tensor | float | None = None,
     *,
     to_density_noise: bool,
     to_background: bool,
     **settings: str | float | bool,
 ) -> Gradients:
-    """One launch of the backward kernel.
+    """One launch of the backward kernel. Noise is drawn again from what the seed holds.
 
     Args:
         grad_outputs: To rgb, depth, weight_sum, final_transmittance and weights; None where nothing depends on them.
         t, ...: See `fwd`.
     """
-    grad_values_fine = None if values_fine is None else _empty_like(values_fine)
-    if t_fine is not None and t_fine.shape[-1] == 0:
-        t_fine = values_fine = None
-    options = _settings(values, values_fine, **settings)
+    coarse, fine = values.shape[-2], 0 if values_fine is None else values_fine.shape[-2]
+    shape = t.shape[:2]
+    grad_values = torch.empty(*shape, coarse + fine, values.shape[-1], dtype=values.dtype, device=t.device)
     gradients = Gradients(
-        _empty_like(values),
-        grad_values_fine,
+        grad_values[..., :coarse, :],
+        None if values_fine is None else grad_values[..., coarse:, :],
         _empty_like(density_noise) if to_density_noise else None,
         _empty_like(background) if to_background else None,
     )
-    num_rays = t.shape[:2].numel()
+    if fine == 0:
+        t_fine = values_fine = None
+    options = _settings(values, values_fine, **settings)
+    num_rays = shape.numel()
     if num_rays:
         inputs = [rows(x) for x in (t, values, t_fine, values_fine, density_noise, background)]
         incoming = [None if grad is None else grad.contiguous() for grad in grad_outputs]
         with torch.cuda.device_of(t):
             _composite_bwd_kernel[(triton.cdiv(num_rays, options["BLOCK_R"]),)](
-                *incoming, *inputs, *gradients, num_rays, *map(_stride, inputs), **options
+                *incoming,
+                *inputs,
+                seed,
+                noise_std,
+                grad_values,
+                *gradients[2:],
+                num_rays,
+                *map(_stride, inputs),
+                **options,
             )
     return gradients

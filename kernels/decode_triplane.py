@@ -6,39 +6,28 @@ Points are given as such, or as depths along rays; the kernels see both as rays,
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .sample_triplane import gather_features, image_and_point, scatter_gradient, strides, zero_planes
-
-
-class Config(NamedTuple):
-    """How a kernel is cut into programs: what `python -m bench.resources` found to fit registers and shared memory."""
-
-    block_n: int  # points of a tile
-    num_warps: int
-    tiles: int = 1  # tiles of a program, one after the other
-    split: bool = False  # whether the gradients to planes and to the network come from two launches
-
-
-# By the size of the decoder (`_size`). A tile of fewer points would leave no four channels to a thread.
-FWD_CONFIGS = {
-    "narrow": Config(block_n=32, num_warps=4),
-    "usual": Config(block_n=16, num_warps=4),
-    "large": Config(block_n=16, num_warps=8),
-}
-BWD_CONFIGS = {
-    "narrow": Config(block_n=32, num_warps=4, tiles=8),
-    "usual": Config(block_n=16, num_warps=4, tiles=8),
-    "large": Config(block_n=16, num_warps=8, tiles=8, split=True),
-}
+from .sample_triplane import (
+    fixed_point_scale,
+    from_fixed_point,
+    gather_features,
+    image_and_point,
+    scatter_gradient,
+    strides,
+    zero_planes,
+)
+from .tuning import Case, Plan, architecture, plan
 
 # The smallest size of a matrix product's operand.
 MIN_DOT = 16
+
+# Tiles of a program whose sums over them are kept apart: fewer programs, less memory.
+DETERMINISTIC_TILES = 32
 
 SQRT_2 = tl.constexpr(2**0.5)
 
@@ -66,11 +55,24 @@ def _load_matrix(matrix_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_R:
 
 
 @triton.jit
-def _add_matrix(matrix_ptr, x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Adds the unpadded part of x [BLOCK_R, BLOCK_K] to a contiguous [ROWS, COLUMNS] matrix that programs share."""
+def _give_matrix(
+    matrix_ptr,
+    x,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    OWN: tl.constexpr,
+):
+    """Writes the unpadded part of x [BLOCK_R, BLOCK_K] to a contiguous [ROWS, COLUMNS] matrix of the program's OWN, or
+    adds it to one that programs share."""
     r, k = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K)
     mask = (r < ROWS)[:, None] & (k < COLUMNS)[None, :]
-    tl.atomic_add(matrix_ptr + r[:, None] * COLUMNS + k[None, :], x, mask=mask, sem="relaxed")
+    pointers = matrix_ptr + r[:, None] * COLUMNS + k[None, :]
+    if OWN:
+        tl.store(pointers, x, mask=mask)
+    else:
+        tl.atomic_add(pointers, x, mask=mask, sem="relaxed")
 
 
 @triton.jit
@@ -80,9 +82,13 @@ def _load_vector(vector_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _add_vector(vector_ptr, x, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def _give_vector(vector_ptr, x, SIZE: tl.constexpr, BLOCK: tl.constexpr, OWN: tl.constexpr):
+    """The same for a vector."""
     i = tl.arange(0, BLOCK)
-    tl.atomic_add(vector_ptr + i, x, mask=i < SIZE, sem="relaxed")
+    if OWN:
+        tl.store(vector_ptr + i, x, mask=i < SIZE)
+    else:
+        tl.atomic_add(vector_ptr + i, x, mask=i < SIZE, sem="relaxed")
 
 
 @triton.jit
@@ -195,10 +201,8 @@ def _decode_triplane_bwd_kernel(
     b0_ptr,
     w1_ptr,
     grad_planes_ptr,
-    grad_w0_ptr,
-    grad_b0_ptr,
-    grad_w1_ptr,
-    grad_b1_ptr,
+    scale_ptr,
+    grad_network_ptr,
     inverse_cube_scale,
     num_points,
     samples,
@@ -218,6 +222,7 @@ def _decode_triplane_bwd_kernel(
     TILES: tl.constexpr,
     UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
+    DETERMINISTIC: tl.constexpr,
 ):
     """With h = w0 feature + b0, y = w1 lrelu(h) + b1, features and h computed again:
 
@@ -225,8 +230,10 @@ def _decode_triplane_bwd_kernel(
         grad_feature = w0^T grad_h         grad_w0 = sum grad_h feature^T     grad_b0 = sum grad_h
 
     and grad_feature is scattered as in `sample_triplane`. One program owns TILES tiles of BLOCK_N points of one image,
-    one after the other, and adds its sums over them to the weights' gradients at the end. All gradients are sums over
-    programs, by atomics into fp32. The planes' or the weights' are left out where their pointers are None.
+    one after the other, and adds its sums over them to the weights' gradients at the end: w0's, b0's, w1's and b1's,
+    one after the other at grad_network_ptr. All are sums over programs, by atomics into fp32. If DETERMINISTIC, the
+    planes' is summed in int64 (see `scatter_gradient`), and every program has a row of grad_network_ptr of its own.
+    The planes' or the weights' are left out where their pointers are None.
     """
     image, first = image_and_point(num_points, BLOCK_N * TILES)
     w0 = _load_matrix(w0_ptr, HIDDEN, CHANNELS, BLOCK_H, BLOCK_C)
@@ -264,7 +271,7 @@ def _decode_triplane_bwd_kernel(
         before = _dot(w0, tl.trans(features), PRECISION) + b0[:, None]
         slope = tl.where(before > 0, SQRT_2, 0.2 * SQRT_2)
         grad_before = _dot(tl.trans(w1), tl.trans(grad_y), PRECISION) * slope
-        if grad_w0_ptr is not None:
+        if grad_network_ptr is not None:
             grad_w1 += _dot(before * slope, grad_y, PRECISION)
             grad_b1 += tl.sum(grad_y, axis=0)
             grad_w0 += _dot(grad_before, features, PRECISION)
@@ -276,6 +283,7 @@ def _decode_triplane_bwd_kernel(
             )
             scatter_gradient(
                 grad_planes_ptr + image * height * width * (3 * CHANNELS),
+                scale_ptr,
                 _dot(tl.trans(grad_before), w0, PRECISION),
                 p0,
                 p1,
@@ -290,11 +298,25 @@ def _decode_triplane_bwd_kernel(
                 BLOCK_C,
                 1,
             )
-    if grad_w0_ptr is not None:
-        _add_matrix(grad_w0_ptr, grad_w0, HIDDEN, CHANNELS, BLOCK_H, BLOCK_C)
-        _add_vector(grad_b0_ptr, grad_b0, HIDDEN, BLOCK_H)
-        _add_matrix(grad_w1_ptr, tl.trans(grad_w1), OUT, HIDDEN, BLOCK_O, BLOCK_H)
-        _add_vector(grad_b1_ptr, grad_b1, OUT, BLOCK_O)
+    if grad_network_ptr is not None:
+        if DETERMINISTIC:
+            grad_network_ptr += tl.program_id(0).to(tl.int64) * (HIDDEN * (CHANNELS + 1) + OUT * (HIDDEN + 1))
+        _give_matrix(grad_network_ptr, grad_w0, HIDDEN, CHANNELS, BLOCK_H, BLOCK_C, DETERMINISTIC)
+        grad_network_ptr += HIDDEN * CHANNELS
+        _give_vector(grad_network_ptr, grad_b0, HIDDEN, BLOCK_H, DETERMINISTIC)
+        grad_network_ptr += HIDDEN
+        _give_matrix(grad_network_ptr, tl.trans(grad_w1), OUT, HIDDEN, BLOCK_O, BLOCK_H, DETERMINISTIC)
+        grad_network_ptr += OUT * HIDDEN
+        _give_vector(grad_network_ptr, grad_b1, OUT, BLOCK_O, DETERMINISTIC)
+
+
+def case(
+    way: str, planes: Tensor, w0: Tensor, w1: Tensor, precision: str, arch: int, deterministic: bool = False
+) -> Case:
+    """What `tuning` knows a problem by; `way` is fwd or bwd."""
+    (hidden, channels), size = w0.shape, planes.shape[2:]
+    texel = planes.element_size()
+    return Case(f"decode_{way}", arch, channels, hidden, len(w1), *size, texel, precision, deterministic)
 
 
 def fwd(
@@ -308,6 +330,8 @@ def fwd(
     b1: Tensor,
     cube_scale: float = 1.0,
     precision: str = "fp32",
+    *,
+    chosen: Plan | None = None,
     arch: int | None = None,
 ) -> Tensor:
     """Raw colour and density of points.
@@ -319,7 +343,8 @@ def fwd(
         t: [B, R, S].
         w0, b0, w1, b1: [hidden, C], [hidden], [out, hidden], [out]; fp32, fp16 or bf16.
         precision: "fp32", "tf32" or "fp16": how operands of the matrix products are rounded. Sums are fp32.
-        arch: Compute capability, as 80, to choose a configuration for; default: that of the device.
+        chosen: Default: what `tuning` says.
+        arch: Compute capability, as 80; default: that of the device.
 
     Returns:
         [B, N, out] or [B, R, S, out], in the wider dtype of planes and w0.
@@ -328,10 +353,10 @@ def fwd(
     y = torch.empty(*shape, w1.shape[0], dtype=torch.promote_types(planes.dtype, w0.dtype), device=planes.device)
     if y.numel() == 0:
         return y
-    arch = _arch(planes.device) if arch is None else arch
+    arch = architecture(planes.device) if arch is None else arch
     batch, num_points, samples = len(planes), shape[1:].numel(), 1 if t is None else shape[2]
     unit, plane_strides = strides(planes)
-    config = FWD_CONFIGS[_size(w0, arch)]
+    (config,) = chosen or plan(case("fwd", planes, w0, w1, precision, arch))
     with torch.cuda.device_of(planes):
         _decode_triplane_fwd_kernel[(batch * triton.cdiv(num_points, config.block_n),)](
             planes,
@@ -348,6 +373,7 @@ def fwd(
             UNIT=unit,
             PRECISION=_dot_precision(precision, arch),
             num_warps=config.num_warps,
+            maxnreg=config.max_registers,
             num_stages=1,
             enable_fp_fusion=True,
         )
@@ -367,6 +393,9 @@ def bwd(
     precision: str = "fp32",
     needs_planes: bool = True,
     needs_network: bool = True,
+    deterministic: bool = False,
+    *,
+    chosen: Plan | None = None,
     arch: int | None = None,
 ) -> tuple[Tensor | None, tuple[Tensor, ...] | None]:
     """Gradients of `fwd` to planes and to the network; features and hidden units are computed again.
@@ -376,52 +405,75 @@ def bwd(
     Args:
         grad_y: [B, N, out] or [B, R, S, out].
         needs_planes, needs_network: What to compute.
+        deterministic: The same bits whatever the order of programs. The planes' sum is in int64, as in
+            `sample_triplane`; those of the network are written a row a program and added up by torch.
 
     Returns:
         The gradient to planes, channels_last, and those to w0, b0, w1, b1, all in fp32; None for what is not needed.
     """
     (hidden, channels), out = w0.shape, w1.shape[0]
-    grad_planes = zero_planes(planes.shape, planes.device) if needs_planes else None
-    grad_network = None
-    if needs_network:
-        sizes = [(hidden, channels), (hidden,), (out, hidden), (out,)]
-        flat = torch.zeros(sum(map(math.prod, sizes)), dtype=torch.float32, device=planes.device)  # one memset
-        parts = flat.split([*map(math.prod, sizes)])
-        grad_network = tuple(part.view(size) for part, size in zip(parts, sizes, strict=True))
-    if grad_y.numel() == 0 or not (needs_planes or needs_network):
-        return grad_planes, grad_network
-    arch = _arch(planes.device) if arch is None else arch
-    batch, num_points, samples = len(planes), grad_y.shape[1:-1].numel(), 1 if t is None else t.shape[2]
-    unit, plane_strides = strides(planes)
-    config = BWD_CONFIGS[_size(w0, arch)]
-    grid = (batch * triton.cdiv(num_points, config.block_n * config.tiles),)
-    both = grad_planes, *(grad_network or [None] * 4)
-    targets = [both] if not config.split else [(both[0], *[None] * 4), (None, *both[1:])]
-    for target in targets:
-        if all(x is None for x in target):
-            continue
-        with torch.cuda.device_of(planes):
-            _decode_triplane_bwd_kernel[grid](
-                grad_y.contiguous(),
-                planes,
-                *(None if x is None else x.contiguous() for x in (origins, directions, t)),
-                *(x.contiguous() for x in (w0, b0, w1)),
-                *target,
-                1.0 / cube_scale,
-                num_points,
-                samples,
-                *planes.shape[2:],
-                *plane_strides,
-                **_sizes(w0, w1),
-                BLOCK_N=config.block_n,
-                TILES=config.tiles,
-                UNIT=unit,
-                PRECISION=_dot_precision("tf32" if precision == "fp16" else precision, arch),
-                num_warps=config.num_warps,
-                num_stages=1,
-                enable_fp_fusion=True,
-            )
-    return grad_planes, grad_network
+    empty, device = grad_y.numel() == 0, planes.device
+    fixed_point = deterministic and needs_planes and not empty
+    grad_planes = scale = None
+    if needs_planes:
+        grad_planes = zero_planes(planes.shape, device, torch.int64 if fixed_point else torch.float32)
+    sizes = [(hidden, channels), (hidden,), (out, hidden), (out,)]
+    numbers = [*map(math.prod, sizes)]
+    network = torch.zeros(1, sum(numbers), dtype=torch.float32, device=device) if needs_network else None
+    if not empty:
+        arch = architecture(device) if arch is None else arch
+        batch, num_points, samples = len(planes), grad_y.shape[1:-1].numel(), 1 if t is None else t.shape[2]
+        if fixed_point:
+            scale = fixed_point_scale(_largest_grad_feature(grad_y, w0, w1), num_points)
+        grad_y, unit, plane_strides = grad_y.contiguous(), *strides(planes)
+        chosen = chosen or plan(case("bwd", planes, w0, w1, precision, arch, deterministic))
+        # (configuration, whether to planes, whether to the network) of every launch.
+        launches = [(chosen[0], needs_planes, needs_network and len(chosen) == 1)]
+        launches += [(config, False, needs_network) for config in chosen[1:]]
+        for config, to_planes, to_network in launches:
+            if not (to_planes or to_network):
+                continue
+            tiles = DETERMINISTIC_TILES if deterministic and to_network else config.tiles
+            programs = batch * triton.cdiv(num_points, config.block_n * tiles)
+            if deterministic and to_network:
+                network = torch.empty(programs, sum(numbers), dtype=torch.float32, device=device)
+            with torch.cuda.device_of(planes):
+                _decode_triplane_bwd_kernel[(programs,)](
+                    grad_y,
+                    planes,
+                    *(None if x is None else x.contiguous() for x in (origins, directions, t)),
+                    *(x.contiguous() for x in (w0, b0, w1)),
+                    grad_planes if to_planes else None,
+                    scale if to_planes else None,
+                    network if to_network else None,
+                    1.0 / cube_scale,
+                    num_points,
+                    samples,
+                    *planes.shape[2:],
+                    *plane_strides,
+                    **_sizes(w0, w1),
+                    BLOCK_N=config.block_n,
+                    TILES=tiles,
+                    UNIT=unit,
+                    PRECISION=_dot_precision("tf32" if precision == "fp16" else precision, arch),
+                    DETERMINISTIC=deterministic,
+                    num_warps=config.num_warps,
+                    maxnreg=config.max_registers,
+                    num_stages=1,
+                    enable_fp_fusion=True,
+                )
+    if fixed_point:
+        grad_planes = from_fixed_point(grad_planes, scale)
+    if network is None:
+        return grad_planes, None
+    parts = (network[0] if len(network) == 1 else network.sum(0)).split(numbers)
+    return grad_planes, tuple(part.view(size) for part, size in zip(parts, sizes, strict=True))
+
+
+def _largest_grad_feature(grad_y: Tensor, w0: Tensor, w1: Tensor) -> Tensor:
+    """A bound of |grad_feature|, sum_h |w0| sqrt(2) sum_o |w1| max |grad_y|, on the device."""
+    largest = grad_y.abs().flatten(0, -2).amax(0).float()
+    return (w0.float().abs().T @ (w1.float().abs().T @ largest)).amax() * 2**0.5
 
 
 def _sizes(w0: Tensor, w1: Tensor) -> dict[str, int]:
@@ -432,24 +484,12 @@ def _sizes(w0: Tensor, w1: Tensor) -> dict[str, int]:
     return sizes | blocks
 
 
-def _size(w0: Tensor, arch: int) -> str:
-    """Which configuration a decoder takes. Without tensor cores operands take more registers."""
-    hidden, channels = w0.shape
-    if hidden > 64 or channels > 32 or arch < 80:
-        return "large"
-    return "narrow" if channels <= 16 else "usual"
-
-
-def _arch(device: torch.device) -> int:
-    """The compute capability of a GPU, as 80, which the interpreter takes itself for."""
-    if device.type != "cuda":
-        return 80
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
 def _dot_precision(precision: str, arch: int) -> str:
-    """What `_dot` is told. Triton has no tensor cores before sm_80, and there fp32 is as fast as anything."""
+    """What `_dot` is told. Triton has no tensor cores before sm_80, and there fp32 is as fast as anything.
+
+    From sm_80 on fp32 is tf32x3: three products of rounded parts keep the error of fp32, and take fewer instructions
+    and registers than "ieee", multiplications one by one, which spill in the backward.
+    """
     if arch < 80:
         return "ieee"
     return "tf32x3" if precision == "fp32" else precision

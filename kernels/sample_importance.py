@@ -1,4 +1,7 @@
-"""Fine depths where the coarse pass saw something: integration, CDF and inversion in one launch. No gradient."""
+"""Depths along rays: evenly spaced coarse ones, and fine ones where the coarse pass saw something. No gradient.
+
+A launch each: the coarse depths with their jitter; and integration, CDF and inversion of the fine ones.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,61 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .composite import BEYOND, TILE, absorption, density, rows
+from .composite import (
+    BEYOND,
+    COARSE_NOISE_STREAM,
+    IMPORTANCE_STREAM,
+    JITTER_STREAM,
+    TILE,
+    absorption,
+    density,
+    density_noise,
+    rows,
+    uniforms,
+)
 
 WEIGHT_FLOOR: tl.constexpr = tl.constexpr(1e-5)
+BLOCK = 1024  # coarse depths of a program
+
+
+@triton.jit
+def _evenly(i, first, last, NUM: tl.constexpr):
+    """Number i of NUM evenly spaced ones from first to last, both exact; first if there is but one."""
+    STEPS: tl.constexpr = NUM - 1 if NUM > 1 else 1
+    step = (last - first) / STEPS
+    return tl.where(2 * i < NUM, first + i * step, last - (NUM - 1 - i) * step)
+
+
+@triton.jit
+def _sample_stratified_kernel(
+    jitter_ptr,
+    seed_ptr,
+    t_ptr,
+    num_rays,
+    jitter_stride,
+    ray_start,
+    ray_end,
+    S: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """t_i = low + (high - low) jitter_i, low and high being the midpoints between evenly spaced depths and their
+    neighbours, or the depth itself at the ends; without jitter_ptr and seed_ptr the evenly spaced depths.
+
+    One program owns BLOCK depths. jitter_stride is that of rows (one ray).
+    """
+    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    ray, i = n // S, (n % S).to(tl.int32)
+    exists = ray < num_rays
+    t = _evenly(i, ray_start, ray_end, S)
+    if jitter_ptr is not None or seed_ptr is not None:
+        if jitter_ptr is not None:
+            jitter = tl.load(jitter_ptr + ray * jitter_stride + i, mask=exists, other=0.0).to(tl.float32)
+        else:
+            jitter, _ = uniforms(tl.load(seed_ptr), ray, i, JITTER_STREAM)
+        low = tl.where(i > 0, (_evenly(i - 1, ray_start, ray_end, S) + t) * 0.5, t)
+        high = tl.where(i < S - 1, (t + _evenly(i + 1, ray_start, ray_end, S)) * 0.5, t)
+        t = low + (high - low) * jitter
+    tl.store(t_ptr + n, t, mask=exists)
 
 
 @triton.jit
@@ -52,25 +107,17 @@ def _invert_cdf(bins, pdf, u, KNOTS: tl.constexpr, BLOCK_S: tl.constexpr):
 
 
 @triton.jit
-def _uniform(seed, ray, k):
-    """Philox at the counter (k, ray): [RAYS, width of k] in [0, 1)."""
-    zero = ray * 0
-    bits, _, _, _ = tl.philox(seed, k, ray, zero, zero)
-    return tl.uint_to_uniform_float(bits)
-
-
-@triton.jit
 def _draw_uniforms(seed, ray, k, SORTED: tl.constexpr, K: tl.constexpr):
     """K uniform numbers for every ray of [RAYS, 1], in the first K of [RAYS, BLOCK_K].
 
     Sorted ones, the order statistics of K uniforms, are the partial sums of K + 1 exponential variates over the sum of
     them all.
     """
-    u = _uniform(seed, ray, k)
+    u, _ = uniforms(seed, ray, k, IMPORTANCE_STREAM)
     if SORTED:
         steps = tl.where(k < K, -tl.log(1.0 - u), 0.0)
-        last_step = -tl.log(1.0 - _uniform(seed, ray, tl.full([1, 1], K, tl.int32)))
-        u = tl.cumsum(steps, 1) / (tl.sum(steps, 1)[:, None] + last_step)
+        last, _ = uniforms(seed, ray, tl.full([1, 1], K, tl.int32), IMPORTANCE_STREAM)
+        u = tl.cumsum(steps, 1) / (tl.sum(steps, 1)[:, None] - tl.log(1.0 - last))
     return u
 
 
@@ -80,6 +127,7 @@ def _sample_importance_kernel(
     raw_density_ptr,
     u_ptr,
     seed_ptr,
+    noise_std,
     t_fine_ptr,
     num_rays,
     t_stride,
@@ -90,6 +138,7 @@ def _sample_importance_kernel(
     density_shift,
     RELU: tl.constexpr,
     SORTED: tl.constexpr,
+    EVEN: tl.constexpr,
     S: tl.constexpr,
     K: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -99,8 +148,9 @@ def _sample_importance_kernel(
     """w_i = alpha_i T_i of the coarse samples, then the inversion of (w + 2e-5)[1:-1] over the midpoints of t.
 
     The last weight is dropped, and with it the last interval. One program owns BLOCK_R rays. Uniforms are read from
-    u_ptr, or where that is None drawn from the seed that seed_ptr points to, in rising order if SORTED; SORTED also has
-    the result rise where rounding would swap neighbours. Strides are those of rows (one ray).
+    u_ptr, or where that is None evenly spaced from 0 to 1 if EVEN, else drawn from the seed that seed_ptr points to, in
+    rising order if SORTED; SORTED also has the result rise where rounding would swap neighbours. Where noise_std is not
+    None, noise from the seed is added to raw densities. Strides are those of rows (one ray).
     """
     ray = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     row = ray[:, None]
@@ -113,6 +163,8 @@ def _sample_importance_kernel(
     t_next = tl.load(t_ptr + row * t_stride + j + 1, mask=has_next, other=0.0)
     densities = raw_density_ptr + row * raw_density_stride + j * raw_density_sample_stride
     raw_density = tl.load(densities, mask=has_next, other=0.0).to(tl.float32)
+    if noise_std is not None:
+        raw_density += density_noise(seed_ptr, noise_std, row, j, COARSE_NOISE_STREAM)
     thickness = (t_next - t) * density(raw_density + density_shift, softplus_beta, RELU)
     alpha, T, _ = absorption(thickness, has_next)
     # One floor is added to the coarse weights, another by the inversion.
@@ -121,8 +173,10 @@ def _sample_importance_kernel(
     drawn = ray_exists & (k < K)
     if u_ptr is not None:
         u = tl.load(u_ptr + row * u_stride + k, mask=drawn, other=0.0).to(tl.float32)
+    elif EVEN:
+        u = _evenly(k, 0.0, 1.0, K) + tl.zeros([BLOCK_R, 1], tl.float32)
     else:
-        u = _draw_uniforms(tl.load(seed_ptr), row.to(tl.int32), k, SORTED, K)
+        u = _draw_uniforms(tl.load(seed_ptr), row, k, SORTED, K)
     t_fine = _invert_cdf((t + t_next) * 0.5, pdf, u, S - 1, BLOCK_S)
     if SORTED:
         t_fine = tl.associative_scan(t_fine, 1, _larger)
@@ -167,9 +221,43 @@ def _tile(knots: int, samples: int) -> dict[str, int | bool]:
         "BLOCK_S": block_s,
         "BLOCK_K": block_k,
         "BLOCK_R": max(TILE // longer, 1),
-        "num_warps": min(max(longer // (2 * TILE), 1), 8),
+        "num_warps": 1,  # a gather within one warp is all that Triton compiles for every size
         "enable_fp_fusion": True,
     }
+
+
+def stratified(
+    batch: int,
+    rays: int,
+    samples: int,
+    ray_start: float,
+    ray_end: float,
+    jitter: Tensor | None,
+    seed: Tensor | None,
+    device: torch.device,
+) -> Tensor:
+    """One launch: [B, R, S] fp32 t.
+
+    Args:
+        jitter: [B, R, S], or None to draw it from `seed`, [1] int64; None for both has t evenly spaced.
+    """
+    t = torch.empty(batch, rays, samples, dtype=torch.float32, device=device)
+    if t.numel():
+        jitter = rows(jitter)
+        with torch.cuda.device_of(t):
+            _sample_stratified_kernel[(triton.cdiv(t.numel(), BLOCK),)](
+                jitter,
+                seed,
+                t,
+                batch * rays,
+                0 if jitter is None else jitter.stride(0),
+                ray_start,
+                ray_end,
+                S=samples,
+                BLOCK=BLOCK,
+                enable_fp_fusion=True,
+            )
+    return t
 
 
 def fwd(
@@ -183,14 +271,18 @@ def fwd(
     activation: str,
     softplus_beta: float,
     density_shift: float,
+    even: bool = False,
+    noise_std: Tensor | float | None = None,
 ) -> Tensor:
     """One launch: [B, R, K] fp32 fine t.
 
     Args:
         t: [B, R, S] fp32, sorted, S of at least 3.
         raw_density: [B, R, S], fp32, fp16 or bf16, any stride between samples.
-        u: [B, R, K], K = `samples`, sorted if `sorted` is; or None to draw it from `seed`.
+        u: [B, R, K], K = `samples`, sorted if `sorted` is; or None: evenly spaced if `even`, else drawn from `seed`.
         seed: [1] int64, on the device of t; a captured CUDA graph reads what it holds at replay.
+        noise_std: Of noise that is drawn from `seed` too and added to raw_density: a number, a tensor of one, fp32, or
+            None for none.
     """
     shape = t.shape[:2]
     t_fine = torch.empty(*shape, samples, dtype=torch.float32, device=t.device)
@@ -204,6 +296,7 @@ def fwd(
             raw_density,
             u,
             seed,
+            noise_std,
             t_fine,
             len(t),
             t.stride(0),
@@ -213,6 +306,7 @@ def fwd(
             density_shift,
             RELU=activation == "relu",
             SORTED=sorted,
+            EVEN=even,
             S=t.shape[1],
             K=samples,
             **options,

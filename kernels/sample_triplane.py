@@ -11,8 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# How the kernels are cut into programs: numbers of a tile, points times channels.
-TILE, NUM_WARPS = 2048, 4
+from .tuning import Case, Config, Plan, architecture, plan
+
+# What fixed-point sums may take of the 63 bits beside the sign.
+FIXED_BITS = 62
 
 
 @triton.jit
@@ -109,6 +111,7 @@ def gather_features(
 @triton.jit
 def scatter_gradient(
     grad_planes_ptr,
+    scale_ptr,
     grad_features,
     p0,
     p1,
@@ -123,9 +126,15 @@ def scatter_gradient(
     BLOCK_C: tl.constexpr,
     UNIT: tl.constexpr,
 ):
-    """The transpose of `gather_features`: adds 1/3 weight grad_feature to the twelve texels of every point."""
+    """The transpose of `gather_features`: adds 1/3 weight grad_feature to the twelve texels of every point.
+
+    In fp32, in any order; or where scale_ptr is given, in integers of 1 / scale (see `fixed_point_scale`), whose sum
+    does not depend on the order.
+    """
     c = tl.arange(0, BLOCK_C)
     grad_features = grad_features * (1.0 / 3.0)
+    if scale_ptr is not None:
+        grad_features *= tl.load(scale_ptr)
     for plane in range(3):  # not unrolled: the taps of one plane at a time fill the registers
         horizontal, vertical = plane_coordinates(p0, p1, p2, plane)
         channel = (plane * CHANNELS + c).to(tl.int64) * stride_c
@@ -135,7 +144,10 @@ def scatter_gradient(
             )
             mask = (inside & valid)[:, None] & (c < CHANNELS)[None, :]
             pointers = grad_planes_ptr + offset[:, None] + channel[None, :]
-            tl.atomic_add(pointers, weight[:, None] * grad_features, mask=mask, sem="relaxed")
+            addend = weight[:, None] * grad_features
+            if scale_ptr is not None:
+                addend = addend.to(tl.int64)
+            tl.atomic_add(pointers, addend, mask=mask, sem="relaxed")
 
 
 @triton.jit
@@ -205,6 +217,7 @@ def _sample_triplane_bwd_kernel(
     grad_features_ptr,
     points_ptr,
     grad_planes_ptr,
+    scale_ptr,
     num_points,
     height,
     width,
@@ -217,7 +230,8 @@ def _sample_triplane_bwd_kernel(
     BLOCK_N: tl.constexpr,
     UNIT: tl.constexpr,
 ):
-    """grad_plane_k[texel] += 1/3 weight(p, texel) grad_feature(p), the transpose of the forward, by atomics into fp32.
+    """grad_plane_k[texel] += 1/3 weight(p, texel) grad_feature(p), the transpose of the forward, by atomics into fp32,
+    or into int64 where scale_ptr is given.
 
     One program owns BLOCK_N points of one image, with all their channels; texels are shared between programs.
     """
@@ -231,6 +245,7 @@ def _sample_triplane_bwd_kernel(
     p0, p1, p2 = _load_points(points_ptr + point * 3, valid)
     scatter_gradient(
         grad_planes_ptr + image * stride_b * UNIT,
+        scale_ptr,
         grad_features.to(tl.float32),
         p0,
         p1,
@@ -254,72 +269,118 @@ def strides(planes: Tensor) -> tuple[int, tuple[int, ...]]:
     return unit, (stride_b // unit, stride_c, stride_h // unit, stride_w // unit)
 
 
-def _tile(channels: int) -> tuple[int, int]:
-    """Padded channels and points of a tile."""
-    block_c = triton.next_power_of_2(channels)
-    return block_c, TILE // block_c
-
-
-def zero_planes(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """An fp32 accumulator of planes: zeros in channels_last, in which one tap of a plane is contiguous."""
+def zero_planes(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """An accumulator of planes: zeros in channels_last, in which one tap of a plane is contiguous."""
     batch, channels, height, width = shape
-    return torch.zeros(batch, height, width, channels, dtype=torch.float32, device=device).permute(0, 3, 1, 2)
+    return torch.zeros(batch, height, width, channels, dtype=dtype, device=device).permute(0, 3, 1, 2)
 
 
-def fwd(planes: Tensor, points: Tensor) -> Tensor:
-    """planes [B, 3*C, H, W], fp32, fp16 or bf16, any strides; points [B, N, 3] fp32 -> features [B, N, C]."""
+def fixed_point_scale(largest: Tensor, addends: int) -> Tensor:
+    """The power of two that fp32 numbers are multiplied by so that their sum fits int64; no GPU is waited for.
+
+    `addends` numbers of at most `largest` are then integers whose sum is below 2^62. Each loses less than 1 / scale, at
+    most 2^-43 of `largest` for 2^18 addends, where a sum in fp32 loses 2^-24 of itself. The scale is at most 2^126, so
+    that 1 / scale is a normal number, which only gradients below 1e-24 feel. Where `largest` is not finite it is NaN.
+
+    Args:
+        largest: fp32, one element.
+
+    Returns:
+        [1] fp32 on the same device.
+    """
+    largest = largest.reshape(1)
+    exponent = torch.frexp(largest).exponent
+    exponent = (FIXED_BITS - addends.bit_length() - exponent).clamp(-126, 126)
+    scale = ((exponent + 127) << 23).view(torch.float32)  # exact, as a power need not be
+    return torch.where(torch.isfinite(largest), scale, torch.nan)
+
+
+def from_fixed_point(sums: Tensor, scale: Tensor) -> Tensor:
+    """int64 sums in fp32, rounded once."""
+    return sums.to(torch.float32).mul_(1.0 / scale)
+
+
+def _launch_options(config: Config, channels: int) -> dict[str, int | bool | None]:
+    """What both kernels take by keyword. A tile has as many numbers whatever the channels: block_n is for 32."""
+    block_c = triton.next_power_of_2(channels)
+    return {
+        "CHANNELS": channels,
+        "BLOCK_C": block_c,
+        "BLOCK_N": config.block_n * 32 // block_c,
+        "num_warps": config.num_warps,
+        "num_stages": 1,
+        "maxnreg": config.max_registers,
+        "enable_fp_fusion": True,
+    }
+
+
+def case(
+    way: str, channels: int, height: int, width: int, dtype: torch.dtype, arch: int, deterministic: bool = False
+) -> Case:
+    """What `tuning` knows a problem by; `way` is fwd or bwd."""
+    name = str(dtype).removeprefix("torch.")
+    return Case(f"sample_{way}", arch, channels, 0, 0, height, width, dtype.itemsize, name, deterministic)
+
+
+def fwd(planes: Tensor, points: Tensor, *, chosen: Plan | None = None, arch: int | None = None) -> Tensor:
+    """planes [B, 3*C, H, W], fp32, fp16 or bf16, any strides; points [B, N, 3] fp32 -> features [B, N, C].
+
+    `chosen` and `arch` are what `tuning` and the device say, if not given.
+    """
     points = points.contiguous()
     batch, num_points, _ = points.shape
     channels, (height, width) = planes.shape[1] // 3, planes.shape[2:]
     features = torch.empty(batch, num_points, channels, dtype=planes.dtype, device=planes.device)
     if features.numel() == 0:
         return features
-    block_c, block_n = _tile(channels)
+    arch = architecture(planes.device) if arch is None else arch
+    (config,) = chosen or plan(case("fwd", channels, height, width, planes.dtype, arch))
+    options = _launch_options(config, channels)
     unit, plane_strides = strides(planes)
     with torch.cuda.device_of(planes):
-        _sample_triplane_fwd_kernel[(batch * triton.cdiv(num_points, block_n),)](
-            planes,
-            points,
-            features,
-            num_points,
-            height,
-            width,
-            *plane_strides,
-            CHANNELS=channels,
-            BLOCK_C=block_c,
-            BLOCK_N=block_n,
-            UNIT=unit,
-            num_warps=NUM_WARPS,
-            num_stages=1,
-            enable_fp_fusion=True,
+        _sample_triplane_fwd_kernel[(batch * triton.cdiv(num_points, options["BLOCK_N"]),)](
+            planes, points, features, num_points, height, width, *plane_strides, UNIT=unit, **options
         )
     return features
 
 
-def bwd(grad_features: Tensor, points: Tensor, height: int, width: int) -> Tensor:
-    """grad_features [B, N, C], points [B, N, 3] -> grad_planes [B, 3*C, height, width], fp32, channels_last."""
+def bwd(
+    grad_features: Tensor,
+    points: Tensor,
+    height: int,
+    width: int,
+    deterministic: bool = False,
+    *,
+    chosen: Plan | None = None,
+    arch: int | None = None,
+) -> Tensor:
+    """grad_features [B, N, C], points [B, N, 3] -> grad_planes [B, 3*C, height, width], fp32, channels_last.
+
+    `deterministic` sums in int64: the same bits whatever the order, for an accumulator of twice the size, a pass over
+    grad_features for the scale, one over the accumulator, and scalar atomics.
+    """
     grad_features, points = grad_features.contiguous(), points.contiguous()
     batch, num_points, channels = grad_features.shape
-    grad_planes = zero_planes((batch, 3 * channels, height, width), points.device)
+    shape = batch, 3 * channels, height, width
+    grad_planes = zero_planes(shape, points.device, torch.int64 if deterministic else torch.float32)
     if grad_features.numel() == 0:
-        return grad_planes
-    block_c, block_n = _tile(channels)
+        return grad_planes.float()
+    scale = fixed_point_scale(grad_features.abs().amax().float(), num_points) if deterministic else None
+    arch = architecture(points.device) if arch is None else arch
+    (config,) = chosen or plan(case("bwd", channels, height, width, grad_features.dtype, arch, deterministic))
+    options = _launch_options(config, channels)
     unit, plane_strides = strides(grad_planes)
     with torch.cuda.device_of(points):
-        _sample_triplane_bwd_kernel[(batch * triton.cdiv(num_points, block_n),)](
+        _sample_triplane_bwd_kernel[(batch * triton.cdiv(num_points, options["BLOCK_N"]),)](
             grad_features,
             points,
             grad_planes,
+            scale,
             num_points,
             height,
             width,
             *plane_strides,
-            CHANNELS=channels,
-            BLOCK_C=block_c,
-            BLOCK_N=block_n,
             UNIT=unit,
-            num_warps=NUM_WARPS,
-            num_stages=1,
-            enable_fp_fusion=True,
+            **options,
         )
-    return grad_planes
+    return from_fixed_point(grad_planes, scale) if deterministic else grad_planes

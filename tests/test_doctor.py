@@ -52,6 +52,9 @@ def test_backend_table() -> None:
     ]
     assert lines[0].index("reference") == lines[1].index("reference")
     assert lines[2:] == ["no cuda: not compiled", "no triton (bias_act): not written"]
+    header, *lines = doctor.format_backends(report, {"composite": "triton", "bias_act": "cpu"}).splitlines()
+    assert header.endswith("this run")
+    assert [line.split()[-1] for line in lines[:2]] == ["triton", "cpu"]
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

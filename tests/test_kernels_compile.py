@@ -24,6 +24,7 @@ GOOD = {
     "shared": 16384,
     "warps": 4,
     "load_bits": 128,
+    "plane_bits": 128,
     "atomic": None,
     "products": ["mma.sync"],
     "occupancy": 0.25,
@@ -31,16 +32,20 @@ GOOD = {
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed: pip install triton")
-@pytest.mark.parametrize("arch", resources.ARCHS)
-def test_every_default_configuration_compiles_and_fits(arch: int) -> None:
+@pytest.mark.parametrize("arch", [*resources.ARCHS, 100])
+def test_every_configuration_compiles_and_fits(arch: int) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "bench.resources", "--arch", str(arch), "--json"]
+    command += ["--brief"] * (arch == 100)
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert result.stdout, result.stderr
     rows = json.loads(result.stdout)
-    assert {row["kernel"] for row in rows} >= {
-        f"_{op}_triplane_{way}_kernel" for op in ("sample", "decode") for way in ("fwd", "bwd")
+    ways = {
+        f"_{op}_{way}_kernel" for op in ("sample_triplane", "decode_triplane", "composite") for way in ("fwd", "bwd")
     }
+    assert {row["kernel"] for row in rows} == ways | {"_sample_importance_kernel", "_invert_cdf_kernel"}
+    gathers = [row for row in rows if row["kernel"] != "_sample_triplane_bwd_kernel" and "triplane" in row["kernel"]]
+    assert all(row["plane_bits"] for row in gathers)  # the loads of texels are found at all
     lacking = [f"{row['case']}: {problem}" for row in rows for problem in row["problems"]]
     assert not lacking, "\n".join(lacking)
     assert result.returncode == 0
@@ -54,7 +59,8 @@ def test_every_default_configuration_compiles_and_fits(arch: int) -> None:
         ({"spill": 8, "arch": 70}, []),
         ({"shared": 200 * 1024}, ["takes 204800 bytes of shared memory"]),
         ({"shared": 200 * 1024, "arch": 90}, []),
-        ({"load_bits": 32}, ["loads at most 32 bits at once"]),
+        ({"plane_bits": 64}, ["loads 64 bits of planes at once"]),
+        ({"plane_bits": None, "load_bits": 32}, []),
         ({"products": []}, ["has no tensor-core instruction"]),
         ({"products": [], "kernel": "_sample_triplane_fwd_kernel"}, []),
     ],
@@ -69,6 +75,20 @@ def test_table_has_a_line_a_problem() -> None:
     assert header.split()[:2] == ["arch", "case"]
     assert line.split()[:4] == ["sm_80", "decode", "fwd", "100"]
     assert problem.split() == ["!", "spills", "8", "bytes"]
+
+
+def test_loads_are_told_by_the_line_of_the_source_that_they_come_from() -> None:
+    ptx = """
+    .loc 3 104 7
+    @%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
+    ld.global.L1::evict_last.b64 { %rd2 }, [ %rd1 + 0 ];
+    .loc 1 9 0
+    ld.global.b32 { %r5 }, [ %rd3 + 0 ];
+    .file 1 "/a/decode_triplane.py"
+    .file 3 "/a/sample_triplane.py"
+    """
+    expected = [(128, "sample_triplane.py", 104), (64, "sample_triplane.py", 104), (32, "decode_triplane.py", 9)]
+    assert resources._loads(ptx) == expected
 
 
 @pytest.mark.parametrize(

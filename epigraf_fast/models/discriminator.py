@@ -77,7 +77,7 @@ class DiscriminatorBlock(nn.Module):
             x = self.from_rgb(x)
         in_scale = self.sigma(code) if self.modulate == "input" else None
         out_scale = self.sigma(code) if self.modulate == "output" else None
-        return self.skip(x) + self.conv1(self.conv0(x), in_scale, out_scale)
+        return self.skip(x) + self.conv1(self.conv0(x, next_scale=in_scale), out_scale=out_scale)
 
 
 class Discriminator(nn.Module):
@@ -117,7 +117,7 @@ class Discriminator(nn.Module):
         if config.modulate != "none":
             self.patch_encoder = ScalarEncoder(config.patch_steps, config.patch_table_dim)
             patch_dim = 3 * self.patch_encoder.dim
-            self.hypernetwork = Mapping(0, patch_dim, config.code_dim)
+            self.hypernetwork = Mapping(0, patch_dim, config.code_dim, backend=backend)
             head_dim += patch_dim
         if config.camera_conditioning:
             self.camera_encoder = ScalarEncoder(config.camera_steps)
@@ -137,9 +137,9 @@ class Discriminator(nn.Module):
             self.add_module(f"b{res}", block)
         width = channels_at(4, config.channel_base, config.channel_max)
         self.conv = Conv2d(width + 1, width, 3, clamp=CLAMP, backend=backend)
-        self.fc = FullyConnected(width * 16, width, act="lrelu")
+        self.fc = FullyConnected(width * 16, width, act="lrelu", backend=backend)
         self.out = FullyConnected(width, width if head_dim else 1)
-        self.head = Mapping(0, head_dim, width) if head_dim else None
+        self.head = Mapping(0, head_dim, width, backend=backend) if head_dim else None
 
     def forward(
         self,

@@ -29,7 +29,8 @@ class Generator(nn.Module):
         label_dim: Numbers of a class label, 0 for none.
         image_resolution: Of whole images, for a plane background; default: that of the planes.
         half_blocks: Top resolutions of the synthesis network in fp16 (on a GPU).
-        backend: See `ops`.
+        precision: Of the decoder's products, with renderer_backend triton: fp32, tf32 or fp16.
+        backend, renderer_backend: Of the convolutions and of the renderer's ops; see `ops`.
     """
 
     def __init__(
@@ -41,7 +42,9 @@ class Generator(nn.Module):
         label_dim: int = 0,
         image_resolution: int | None = None,
         half_blocks: int = 0,
+        precision: str = "fp32",
         backend: str | None = None,
+        renderer_backend: str | None = None,
     ) -> None:
         super().__init__()
         self.z_dim, self.label_dim = config.z_dim, label_dim
@@ -79,17 +82,23 @@ class Generator(nn.Module):
             config.w_dim,
             self.synthesis.num_ws + (self.background.num_ws if self.background is not None else 0),
             config.mapping_layers,
+            backend=backend,
         )
-        self.decoder = Decoder(config.plane_channels, config.decoder_hidden, backend=backend)
         if config.decoder_fourier or config.view_direction:
             self.decoder = FeatureDecoder(
                 config.plane_channels,
                 config.decoder_hidden,
                 fourier=config.decoder_fourier,
                 view_direction=config.view_direction,
-                backend=backend,
+                backend=renderer_backend,
             )
-        self.renderer = Renderer(renderer, camera.ray_start, camera.ray_end, camera.cube_scale, backend=backend)
+        else:
+            self.decoder = Decoder(
+                config.plane_channels, config.decoder_hidden, precision=precision, backend=renderer_backend
+            )
+        self.renderer = Renderer(
+            renderer, camera.ray_start, camera.ray_end, camera.cube_scale, backend=renderer_backend
+        )
         self.register_buffer("mean_camera_pose", torch.tensor([camera.yaw_mean, camera.pitch_mean, 0.0]))
 
     def ws(

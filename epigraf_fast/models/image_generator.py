@@ -17,7 +17,7 @@ class ImageGenerator(nn.Module):
     """mapping -> synthesis, with the interface of `Generator`; it has no third dimension, so no depth, and no renderer.
 
     Args:
-        config, camera: Settings; those of planes and decoder do nothing.
+        config, camera: Settings; those of planes and decoder do nothing, nor do `precision` and `renderer_backend`.
         label_dim, half_blocks, backend: As `Generator`.
         image_resolution: Of whole images.
     """
@@ -31,7 +31,9 @@ class ImageGenerator(nn.Module):
         label_dim: int = 0,
         image_resolution: int,
         half_blocks: int = 0,
+        precision: str = "fp32",
         backend: str | None = None,
+        renderer_backend: str | None = None,
     ) -> None:
         super().__init__()
         self.z_dim, self.label_dim = config.z_dim, label_dim

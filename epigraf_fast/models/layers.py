@@ -24,13 +24,21 @@ class FullyConnected(nn.Module):
     Args:
         act: An activation of `ops.bias_act`.
         bias_init: The effective bias at initialization.
+        backend: See `ops`.
     """
 
     def __init__(
-        self, n_in: int, n_out: int, *, act: str = "linear", lr_multiplier: float = 1.0, bias_init: float = 0.0
+        self,
+        n_in: int,
+        n_out: int,
+        *,
+        act: str = "linear",
+        lr_multiplier: float = 1.0,
+        bias_init: float = 0.0,
+        backend: str | None = None,
     ) -> None:
         super().__init__()
-        self.act = act
+        self.act, self.backend = act, backend
         self.lr_multiplier = lr_multiplier
         self.weight = nn.Parameter(torch.randn(n_out, n_in) / lr_multiplier)
         self.bias = nn.Parameter(torch.full((n_out,), bias_init / lr_multiplier))
@@ -41,8 +49,10 @@ class FullyConnected(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [B, n_in] -> [B, n_out]
         weight, bias = self.effective()
-        y = torch.nn.functional.linear(x, weight, bias)
-        return y if self.act == "linear" else ops.bias_act(y, act=self.act)
+        if self.act == "linear":
+            return torch.nn.functional.linear(x, weight, bias)
+        y = torch.nn.functional.linear(x, weight)
+        return ops.bias_act(y, bias, act=self.act, backend=self.backend)
 
 
 class Conv2d(nn.Module):
@@ -79,15 +89,28 @@ class Conv2d(nn.Module):
         self.bias = nn.Parameter(torch.zeros(c_out)) if bias else None
         self.register_buffer("low_pass", torch.tensor(LOW_PASS), persistent=False)
 
-    def forward(self, x: Tensor, in_scale: Tensor | None = None, out_scale: Tensor | None = None) -> Tensor:
-        """[B, c_in, H, W] -> [B, c_out, H/down, W/down], channels times in_scale [B, c_in], out_scale [B, c_out]."""
+    def forward(self, x: Tensor, *, out_scale: Tensor | None = None, next_scale: Tensor | None = None) -> Tensor:
+        """[B, c_in, H, W] -> [B, c_out, H/down, W/down].
+
+        Args:
+            out_scale: [B, c_out], multiplies what the convolution gives.
+            next_scale: [B, c_out], multiplies what comes out, in the same pass: it modulates the next input.
+        """
         weight = (self.weight / math.sqrt(self.weight[0].numel())).to(x.dtype)
-        if in_scale is not None:
-            x = x * in_scale.to(x.dtype)[:, :, None, None]
         x = ops.conv2d_resample(x, weight, kernel=self.low_pass, down=self.down, backend=self.backend)
-        if out_scale is not None:
-            x = x * out_scale.to(x.dtype)[:, :, None, None]
-        return ops.bias_act(x, self.bias, act=self.act, gain=self.gain, clamp=self.clamp, backend=self.backend)
+        if out_scale is None and next_scale is None:
+            return ops.bias_act(x, self.bias, act=self.act, gain=self.gain, clamp=self.clamp, backend=self.backend)
+        (y,) = ops.layer_epilogue(
+            x,
+            demod=out_scale,
+            bias=self.bias,
+            styles=(next_scale,),
+            act=self.act,
+            gain=self.gain,
+            clamp=self.clamp,
+            backend=self.backend,
+        )
+        return y
 
 
 class ScalarEncoder(nn.Module):

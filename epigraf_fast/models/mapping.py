@@ -23,16 +23,17 @@ class Mapping(nn.Module):
         c_dim: Numbers of the condition (label, then camera, as one vector), 0 for none.
         w_dim: Width of everything after.
         num_layers: Fully connected layers.
+        backend: See `ops`.
     """
 
-    def __init__(self, z_dim: int, c_dim: int, w_dim: int, num_layers: int = 2) -> None:
+    def __init__(self, z_dim: int, c_dim: int, w_dim: int, num_layers: int = 2, *, backend: str | None = None) -> None:
         super().__init__()
         self.z_dim, self.c_dim, self.w_dim, self.num_layers = z_dim, c_dim, w_dim, num_layers
         if c_dim:
             self.embed = FullyConnected(c_dim, w_dim)
         widths = [z_dim + (w_dim if c_dim else 0)] + [w_dim] * num_layers
         for i in range(num_layers):
-            layer = FullyConnected(widths[i], widths[i + 1], act="lrelu", lr_multiplier=0.01)
+            layer = FullyConnected(widths[i], widths[i + 1], act="lrelu", lr_multiplier=0.01, backend=backend)
             self.add_module(f"fc{i}", layer)
 
     def forward(self, z: Tensor | None, c: Tensor | None) -> Tensor:  # [B, z_dim], [B, c_dim] -> [B, w_dim]
@@ -54,8 +55,10 @@ class StyleMapping(Mapping):
         num_ws: Style vectors that the synthesis network takes.
     """
 
-    def __init__(self, z_dim: int, c_dim: int, w_dim: int, num_ws: int, num_layers: int = 2) -> None:
-        super().__init__(z_dim, c_dim, w_dim, num_layers)
+    def __init__(
+        self, z_dim: int, c_dim: int, w_dim: int, num_ws: int, num_layers: int = 2, *, backend: str | None = None
+    ) -> None:
+        super().__init__(z_dim, c_dim, w_dim, num_layers, backend=backend)
         self.num_ws = num_ws
         self.register_buffer("w_avg", torch.zeros(w_dim))
 

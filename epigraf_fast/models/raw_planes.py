@@ -19,6 +19,7 @@ class RawPlanes(nn.Module):
         hidden: Width of the decoder.
         renderer, camera: Settings.
         num_scenes: Sets of planes.
+        precision: Of the decoder's products, with backend triton: fp32, tf32 or fp16.
         backend: See `ops`.
     """
 
@@ -31,13 +32,14 @@ class RawPlanes(nn.Module):
         camera: CameraConfig,
         *,
         num_scenes: int = 1,
+        precision: str = "fp32",
         backend: str | None = None,
     ) -> None:
         super().__init__()
         self.camera = camera
         planes = torch.randn(num_scenes, 3 * channels, plane_resolution, plane_resolution)
         self.planes = nn.Parameter(planes.contiguous(memory_format=torch.channels_last))
-        self.decoder = Decoder(channels, hidden, backend=backend)
+        self.decoder = Decoder(channels, hidden, precision=precision, backend=backend)
         self.renderer = Renderer(renderer, camera.ray_start, camera.ray_end, camera.cube_scale, backend=backend)
 
     def forward(

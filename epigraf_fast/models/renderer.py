@@ -32,23 +32,6 @@ class Images(NamedTuple):
     weight_sum: Tensor  # [B, 1, H, W] opacity
 
 
-def stratified_t(ray_start: float, ray_end: float, samples: int, jitter: Tensor) -> Tensor:
-    """Depths evenly spaced in [ray_start, ray_end], ends included, each moved inside its stratum.
-
-    A stratum reaches to the midpoints with the neighbours; the first begins and the last ends at its depth.
-
-    Args:
-        jitter: [..., samples] in [0, 1).
-
-    Returns:
-        [..., samples], sorted.
-    """
-    t = torch.linspace(ray_start, ray_end, samples, dtype=jitter.dtype, device=jitter.device)
-    middle = (t[1:] + t[:-1]) / 2
-    low, high = torch.cat([t[:1], middle]), torch.cat([middle, t[-1:]])
-    return low + (high - low) * jitter
-
-
 class Renderer(nn.Module):
     """Coarse samples, importance samples, and one integration over both.
 
@@ -85,9 +68,12 @@ class Renderer(nn.Module):
         u: Tensor | None = None,
         coarse_noise: Tensor | None = None,
         fine_noise: Tensor | None = None,
+        seed: Tensor | None = None,
         background: Tensor | None = None,
     ) -> Rendering:
         """Renders rays.
+
+        With backend triton: five launches forward and two or three backward, for any number of images and rays.
 
         Args:
             planes: [B, 3*C, H, W].
@@ -98,57 +84,71 @@ class Renderer(nn.Module):
             jitter: [B, R, S] in [0, 1) in place of fresh draws.
             u: [B, R, K] in [0, 1) in place of fresh draws.
             coarse_noise, fine_noise: Standard normal [B, R, S], [B, R, S + K], in place of fresh draws.
+            seed: [1] int64 on the device, what fresh draws of backend triton come from; default: torch's generator.
             background: [B, R, 3], what the rays see behind the planes.
         """
-        config, shape, device = self.config, ray_origins.shape[:2], ray_origins.device
+        config, (batch, rays), device = self.config, ray_origins.shape[:2], ray_origins.device
         stochastic = self.training if stochastic is None else stochastic
-        samples = config.coarse_samples
+        noisy = isinstance(density_noise_std, Tensor) or density_noise_std > 0
+        triton = ops.backends.resolve("composite", self.backend, device.type) == "triton"
+        draws_samples = stochastic and (jitter is None or u is None)
+        draws_noise = noisy and (coarse_noise is None or fine_noise is None)
+        if triton and seed is None and (draws_samples or draws_noise):
+            seed = ops.draw_seed(device)  # one for all
+        draws = {"seed": seed, "backend": self.backend}
         density = {
             "activation": config.density_activation,
             "softplus_beta": config.softplus_beta,
             "density_shift": config.density_shift,
             "last_interval": config.last_interval,
-            "backend": self.backend,
         }
-        if stochastic:
-            jitter = torch.rand(*shape, samples, dtype=ray_origins.dtype, device=device) if jitter is None else jitter
-            t = stratified_t(self.ray_start, self.ray_end, samples, jitter)
-        else:
-            t = torch.linspace(self.ray_start, self.ray_end, samples, dtype=ray_origins.dtype, device=device)
-            t = t.expand(*shape, -1)
-        coarse = decoder(planes, ray_origins, ray_directions, t, self.cube_scale)  # [B, R, S, 4]
-        noisy = isinstance(density_noise_std, Tensor) or density_noise_std > 0
+        t = ops.sample_stratified(
+            batch,
+            rays,
+            config.coarse_samples,
+            self.ray_start,
+            self.ray_end,
+            stochastic=stochastic,
+            jitter=jitter if stochastic else None,
+            dtype=ray_origins.dtype,
+            device=device,
+            **draws,
+        )
 
+        def resample(coarse: Tensor) -> Tensor:
+            raw_density = coarse[..., -1]
+            if noisy and coarse_noise is not None:
+                raw_density = raw_density + density_noise_std * coarse_noise
+            return ops.sample_importance(
+                t,
+                raw_density,
+                u,
+                samples=None if u is not None else config.fine_samples,
+                stochastic=stochastic,
+                noise_std=density_noise_std if coarse_noise is None else 0.0,
+                sorted=triton,  # its composite merges two sets, each sorted
+                **density,
+                **draws,
+            )
+
+        samples = planes, ray_origins, ray_directions, t
         t_fine = fine = None
         if config.fine_samples:
-            raw_density = coarse[..., -1].detach()
-            if noisy:
-                draw = torch.randn_like(raw_density) if coarse_noise is None else coarse_noise
-                raw_density = raw_density + density_noise_std * draw
-            if u is None:
-                u_shape = (*shape, config.fine_samples)
-                if stochastic:
-                    u = torch.rand(u_shape, dtype=t.dtype, device=device)
-                else:
-                    u = torch.linspace(0, 1, config.fine_samples, dtype=t.dtype, device=device).expand(u_shape)
-            t_fine = ops.sample_importance(t, raw_density, u, **density)
-            fine = decoder(planes, ray_origins, ray_directions, t_fine, self.cube_scale)
-
-        noise = None
-        if noisy:
-            noise_shape = (*shape, samples + config.fine_samples)
-            draw = torch.randn(noise_shape, dtype=t.dtype, device=device) if fine_noise is None else fine_noise
-            noise = density_noise_std * draw
+            coarse, t_fine, fine = decoder.coarse_to_fine(*samples, resample, self.cube_scale)
+        else:
+            coarse = decoder(*samples, self.cube_scale)
         result = ops.composite(
             t,
             coarse,
             t_fine,
             fine,
-            density_noise=noise,
+            density_noise=density_noise_std * fine_noise if noisy and fine_noise is not None else None,
+            noise_std=density_noise_std if fine_noise is None else 0.0,
             white_background=config.white_background,
             last_back=config.last_back,
             background=background,
             **density,
+            **draws,
         )
         return Rendering(result.rgb, result.depth, result.weight_sum, result.final_transmittance)
 
@@ -187,8 +187,10 @@ def render_planes(
     parts = []
     for first in range(0, num_rays, chunk):
         part = slice(first, first + chunk)
-        # Draws that were handed in are per ray, and are cut with the rays.
+        # Draws that were handed in are per ray, and are cut with the rays; a seed serves one chunk.
         options = {k: v[:, part] if isinstance(v, Tensor) and v.ndim == 3 else v for k, v in render_options.items()}
+        if first and options.get("seed") is not None:
+            options["seed"] = options["seed"] + first
         parts.append(renderer(planes, decoder, rays[0][:, part], rays[1][:, part], **options))
     whole = Rendering(*(torch.cat(x, dim=1) for x in zip(*parts, strict=True))) if len(parts) > 1 else parts[0]
     size = (resolution, resolution)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops.backends import resolve
 from .layers import CLAMP, LOW_PASS, FullyConnected, channels_at
 
 NOISE_MODES = ("random", "const", "none")
@@ -28,23 +31,47 @@ class SynthesisLayer(nn.Module):
         self.register_buffer("noise_const", torch.randn(resolution, resolution))
         self.register_buffer("low_pass", torch.tensor(LOW_PASS), persistent=False)
 
-    def forward(self, x: Tensor, w: Tensor, noise_mode: str = "random") -> Tensor:
-        noise = None
+    def noise(self, x: Tensor, noise_mode: str) -> Tensor | None:
+        """The noise image, without its strength, of a batch x."""
         if noise_mode == "random":
-            noise = (
-                torch.randn(len(x), 1, self.resolution, self.resolution, device=x.device, dtype=w.dtype)
-                * self.noise_strength
-            )
-        elif noise_mode == "const":
-            noise = self.noise_const * self.noise_strength
+            size = len(x), 1, self.resolution, self.resolution
+            return torch.randn(size, device=x.device, dtype=self.noise_strength.dtype)
+        return self.noise_const if noise_mode == "const" else None
+
+    def modulation(self, w: Tensor, dtype: torch.dtype) -> ops.Modulation:
+        """Weight, style and demodulation coefficients for style vectors w [B, w_dim]."""
+        return ops.modulation(self.weight, self.affine(w), dtype, backend=self.backend)
+
+    def forward(self, x: Tensor, w: Tensor, noise_mode: str = "random") -> Tensor:
+        noise = self.noise(x, noise_mode)
         return ops.modulated_conv2d(
             x,
             self.weight,
             self.affine(w),
             up=self.up,
             kernel=self.low_pass,
-            noise=noise,
+            noise=None if noise is None else noise * self.noise_strength,
             bias=self.bias,
+            act="lrelu",
+            clamp=CLAMP,
+            backend=self.backend,
+        )
+
+    def chained(
+        self, x: Tensor, modulation: ops.Modulation, noise_mode: str, styles: Sequence[Tensor | None]
+    ) -> tuple[Tensor, ...]:
+        """`forward` between others: x comes times this layer's style; out go y times each of the styles that follow."""
+        noise = self.noise(x, noise_mode)
+        return ops.modulated_layer(
+            x,
+            modulation.weight,
+            modulation.demod,
+            up=self.up,
+            kernel=self.low_pass,
+            noise=noise,
+            strength=None if noise is None else self.noise_strength,
+            bias=self.bias,
+            styles=styles,
             act="lrelu",
             clamp=CLAMP,
             backend=self.backend,
@@ -67,6 +94,14 @@ class ToPlanes(nn.Module):
             x, self.weight, style, demodulate=False, bias=self.bias, clamp=CLAMP, backend=self.backend
         )
 
+    def chained(self, x: Tensor, w: Tensor) -> Tensor:
+        """`forward` as one matrix product for every image, its weights times the style: x is read, and never scaled."""
+        style = self.affine(w) / math.sqrt(self.weight.shape[1])
+        weight = (self.weight.flatten(1) * style[:, None]).to(x.dtype)  # [B, c_out, c_in]
+        pixels = x.permute(0, 2, 3, 1).flatten(1, 2)  # [B, H*W, c_in], a view of channels_last memory
+        y = (pixels @ weight.transpose(1, 2)).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+        return ops.bias_act(y, self.bias, clamp=CLAMP, backend=self.backend)
+
 
 class SynthesisBlock(nn.Module):
     """One resolution: conv0 (up 2, absent at 4x4), conv1, and the layer that adds to the running sum of planes."""
@@ -86,6 +121,9 @@ class SynthesisBlock(nn.Module):
         self.register_buffer("low_pass", torch.tensor(LOW_PASS), persistent=False)
         self.num_convs = 1 if self.first else 2
 
+    def convs(self) -> list[SynthesisLayer]:
+        return [self.conv1] if self.first else [self.conv0, self.conv1]
+
     def forward(
         self, x: Tensor | None, planes: Tensor | None, ws: Tensor, dtype: torch.dtype, noise_mode: str
     ) -> tuple[Tensor, Tensor]:
@@ -95,13 +133,40 @@ class SynthesisBlock(nn.Module):
         else:
             x = self.conv0(x.to(dtype), ws[:, 0], noise_mode)
         x = self.conv1(x, ws[:, self.num_convs - 1], noise_mode)
-        added = self.to_planes(x, ws[:, self.num_convs]).to(ws.dtype)
-        if planes is not None:
-            # "Same size" padding of an up-2 filter: (n + 1) // 2 before, (n - 2) // 2 after.
-            pads = ((len(LOW_PASS) + 1) // 2, (len(LOW_PASS) - 2) // 2)
-            planes = ops.upfirdn2d(planes, self.low_pass, up=2, padding=pads * 2, gain=4, backend=self.backend)
-            added = planes + added
-        return x, added
+        return x, self.add(planes, self.to_planes(x, ws[:, self.num_convs]).to(ws.dtype))
+
+    def chained(
+        self,
+        x: Tensor | None,
+        planes: Tensor | None,
+        ws: Tensor,
+        modulations: Sequence[ops.Modulation],
+        next_style: Tensor | None,
+        noise_mode: str,
+    ) -> tuple[Tensor | None, Tensor]:
+        """`forward` in a chain: x comes and goes times the style of the convolution that reads it.
+
+        Args:
+            modulations: Of conv0 and conv1.
+            next_style: Of the next block's conv0; None at the last one, which hands no x on.
+        """
+        last = modulations[-1]
+        if self.first:
+            x = self.const.to(last.weight.dtype) * last.style.to(last.weight.dtype)[:, :, None, None]
+            x = x.contiguous(memory_format=torch.channels_last)
+        else:
+            (x,) = self.conv0.chained(x, modulations[0], noise_mode, (last.style,))
+        y, *following = self.conv1.chained(x, last, noise_mode, (None,) if next_style is None else (None, next_style))
+        added = self.to_planes.chained(y, ws[:, self.num_convs]).to(ws.dtype)
+        return following[0] if following else None, self.add(planes, added)
+
+    def add(self, planes: Tensor | None, added: Tensor) -> Tensor:
+        """The running sum, upsampled by 2, plus what this block adds."""
+        if planes is None:
+            return added
+        # "Same size" padding of an up-2 filter: (n + 1) // 2 before, (n - 2) // 2 after.
+        pads = ((len(LOW_PASS) + 1) // 2, (len(LOW_PASS) - 2) // 2)
+        return ops.upfirdn2d(planes, self.low_pass, up=2, padding=pads * 2, gain=4, backend=self.backend) + added
 
 
 class Synthesis(nn.Module):
@@ -127,6 +192,7 @@ class Synthesis(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        self.backend = backend
         self.resolutions = [2**i for i in range(2, resolution.bit_length())]
         self.half_resolutions = self.resolutions[::-1][:half_blocks]
         c_in = 0
@@ -141,12 +207,23 @@ class Synthesis(nn.Module):
         """ws [B, num_ws, w_dim] -> planes [B, 3*C, H, W], channels_last, dtype of ws."""
         if noise_mode not in NOISE_MODES:
             raise ValueError(f"Synthesis: noise_mode must be one of {', '.join(NOISE_MODES)}, got {noise_mode!r}")
+        blocks = [getattr(self, f"b{res}") for res in self.resolutions]
+        halves = [ws.is_cuda and res in self.half_resolutions for res in self.resolutions]
+        dtypes = [torch.float16 if half else ws.dtype for half in halves]
+        firsts = itertools.accumulate((block.num_convs for block in blocks[:-1]), initial=0)
+        vectors = [ws[:, i : i + block.num_convs + 1] for i, block in zip(firsts, blocks, strict=True)]
         x = planes = None
-        first = 0
-        for res in self.resolutions:
-            block = getattr(self, f"b{res}")
-            half = ws.is_cuda and res in self.half_resolutions
-            dtype = torch.float16 if half else ws.dtype
-            x, planes = block(x, planes, ws[:, first : first + block.num_convs + 1], dtype, noise_mode)
-            first += block.num_convs
+        if resolve("modulated_conv2d", self.backend, ws.device.type) == "reference":
+            for block, block_ws, dtype in zip(blocks, vectors, dtypes, strict=True):
+                x, planes = block(x, planes, block_ws, dtype, noise_mode)
+        else:
+            modulations = [
+                [conv.modulation(block_ws[:, i], dtype) for i, conv in enumerate(block.convs())]
+                for block, block_ws, dtype in zip(blocks, vectors, dtypes, strict=True)
+            ]
+            next_styles = [first.style for first, *_ in modulations[1:]] + [None]
+            for i, block in enumerate(blocks):
+                if x is not None:
+                    x = x.to(dtypes[i])
+                x, planes = block.chained(x, planes, vectors[i], modulations[i], next_styles[i], noise_mode)
         return planes.contiguous(memory_format=torch.channels_last)

@@ -12,22 +12,37 @@ planes are [B, 3*C, H, W]; points [B, N, 3]; t, a distance along a unit ray in w
 
 from .bias_act import bias_act
 from .composite import Composite, composite
-from .decode_triplane import decode_triplane, decode_triplane_rays
-from .modulated_conv2d import conv2d_resample, modulated_conv2d
-from .sample_importance import invert_cdf, sample_importance
+from .decode_triplane import decode_triplane, decode_triplane_coarse_to_fine, decode_triplane_rays
+from .draws import draw_seed
+from .modulated_conv2d import (
+    Modulation,
+    conv2d_resample,
+    layer_epilogue,
+    modulated_conv2d,
+    modulated_layer,
+    modulation,
+)
+from .sample_importance import invert_cdf, sample_importance, sample_stratified
 from .sample_triplane import sample_triplane
 from .upfirdn2d import upfirdn2d
 
 __all__ = [
     "Composite",
+    "Modulation",
     "bias_act",
     "composite",
     "conv2d_resample",
     "decode_triplane",
+    "decode_triplane_coarse_to_fine",
     "decode_triplane_rays",
+    "draw_seed",
     "invert_cdf",
+    "layer_epilogue",
     "modulated_conv2d",
+    "modulated_layer",
+    "modulation",
     "sample_importance",
+    "sample_stratified",
     "sample_triplane",
     "upfirdn2d",
 ]

@@ -8,6 +8,8 @@ import os
 
 import torch
 
+from . import native
+
 OPS = (
     "sample_triplane",
     "decode_triplane",
@@ -19,50 +21,98 @@ OPS = (
 )
 BACKENDS = ("reference", "triton", "cuda", "cpu")
 
+# Ops that one module takes together, and that it hands one backend.
+FAMILIES = {"renderer": OPS[:4], "convolutions": OPS[4:]}
 
 # What exists beside the reference, which has every op.
 IMPLEMENTED = {
     "triton": ("sample_triplane", "decode_triplane", "sample_importance", "composite"),
-    "cpu": ("sample_triplane", "decode_triplane"),
+    "cuda": ("bias_act", "upfirdn2d", "modulated_conv2d"),
+    "cpu": ("sample_triplane", "decode_triplane", "bias_act", "upfirdn2d", "modulated_conv2d"),
 }
 
 
 def status() -> dict[str, dict[str, str | None]]:
     """op -> backend -> None if it can be used here, else the reason why not."""
-    missing = "not part of this release"
-    lacking = {"triton": _lacking_triton()}
-    return {
-        op: {b: lacking.get(b) if b == "reference" or op in IMPLEMENTED.get(b, ()) else missing for b in BACKENDS}
-        for op in OPS
-    }
+    return {op: {backend: _lacking(op, backend) for backend in BACKENDS} for op in OPS}
 
 
 def resolve(op: str, backend: str | None, device_type: str) -> str:
     """The backend that a call gets: the named one, or with None the fastest that is there for the device.
 
-    Triton's kernels have not run on a GPU yet, so that None does not take them.
+    The kernels of triton and cuda have not run on a GPU yet, so that None does not take them.
 
     Raises:
         ValueError: The named backend is unknown, or is missing here; the message says why.
     """
     if backend is None:
-        return "cpu" if device_type == "cpu" and op in IMPLEMENTED["cpu"] else "reference"
+        return "cpu" if device_type == "cpu" and _lacking(op, "cpu") is None else "reference"
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend must be None or one of {', '.join(BACKENDS)}, got {backend!r}")
-    reason = status()[op][backend]
-    if reason is None and (
-        (backend == "cpu" and device_type != "cpu")
-        or (backend == "triton" and device_type != "cuda" and not _interpreting())
-    ):
-        reason = f"the tensors are on {device_type}"
+    reason = _lacking_on(op, backend, device_type)
     if reason is not None:
         raise ValueError(f"{op}: backend {backend!r} is not available ({reason}); use backend=None")
     return backend
 
 
+def choose(backend: str, device_type: str) -> dict[str, str]:
+    """What a run takes: op -> the named backend where the op has one, else the op's default for the device.
+
+    Args:
+        backend: One of `BACKENDS`, or "auto" for every op's default.
+
+    Raises:
+        ValueError: The named backend is unknown, no op has it, or it is missing here; the message says why.
+    """
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, got {backend!r}")
+    named = OPS if backend == "reference" else IMPLEMENTED.get(backend, ())
+    reasons = [_lacking_on(op, backend, device_type) for op in named] or ["no op of this release has it"]
+    if backend != "auto" and any(reasons):
+        raise ValueError(f"backend {backend!r} is not available: {next(filter(None, reasons))}")
+    return {op: backend if op in named else resolve(op, None, device_type) for op in OPS}
+
+
+def family_backend(family: str, chosen: dict[str, str], device_type: str) -> str | None:
+    """The one `backend` argument that gives every op of a family what `choose` chose for it.
+
+    Raises:
+        ValueError: There is none: the ops of a family have to have a backend together, or as their default.
+    """
+    ops = FAMILIES[family]
+    if all(resolve(op, None, device_type) == chosen[op] for op in ops):
+        return None
+    if len({chosen[op] for op in ops}) == 1:
+        return chosen[ops[0]]
+    raise ValueError(f"{family}: the ops must share a backend, got {', '.join(f'{op} {chosen[op]}' for op in ops)}")
+
+
+def _lacking_on(op: str, backend: str, device_type: str) -> str | None:
+    """Why the op cannot have the backend on this device; None if it can."""
+    reason = _lacking(op, backend)
+    if reason is None and (
+        (backend in ("cpu", "cuda") and device_type != backend)
+        or (backend == "triton" and device_type != "cuda" and not _interpreting())
+    ):
+        reason = f"the tensors are on {device_type}"
+    return reason
+
+
 def _interpreting() -> bool:
     """Whether Triton runs its kernels in its interpreter, on any device, slowly."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on")
+
+
+def _lacking(op: str, backend: str) -> str | None:
+    """Why the op cannot have the backend on this machine; None if it can."""
+    if backend == "reference":
+        return None
+    if op not in IMPLEMENTED[backend]:
+        return "not part of this release"
+    if backend == "triton":
+        return _lacking_triton()
+    # On the CPU the renderer's ops take torch's own kernels.
+    return native.lacking(backend) if op in IMPLEMENTED["cuda"] else None
 
 
 @functools.cache

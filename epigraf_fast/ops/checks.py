@@ -111,6 +111,11 @@ def check_triton_planes(op: str, planes: Tensor) -> None:
         )
 
 
+def resolve_deterministic(deterministic: bool | None) -> bool:
+    """None stands for torch's own setting."""
+    return torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic
+
+
 def no_second_derivative(op: str) -> NotImplementedError:
     """The error of an op whose backward cannot be differentiated."""
     return NotImplementedError(f'{op}: backend "triton" has no second derivative; use backend="reference"')

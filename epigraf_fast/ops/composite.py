@@ -19,6 +19,7 @@ from .checks import (
     check_together,
     no_second_derivative,
 )
+from .draws import check_noise_std, is_noisy, seed_for_kernel, std_for_kernel
 
 DENSITY_ACTIVATIONS = ("softplus", "relu")
 
@@ -33,6 +34,8 @@ def composite(
     softplus_beta: float = 1.0,
     density_shift: float = 0.0,
     density_noise: Tensor | None = None,
+    noise_std: float | Tensor = 0.0,
+    seed: Tensor | None = None,
     last_interval: float = INFINITE_INTERVAL,
     last_back: bool = False,
     white_background: bool = False,
@@ -42,7 +45,7 @@ def composite(
 ) -> Composite:
     """rgb = sum_i w_i c_i, depth = sum_i w_i t_i over both sets in order of t (SPEC section 4).
 
-    density = activation(raw + density_shift + density_noise); a_i = 1 - exp(-(t_{i+1} - t_i) density_i), the last
+    density = activation(raw + density_shift + noise); a_i = 1 - exp(-(t_{i+1} - t_i) density_i), the last
     interval being `last_interval`; T_i = prod_{j<i} (1 - a_j + 1e-10); w_i = a_i T_i. Equal depths keep the order fine,
     then coarse.
 
@@ -52,6 +55,11 @@ def composite(
         t_fine, values_fine: [B, R, S_fine], [B, R, S_fine, C+1], or None for one set alone.
         activation: "softplus" (softplus(b x) / b with b = softplus_beta) or "relu".
         density_noise: [B, R, S_coarse + S_fine], added to the raw density of the sorted samples.
+        noise_std: Standard deviation of normal noise that is drawn in place of density_noise: a number (0 for none) or
+            a tensor of one, which always draws.
+        seed: [1] int64 on the device of t, for backend triton, which draws noise from it by Philox, and again in the
+            backward; a CUDA graph reads it anew at each replay. Default: drawn from torch's generator, as the noise
+            itself is by the reference.
         last_interval: 1e10 without a background, 1e-3 in front of one.
         last_back: Adds 1 - sum(w) to the last weight.
         white_background: Adds 1 - sum(w), sum(w) before `last_back`, to the first three colours.
@@ -69,7 +77,7 @@ def composite(
 
     Raises:
         ValueError, TypeError: Wrong ranks, shapes, dtypes, devices or activation; half of the second set missing;
-            unknown or missing backend.
+            density_noise beside noise_std; `seed` for another backend; unknown or missing backend.
         NotImplementedError: With triton a gradient to t, or a second derivative.
     """
     check_together(
@@ -99,6 +107,10 @@ def composite(
     if background is not None:
         check_shape("composite", "background", background, (*t.shape[:2], values.shape[-1] - 1))
     check_choice("composite", "activation", activation, DENSITY_ACTIVATIONS)
+    check_noise_std("composite", noise_std, t.device)
+    noisy = is_noisy(noise_std)
+    if noisy and density_noise is not None:
+        raise ValueError(f"composite: noise_std must be 0 where density_noise is given, got {noise_std}")
     settings = {
         "activation": activation,
         "softplus_beta": softplus_beta,
@@ -111,8 +123,13 @@ def composite(
         _check_triton(t, values, t_fine, values_fine)
         from ..kernels import composite as kernels
 
-        inputs = (t, values, t_fine, values_fine, density_noise, background)
-        return Composite(*_Composite.apply(kernels, settings, return_weights, *inputs))
+        seed, std = (seed_for_kernel("composite", seed, t.device), std_for_kernel(noise_std)) if noisy else (None, None)
+        inputs = (t, values, t_fine, values_fine, density_noise, background, seed)
+        return Composite(*_Composite.apply(kernels, settings, return_weights, std, *inputs))
+    if seed is not None:
+        raise ValueError("composite: seed must be None for a backend other than 'triton' (torch's generator draws)")
+    if noisy:
+        density_noise = noise_std * torch.randn(*t.shape[:2], samples, dtype=t.dtype, device=t.device)
     return _reference(
         t,
         values,
@@ -137,29 +154,38 @@ def _check_triton(t: Tensor, values: Tensor, t_fine: Tensor | None, values_fine:
 
 
 class _Composite(torch.autograd.Function):
-    """t, values, t_fine, values_fine, density_noise, background -> the fields of `Composite`, by `kernels.fwd`.
+    """t, values, t_fine, values_fine, density_noise, background, seed -> the fields of `Composite`, by `kernels.fwd`.
 
-    Saves its inputs alone: the backward integrates again.
+    Saves its inputs alone: the backward integrates again. `noise_std` is a number, a tensor or None.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, kernels: Any, settings: dict[str, Any], return_weights: bool, *inputs: Tensor | None
+        ctx: Any,
+        kernels: Any,
+        settings: dict[str, Any],
+        return_weights: bool,
+        noise_std: float | Tensor | None,
+        *inputs: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
         ctx.kernels, ctx.settings = kernels, settings
-        ctx.save_for_backward(*inputs)
-        return tuple(kernels.fwd(*inputs, return_weights=return_weights, **settings))
+        saved_std, ctx.noise_std = (noise_std, None) if isinstance(noise_std, Tensor) else (None, noise_std)
+        ctx.save_for_backward(*inputs, saved_std)
+        return tuple(kernels.fwd(*inputs, noise_std, return_weights=return_weights, **settings))
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         if all(grad is None for grad in grad_outputs):
             return (None,) * len(ctx.needs_input_grad)
-        *_, to_density_noise, to_background = ctx.needs_input_grad
+        *_, to_density_noise, to_background, _ = ctx.needs_input_grad
+        *inputs, noise_std = ctx.saved_tensors
+        noise_std = ctx.noise_std if noise_std is None else noise_std
         to_values, to_values_fine, to_density_noise, to_background = _CompositeBackward.apply(
-            ctx.kernels, ctx.settings, to_density_noise, to_background, *grad_outputs, *ctx.saved_tensors
+            ctx.kernels, ctx.settings, to_density_noise, to_background, *grad_outputs, *inputs, noise_std
         )
-        return None, None, None, None, to_values, None, to_values_fine, to_density_noise, to_background
+        nothing = (None,) * 4  # kernels, settings, return_weights, noise_std
+        return *nothing, None, to_values, None, to_values_fine, to_density_noise, to_background, None
 
 
 class _CompositeBackward(torch.autograd.Function):
@@ -172,7 +198,7 @@ class _CompositeBackward(torch.autograd.Function):
         settings: dict[str, Any],
         to_density_noise: bool,
         to_background: bool,
-        *tensors: Tensor | None,
+        *tensors: Tensor | float | None,
     ) -> tuple[Tensor | None, ...]:
         grad_outputs, inputs = tensors[: len(Composite._fields)], tensors[len(Composite._fields) :]
         gradients = kernels.bwd(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from .checks import (
     check_together,
     check_triton_planes,
     no_second_derivative,
+    resolve_deterministic,
 )
 from .sample_triplane import sample_triplane_cpu
 
@@ -61,6 +63,7 @@ def decode_triplane(
     b1: Tensor,
     *,
     precision: str = "fp32",
+    deterministic: bool | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """out = w1 lrelu(w0 feature + b0) + b1, `feature` as in `sample_triplane`, lrelu of slope 0.2 and gain sqrt(2).
@@ -73,12 +76,14 @@ def decode_triplane(
         w1, b1: [out, hidden], [out]. triton: out 2 to 16; the network may be in another dtype than the planes.
         precision: triton: how the factors of the network's products are rounded: "fp32", "tf32" or "fp16" (gradients in
             tf32 then). Sums are fp32. The other backends follow torch's settings.
+        deterministic: triton: whether the gradients have the same bits in every run, as in `sample_triplane`; those of
+            the network are then written once a program and added in a fixed order.
 
     Returns:
         [B, N, out]: raw colour, raw density last; the wider dtype of planes and network.
 
     Derivatives: reference any order, to everything; cpu the first; triton the first, to planes and network, summed in
-        fp32 in an order that changes from run to run.
+        fp32 in an order that changes from run to run unless `deterministic`.
 
     Raises:
         ValueError, TypeError: Wrong ranks, shapes, dtypes or devices; unknown or missing backend, unknown precision.
@@ -93,7 +98,9 @@ def decode_triplane(
         _check_triton("decode_triplane", planes, {"w0": w0, "b0": b0, "w1": w1, "b1": b1}, {"points": points})
         from ..kernels import decode_triplane as kernels
 
-        return _DecodeTriplane.apply(planes, points, None, None, w0, b0, w1, b1, (1.0, precision), kernels)
+        options = (1.0, precision)
+        fixed = resolve_deterministic(deterministic)
+        return _DecodeTriplane.apply(planes, points, None, None, w0, b0, w1, b1, options, fixed, kernels)
     if chosen == "cpu":
         return decode_features(sample_triplane_cpu(planes, points), w0, b0, w1, b1)
     return _reference(planes, points, w0, b0, w1, b1)
@@ -111,6 +118,7 @@ def decode_triplane_rays(
     cube_scale: float = 1.0,
     *,
     precision: str = "fp32",
+    deterministic: bool | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """`decode_triplane` at the points (ray_origin + t ray_direction) / cube_scale.
@@ -119,7 +127,7 @@ def decode_triplane_rays(
         ray_origins, ray_directions: [B, R, 3], world units, directions of length one.
         t: [B, R, S], distance along the ray, world units.
         cube_scale: Half size of the cube that the planes span, world units.
-        planes, w0, b0, w1, b1, precision: See `decode_triplane`.
+        planes, w0, b0, w1, b1, precision, deterministic: See `decode_triplane`.
 
     Returns:
         [B, R, S, out]: raw colour, raw density last.
@@ -131,30 +139,92 @@ def decode_triplane_rays(
             unknown or missing backend, unknown precision.
         NotImplementedError: triton: a gradient to rays or t, or a second derivative, is asked for.
     """
-    op = "decode_triplane_rays"
-    check_together(
-        op, planes=planes, ray_origins=ray_origins, ray_directions=ray_directions, t=t, w0=w0, b0=b0, w1=w1, b1=b1
-    )
-    _check_network(op, planes, w0, b0, w1, b1)
-    check_shape(op, "ray_origins", ray_origins, (planes.shape[0], "R", 3))
-    check_shape(op, "ray_directions", ray_directions, tuple(ray_origins.shape))
-    check_shape(op, "t", t, (planes.shape[0], ray_origins.shape[1], "S"))
-    if not (math.isfinite(cube_scale) and cube_scale > 0):
-        raise ValueError(f"{op}: cube_scale must be finite and positive (it divides the points), got {cube_scale}")
-    check_choice(op, "precision", precision, PRECISIONS)
-    chosen = resolve("decode_triplane", backend, planes.device.type)
+    op, rays = "decode_triplane_rays", (ray_origins, ray_directions, t)
+    chosen = _check_rays(op, planes, rays, (w0, b0, w1, b1), cube_scale, precision, backend)
     if chosen == "triton":
-        rays = {"ray_origins": ray_origins, "ray_directions": ray_directions, "t": t}
-        _check_triton(op, planes, {"w0": w0, "b0": b0, "w1": w1, "b1": b1}, rays)
         from ..kernels import decode_triplane as kernels
 
         options = (float(cube_scale), precision)
-        return _DecodeTriplane.apply(planes, *rays.values(), w0, b0, w1, b1, options, kernels)
+        fixed = resolve_deterministic(deterministic)
+        return _DecodeTriplane.apply(planes, *rays, w0, b0, w1, b1, options, fixed, kernels)
     if chosen == "cpu":
         points = points_on_rays(ray_origins, ray_directions, t) / cube_scale
         features = sample_triplane_cpu(planes, points.flatten(1, 2))
         return decode_features(features, w0, b0, w1, b1).unflatten(1, t.shape[1:])
     return _reference_rays(planes, ray_origins, ray_directions, t, w0, b0, w1, b1, cube_scale)
+
+
+def decode_triplane_coarse_to_fine(
+    planes: Tensor,
+    ray_origins: Tensor,
+    ray_directions: Tensor,
+    t: Tensor,
+    resample: Callable[[Tensor], Tensor],
+    w0: Tensor,
+    b0: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    cube_scale: float = 1.0,
+    *,
+    precision: str = "fp32",
+    deterministic: bool | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`decode_triplane_rays` at t, then at the depths that `resample` finds with the result (SPEC section 5).
+
+    The same as two calls; but with triton one backward launch serves both, and one gradient of the planes.
+
+    Args:
+        resample: Maps the coarse result [B, R, S, out], detached, to fine t [B, R, K].
+        planes, ray_origins, ray_directions, t, w0, b0, w1, b1, cube_scale, precision, deterministic: See
+            `decode_triplane_rays`.
+
+    Returns:
+        coarse [B, R, S, out]; fine t [B, R, K], as `resample` gave it; fine [B, R, K, out].
+
+    Derivatives: as `decode_triplane_rays`; none through `resample`.
+
+    Raises:
+        As `decode_triplane_rays`.
+    """
+    op, rays, network = "decode_triplane_coarse_to_fine", (ray_origins, ray_directions, t), (w0, b0, w1, b1)
+    chosen = _check_rays(op, planes, rays, network, cube_scale, precision, backend)
+    if chosen == "triton":
+        from ..kernels import decode_triplane as kernels
+
+        options = (float(cube_scale), precision)
+        fixed = resolve_deterministic(deterministic)
+        return _DecodeCoarseToFine.apply(planes, *rays, resample, *network, options, fixed, kernels)
+    coarse = decode_triplane_rays(planes, *rays, *network, cube_scale, backend=chosen)
+    t_fine = resample(coarse.detach())
+    fine = decode_triplane_rays(planes, *rays[:2], t_fine, *network, cube_scale, backend=chosen)
+    return coarse, t_fine, fine
+
+
+def _check_rays(
+    op: str,
+    planes: Tensor,
+    rays: tuple[Tensor, Tensor, Tensor],
+    network: tuple[Tensor, Tensor, Tensor, Tensor],
+    cube_scale: float,
+    precision: str,
+    backend: str | None,
+) -> str:
+    """The backend that a call with rays gets, its arguments checked."""
+    rays = dict(zip(("ray_origins", "ray_directions", "t"), rays, strict=True))
+    network = dict(zip(("w0", "b0", "w1", "b1"), network, strict=True))
+    check_together(op, planes=planes, **rays, **network)
+    _check_network(op, planes, **network)
+    check_shape(op, "ray_origins", rays["ray_origins"], (planes.shape[0], "R", 3))
+    check_shape(op, "ray_directions", rays["ray_directions"], tuple(rays["ray_origins"].shape))
+    check_shape(op, "t", rays["t"], (planes.shape[0], rays["ray_origins"].shape[1], "S"))
+    if not (math.isfinite(cube_scale) and cube_scale > 0):
+        raise ValueError(f"{op}: cube_scale must be finite and positive (it divides the points), got {cube_scale}")
+    check_choice(op, "precision", precision, PRECISIONS)
+    chosen = resolve("decode_triplane", backend, planes.device.type)
+    if chosen == "triton":
+        _check_triton(op, planes, network, rays)
+    return chosen
 
 
 class _DecodeTriplane(torch.autograd.Function):
@@ -175,18 +245,78 @@ class _DecodeTriplane(torch.autograd.Function):
         w1: Tensor,
         b1: Tensor,
         options: tuple[float, str],
+        deterministic: bool,
         kernels: Any,
     ) -> Tensor:
         ctx.save_for_backward(planes, origins, directions, t, w0, b0, w1)
         ctx.options, ctx.kernels, ctx.b1_dtype = options, kernels, b1.dtype
+        ctx.deterministic = deterministic
         return kernels.fwd(planes, origins, directions, t, w0, b0, w1, b1, *options)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[0], any(ctx.needs_input_grad[4:8])
+        needs = ctx.needs_input_grad[0], any(ctx.needs_input_grad[4:8]), ctx.deterministic
         saved = ctx.saved_tensors
         gradients = _DecodeTriplaneBackward.apply(grad_y, *saved, ctx.b1_dtype, ctx.options, needs, ctx.kernels)
-        return gradients[0], None, None, None, *gradients[1:], None, None
+        return gradients[0], None, None, None, *gradients[1:], None, None, None
+
+
+class _DecodeCoarseToFine(torch.autograd.Function):
+    """Two of `kernels.fwd` with `resample` between them, and one of `kernels.bwd`, for both sets of samples."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        planes: Tensor,
+        origins: Tensor,
+        directions: Tensor,
+        t: Tensor,
+        resample: Callable[[Tensor], Tensor],
+        w0: Tensor,
+        b0: Tensor,
+        w1: Tensor,
+        b1: Tensor,
+        options: tuple[float, str],
+        deterministic: bool,
+        kernels: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        coarse = kernels.fwd(planes, origins, directions, t, w0, b0, w1, b1, *options)
+        t_fine = resample(coarse)
+        fine = kernels.fwd(planes, origins, directions, t_fine, w0, b0, w1, b1, *options)
+        ctx.save_for_backward(planes, origins, directions, t, t_fine, w0, b0, w1)
+        ctx.mark_non_differentiable(t_fine)
+        ctx.options, ctx.kernels, ctx.b1_dtype = options, kernels, b1.dtype
+        ctx.deterministic = deterministic
+        return coarse, t_fine, fine
+
+    @staticmethod
+    def backward(ctx: Any, grad_coarse: Tensor | None, _: None, grad_fine: Tensor | None) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[0], any(ctx.needs_input_grad[5:9]), ctx.deterministic
+        planes, origins, directions, t, t_fine, *network = ctx.saved_tensors
+        if grad_coarse is None and grad_fine is None:
+            return (None,) * len(ctx.needs_input_grad)
+        if grad_coarse is None or grad_fine is None:  # only one of them was used
+            grad_y, all_t = (grad_coarse, t) if grad_fine is None else (grad_fine, t_fine)
+        else:
+            grad_y, all_t = _joined(grad_coarse, grad_fine), torch.cat([t, t_fine], dim=-1)
+        saved = planes, origins, directions, all_t, *network
+        gradients = _DecodeTriplaneBackward.apply(grad_y, *saved, ctx.b1_dtype, ctx.options, needs, ctx.kernels)
+        return gradients[0], None, None, None, None, *gradients[1:], None, None, None
+
+
+def _joined(first: Tensor, second: Tensor) -> Tensor:
+    """[B, R, S, C] and [B, R, K, C] as [B, R, S + K, C]; no copy where they lie so, as `composite` leaves them."""
+    batch, rays, samples, channels = first.shape
+    both = samples + second.shape[2]
+    stride = (rays * both * channels, both * channels, channels, 1)
+    if (
+        first.stride() == second.stride() == stride
+        and first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+        and second.storage_offset() == first.storage_offset() + samples * channels
+    ):
+        return first.as_strided((batch, rays, both, channels), stride)
+    return torch.cat([first, second], dim=2)
 
 
 class _DecodeTriplaneBackward(torch.autograd.Function):
@@ -203,7 +333,7 @@ class _DecodeTriplaneBackward(torch.autograd.Function):
         w1: Tensor,
         b1_dtype: torch.dtype,
         options: tuple[float, str],
-        needs: tuple[bool, bool],
+        needs: tuple[bool, bool, bool],
         kernels: Any,
     ) -> tuple[Tensor | None, ...]:
         grad_planes, grad_network = kernels.bwd(grad_y, planes, origins, directions, t, w0, b0, w1, *options, *needs)

@@ -1,6 +1,8 @@
-"""Fine depths, drawn where the coarse pass saw something."""
+"""Depths along rays: stratified coarse ones, and fine ones, drawn where the coarse pass saw something."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -8,9 +10,77 @@ from torch import Tensor
 from ..reference.composite import INFINITE_INTERVAL
 from ..reference.sample_importance import invert_cdf as _reference_invert_cdf
 from ..reference.sample_importance import sample_importance as _reference
+from ..reference.sample_importance import sample_stratified as _reference_stratified
 from .backends import resolve
 from .checks import check_choice, check_dtype, check_shape, check_together
 from .composite import DENSITY_ACTIVATIONS
+from .draws import check_noise_std, is_noisy, seed_for_kernel, std_for_kernel
+
+
+def sample_stratified(
+    batch: int,
+    rays: int,
+    samples: int,
+    ray_start: float,
+    ray_end: float,
+    *,
+    jitter: Tensor | None = None,
+    stochastic: bool = True,
+    seed: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Depths evenly spaced in [ray_start, ray_end], ends included, each moved inside its stratum (SPEC section 1).
+
+    t_i = low_i + (high_i - low_i) jitter_i, low and high being the midpoints with the neighbours; the first stratum
+    begins and the last one ends at its depth.
+
+    Args:
+        batch, rays, samples: B, R, S of at least 1.
+        ray_start, ray_end: Along the rays, world units.
+        jitter: [B, R, S] in [0, 1); it also sets dtype and device. None draws it.
+        stochastic: False takes the evenly spaced depths where jitter is None.
+        seed: [1] int64 on the device, for backend triton, which draws from it by Philox; a CUDA graph reads it anew at
+            each replay. Default: drawn from torch's generator, as jitter itself is by the other backends. It may be the
+            seed of `sample_importance` and `composite` too: each draws other numbers from it.
+        dtype: triton: fp32.
+
+    Returns:
+        [B, R, S], every ray sorted.
+
+    Derivatives: none (reference: to jitter).
+
+    Raises:
+        ValueError, TypeError: Sizes; dtype or device of jitter; depths that are not finite and rising; `seed` for
+            another backend; unknown or missing backend.
+    """
+    op, shape = "sample_stratified", (batch, rays, samples)
+    if min(batch, rays) < 0 or samples < 1:
+        raise ValueError(f"{op}: samples must be at least 1, batch and rays 0, got {samples}, {batch}, {rays}")
+    if not (math.isfinite(ray_start) and math.isfinite(ray_end) and ray_start < ray_end):
+        raise ValueError(f"{op}: ray_end must exceed ray_start, both finite, got {ray_start} and {ray_end}")
+    if jitter is not None:
+        check_together(op, jitter=jitter)
+        check_shape(op, "jitter", jitter, shape)
+        dtype, device = jitter.dtype, jitter.device
+    device = torch.get_default_device() if device is None else torch.device(device)
+    if resolve("sample_importance", backend, device.type) == "triton":
+        if dtype != torch.float32:
+            raise TypeError(f'{op}: dtype must be float32 (because backend is "triton"), got {dtype}')
+        from ..kernels import sample_importance as kernels
+
+        draws = stochastic and jitter is None
+        seed = seed_for_kernel(op, seed, device) if draws else None
+        jitter = None if jitter is None else jitter.detach()
+        return kernels.stratified(*shape, float(ray_start), float(ray_end), jitter, seed, device)
+    if seed is not None:
+        raise ValueError(f"{op}: seed must be None for a backend other than 'triton' (torch's generator draws)")
+    if jitter is None:
+        if not stochastic:
+            return torch.linspace(ray_start, ray_end, samples, dtype=dtype, device=device).expand(shape)
+        jitter = torch.rand(shape, dtype=dtype, device=device)
+    return _reference_stratified(ray_start, ray_end, jitter)
 
 
 def invert_cdf(bins: Tensor, weights: Tensor, u: Tensor, *, backend: str | None = None) -> Tensor:
@@ -56,8 +126,10 @@ def sample_importance(
     activation: str = "softplus",
     softplus_beta: float = 1.0,
     density_shift: float = 0.0,
+    noise_std: float | Tensor = 0.0,
     last_interval: float = INFINITE_INTERVAL,
     sorted: bool = False,
+    stochastic: bool = True,
     samples: int | None = None,
     seed: Tensor | None = None,
     backend: str | None = None,
@@ -66,15 +138,18 @@ def sample_importance(
 
     Args:
         t: [B, R, S], sorted distances along the rays, world units; S of at least 3.
-        raw_density: [B, R, S], before the activation, density noise included.
+        raw_density: [B, R, S], before the activation.
         u: [B, R, K] in [0, 1]; None draws it.
         activation, softplus_beta, density_shift, last_interval: See `composite`. (The last interval decides the last
             weight alone, and that one is dropped.)
+        noise_std: Standard deviation of normal noise that is drawn and added to raw_density, a number (0 for none) or a
+            tensor of one, which always draws. Noise of one's own goes into raw_density.
         sorted: Whether every ray's result is sorted, as `composite` with backend triton needs it.
+        stochastic: False takes u_k = k / (K - 1) where u is None.
         samples: K where u is None; default S.
-        seed: [1] int64 on the device of t, for backend triton where u is None: the kernel draws from it by Philox, and
-            a CUDA graph reads it anew at each replay. Default: drawn from torch's generator, as u itself is by the
-            other backends.
+        seed: [1] int64 on the device of t, for backend triton, which draws u and noise from it by Philox; a CUDA graph
+            reads it anew at each replay. Default: drawn from torch's generator, as noise and then u themselves are by
+            the other backends. It may be the seed of `sample_stratified` and `composite` too: each draws other numbers.
 
     Returns:
         [B, R, K] fine t, in the order of u, or sorted.
@@ -84,47 +159,49 @@ def sample_importance(
     Derivatives: none; the result carries no gradient.
 
     Raises:
-        ValueError, TypeError: Wrong shapes, dtypes or devices; fewer than 3 samples; `samples` or `seed` beside u, or
-            `seed` for another backend; unknown or missing backend.
+        ValueError, TypeError: Wrong shapes, dtypes or devices; fewer than 3 samples; `samples` beside u; `seed` for
+            another backend; a negative noise_std; unknown or missing backend.
     """
-    check_together("sample_importance", t=t, raw_density=raw_density, u=u)
-    check_shape("sample_importance", "t", t, ("B", "R", "S"))
-    check_shape("sample_importance", "raw_density", raw_density, tuple(t.shape))
+    op = "sample_importance"
+    check_together(op, t=t, raw_density=raw_density, u=u)
+    check_shape(op, "t", t, ("B", "R", "S"))
+    check_shape(op, "raw_density", raw_density, tuple(t.shape))
     if t.shape[-1] < 3:
-        raise ValueError(f"sample_importance: t must hold at least 3 samples (the ends are dropped), got {t.shape[-1]}")
+        raise ValueError(f"{op}: t must hold at least 3 samples (the ends are dropped), got {t.shape[-1]}")
+    check_noise_std(op, noise_std, t.device)
+    noisy = is_noisy(noise_std)
     if u is not None:
-        check_shape("sample_importance", "u", u, (*t.shape[:2], "K"))
-        if samples is not None or seed is not None:
-            raise ValueError(
-                "sample_importance: samples and seed must be None where u is given (they are for drawing it)"
-            )
+        check_shape(op, "u", u, (*t.shape[:2], "K"))
+        if samples is not None:
+            raise ValueError(f"{op}: samples must be None where u is given (it is for drawing it), got {samples}")
         samples = u.shape[-1]
     elif samples is None:
         samples = t.shape[-1]
     elif samples < 0:
-        raise ValueError(f"sample_importance: samples must not be negative, got {samples}")
-    check_choice("sample_importance", "activation", activation, DENSITY_ACTIVATIONS)
+        raise ValueError(f"{op}: samples must not be negative, got {samples}")
+    check_choice(op, "activation", activation, DENSITY_ACTIVATIONS)
     density = {"activation": activation, "softplus_beta": softplus_beta, "density_shift": density_shift}
+    t, raw_density = t.detach(), raw_density.detach()
     if resolve("sample_importance", backend, t.device.type) == "triton":
-        check_dtype("sample_importance", "t", t, (torch.float32,), 'backend is "triton"')
+        check_dtype(op, "t", t, (torch.float32,), 'backend is "triton"')
         from ..kernels import sample_importance as kernels
 
-        if u is None:
-            seed = torch.randint(2**62, (1,), device=t.device) if seed is None else seed
-            _check_seed(seed, t.device)
-        elif sorted:
+        draws = noisy or (u is None and stochastic)
+        seed = seed_for_kernel(op, seed, t.device) if draws else None
+        if u is not None and sorted:
             u = u.sort(dim=-1).values
-        return kernels.fwd(t.detach(), raw_density.detach(), u, seed, samples, sorted=sorted, **density)
+        std = std_for_kernel(noise_std) if noisy else None
+        density |= {"even": not stochastic, "noise_std": std}
+        return kernels.fwd(t, raw_density, u, seed, samples, sorted=sorted, **density)
     if seed is not None:
-        raise ValueError(
-            "sample_importance: seed must be None for a backend other than 'triton' (torch's generator draws)"
-        )
+        raise ValueError(f"{op}: seed must be None for a backend other than 'triton' (torch's generator draws)")
+    if noisy:
+        raw_density = raw_density + noise_std * torch.randn_like(raw_density)
     if u is None:
-        u = torch.rand(*t.shape[:2], samples, dtype=t.dtype, device=t.device)
+        shape = (*t.shape[:2], samples)
+        if stochastic:
+            u = torch.rand(shape, dtype=t.dtype, device=t.device)
+        else:
+            u = torch.linspace(0, 1, samples, dtype=t.dtype, device=t.device).expand(shape)
     t_fine = _reference(t, raw_density, u, last_interval=last_interval, **density)
     return t_fine.sort(dim=-1).values if sorted else t_fine
-
-
-def _check_seed(seed: Tensor, device: torch.device) -> None:
-    if not (isinstance(seed, Tensor) and seed.dtype == torch.int64 and seed.shape == (1,) and seed.device == device):
-        raise ValueError(f"sample_importance: seed must be a tensor of shape [1] of int64 on {device}, got {seed!r}")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..reference.upfirdn2d import upfirdn2d as _reference
+from . import native
 from .backends import resolve
-from .checks import check_shape, check_together
+from .checks import check_dtype, check_shape, check_together
 
 
 def upfirdn2d(
@@ -26,7 +29,7 @@ def upfirdn2d(
 
     Args:
         x: [B, C, H, W]; every channel is filtered alike.
-        kernel: [kh, kw], or [k] for its outer product with itself.
+        kernel: [kh, kw], or [k] for its outer product with itself, which cpu and cuda filter one axis at a time.
         up, down: Integers of at least 1.
         padding: One number, or (x before, x after, y before, y after), in upsampled samples; negative numbers crop.
         flip: False convolves, True correlates.
@@ -35,11 +38,13 @@ def upfirdn2d(
     Returns:
         [B, C, H', W'], W' = (W up + x before + x after - kw) // down + 1.
 
-    Derivatives: reference any order.
+    Derivatives: any order; cpu and cuda to x only. A call without a named backend takes the reference where a gradient
+        to the kernel is asked for.
 
     Raises:
         ValueError, TypeError: Wrong ranks, dtypes, devices, factors; nothing left to filter; unknown or missing
             backend.
+        NotImplementedError: cpu, cuda: a gradient to the kernel is asked for.
     """
     check_together("upfirdn2d", x=x, kernel=kernel)
     check_shape("upfirdn2d", "x", x, ("B", "C", "H", "W"))
@@ -57,5 +62,57 @@ def upfirdn2d(
             f"upfirdn2d: the padded image must be at least as large as the kernel {list(kernel.shape)}, "
             f"got x {list(x.shape)}, up {up}, padding {padding}"
         )
-    resolve("upfirdn2d", backend, x.device.type)
-    return _reference(x, kernel, up=up, down=down, padding=padding, flip=flip, gain=gain)
+    chosen = resolve("upfirdn2d", backend, x.device.type)
+    if kernel.requires_grad and torch.is_grad_enabled() and chosen != "reference":
+        if backend is not None:
+            raise NotImplementedError(
+                f'upfirdn2d: backend "{backend}" has no gradient to kernel; use backend="reference", or detach kernel'
+            )
+        chosen = "reference"
+    if chosen == "reference":
+        return _reference(x, kernel, up=up, down=down, padding=padding, flip=flip, gain=gain)
+    check_dtype("upfirdn2d", "x", x, tuple(native.DTYPES), f'backend is "{chosen}"')
+    kernel = kernel.detach().to(native.compute_dtype(x.dtype)).contiguous()
+    settings = _Settings((height // down + 1, width // down + 1), up, down, (padding[0], padding[2]), flip, float(gain))
+    return _UpFirDn2d.apply(native.dense(x), kernel, settings)
+
+
+class _Settings(NamedTuple):
+    size: tuple[int, int]  # of the output
+    up: int
+    down: int
+    padding: tuple[int, int]  # before x and y; what lies behind follows from the sizes
+    flip: bool
+    gain: float
+
+    def adjoint(self, size: tuple[int, int], kernel: Tensor) -> _Settings:
+        """The transposed map, back to `size`: up and down change places, and the taps their direction."""
+        padding = kernel.shape[-1] - 1 - self.padding[0], kernel.shape[0] - 1 - self.padding[1]
+        return _Settings(size, self.down, self.up, padding, not self.flip, self.gain)
+
+
+class _UpFirDn2d(torch.autograd.Function):
+    """The map is linear: its gradient is the adjoint map, and so on to any order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kernel: Tensor, settings: _Settings) -> Tensor:
+        ctx.settings, ctx.size = settings, x.shape[2:]
+        ctx.save_for_backward(kernel)
+        channels_last = not x.is_contiguous()
+        y = torch.empty(
+            (*x.shape[:2], *settings.size),
+            dtype=x.dtype,
+            device=x.device,
+            memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+        )
+        taps = kernel.shape[0], kernel.shape[-1]
+        flags = kernel.ndim == 1, channels_last, settings.flip
+        sizes = *x.shape, *settings.size, *taps
+        factors = settings.up, settings.down, *settings.padding, settings.gain
+        native.launch("upfirdn2d", x, kernel, y, x.dtype, *sizes, *flags, *factors)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None]:
+        (kernel,) = ctx.saved_tensors
+        return _UpFirDn2d.apply(native.dense(grad_y), kernel, ctx.settings.adjoint(ctx.size, kernel)), None, None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
 from .bias_act import bias_act
-from .upfirdn2d import upfirdn2d
+from .upfirdn2d import upfirdn2d as _upfirdn2d
 
 DEMODULATION_EPSILON = 1e-8
 
@@ -19,6 +21,7 @@ def conv2d_resample(
     up: int = 1,
     down: int = 1,
     flip_weight: bool = False,
+    upfirdn2d: Callable[..., Tensor] = _upfirdn2d,
 ) -> Tensor:
     """A k x k convolution that keeps the size, then times `up` or divided by `down` with the low-pass filter `kernel`.
 
@@ -30,6 +33,7 @@ def conv2d_resample(
         weight: [C_out, C_in, k, k], k odd.
         kernel: [n] or [n, n], sum 1; needed where up or down > 1.
         flip_weight: False correlates with `weight` (torch's conv2d), True convolves with it.
+        upfirdn2d: What filters.
 
     Returns:
         [B, C_out, H up / down, W up / down].
@@ -88,20 +92,85 @@ def modulated_conv2d(
     Returns:
         [B, C_out, H up, W up].
     """
-    half = x.dtype == torch.float16
-    if half and demodulate:
-        # Demodulation makes the result independent of these scales; they keep fp16 products in range.
-        largest_weight, largest_style = (
-            weight.abs().amax(dim=(1, 2, 3), keepdim=True),
-            style.abs().amax(1, keepdim=True),
-        )
-        weight = weight / (weight[0].numel() ** 0.5 * largest_weight.clamp(min=torch.finfo(weight.dtype).tiny))
-        style = style / largest_style.clamp(min=torch.finfo(style.dtype).tiny)
+    weight, style, demod = modulation(weight, style, x.dtype, demodulate=demodulate)
     y = x * style.to(x.dtype)[:, :, None, None]
-    y = conv2d_resample(y, weight.to(x.dtype), kernel=kernel, up=up, flip_weight=up > 1)
-    if demodulate:
-        energy = style.square() @ weight.square().sum(dim=(2, 3)).t()  # [B, C_out]
-        y = y * (energy + DEMODULATION_EPSILON).rsqrt().to(y.dtype)[:, :, None, None]
+    y = conv2d_resample(y, weight, kernel=kernel, up=up, flip_weight=up > 1)
+    if demod is not None:
+        y = y * demod.to(y.dtype)[:, :, None, None]
     if noise is not None:
         y = y + noise.to(y.dtype)
     return bias_act(y, bias, act=act, gain=gain, clamp=clamp)
+
+
+def normalize_for_half(weight: Tensor, style: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales weight and style so that products stay in fp16's range; demodulation makes the result independent of it.
+
+    Returns:
+        Weight of max-norm 1 / sqrt(C_in k k) per output, style of max-norm 1 per sample.
+    """
+    largest_weight, largest_style = (
+        weight.abs().amax(dim=(1, 2, 3), keepdim=True),
+        style.abs().amax(1, keepdim=True),
+    )
+    weight = weight / (weight[0].numel() ** 0.5 * largest_weight.clamp(min=torch.finfo(weight.dtype).tiny))
+    style = style / largest_style.clamp(min=torch.finfo(style.dtype).tiny)
+    return weight, style
+
+
+def modulation(
+    weight: Tensor, style: Tensor, dtype: torch.dtype, *, demodulate: bool = True
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Weight, style and demod[b, o] = 1 / sqrt(sum_{i, k} (weight[o, i, k] style[b, i])^2 + 1e-8) of a convolution.
+
+    Args:
+        weight: [C_out, C_in, k, k].
+        style: [B, C_in].
+        dtype: That of the convolution; fp16 normalizes first.
+
+    Returns:
+        weight in `dtype`; style [B, C_in]; demod [B, C_out], None without demodulation.
+    """
+    if not demodulate:
+        return weight.to(dtype), style, None
+    if dtype == torch.float16:
+        weight, style = normalize_for_half(weight, style)
+    energy = style.square() @ weight.square().sum(dim=(2, 3)).t()  # [B, C_out]
+    return weight.to(dtype), style, (energy + DEMODULATION_EPSILON).rsqrt()
+
+
+def layer_epilogue(
+    x: Tensor,
+    *,
+    blur: Tensor | None = None,
+    demod: Tensor | None = None,
+    noise: Tensor | None = None,
+    strength: Tensor | None = None,
+    bias: Tensor | None = None,
+    styles: Sequence[Tensor | None] = (None,),
+    act: str = "linear",
+    gain: float | None = None,
+    clamp: float | None = None,
+) -> tuple[Tensor, ...]:
+    """y = bias_act(demod[b, c] blur(x) + noise strength, bias), and y times every style that is given.
+
+    Args:
+        x: [B, C, H, W], with `blur` [B, C, H+1, W+1].
+        blur: [4]: x is padded by 1 and convolved with its outer product, gain 4.
+        demod: [B, C].
+        noise: Broadcasts to [B, 1, H, W].
+        strength: One number.
+        styles: Each [B, C], or None for y itself.
+        bias, act, gain, clamp: See `bias_act`.
+
+    Returns:
+        One [B, C, H, W] for every style.
+    """
+    y = x
+    if blur is not None:
+        y = _upfirdn2d(y, blur, padding=(1, 1, 1, 1), gain=4)
+    if demod is not None:
+        y = y * demod.to(y.dtype)[:, :, None, None]
+    if noise is not None:
+        y = y + (noise if strength is None else noise * strength).to(y.dtype)
+    y = bias_act(y, bias, act=act, gain=gain, clamp=clamp)
+    return tuple(y if style is None else y * style.to(y.dtype)[:, :, None, None] for style in styles)

@@ -1,4 +1,4 @@
-"""Fine depths drawn where the coarse pass saw something (SPEC section 5; hierarchical sampling of NeRF)."""
+"""Depths along rays: stratified coarse ones (SPEC section 1), and fine ones where the coarse pass saw something (5)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,23 @@ from torch import Tensor
 from .composite import INFINITE_INTERVAL, ray_weights
 
 WEIGHT_FLOOR = 1e-5
+
+
+def sample_stratified(ray_start: float, ray_end: float, jitter: Tensor) -> Tensor:
+    """Depths evenly spaced in [ray_start, ray_end], ends included, each moved inside its stratum.
+
+    A stratum reaches to the midpoints with the neighbours; the first begins and the last ends at its depth.
+
+    Args:
+        jitter: [..., S] in [0, 1).
+
+    Returns:
+        [..., S], sorted.
+    """
+    t = torch.linspace(ray_start, ray_end, jitter.shape[-1], dtype=jitter.dtype, device=jitter.device)
+    middle = (t[1:] + t[:-1]) / 2
+    low, high = torch.cat([t[:1], middle]), torch.cat([middle, t[-1:]])
+    return low + (high - low) * jitter
 
 
 @torch.no_grad()

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Config
-from ..models.discriminator import Discriminator, ScaleDiscriminators, discriminator_class
+from ..models.discriminator import Discriminator, ScaleDiscriminators
 from ..models.generator import Generator
-from ..models.image_generator import generator_class
+from .networks import build_discriminator, build_generator
 
 
 def parameter_count(module: nn.Module) -> int:
@@ -19,16 +19,11 @@ def parameter_count(module: nn.Module) -> int:
 def meta_networks(config: Config, label_dim: int) -> tuple[Generator, Discriminator]:
     """Generator and discriminator without memory behind them."""
     with torch.device("meta"):
-        shared = {"label_dim": label_dim, "backend": config.backend}
-        generator = generator_class(config.generator)(
-            config.generator, config.renderer, config.camera, image_resolution=config.resolution, **shared
-        )
-        discriminator = discriminator_class(config.discriminator)
-        return generator, discriminator(config.discriminator, config.resolution, config.patch.resolution, **shared)
+        return build_generator(config, label_dim), build_discriminator(config, label_dim)
 
 
 def step_bytes(config: Config, generator: Generator, discriminator: Discriminator) -> tuple[int, int]:
-    """Estimates the memory of a training step in fp32.
+    """Estimates the memory of a training step in fp32, with the reference's ops.
 
     Args:
         generator, discriminator: Of `meta_networks`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -12,8 +13,8 @@ from torch import Tensor
 from ..config import Config, from_dict, to_dict
 from ..errors import UserError
 from ..models.generator import Generator
-from ..models.image_generator import generator_class
 from .checkpoint import list_checkpoints, load_checkpoint
+from .networks import build_generator
 
 
 def load_generator(path: Path, device: str | None = None) -> tuple[Config, Generator]:
@@ -27,29 +28,23 @@ def load_generator(path: Path, device: str | None = None) -> tuple[Config, Gener
     Raises:
         UserError: Nothing there, or not a generator of the settings beside it.
     """
-    path = find_generator(path)
+    path, device = find_generator(path), pick_device(device)
     if path.suffix == ".safetensors":
         config, state = load_safetensors(path)
     else:
         config, content = load_checkpoint(path)
         state = content["trainer"]["average"]
+    config = dataclasses.replace(config, backend="auto")  # that of the run need not be here
     embed = state.get("mapping.embed.weight")
     label_dim = 0 if embed is None else embed.shape[1] - 2 * config.generator.pose_conditioning
     with torch.random.fork_rng(devices=[]):  # the values drawn here are replaced
-        generator = generator_class(config.generator)(
-            config.generator,
-            config.renderer,
-            config.camera,
-            label_dim=label_dim,
-            image_resolution=config.resolution,
-            backend=config.backend,
-        )
+        generator = build_generator(config, label_dim, device.type)
     try:
         generator.load_state_dict(state)
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()  # the first line names the class
         raise UserError(f"{path}: the generator does not fit its settings: {reason[:200]}") from None
-    return config, generator.eval().requires_grad_(False).to(pick_device(device))
+    return config, generator.eval().requires_grad_(False).to(device)
 
 
 def find_generator(path: Path) -> Path:

@@ -12,21 +12,17 @@ from ..camera import extract_patches
 from ..config import Config
 from ..data import ImageDataset
 from ..errors import UserError
-from ..models.augment import Augment
-from ..models.discriminator import discriminator_class
-from ..models.image_generator import generator_class
 from ..models.mapping import mix_styles
-from ..ops import backends
 from .distributed import World
 from .ema import average_of, update_average
 from .losses import blur, discriminator_loss, generator_loss, path_lengths, r1_penalty
+from .networks import build_augment, build_discriminator, build_generator, choose_backends
 from .patches import importance_map, sample_patches
 from .sampling import prior_angles
 from .schedule import blur_sigma, density_noise_std, ema_decay, pose_swap_probability
 
 PATH_LENGTH_DECAY = 0.99
 IMPORTANCE_IMAGES = 256  # that the importance of patches is averaged over
-HALF_BLOCKS = 4  # top resolutions of G and blocks of D in fp16, with precision fp16 on a GPU
 
 
 class Samples(NamedTuple):
@@ -51,15 +47,6 @@ def swap_poses(angles: Tensor, probability: float) -> Tensor:
     return torch.where(picked[:, None], angles[before], angles)
 
 
-def check_backend(backend: str | None, device_type: str) -> None:
-    """Raises UserError unless every op has the backend on this kind of device."""
-    for op in backends.OPS:
-        try:
-            backends.resolve(op, backend, device_type)
-        except ValueError as error:
-            raise UserError(f"{error} (leave --backend out)") from None
-
-
 class Trainer:
     """Networks, optimizers and counters of a run, and the iteration that advances them.
 
@@ -75,25 +62,12 @@ class Trainer:
         self.world = World() if world is None else world
         self.share = config.batch // self.world.size
         self.micro = min(config.micro, self.share)
+        self.backends = choose_backends(config, device.type)
         self.labels, self.angles = dataset.labels.to(device), dataset.angles.to(device)
-        shared = {"label_dim": dataset.label_dim, "backend": config.backend}
-        self.generator = generator_class(config.generator)(
-            config.generator,
-            config.renderer,
-            config.camera,
-            image_resolution=config.resolution,
-            half_blocks=HALF_BLOCKS if config.precision == "fp16" else 0,
-            **shared,
-        )
+        self.generator = build_generator(config, dataset.label_dim, device.type)
         if config.camera.prior == "custom":
             self.generator.mean_camera_pose.copy_(dataset.mean_camera_pose)
-        self.discriminator = discriminator_class(config.discriminator)(
-            config.discriminator,
-            config.resolution,
-            config.patch.resolution,
-            half_blocks=HALF_BLOCKS if config.precision == "fp16" else config.discriminator.half_blocks,
-            **shared,
-        )
+        self.discriminator = build_discriminator(config, dataset.label_dim, device.type)
         self.generator.to(device)
         self.discriminator.to(device)
         self.average = average_of(self.generator)
@@ -105,9 +79,9 @@ class Trainer:
         self.d_optimizer = self._adam(self.discriminator, optim.d_lr, d_lazy)
         self.cur_nimg = 0
         self.iterations = 0
-        self.augment = None
-        if config.augment.mode != "none":
-            self.augment = Augment(config.augment, backend=config.backend).to(device)
+        self.augment = build_augment(config, device.type)
+        if self.augment is not None:
+            self.augment.to(device)
         self.augment_p = torch.tensor(config.augment.p, device=device)
         self.real_signs = torch.zeros(2, device=device)  # since the last adjustment of p: their sum, how many
         self.path_length = torch.zeros([], device=device)  # its running mean

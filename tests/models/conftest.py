@@ -37,10 +37,10 @@ def tiny_generator():
 def tiny_discriminator():
     """A function that makes a discriminator of 8x8 patches of 16x16 images in float64 (leading block, last block)."""
 
-    def make(*, label_dim=0, resolution=16, patch_resolution=8, dtype=torch.float64, **settings):
+    def make(*, label_dim=0, resolution=16, patch_resolution=8, dtype=torch.float64, backend=None, **settings):
         torch.manual_seed(0)
         config = dataclasses.replace(TINY_DISCRIMINATOR, **settings)
-        return Discriminator(config, resolution, patch_resolution, label_dim=label_dim).to(dtype)
+        return Discriminator(config, resolution, patch_resolution, label_dim=label_dim, backend=backend).to(dtype)
 
     return make
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from checks import assert_close, assert_finite, draw, gradgradcheck
+from checks import assert_close, assert_error_within_reference, assert_finite, draw, gradgradcheck
 from epigraf_fast.config import DiscriminatorConfig, preset
 from epigraf_fast.models.discriminator import (
     Discriminator,
@@ -121,12 +121,11 @@ def test_block_equals_the_formula(modulate, down):
     block = DiscriminatorBlock(4, 5, image_channels=3, down=down, modulate=modulate, code_dim=6).double()
     x, code = draw(2, 3, 8, 8, seed=1), draw(2, 6, seed=2)
     seen = []
-    block.conv1.register_forward_hook(lambda _, args, __: seen.append(args))
+    block.conv1.register_forward_hook(lambda _, args, kwargs, __: seen.append((*args, kwargs)), with_kwargs=True)
     y = block(x, None if modulate == "none" else code)
     inner = block.from_rgb(x)
-    features, in_scale, out_scale = seen[0]
-    assert_close(features, block.conv0(inner), "what conv1 sees")
-    assert (in_scale is not None, out_scale is not None) == (modulate == "input", modulate == "output")
+    features, scales = seen[0]
+    assert (scales["out_scale"] is not None) == (modulate == "output")
     assert hasattr(block, "affine") == (modulate != "none")
     weight, bias = block.conv1.weight / 6.0, block.conv1.bias  # sqrt(4 * 9)
     if modulate != "none":
@@ -134,8 +133,10 @@ def test_block_equals_the_formula(modulate, down):
         sigma = 1 + torch.tanh(code @ block.affine.weight.T / 6**0.5)
         assert tuple(sigma.shape) == (2, {"input": 4, "output": 5}[modulate])
         assert_close(block.sigma(code), sigma, "sigma")
+    expected = block.conv0(inner)
     if modulate == "input":
-        features = features * sigma[:, :, None, None]
+        expected = expected * sigma[:, :, None, None]
+    assert_close(features, expected, "what conv1 sees")
     if down == 2:
         taps = torch.tensor([0.125, 0.375, 0.375, 0.125], dtype=torch.float64)
         taps = torch.outer(taps, taps).expand(4, 1, 4, 4)
@@ -160,8 +161,9 @@ def test_every_block_is_modulated_by_the_code(tiny_discriminator, modulate):
     scales, codes = {}, []
     discriminator.hypernetwork.register_forward_hook(lambda _, __, y: codes.append(y))
     for res in discriminator.resolutions:
-        getattr(discriminator, f"b{res}").conv1.register_forward_hook(
-            lambda _, args, __, res=res: scales.update({res: args[1] if modulate == "input" else args[2]})
+        conv, name = ("conv0", "next_scale") if modulate == "input" else ("conv1", "out_scale")
+        getattr(getattr(discriminator, f"b{res}"), conv).register_forward_hook(
+            lambda _, __, kwargs, ___, res=res, name=name: scales.update({res: kwargs[name]}), with_kwargs=True
         )
     discriminator(PATCHES, SCALE, OFFSET)
     assert sorted(scales) == [8, 16, 32]  # both leading blocks, and the last
@@ -323,6 +325,45 @@ def test_r1_gradient_against_differences(tiny_discriminator, assert_directional_
     assert penalty() > 1e-6
     # The penalty jumps where an activation changes its sign: a short step meets few of these.
     assert_directional_derivative(penalty, dict(discriminator.named_parameters()), step=1e-7)
+
+
+def r1_gradients(discriminator, dtype):
+    """The penalty's gradient to every parameter that it reaches, and the penalty."""
+    patches = PATCHES.to(dtype).requires_grad_()
+    label = torch.eye(3, dtype=dtype)[[0, 2, 1, 0]]
+    penalty = r1_penalty(discriminator(patches, SCALE.to(dtype), OFFSET.to(dtype), label, ANGLES.to(dtype)), patches)
+    parameters = dict(discriminator.named_parameters())
+    gradients = torch.autograd.grad(penalty.mean(), list(parameters.values()), allow_unused=True)
+    reached = {name: g for name, g in zip(parameters, gradients, strict=True) if g is not None}
+    return {"penalty": penalty.detach(), **reached}
+
+
+@pytest.mark.parametrize("modulate", ["input", "output", "none"])
+@pytest.mark.parametrize("resolution", [16, 32])
+def test_r1_on_the_backends_equals_the_reference(tiny_discriminator, modulate, resolution, poisoned):
+    """Every parameter's second derivative, in float64 to rounding, in float32 as near as the reference."""
+    settings = {"modulate": modulate, "resolution": resolution, "label_dim": 3, "camera_conditioning": True}
+
+    def run(backend, dtype):
+        discriminator = tiny_discriminator(dtype=torch.float64, backend=backend, **settings).eval()
+        for name, p in discriminator.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(p, std=0.1)
+        return r1_gradients(discriminator.to(dtype), dtype)
+
+    truth, reference = run("reference", torch.float64), run("reference", torch.float32)
+    scale = {name: x.abs().max().clamp(min=1e-9) for name, x in truth.items()}
+    actual = run(None, torch.float64)
+    assert actual.keys() == truth.keys()  # an optimizer steps where there is a gradient, be it 0
+    for name, x in actual.items():
+        assert_close(x / scale[name], truth[name] / scale[name], name)
+
+    def relative(values):
+        """All in one vector, so that no single parameter where the reference is lucky decides."""
+        return torch.cat([(x / scale[name]).flatten() for name, x in values.items()])
+
+    actual = relative(run(None, torch.float32)).float()
+    assert_error_within_reference(actual, relative(reference).float(), relative(truth), "penalty and gradients")
 
 
 def test_r1_equals_the_gradient_by_differences(tiny_discriminator):

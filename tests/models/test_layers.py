@@ -115,9 +115,13 @@ def test_scaling_channels_equals_scaling_the_kernel_of_each_sample(scaled, down)
     """The paper's Eq. 1 against its Eq. 2, and the same for input channels."""
     layer = Conv2d(3, 4, 3, down=down).double()
     torch.nn.init.normal_(layer.bias)
-    x = draw(2, 3, 6, 6, seed=1)
     sigma = 2 * draw_uniform(2, 3 if scaled == "input" else 4, seed=2)
-    y = layer(x, in_scale=sigma) if scaled == "input" else layer(x, out_scale=sigma)
+    first = Conv2d(3, 3, 3).double()
+    x = first(draw(2, 3, 6, 6, seed=1))
+    if scaled == "input":  # the layer before scales what it gives
+        y = layer(first(draw(2, 3, 6, 6, seed=1), next_scale=sigma))
+    else:
+        y = layer(x, out_scale=sigma)
     for i in range(2):
         one = Conv2d(3, 4, 3, down=down).double()
         one.load_state_dict(layer.state_dict())

@@ -15,7 +15,7 @@ from epigraf_fast.config import CameraConfig, RendererConfig
 from epigraf_fast.models import renderer as renderer_module
 from epigraf_fast.models.decoder import Decoder
 from epigraf_fast.models.raw_planes import RawPlanes
-from epigraf_fast.models.renderer import Renderer, render_planes, stratified_t
+from epigraf_fast.models.renderer import Renderer, render_planes
 
 CAMERA = CameraConfig(fov=30.0, radius=8.0, ray_start=6.0, ray_end=10.0, cube_scale=3.8)
 SMALL = RendererConfig(coarse_samples=6, fine_samples=5, density_shift=0.3)
@@ -44,26 +44,15 @@ class StubDecoder(torch.nn.Module):
         self.asked.append(t)
         return self.field(t)
 
+    def coarse_to_fine(self, planes, ray_origins, ray_directions, t, resample, cube_scale):
+        rays = planes, ray_origins, ray_directions
+        coarse = self(*rays, t, cube_scale)
+        t_fine = resample(coarse.detach())
+        return coarse, t_fine, self(*rays, t_fine, cube_scale)
+
 
 def constant(colour, raw):
     return StubDecoder(lambda t: torch.tensor([*colour, raw], dtype=t.dtype).expand(*t.shape, 4))
-
-
-def test_stratified_t_by_hand():
-    # Depths 1, 2, 3, 4; midpoints 1.5, 2.5, 3.5.
-    jitter = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.5, 0.5], [1.0, 1.0, 1.0, 1.0]], dtype=torch.float64)
-    expected = [[1, 1.5, 2.5, 3.5], [1.25, 2, 3, 3.75], [1.5, 2.5, 3.5, 4]]
-    assert_close(stratified_t(1.0, 4.0, 4, jitter), expected, "t")
-
-
-def test_stratified_t_stays_in_its_strata():
-    t = stratified_t(6.0, 10.0, 9, draw_uniform(3, 100, 9, seed=1))
-    assert (t.diff(dim=-1) >= 0).all()
-    assert t.min() >= 6
-    assert t.max() <= 10
-    ends = torch.tensor([6, *(6.25 + 0.5 * i for i in range(8)), 10.0], dtype=torch.float64)
-    assert (t >= ends[:-1]).all()
-    assert (t <= ends[1:]).all()
 
 
 @pytest.mark.parametrize("fine_samples", [0, 5])

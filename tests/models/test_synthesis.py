@@ -5,17 +5,33 @@ from __future__ import annotations
 import pytest
 import torch
 
-from checks import assert_close, assert_finite, draw
-from epigraf_fast.models.synthesis import Synthesis, SynthesisLayer, ToPlanes
+from checks import assert_close, assert_error_within_reference, assert_finite, draw
+from epigraf_fast.models.synthesis import NOISE_MODES, Synthesis, SynthesisLayer, ToPlanes
+from epigraf_fast.ops import backends
 
 
-def make(dtype=torch.float64, **settings):
+def available(op):
+    """The backends that the op has here for tensors on the CPU, all but the reference."""
+    here = [name for name in ("cpu",) if backends.status()[op][name] is None]
+    missing = pytest.param("cpu", marks=pytest.mark.skip(reason="the extension is not built"))
+    return here or [missing]
+
+
+def make(dtype=torch.float64, backend="reference", **settings):
+    """The reference evaluates layer by layer, which hooks can see; the others chain them."""
     torch.manual_seed(0)
-    return Synthesis(6, 16, 9, channel_base=64, channel_max=8, **settings).to(dtype)
+    return Synthesis(6, 16, 9, channel_base=64, channel_max=8, backend=backend, **settings).to(dtype)
 
 
 def layers(synthesis):
     return {name: m for name, m in synthesis.named_modules() if isinstance(m, SynthesisLayer | ToPlanes)}
+
+
+def everything_on(synthesis):
+    """Noise, and biases, which are 0 at first."""
+    for layer in layers(with_noise(synthesis)).values():
+        torch.nn.init.normal_(layer.bias)
+    return synthesis
 
 
 def with_noise(synthesis):
@@ -148,8 +164,9 @@ def test_a_style_vector_changes_its_layers_only(index):
     assert moved == expected
 
 
-def test_noise_modes():
-    synthesis = with_noise(make())
+@pytest.mark.parametrize("backend", available("modulated_conv2d"))
+def test_noise_modes(backend):
+    synthesis = with_noise(make(backend=backend))
     ws = draw(2, 1, 6, seed=1).expand(-1, 6, -1)
     with torch.no_grad():
         const = synthesis(ws, "const")
@@ -178,9 +195,10 @@ def test_noise_is_silent_at_first():
     assert_close(synthesis(ws, "random"), synthesis(ws, "none"), "strength 0")
 
 
-def test_planes_are_channels_last_in_the_dtype_of_ws():
+@pytest.mark.parametrize("backend", available("modulated_conv2d"))
+def test_planes_are_channels_last_in_the_dtype_of_ws(backend):
     for dtype in (torch.float32, torch.float64):
-        planes = make(dtype, half_blocks=2)(draw(2, 6, 6, dtype=dtype))  # fp16 is for GPUs
+        planes = make(dtype, backend, half_blocks=2)(draw(2, 6, 6, dtype=dtype))  # fp16 is for GPUs
         assert planes.dtype == dtype
         assert tuple(planes.shape) == (2, 9, 16, 16)
         assert planes.is_contiguous(memory_format=torch.channels_last)
@@ -212,3 +230,44 @@ def test_the_planes_are_a_sum_over_resolutions():
         synthesis.b16.to_planes.weight.zero_()
         rest = synthesis(draw(1, 6, 6, seed=1), "none")
     assert_close(planes, rest + added[0], "sum")
+
+
+def derivatives(synthesis, noise_mode, order):
+    """Planes, and named gradients of their sum with random weights; of order 2, of the gradient to ws squared."""
+    dtype = synthesis.b4.const.dtype
+    ws = draw(2, synthesis.num_ws, 6, seed=1, dtype=dtype).requires_grad_()
+    inputs = {"ws": ws, **dict(synthesis.named_parameters())}
+    torch.manual_seed(7)
+    planes = synthesis(ws, noise_mode)
+    loss = (planes * draw(*planes.shape, seed=2, dtype=dtype)).sum()
+    if order == 2:
+        loss = torch.autograd.grad(loss, ws, create_graph=True)[0].square().sum()
+    gradients = torch.autograd.grad(loss, list(inputs.values()), materialize_grads=True)
+    return planes.detach(), dict(zip(inputs, gradients, strict=True))
+
+
+@pytest.mark.parametrize("backend", available("modulated_conv2d"))
+@pytest.mark.parametrize("noise_mode", NOISE_MODES)
+@pytest.mark.parametrize("order", [1, 2])
+def test_the_chain_equals_the_reference(backend, noise_mode, order, poisoned):
+    """Path length needs the second order."""
+    truth, true_gradients = derivatives(everything_on(make()), noise_mode, order)
+    planes, gradients = derivatives(everything_on(make(backend=backend)), noise_mode, order)
+    assert_close(planes, truth, "planes")
+    for name, gradient in gradients.items():
+        assert_close(gradient, true_gradients[name], f"gradient to {name}")
+
+
+@pytest.mark.parametrize("backend", available("modulated_conv2d"))
+def test_the_chain_errs_no_more_than_the_reference(backend):
+    truth, true_gradients = derivatives(everything_on(make()), "const", 1)
+    reference, expected = derivatives(everything_on(make(torch.float32)), "const", 1)
+    planes, gradients = derivatives(everything_on(make(torch.float32, backend)), "const", 1)
+    assert_error_within_reference(planes, reference, truth, "planes")
+
+    def relative(gradients):
+        """All of them in one vector, so that no single one where the reference is lucky decides."""
+        return torch.cat([(g / true_gradients[name].abs().max()).flatten() for name, g in gradients.items()])
+
+    actual, expected, truth = (relative(g) for g in (gradients, expected, true_gradients))
+    assert_error_within_reference(actual.float(), expected.float(), truth, "gradients")

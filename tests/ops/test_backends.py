@@ -28,6 +28,22 @@ CALLS = {
             ops.decode_triplane_rays, draw(1, 6, 2, 2), draw(1, 2, 3), draw(1, 2, 3), draw(1, 2, 4), **NET
         ),
     ),
+    "decode_triplane_coarse_to_fine": (
+        "decode_triplane",
+        functools.partial(
+            ops.decode_triplane_coarse_to_fine,
+            draw(1, 6, 2, 2),
+            draw(1, 2, 3),
+            draw(1, 2, 3),
+            draw(1, 2, 4),
+            lambda coarse: coarse[..., 0],
+            **NET,
+        ),
+    ),
+    "sample_stratified": (
+        "sample_importance",
+        functools.partial(ops.sample_stratified, 1, 2, 3, 0.0, 1.0, stochastic=False, device="cpu"),
+    ),
     "sample_importance": (
         "sample_importance",
         functools.partial(ops.sample_importance, T, draw(1, 2, 4, dtype=torch.float32), T / 3),
@@ -44,7 +60,17 @@ CALLS = {
         "modulated_conv2d",
         functools.partial(ops.modulated_conv2d, draw(1, 2, 4, 4), draw(3, 2, 3, 3), draw(1, 2)),
     ),
+    "modulation": (
+        "modulated_conv2d",
+        functools.partial(ops.modulation, draw(3, 2, 3, 3), draw(1, 2), torch.float64),
+    ),
+    "modulated_layer": (
+        "modulated_conv2d",
+        functools.partial(ops.modulated_layer, draw(1, 2, 4, 4), draw(3, 2, 3, 3), draw(1, 3)),
+    ),
+    "layer_epilogue": ("modulated_conv2d", functools.partial(ops.layer_epilogue, draw(1, 2, 4, 4), bias=draw(2))),
 }
+NOT_OPS = {"Composite", "Modulation", "draw_seed"}
 
 
 def test_status_covers_the_table():
@@ -57,7 +83,7 @@ def test_status_covers_the_table():
 
 
 def test_every_public_op_is_called_here():
-    assert {*CALLS} == {*ops.__all__} - {"Composite"}
+    assert {*CALLS} == {*ops.__all__} - NOT_OPS
     assert {op for op, _ in CALLS.values()} == {*backends.OPS}
 
 
@@ -76,9 +102,7 @@ def test_cpu_backend_is_not_for_other_devices(op):
 
 
 def test_resolve_says_why_one_is_missing(monkeypatch):
-    status = {"bias_act": dict.fromkeys(backends.BACKENDS)}
-    status["bias_act"]["cuda"] = "the extension was not built"
-    monkeypatch.setattr(backends, "status", lambda: status)
+    monkeypatch.setattr(backends, "_lacking", lambda op, backend: "the extension was not built")
     with pytest.raises(ValueError, match=r"bias_act: backend 'cuda' is not available.*the extension was not built"):
         backends.resolve("bias_act", "cuda", "cuda")
 
@@ -104,6 +128,46 @@ def test_unknown_backend_is_an_error_that_lists_the_known(name):
 def test_default_gives_what_the_reference_gives(name):
     _, call = CALLS[name]
     actual, expected = call(), call(backend="reference")
-    if name == "composite":
-        actual, expected = actual.rgb, expected.rgb
-    assert_close(actual, expected, name)
+    if isinstance(actual, torch.Tensor):
+        actual, expected = (actual,), (expected,)
+    for one, other in zip(actual, expected, strict=True):
+        if other is not None:
+            assert_close(one, other, name)
+
+
+@pytest.mark.parametrize("name", ["auto", *backends.BACKENDS])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_run_takes_the_named_backend_where_an_op_has_it(name, device, monkeypatch):
+    """Whatever is implemented, were it all here; and every family can be told so by one argument."""
+    monkeypatch.setattr(backends, "_lacking_on", lambda op, backend, device_type: None)
+    named = backends.OPS if name == "reference" else backends.IMPLEMENTED.get(name, ())
+    if name != "auto" and not named:
+        with pytest.raises(ValueError, match=f"backend '{name}' is not available: no op of this release has it"):
+            backends.choose(name, device)
+        return
+    chosen = backends.choose(name, device)
+    assert chosen == {op: name if op in named else backends.resolve(op, None, device) for op in backends.OPS}
+    if (name, device) != ("cpu", "cuda"):  # which is not there
+        for family, ops_ in backends.FAMILIES.items():
+            argument = backends.family_backend(family, chosen, device)
+            assert {op: backends.resolve(op, argument, device) for op in ops_} == {op: chosen[op] for op in ops_}
+
+
+def test_families_are_all_ops():
+    assert [op for family in backends.FAMILIES.values() for op in family] == [*backends.OPS]
+
+
+def test_a_run_is_told_why_a_backend_is_missing(monkeypatch):
+    monkeypatch.setattr(backends, "_lacking_triton", lambda: "Triton is not installed: pip install triton")
+    with pytest.raises(ValueError, match=r"^backend 'triton' is not available: Triton is not installed: pip install"):
+        backends.choose("triton", "cuda")
+    with pytest.raises(ValueError, match=r"^backend 'cpu' is not available: the tensors are on cuda$"):
+        backends.choose("cpu", "cuda")
+    with pytest.raises(ValueError, match="backend must be auto or one of reference, triton, cuda, cpu, got 'numpy'"):
+        backends.choose("numpy", "cpu")
+
+
+def test_a_family_has_one_backend(monkeypatch):
+    chosen = {**backends.choose("auto", "cpu"), "composite": "triton"}
+    with pytest.raises(ValueError, match=r"^renderer: the ops must share a backend, got .* composite triton$"):
+        backends.family_backend("renderer", chosen, "cpu")

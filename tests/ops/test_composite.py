@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from checks import (
+    SIGMAS,
     assert_close,
     assert_error_within_reference,
     assert_finite,
@@ -411,6 +412,13 @@ def test_float32_derivatives(scale):
             "background must be on cpu as t is, got meta",
         ),
         ({"activation": "exp"}, ValueError, "activation must be one of softplus, relu, got 'exp'"),
+        ({"noise_std": -1.0}, ValueError, "noise_std must be finite and not negative, got -1.0"),
+        ({"noise_std": 1.0, "density_noise": draw(1, 2, 7)}, ValueError, "noise_std must be 0 where density_noise is"),
+        (
+            {"seed": torch.zeros(1, dtype=torch.int64)},
+            ValueError,
+            "seed must be None for a backend other than 'triton'",
+        ),
     ],
 )
 def test_errors(change, error, message):
@@ -653,3 +661,77 @@ def test_triton_errors(change, error, message):
     inputs = {**{name: x.float() for name, x in random_ray_sets().items()}, **change}
     with pytest.raises(error, match=re.escape(f"composite: {message}")):
         triton_composite(**{name: x.to(DEVICE) for name, x in inputs.items()})
+
+
+def drawn_noise(rays, std, seed, **settings):
+    """The noise of a single sample per ray, from the opacity 1 - exp(-(5 + noise)) that it leaves: [R]."""
+    t, values = torch.zeros(1, rays, 1, device=DEVICE), torch.full((1, rays, 1, 2), 5.0, device=DEVICE)
+    settings = {"activation": "relu", "last_interval": 0.1, "backend": "triton", **settings}
+    result = ops.composite(t, values, noise_std=std, seed=torch.tensor([seed], device=DEVICE), **settings)
+    return -torch.log1p(-result.weight_sum[0].double().cpu()) / 0.1 - 5
+
+
+@needs_triton
+def test_triton_noise_is_normal(poisoned):
+    num, std = 4096, 0.75
+    noise = drawn_noise(num, std, 3) / std
+    assert abs(noise.mean().item()) < SIGMAS / num**0.5
+    assert abs(noise.var().item() - 1) < SIGMAS * (2 / num) ** 0.5
+    # Kolmogorov-Smirnov: mean 0.87 and standard deviation 0.26, in units of 1 / sqrt(number).
+    cdf = torch.special.ndtr(noise.sort().values)
+    distance = (cdf - (torch.arange(num, dtype=torch.float64) + 0.5) / num).abs().max().item()
+    assert distance * num**0.5 < 0.87 + SIGMAS * 0.26
+    assert abs(torch.corrcoef(torch.stack([noise[1:], noise[:-1]]))[0, 1].item()) < SIGMAS / num**0.5
+    assert_close(drawn_noise(7, std, 3), noise[:7] * std, "fewer rays", "exact")
+    tensor = torch.tensor([std], device=DEVICE)
+    assert_close(drawn_noise(7, tensor, 3), noise[:7] * std, "a tensor of one", "exact")
+    assert not torch.isclose(drawn_noise(7, std, 4), noise[:7] * std).any()
+
+
+@needs_triton
+def test_triton_drawn_noise_has_the_gradients_of_noise_handed_in(poisoned):
+    """Noise sits in the sum with the raw density: shifting that shifts the argument of the activation alike."""
+    sets = {name: x.float().to(DEVICE) for name, x in random_ray_sets(rays=5).items()}
+    seed, settings = torch.tensor([3], device=DEVICE), {"last_interval": 0.2, "white_background": True}
+
+    def run(density_noise=None, **options):
+        inputs = {name: x.clone().requires_grad_(name.startswith("values")) for name, x in sets.items()}
+        result = ops.composite(**inputs, density_noise=density_noise, **settings, **options, return_weights=True)
+        total = result.rgb.square().sum() + result.depth.sum() + result.final_transmittance.sum()
+        return result, torch.autograd.grad(total, (inputs["values"], inputs["values_fine"]))
+
+    result, gradients = run(noise_std=0.5, seed=seed, backend="triton")
+    again, same = run(noise_std=torch.tensor(0.5, device=DEVICE), seed=seed, backend="triton")
+    for one, other in zip((*result, *gradients), (*again, *same), strict=True):
+        assert_close(other, one, "a tensor of one", "exact")
+    # The noise, solved for from the weights: alpha_i = w_i / T_i = 1 - exp(-interval_i softplus(raw_i + noise_i)).
+    t, order = torch.cat([sets["t_fine"], sets["t"]], dim=-1).double().sort(dim=-1, stable=True)
+    raw = torch.cat([sets["values_fine"], sets["values"]], dim=-2)[..., -1].double().gather(-1, order)
+    intervals = torch.cat([t.diff(dim=-1), torch.full_like(t[..., :1], 0.2)], dim=-1)
+    weights = result.weights.detach().double()
+    T = 1 - torch.cat([torch.zeros_like(weights[..., :1]), weights.cumsum(dim=-1)[..., :-1]], dim=-1)
+    density = -torch.log1p(-weights / T) / intervals
+    noise = torch.log(torch.expm1(density)) - raw
+    handed_in, expected = run(density_noise=noise.float(), backend="triton")
+    for name in ("rgb", "depth", "final_transmittance"):
+        assert_close(getattr(result, name), getattr(handed_in, name), name, torch.float16)
+    for name, one, other in zip(("values", "values_fine"), gradients, expected, strict=True):
+        assert_close(one, other, f"gradient to {name}", torch.float16)
+
+
+def test_reference_noise_is_torchs():
+    sets = random_ray_sets()
+    for std in (0.5, torch.tensor(0.5, dtype=torch.float64)):
+        torch.manual_seed(3)
+        noise = 0.5 * torch.randn(1, 2, 7, dtype=torch.float64)
+        torch.manual_seed(3)
+        assert_close(composite(**sets, noise_std=std).rgb, composite(**sets, density_noise=noise).rgb, "rgb", "exact")
+
+
+@needs_triton
+def test_triton_gradients_of_both_sets_lie_side_by_side():
+    sets = {name: x.float().to(DEVICE) for name, x in random_ray_sets().items()}
+    values = sets["values"].requires_grad_(), sets["values_fine"].requires_grad_()
+    coarse, fine = torch.autograd.grad(ops.composite(**sets, backend="triton").rgb.sum(), values)
+    assert coarse.stride() == fine.stride() == (2 * 7 * 3, 7 * 3, 3, 1)
+    assert fine.data_ptr() - coarse.data_ptr() == 4 * 4 * 3

@@ -5,6 +5,7 @@ The Triton kernels against the reference: in Triton's interpreter, or on the GPU
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 
@@ -314,10 +315,63 @@ def test_triton_along_rays(poisoned, sizes, dtype):
 
 
 @needs_triton
+@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("points", [1, 131, 1100])  # a point, tiles, and programs of the backward
-def test_triton_at_points(poisoned, points):
+def test_triton_at_points(poisoned, points, deterministic):
     inputs = point_inputs(batch=2 if points < 1000 else 1, points=points)
-    assert_triton_errs_no_more_than_the_reference(ops.decode_triplane, inputs)
+    function = functools.partial(ops.decode_triplane, deterministic=deterministic)
+    assert_triton_errs_no_more_than_the_reference(function, inputs)
+
+
+@contextlib.contextmanager
+def programs_in_reverse():
+    """The interpreter runs the programs of a launch from the last to the first."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    forward = interpreter_builder.set_grid_idx
+
+    def set_grid_idx(x, y, z):
+        forward(interpreter_builder.grid_dim[0] - 1 - x, y, z)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter_builder, "set_grid_idx", set_grid_idx)
+        yield
+
+
+@needs_triton
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU orders its programs itself: see the gpu-marked test")
+@pytest.mark.parametrize("texel", [torch.float32, torch.float16])
+def test_triton_gradients_have_the_same_bits_in_any_order_of_programs(poisoned, monkeypatch, texel):
+    from epigraf_fast.kernels import decode_triplane as kernels
+
+    monkeypatch.setattr(kernels, "DETERMINISTIC_TILES", 2)  # several programs out of few points
+    inputs = ray_inputs(batch=1, rays=75, samples=2, height=2, width=2, dtype=texel)
+    results = {}
+    for deterministic in (False, True):
+        function = functools.partial(ops.decode_triplane_rays, deterministic=deterministic, backend="triton")
+        given = values_and_gradients(function, inputs)
+        with programs_in_reverse():
+            results[deterministic] = given, values_and_gradients(function, inputs)
+    given, reverse = results[True]
+    for name in given:
+        assert torch.equal(given[name], reverse[name]), name
+    given, reverse = results[False]
+    if texel == torch.float32:  # the order does matter to a sum in floating point, if it is not rounded away
+        assert any(not torch.equal(given[name], reverse[name]) for name in given)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16"])
+def test_triton_gradients_have_the_same_bits_in_every_run(precision):
+    inputs = ray_inputs(batch=2, rays=2048, samples=48, channels=32, hidden=64, height=16, width=16)
+    function = functools.partial(
+        ops.decode_triplane_rays, precision=precision, deterministic=True, cube_scale=0.5, backend="triton"
+    )
+    first = values_and_gradients(function, inputs)
+    for _ in range(5):
+        for name, x in values_and_gradients(function, inputs).items():
+            assert torch.equal(x, first[name]), name
 
 
 @needs_triton
@@ -343,10 +397,11 @@ def test_triton_in_lower_precision(precision):
 
 
 @needs_triton
+@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("gradients_to", [("planes",), ("w0", "b0", "w1", "b1"), ("b1",), ("planes", "w1")], ids=str)
-def test_triton_gives_the_gradients_that_are_asked_for(poisoned, gradients_to):
+def test_triton_gives_the_gradients_that_are_asked_for(poisoned, gradients_to, deterministic):
     inputs = ray_inputs()
-    function = functools.partial(ops.decode_triplane_rays, backend="triton")
+    function = functools.partial(ops.decode_triplane_rays, deterministic=deterministic, backend="triton")
     expected = values_and_gradients(function, inputs)
     actual = values_and_gradients(function, inputs, gradients_to=gradients_to)
     for name in actual:
@@ -468,3 +523,67 @@ def test_triton_errors_along_rays(change, error, message):
     arguments = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
     with pytest.raises(error, match=re.escape(f"decode_triplane_rays: {message}")):
         ops.decode_triplane_rays(**arguments, backend="triton")
+
+
+def test_coarse_to_fine_is_two_calls(backend):
+    inputs = {name: x.double() for name, x in ray_inputs(channels=2, hidden=5).items()}
+    asked = []
+
+    def resample(coarse):
+        assert not coarse.requires_grad
+        asked.append(coarse)
+        return inputs["t"][..., :2] + 0.1
+
+    inputs["w0"].requires_grad_()
+    rays = inputs["ray_origins"], inputs["ray_directions"]
+    net = [inputs[name] for name in ("w0", "b0", "w1", "b1")]
+    coarse, t_fine, fine = ops.decode_triplane_coarse_to_fine(
+        inputs["planes"], *rays, inputs["t"], resample, *net, 0.7, backend=backend
+    )
+    assert_close(t_fine, inputs["t"][..., :2] + 0.1, "t_fine", "exact")
+    for name, actual, t in (("coarse", coarse, inputs["t"]), ("fine", fine, t_fine)):
+        expected = ops.decode_triplane_rays(inputs["planes"], *rays, t, *net, 0.7, backend=backend)
+        assert_close(actual, expected, name, "exact")
+        assert actual.requires_grad
+    assert_close(asked[0], coarse, "what resample saw", "exact")
+
+
+class SideBySide(torch.autograd.Function):
+    """Concatenates coarse and fine samples; their gradients are views of one tensor, as those of `composite` are."""
+
+    @staticmethod
+    def forward(ctx, coarse, fine):
+        ctx.samples = coarse.shape[2]
+        return torch.cat([coarse, fine], dim=2)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        return grad[:, :, : ctx.samples], grad[:, :, ctx.samples :]
+
+
+@needs_triton
+@pytest.mark.parametrize("used", ["both", "side by side", "coarse", "fine"])
+def test_triton_coarse_to_fine(poisoned, used):
+    def function(t_fine, backend, **inputs):
+        t, net = inputs.pop("t"), [inputs.pop(name) for name in ("w0", "b0", "w1", "b1")]
+        coarse, _, fine = ops.decode_triplane_coarse_to_fine(
+            *inputs.values(), t, lambda coarse: t_fine, *net, 0.475, backend=backend
+        )
+        if used == "side by side":
+            return SideBySide.apply(coarse, fine)
+        return {"both": torch.cat([coarse, fine], dim=2), "coarse": coarse, "fine": fine}[used]
+
+    inputs = {**ray_inputs(), "t_fine": draw_uniform(2, 3, 4, seed=9).float().to(DEVICE)}
+    assert_triton_errs_no_more_than_the_reference(function, inputs)
+
+
+@needs_triton
+def test_triton_coarse_to_fine_has_no_second_derivative():
+    inputs = {name: x.to(DEVICE) for name, x in ray_inputs().items()}
+    t, planes = inputs.pop("t"), inputs["planes"].requires_grad_()
+    geometry, net = list(inputs.values())[:3], list(inputs.values())[3:]
+    coarse, _, fine = ops.decode_triplane_coarse_to_fine(*geometry, t, lambda coarse: t, *net, backend="triton")
+    (gradient,) = torch.autograd.grad(coarse.sum() + fine.sum(), planes, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r'decode_triplane: .*second derivative.*backend="reference"'):
+        torch.autograd.grad(gradient.square().sum(), planes)

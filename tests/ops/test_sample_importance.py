@@ -30,7 +30,25 @@ LACKING = backends.status()["sample_importance"]["triton"]
 needs_triton = pytest.mark.skipif(LACKING is not None, reason=LACKING or "")
 
 sample_importance = functools.partial(ops.sample_importance, backend="reference")
+sample_stratified = functools.partial(ops.sample_stratified, backend="reference")
 invert_cdf = functools.partial(ops.invert_cdf, backend="reference")
+
+
+def test_stratified_t_by_hand():
+    # Depths 1, 2, 3, 4; midpoints 1.5, 2.5, 3.5.
+    jitter = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.5, 0.5], [1.0, 1.0, 1.0, 1.0]], dtype=torch.float64)
+    expected = [[1, 1.5, 2.5, 3.5], [1.25, 2, 3, 3.75], [1.5, 2.5, 3.5, 4]]
+    assert_close(sample_stratified(1, 3, 4, 1.0, 4.0, jitter=jitter[None]), [expected], "t")
+
+
+def test_stratified_t_stays_in_its_strata():
+    t = sample_stratified(3, 100, 9, 6.0, 10.0, jitter=draw_uniform(3, 100, 9, seed=1))
+    assert (t.diff(dim=-1) >= 0).all()
+    assert t.min() >= 6
+    assert t.max() <= 10
+    ends = torch.tensor([6, *(6.25 + 0.5 * i for i in range(8)), 10.0], dtype=torch.float64)
+    assert (t >= ends[:-1]).all()
+    assert (t <= ends[1:]).all()
 
 
 def literal_inversion(bins, weights, u):
@@ -278,8 +296,13 @@ def test_result_has_the_dtype_of_the_bins():
         ({"u": torch.zeros(2, 3, 9, dtype=torch.int64)}, TypeError, "u must be floating point, got torch.int64"),
         ({"u": torch.zeros(2, 3, 9, device="meta")}, ValueError, "u must be on cpu as t is, got meta"),
         ({"activation": "exp"}, ValueError, "activation must be one of softplus, relu, got 'exp'"),
-        ({"samples": 9}, ValueError, "samples and seed must be None where u is given"),
-        ({"seed": torch.zeros(1, dtype=torch.int64)}, ValueError, "samples and seed must be None where u is given"),
+        ({"samples": 9}, ValueError, "samples must be None where u is given"),
+        ({"noise_std": -1.0}, ValueError, "noise_std must be finite and not negative, got -1.0"),
+        (
+            {"noise_std": torch.zeros(2)},
+            ValueError,
+            "noise_std must be a number or a tensor of one on cpu, got shape [2]",
+        ),
         ({"u": None, "samples": -1}, ValueError, "samples must not be negative, got -1"),
         ({"u": None, "seed": torch.zeros(1, dtype=torch.int64)}, ValueError, "seed must be None for a backend other"),
     ],
@@ -306,7 +329,52 @@ def test_inversion_errors(change, error, message):
         invert_cdf(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"samples": 0}, ValueError, "samples must be at least 1, batch and rays 0, got 0, 2, 3"),
+        ({"batch": -1}, ValueError, "samples must be at least 1, batch and rays 0, got 4, -1, 3"),
+        ({"ray_end": 1.0}, ValueError, "ray_end must exceed ray_start, both finite, got 1.0 and 1.0"),
+        ({"ray_start": -math.inf}, ValueError, "ray_end must exceed ray_start, both finite, got -inf"),
+        ({"jitter": draw(2, 3, 5)}, ValueError, "jitter must have shape [2, 3, 4], got [2, 3, 5]"),
+        ({"jitter": 0.5}, TypeError, "jitter must be a tensor, got float"),
+        ({"seed": torch.zeros(1, dtype=torch.int64)}, ValueError, "seed must be None for a backend other"),
+    ],
+)
+def test_stratified_errors(change, error, message):
+    arguments = {"batch": 2, "rays": 3, "samples": 4, "ray_start": 1.0, "ray_end": 2.0, **change}
+    with pytest.raises(error, match=re.escape(f"sample_stratified: {message}")):
+        sample_stratified(**arguments)
+
+
+def test_stratified_draws_and_devices():
+    torch.manual_seed(3)
+    jitter = torch.rand(2, 3, 4, dtype=torch.float64)
+    torch.manual_seed(3)
+    actual = sample_stratified(2, 3, 4, 1.0, 2.0, dtype=torch.float64)
+    assert_close(actual, sample_stratified(2, 3, 4, 1.0, 2.0, jitter=jitter), "torch's generator", "exact")
+    even = sample_stratified(2, 3, 4, 1.0, 2.5, stochastic=False, device="cpu")
+    assert even.dtype == torch.float32
+    assert_close(even, torch.tensor([1.0, 1.5, 2.0, 2.5]).expand(2, 3, 4), "even", "hand")
+    assert sample_stratified(1, 1, 1, 1.0, 2.0, stochastic=False).item() == 1.0
+
+
+def test_even_u_and_noise_are_those_handed_in():
+    inputs = rays()
+    even = torch.linspace(0, 1, 4, dtype=torch.float64).expand(2, 3, 4)
+    t, raw = inputs["t"], inputs["raw_density"]
+    expected = sample_importance(t, raw, even)
+    assert_close(sample_importance(t, raw, samples=4, stochastic=False), expected, "even", "exact")
+    for std in (0.5, torch.tensor(0.5, dtype=torch.float64)):
+        torch.manual_seed(3)
+        noise, u = torch.randn_like(raw), torch.rand(2, 3, 4, dtype=torch.float64)
+        torch.manual_seed(3)
+        actual = sample_importance(t, raw, samples=4, noise_std=std)
+        assert_close(actual, sample_importance(t, raw + 0.5 * noise, u), f"noise of {std}", "exact")
+
+
 triton_importance = functools.partial(ops.sample_importance, backend="triton")
+triton_stratified = functools.partial(ops.sample_stratified, backend="triton", device=DEVICE)
 triton_invert_cdf = functools.partial(ops.invert_cdf, backend="triton")
 
 
@@ -479,3 +547,81 @@ def test_triton_errors(change, error, message):
     bins = draw(3, 5).to(DEVICE)
     with pytest.raises(TypeError, match="invert_cdf: bins must be float32"):
         triton_invert_cdf(bins, bins[:, 1:], bins)
+
+
+@needs_triton
+@pytest.mark.parametrize("samples", [1, 2, 3, 17, 48])
+@pytest.mark.parametrize(("start", "end"), [(0.88, 1.12), (-3.0, 40.0)])
+def test_triton_stratified_errs_no_more_than_the_reference(poisoned, samples, start, end):
+    jitter = draw_uniform(2, 5, samples, seed=1).float()
+    jitter[:, 0], jitter[:, 1] = 0, 1
+    for what, settings in (("jitter", {"jitter": jitter.to(DEVICE)}), ("even", {"stochastic": False})):
+        double = {**settings, "jitter": jitter.double()} if what == "jitter" else {**settings, "dtype": torch.float64}
+        truth = sample_stratified(2, 5, samples, start, end, **double)
+        reference = sample_stratified(2, 5, samples, start, end, **settings)
+        actual = triton_stratified(2, 5, samples, start, end, **settings)
+        assert_error_within_reference(actual, reference, truth, what)
+        assert (actual.diff(dim=-1) >= 0).all()
+        assert (actual[..., 0] >= torch.tensor(start)).all()
+        assert (actual[..., -1] <= torch.tensor(end)).all()
+
+
+@needs_triton
+def test_triton_stratified_takes_any_layout(poisoned):
+    jitter = draw_uniform(2, 3, 6).float().to(DEVICE)
+    expected = triton_stratified(2, 3, 6, 1.0, 2.0, jitter=jitter)
+    for name, view in layouts(jitter):
+        assert_close(triton_stratified(2, 3, 6, 1.0, 2.0, jitter=view), expected, name, "exact")
+    for batch, rays_ in ((0, 3), (3, 0)):
+        assert triton_stratified(batch, rays_, 6, 1.0, 2.0).shape == (batch, rays_, 6)
+
+
+@needs_triton
+def test_triton_stratified_draws_are_uniform_in_their_strata(poisoned):
+    seed, rays_, samples = torch.tensor([5], device=DEVICE), 512, 4
+    t = triton_stratified(1, rays_, samples, 0.0, 3.0, seed=seed)
+    assert_close(triton_stratified(1, 2, samples, 0.0, 3.0, seed=seed), t[:, :2], "fewer rays", "exact")
+    assert not torch.isclose(triton_stratified(1, rays_, samples, 0.0, 3.0, seed=seed + 1), t).any()
+    ends = torch.tensor([0, 0.5, 1.5, 2.5, 3])
+    u = ((t[0].cpu() - ends[:-1]) / ends.diff()).double()
+    assert u.min() >= 0
+    assert u.max() <= 1
+    num = u.numel()
+    distance = (u.flatten().sort().values - (torch.arange(num, dtype=torch.float64) + 0.5) / num).abs().max().item()
+    assert distance * num**0.5 < 0.87 + SIGMAS * 0.26  # Kolmogorov-Smirnov, as below
+    # Independent of each other, and of the importance samples that the same seed draws.
+    fine = triton_draws(rays_, samples, 5).double().cpu()
+    both = torch.cat([u, fine], dim=1).T
+    correlation = torch.corrcoef(both) - torch.eye(2 * samples, dtype=torch.float64)
+    assert correlation.abs().max() < (SIGMAS + 1) / rays_**0.5  # the largest of 28
+
+
+@needs_triton
+def test_triton_noise(poisoned):
+    """It moves the fine t, and does not touch what else the seed draws. Its distribution: see test_composite.py."""
+    inputs, seed = triton_rays(1, 6, 8, 5), torch.tensor([7], device=DEVICE)
+    calm, noisy = triton_importance(**inputs), triton_importance(**inputs, noise_std=0.5, seed=seed)
+    assert not torch.isclose(calm, noisy).all(dim=-1).any()
+    tensor = torch.tensor([0.5], device=DEVICE)
+    assert_close(triton_importance(**inputs, noise_std=tensor, seed=seed), noisy, "a tensor of one", "exact")
+    assert not torch.equal(triton_importance(**inputs, noise_std=0.5, seed=seed + 1), noisy)
+    del inputs["u"]
+    expected = triton_importance(**inputs, seed=seed)
+    for none in (1e-30, torch.tensor(1e-30, device=DEVICE)):
+        assert_close(triton_importance(**inputs, noise_std=none, seed=seed), expected, "hardly any", "exact")
+    # A sample of noise +-1e4 per ray: opaque or empty, each half of the time, and the fine t gather at its bin or not.
+    t = torch.tensor([0.0, 1.0, 2.0, 3.0], device=DEVICE).expand(1, 512, 4)
+    raw, even = torch.zeros_like(t), torch.full((1, 512, 1), 0.5, device=DEVICE)
+    fine = triton_importance(t, raw, even, noise_std=1e4, seed=seed, activation="relu")[0, :, 0].cpu()
+    first = (fine < 1.45).double().mean().item()  # sample 0 empty, sample 1 opaque: 1/4 of the rays
+    assert abs(first - 0.25) < SIGMAS * (0.25 * 0.75 / 512) ** 0.5
+
+
+@needs_triton
+def test_triton_even_u_is_k_over_k_minus_one(poisoned):
+    for fine in (1, 2, 5, 48):
+        inputs = triton_rays(1, 3, 7, fine)
+        even = torch.linspace(0, 1, fine, device=DEVICE).expand(1, 3, fine)
+        expected = triton_importance(inputs["t"], inputs["raw_density"], even)
+        actual = triton_importance(inputs["t"], inputs["raw_density"], samples=fine, stochastic=False, sorted=True)
+        assert_close(actual, expected, f"{fine} samples")

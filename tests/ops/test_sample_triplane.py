@@ -246,8 +246,8 @@ def test_errors(change, error, message):
         reference(**arguments)
 
 
-def triton_sample(planes, points):
-    return ops.sample_triplane(planes, points, backend="triton")
+def triton_sample(planes, points, deterministic=None):
+    return ops.sample_triplane(planes, points, deterministic=deterministic, backend="triton")
 
 
 def values_and_gradient(function, planes, points, grad_y):
@@ -266,22 +266,81 @@ def points_of_all_kinds(batch, count, *, seed):
 
 
 @needs_triton
+@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     ("batch", "count", "channels", "height", "width"),
     [(2, 150, 32, 5, 9), (1, 3, 8, 1, 1), (2, 17, 24, 6, 1), (1, 1, 64, 1, 5)],
 )
-def test_triton_errs_no_more_than_the_reference(poisoned, batch, count, channels, height, width, dtype):
+def test_triton_errs_no_more_than_the_reference(poisoned, batch, count, channels, height, width, dtype, deterministic):
     planes = draw(batch, 3 * channels, height, width, seed=1, dtype=dtype).to(DEVICE)
     points = points_of_all_kinds(batch, count, seed=2).to(DEVICE)
     grad_y = draw(batch, count, channels, seed=3, dtype=dtype).to(DEVICE)
     results = [
-        values_and_gradient(triton_sample, planes, points, grad_y),
+        values_and_gradient(functools.partial(triton_sample, deterministic=deterministic), planes, points, grad_y),
         values_and_gradient(reference, planes, points, grad_y),
         values_and_gradient(reference, planes.double(), points.double(), grad_y),
     ]
     for name in results[0]:
         assert_error_within_reference(*(result[name] for result in results), name)
+
+
+@needs_triton
+def test_triton_gradient_has_the_same_bits_in_any_order():
+    planes = draw(1, 24, 3, 4, seed=1, dtype=torch.float32).to(DEVICE)
+    points, grad_y = points_of_all_kinds(1, 700, seed=2), draw(1, 700, 8, seed=3, dtype=torch.float32)
+    grad_y *= 10 ** (12 * draw_uniform(1, 700, 1, seed=4, dtype=torch.float32) - 6)  # roundings that differ by order
+    order = torch.randperm(700, generator=torch.Generator().manual_seed(5))
+    gradients = {}
+    for deterministic in (False, True):
+        sample = functools.partial(triton_sample, deterministic=deterministic)
+        for name, index in (("given", torch.arange(700)), ("permuted", order)):
+            inputs = planes, points[:, index].to(DEVICE), grad_y[:, index].to(DEVICE)
+            gradients[deterministic, name] = values_and_gradient(sample, *inputs)["gradient to planes"]
+    assert torch.equal(gradients[True, "given"], gradients[True, "permuted"])
+    assert not torch.equal(gradients[False, "given"], gradients[False, "permuted"])  # so that the order does matter
+    inputs = planes.cpu(), points, grad_y
+    expected = values_and_gradient(reference, *inputs)["gradient to planes"]
+    truth = values_and_gradient(reference, planes.cpu().double(), points.double(), grad_y)["gradient to planes"]
+    assert_error_within_reference(gradients[True, "given"].cpu(), expected, truth, "gradient to planes")
+
+
+@needs_triton
+@pytest.mark.parametrize("largest", [0.0, 1e-38, 1e-20, 3.7, 1.0, 1e30, 3e38])
+@pytest.mark.parametrize("addends", [1, 196608, 2**31])
+def test_triton_fixed_point_sums_fit(largest, addends):
+    from epigraf_fast.kernels.sample_triplane import fixed_point_scale, from_fixed_point
+
+    largest = torch.tensor(largest, device=DEVICE)
+    scale = fixed_point_scale(largest, addends)
+    assert torch.frexp(scale).mantissa.item() == 0.5  # a power of two
+    assert 0 <= largest.double().item() * scale.double().item() * addends <= 2**62
+    sums = (largest * scale).to(torch.int64)
+    assert from_fixed_point(sums, scale).item() == pytest.approx(largest.item(), abs=2.0**-126)
+
+
+@needs_triton
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_triton_deterministic_gradient_shows_what_is_not_finite(value):
+    points, grad_y = torch.zeros(1, 2, 3, device=DEVICE), torch.ones(1, 2, 8, device=DEVICE)
+    grad_y[0, 1, 3] = value
+    planes = torch.zeros(1, 24, 3, 4, device=DEVICE, requires_grad=True)
+    features = triton_sample(planes, points, deterministic=True)
+    assert torch.autograd.grad(features, planes, grad_y)[0].isnan().all()
+
+
+@needs_triton
+def test_triton_follows_torch_in_being_deterministic(poisoned, monkeypatch):
+    from epigraf_fast.kernels import sample_triplane as kernels
+
+    asked, bwd = [], kernels.bwd
+    monkeypatch.setattr(kernels, "bwd", lambda *args: asked.append(args[4]) or bwd(*args))
+    planes, points = torch.zeros(1, 24, 3, 4, device=DEVICE, requires_grad=True), torch.zeros(1, 1, 3, device=DEVICE)
+    for deterministic in (None, False):
+        triton_sample(planes, points, deterministic).sum().backward()
+    torch.use_deterministic_algorithms(False)
+    triton_sample(planes, points).sum().backward()
+    assert asked == [True, False, False]
 
 
 @needs_triton

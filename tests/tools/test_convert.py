@@ -26,10 +26,12 @@ from torch import Tensor, nn
 from epigraf_fast import convert
 from epigraf_fast.camera import sample_angles
 from epigraf_fast.config import preset
+from epigraf_fast.data import ImageDataset, make_loader
 from epigraf_fast.errors import UserError
-from epigraf_fast.published import Snapshot, read_snapshot
+from epigraf_fast.published import Snapshot, _load_storage, read_snapshot
 from epigraf_fast.training.checkpoint import find_checkpoint, load_checkpoint
 from epigraf_fast.training.pretrained import load_generator
+from epigraf_fast.training.step import Trainer
 
 LISTS = Path(__file__).parents[1] / "data" / "published_state_dict.txt"
 Shapes = dict[str, tuple[tuple[int, ...], bool]]  # name -> shape, whether it is a buffer
@@ -169,7 +171,8 @@ CONFIG = {
     "dataset": {
         "white_back": True,
         "cube_scale": 0.5,
-        "sampling": {"fov": 20.0, "radius": 1.0, "ray_start": 0.75, "ray_end": 1.25},
+        "sampling": {"fov": 20.0, "radius": 1.0, "ray_start": 0.75, "ray_end": 1.25, "dist": "normal"},
+        "camera": {"horizontal_stddev": 0.5},
     },
     "patch": {"resolution": 8},
 }
@@ -292,7 +295,8 @@ def test_a_snapshot_becomes_a_checkpoint(
     config, content = load_checkpoint(find_checkpoint(str(out), tmp_path / "none"))
     assert json.loads((out / "config.json").read_text())["generator"]["w_dim"] == 16
     assert (config.resolution, config.patch.resolution, config.generator.plane_resolution) == (IMAGE, 8, PLANES)
-    assert (config.camera.fov, config.camera.cube_scale, config.camera.prior) == (20.0, 0.5, "spherical_uniform")
+    assert (config.camera.fov, config.camera.cube_scale, config.camera.prior) == (20.0, 0.5, "normal")
+    assert (config.camera.yaw_spread, config.camera.pitch_spread) == (0.5, math.pi / 2)
     assert (config.renderer.coarse_samples, config.renderer.white_background) == (6, True)
     trainer = content["trainer"]
     assert (trainer["cur_nimg"], trainer["iterations"], float(trainer["augment_p"])) == (128_000, 2_000, 0.25)
@@ -330,6 +334,27 @@ def test_a_snapshot_becomes_a_checkpoint(
         torch.testing.assert_close(state["exp_avg"], 2 * discriminator[name])
         torch.testing.assert_close(state["exp_avg_sq"], 0.04 * discriminator[name].square())
         assert float(state["step"]) == 1
+
+
+def test_training_goes_on_from_a_snapshot(tmp_path: Path, shapes: tuple[Shapes, Shapes], tiny_data: Path) -> None:
+    """The checkpoint fits a trainer of its settings, optimizers included, and takes a step."""
+    path, out = tmp_path / "network-snapshot-000004.pkl", tmp_path / "out"
+    write_snapshot(path, *shapes)
+    convert.main([str(path), str(out)])
+    config, content = load_checkpoint(find_checkpoint(str(out), tmp_path / "none"))
+    config = dataclasses.replace(config, batch=4, micro_batch=4)
+    dataset = ImageDataset(tiny_data, config.resolution)
+    trainer = Trainer(config, dataset, torch.device("cpu"))
+    trainer.load_state_dict(content["trainer"])
+    assert trainer.cur_nimg == 4000
+    before = {name: p.clone() for name, p in trainer.generator.named_parameters()}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        trainer.iteration(*next(make_loader(dataset, 4, 0)))
+    assert trainer.cur_nimg == 4004
+    for name, parameter in trainer.generator.named_parameters():
+        assert torch.isfinite(parameter).all(), name
+    assert any((p != before[name]).any() for name, p in trainer.generator.named_parameters())
 
 
 def test_the_generator_is_the_same_from_every_file_and_back(tmp_path: Path, shapes: tuple[Shapes, Shapes]) -> None:
@@ -594,3 +619,15 @@ def test_settings_are_read_through_every_kind_of_node(tmp_path: Path, shapes: tu
 def test_our_checkpoints_are_no_pickles_of_theirs(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no checkpoint"):
         convert.export_generator(tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("named", [b"ctorch\nFloatStorage\n", b"ctorch.cuda\nFloatStorage\n"])
+def test_tensors_of_a_gpu_are_read_without_one(named: bytes, tmp_path: Path) -> None:
+    """Adam's state lay on the GPU of the run; the class of its storages is named in two ways."""
+    written = storage_bytes(torch.arange(3.0).storage())
+    moved = written.replace(b"X\x03\x00\x00\x00cpu", b"X\x06\x00\x00\x00cuda:0").replace(
+        b"ctorch\nFloatStorage\n", named
+    )
+    assert moved.count(b"cuda:0") == 1
+    assert moved.count(named) == 1
+    assert torch.equal(torch.tensor(_load_storage(moved).tolist()), torch.arange(3.0))

@@ -78,6 +78,23 @@ def test_a_ball_is_found(generator: Generator) -> None:
     assert_close(torch.from_numpy(surface.colors).float(), colors.round(), "colours", torch.bfloat16)
 
 
+def test_the_picture_shows_the_ball_where_the_renderer_does(generator: Generator) -> None:
+    """A ball off the centre covers the same pixels; its near side is painted over its far side."""
+    generator.decoder = Ball((0.1, 0.1, -0.05))
+    surface = mesh.extract(generator, PLANES, mesh.density_volume(generator, PLANES, 48), 0.0)
+    shown = mesh.picture(surface, generator, size=65)
+    assert shown.shape == (65, 130, 3)
+    with torch.no_grad():
+        pose = generator.mean_camera_pose[None]
+        opaque = generator.render(PLANES, pose, 65, stochastic=False).weight_sum[0, 0].numpy() > 0.5
+    for half in (shown[:, :65], shown[:, 65:]):
+        covered = half.min(axis=2) < 250
+        assert (covered & opaque).sum() > 0.9 * (covered | opaque).sum()
+    clay = shown[:, 65:, 0].astype(int)
+    rows, columns = np.nonzero(opaque)
+    assert clay[int(rows.mean()), int(columns.mean())] > 215  # faces the camera
+
+
 def test_components(generator: Generator) -> None:
     generator.decoder = Ball((0.22, 0.0, 0.0), (-0.22, 0.0, 0.0))
     volume = mesh.density_volume(generator, PLANES, 32)
@@ -129,7 +146,7 @@ def test_several_seeds_and_a_given_threshold(tiny_run: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--out", "x.stl"), "must end in .ply, .obj, .glb or .mrc"),
+        (("--out", "x.stl"), "must end in .ply, .obj, .glb, .png or .mrc"),
         (("--out", "x.ply", "--resolution", "1"), "--resolution must be from 2 to 1024"),
         (("--out", "x.ply", "--resolution", "8", "--threshold", "1e9"), "--threshold must be between the densities"),
         (("--out", "x.ply", "--threshold", "nan"), "--threshold must be finite"),

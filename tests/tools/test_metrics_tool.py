@@ -127,7 +127,9 @@ def test_a_folder_of_checkpoints(
     pytest.importorskip("efficientnet_lite_pytorch", reason="needs the extra metrics")
     out = tmp_path / "x" / "metrics.json"
     arguments = ["--images", "12", "--objects", "3", "--inception", str(inception)]
-    metrics.main([str(tiny_run), *arguments, "--out", str(out)])
+    plot = tmp_path / "x" / "metrics.png"
+    metrics.main([str(tiny_run), *arguments, "--out", str(out), "--plot", str(plot)])
+    assert plot.stat().st_size > 10_000
     results = json.loads(out.read_text())
     assert [Path(result["checkpoint"]).name for result in results] == [
         "checkpoint-000000008.pt",
@@ -149,6 +151,7 @@ def test_a_folder_of_checkpoints(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (("RUN", "--plot", "x.txt"), "--plot must end in"),
         (("RUN", "--images", "1"), "--images must be at least 2"),
         (("RUN", "--data", "nowhere.zip"), "there is no such data set"),
         (("RUN", "--data", "builtin"), "but resolution 16 was asked for"),

@@ -22,9 +22,12 @@ from checks import TOLERANCES, assert_close, draw
 from epigraf_fast.config import Config
 from epigraf_fast.data import ImageDataset
 from epigraf_fast.errors import UserError
+from epigraf_fast.models.renderer import Renderer
+from epigraf_fast.ops import backends
 from epigraf_fast.training import step
 from epigraf_fast.training.losses import blur
-from epigraf_fast.training.step import Samples, Trainer, check_backend, swap_poses
+from epigraf_fast.training.networks import choose_backends
+from epigraf_fast.training.step import Samples, Trainer, swap_poses
 
 TinyConfig = Callable[..., Config]
 TinyTrainer = Callable[[Config], tuple[Trainer, Iterator]]
@@ -573,13 +576,47 @@ def test_statistics_are_means_since_the_last_reset(
 # Backends
 
 
-def test_backends_are_checked_before_the_first_step() -> None:
-    check_backend(None, "cpu")
-    check_backend("reference", "cpu")
-    with pytest.raises(UserError, match="must be None or one of reference"):
-        check_backend("numpy", "cpu")
-    with pytest.raises(UserError, match=r"backend 'cuda' is not available .* \(leave --backend out\)"):
-        check_backend("cuda", "cpu")
+def test_backends_are_chosen_before_the_first_step(tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = {"generator": {"plane_channels": 8, "decoder_hidden": 16}, "backend": "triton"}
+    convolutions = ("bias_act", "upfirdn2d", "modulated_conv2d")
+    defaults = choose_backends(tiny_config(), "cpu")
+    assert defaults == {op: backends.resolve(op, None, "cpu") for op in backends.OPS}
+    assert set(choose_backends(tiny_config(backend="reference"), "cpu").values()) == {"reference"}
+    with monkeypatch.context() as patch:
+        patch.setattr(backends, "_lacking_triton", lambda: None)
+        chosen = choose_backends(tiny_config(**triton), "cuda")
+        assert chosen == {
+            op: backends.resolve(op, None, "cuda") if op in convolutions else "triton" for op in backends.OPS
+        }
+        for change, message in (
+            ({"plane_channels": 4}, "generator.plane_channels must be a multiple of 8 and at most 64"),
+            ({"decoder_hidden": 8}, r"generator.decoder_hidden must be in \[16, 128\] with backend triton, got 8"),
+        ):
+            generator = {**triton["generator"], **change}
+            with pytest.raises(UserError, match=message):
+                choose_backends(tiny_config(generator=generator, backend="triton"), "cuda")
+    for why in ("Triton is not installed: pip install triton", "there is no CUDA device"):
+        monkeypatch.setattr(backends, "_lacking_triton", lambda why=why: why)
+        with pytest.raises(UserError, match=rf"^backend 'triton' is not available: {why} \(--backend auto .*\)$"):
+            choose_backends(tiny_config(**triton), "cuda")
+
+
+def test_the_networks_take_the_backends_of_the_run(
+    tiny_config: TinyConfig, tiny_trainer: TinyTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "_lacking_triton", lambda: None)
+    monkeypatch.setattr(backends, "_interpreting", lambda: True)
+    config = tiny_config(generator={"plane_channels": 8, "decoder_hidden": 16}, backend="triton")
+    trainer, _ = tiny_trainer(config)
+    for generator in (trainer.generator, trainer.average):
+        assert generator.renderer.backend == generator.decoder.options["backend"] == "triton"
+        assert generator.decoder.options["precision"] == config.precision
+        assert generator.synthesis.b8.backend is None
+    assert trainer.discriminator.conv.backend is None
+    trainer, _ = tiny_trainer(tiny_config(backend="reference"))
+    for module in (trainer.generator.renderer, trainer.generator.synthesis.b8, trainer.discriminator.conv):
+        resolved = backends.resolve("composite", module.backend, "cpu")
+        assert resolved == "reference"
 
 
 # Golden losses
@@ -603,3 +640,41 @@ def test_golden_losses(tiny_config: TinyConfig, tiny_trainer: TinyTrainer, reque
             assert actual[name] == pytest.approx(value, rel=TOLERANCES["golden"][0]), (
                 f"step {number}: {name}; recorded with torch {golden['torch']}, this is {torch.__version__}"
             )
+
+
+@pytest.mark.skipif(
+    not backends._interpreting() or backends.status()["composite"]["triton"] is not None,
+    reason="needs Triton's interpreter: TRITON_INTERPRET=1",
+)
+def test_ten_steps_on_triton_have_the_losses_of_the_reference(
+    tiny_config: TinyConfig, tiny_trainer: TinyTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same random numbers: those of the renderer are drawn here, in the order of the reference."""
+    render = Renderer.forward
+
+    def with_draws(self: Renderer, planes: Tensor, decoder: nn.Module, *rays: Tensor, **options: Any) -> Any:
+        shape, coarse, fine = rays[0].shape[:2], self.config.coarse_samples, self.config.fine_samples
+        options["jitter"] = torch.rand(*shape, coarse)
+        options["coarse_noise"] = torch.randn(*shape, coarse)
+        options["u"] = torch.rand(*shape, fine)
+        options["fine_noise"] = torch.randn(*shape, coarse + fine)
+        return render(self, planes, decoder, *rays, **options)
+
+    monkeypatch.setattr(Renderer, "forward", with_draws)
+    tiny = {  # as small as the kernels allow: the interpreter is slow
+        "batch": 2,
+        "generator": {"plane_channels": 8, "decoder_hidden": 16},
+        "renderer": {"coarse_samples": 3, "fine_samples": 2},
+    }
+    losses: dict[str, list[dict[str, float]]] = {"reference": [], "triton": []}
+    for backend, steps in losses.items():
+        trainer, batches = tiny_trainer(tiny_config(backend=backend, **tiny))
+        assert trainer.backends["composite"] == trainer.backends["decode_triplane"] == backend
+        for _ in range(GOLDEN_STEPS):
+            trainer.reset_statistics()
+            trainer.iteration(*next(batches))
+            steps.append({name: value for name, value in trainer.statistics().items() if name.startswith("loss/")})
+    for number, (actual, expected) in enumerate(zip(losses["triton"], losses["reference"], strict=True)):
+        assert actual.keys() == expected.keys()
+        for name, value in expected.items():
+            assert actual[name] == pytest.approx(value, rel=TOLERANCES["ten_steps"][0]), f"step {number}: {name}"

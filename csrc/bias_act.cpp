@@ -1,0 +1,180 @@
+// bias_act on the CPU: rows of a few kilobytes, of which every thread takes some.
+#include "bias_act.h"
+
+#include "cpu.h"
+
+namespace epigraf {
+namespace EPIGRAF_ISA {
+namespace {
+
+constexpr i64 kBlock = 1024;          // elements that are computed at once
+constexpr i64 kChunkElements = 32768;  // elements that are worth a thread's attention
+
+// Elements first .. first+n of a tensor in the type that is computed with: itself, or converted into `buffer`.
+template <typename T, typename S>
+inline const S* read(const void* tensor, i64 first, i64 n, S* buffer) {
+  const T* src = static_cast<const T*>(tensor) + first;
+  if constexpr (sizeof(T) == sizeof(S)) {
+    return src;
+  } else {
+    load_row<T>(src, buffer, n);
+    return buffer;
+  }
+}
+
+// Where to compute elements first .. first+n of a tensor; `write` then stores what lies in `buffer`.
+template <typename T, typename S>
+inline S* place(void* tensor, i64 first, S* buffer) {
+  if constexpr (sizeof(T) == sizeof(S)) {
+    return static_cast<T*>(tensor) + first;
+  } else {
+    return buffer;
+  }
+}
+template <typename T, typename S>
+inline void write(void* tensor, i64 first, i64 n, const S* buffer) {
+  if constexpr (sizeof(T) != sizeof(S)) store_row<T>(buffer, static_cast<T*>(tensor) + first, n);
+}
+
+// The sum of n numbers in 16 interleaved ones: vectors, and short chains of roundings.
+template <typename S>
+inline S sum_row(const S* p, i64 n) {
+  S lanes[16] = {};
+  i64 i = 0;
+  for (; i + 16 <= n; i += 16)
+    for (int k = 0; k < 16; k++) lanes[k] += p[i + k];
+  for (int k = 0; i + k < n; k++) lanes[k] += p[i + k];
+  for (int half = 8; half > 0; half /= 2)
+    for (int k = 0; k < half; k++) lanes[k] += lanes[k + half];
+  return lanes[0];
+}
+
+enum Order { kFwd, kBwd, kDoubleBwd };
+
+template <typename T, int ACT, Order ORDER>
+struct Loop {
+  using S = Compute<T>;
+  const BiasActArgs& args;
+  const BiasAct<ACT, S> f{static_cast<S>(args.gain), static_cast<S>(args.clamp)};
+
+  // Elements first .. first+n. With VARYING the k-th has bias[k] and adds to sums[k]; else all have *bias and *sums.
+  template <bool VARYING>
+  inline void block(i64 first, i64 n, const S* bias, const S* grad_grad_bias, S* sums) const {
+    S buffers[5][kBlock];
+    static const S zeros[VARYING ? kBlock : 1] = {};
+    const S* b = bias ? bias : zeros;
+    auto at = [](const S* p, i64 i) { return p[VARYING ? i : 0]; };
+    if constexpr (ORDER == kFwd) {
+      const S* __restrict x = read<T, S>(args.x, first, n, buffers[0]);
+      S* __restrict y = place<T, S>(args.y, first, buffers[1]);
+#pragma omp simd
+      for (i64 i = 0; i < n; i++) y[i] = f.value(x[i] + at(b, i));
+      write<T, S>(args.y, first, n, y);
+    } else if constexpr (ORDER == kBwd) {
+      const S* __restrict g = read<T, S>(args.grad_y, first, n, buffers[0]);
+      const S* __restrict x = args.x ? read<T, S>(args.x, first, n, buffers[1]) : g;
+      S* __restrict grad_x = place<T, S>(args.grad_x, first, buffers[2]);
+      if (VARYING && sums) {
+#pragma omp simd
+        for (i64 i = 0; i < n; i++) {
+          const S v = g[i] * f.slope(x[i] + b[i]);
+          grad_x[i] = v;
+          sums[i] += v;
+        }
+      } else {
+#pragma omp simd
+        for (i64 i = 0; i < n; i++) grad_x[i] = g[i] * f.slope(x[i] + at(b, i));
+        if (sums) *sums = sum_row(grad_x, n);
+      }
+      write<T, S>(args.grad_x, first, n, grad_x);
+    } else {
+      const S* g = read<T, S>(args.grad_y, first, n, buffers[0]);
+      const S* x = args.x ? read<T, S>(args.x, first, n, buffers[1]) : g;
+      const S* h = args.grad_grad_x ? read<T, S>(args.grad_grad_x, first, n, buffers[2]) : nullptr;
+      const S* hb = grad_grad_bias ? grad_grad_bias : zeros;
+      S* grad_grad_y = args.grad_grad_y ? place<T, S>(args.grad_grad_y, first, buffers[3]) : buffers[3];
+      S* grad_x = args.grad_x ? place<T, S>(args.grad_x, first, buffers[4]) : buffers[4];
+      for (i64 i = 0; i < n; i++) {
+        const S u = x[i] + at(b, i), s = (h ? h[i] : S(0)) + at(hb, i);
+        grad_grad_y[i] = s * f.slope(u);
+        grad_x[i] = s * g[i] * f.curvature(u);
+      }
+      if (sums && !VARYING) *sums = sum_row(grad_x, n);
+      for (i64 i = 0; VARYING && sums && i < n; i++) sums[i] += grad_x[i];
+      if (args.grad_grad_y) write<T, S>(args.grad_grad_y, first, n, grad_grad_y);
+      if (args.grad_x) write<T, S>(args.grad_x, first, n, grad_x);
+    }
+  }
+
+  // The channel runs fastest: part p is rows p*rows .. of `channels` elements. Rows of few channels are taken together,
+  // with the bias repeated.
+  void fastest_channel(int threads) const {
+    const i64 channels = args.channels, outer = args.count / channels, rows = bias_act_part_rows(channels);
+    const i64 together = maximum<i64>(1, kBlock / channels), width = together * channels;
+    const Scratch<S> bias(args.bias ? width : 0), grad_grad_bias(args.grad_grad_bias ? width : 0);
+    for (i64 i = 0; args.bias && i < width; i++) bias[i] = offset(args.bias, 0)[i % channels];
+    for (i64 i = 0; args.grad_grad_bias && i < width; i++)
+      grad_grad_bias[i] = offset(args.grad_grad_bias, 0)[i % channels];
+    parallel(ceil_div(outer, rows), threads, [&](i64 part) {
+      S several[kBlock];
+      S* sums = args.grad_bias ? static_cast<S*>(args.partials) + part * channels : nullptr;
+      S* running = sums && together > 1 ? several : sums;
+      for (i64 i = 0; running && i < width; i++) running[i] = S(0);
+      const i64 end = minimum(outer, (part + 1) * rows);
+      for (i64 row = part * rows; row < end; row += together) {
+        const i64 n = minimum(together, end - row) * channels;
+        for (i64 i = 0; i < n; i += kBlock)
+          block<true>(row * channels + i, minimum(kBlock, n - i), args.bias ? bias.get() + i : nullptr,
+                      args.grad_grad_bias ? grad_grad_bias.get() + i : nullptr, running ? running + i : nullptr);
+      }
+      if (running == several)
+        for (i64 c = 0; c < channels; c++) {
+          sums[c] = S(0);
+          for (i64 i = c; i < width; i += channels) sums[c] += several[i];
+        }
+    });
+  }
+
+  // Runs of `inner` elements of one channel, in pieces of kPartInner.
+  void slow_channel(int threads) const {
+    const i64 channels = args.channels, inner = args.inner, pieces = ceil_div(inner, kPartInner);
+    const i64 all = args.count / inner * pieces, per_chunk = kChunkElements / minimum(inner, kPartInner);
+    parallel(ceil_div(all, per_chunk), threads, [&](i64 chunk) {
+      for (i64 i = chunk * per_chunk; i < minimum(all, (chunk + 1) * per_chunk); i++) {
+        const i64 run = i / pieces, piece = i % pieces, c = run % channels, start = piece * kPartInner;
+        const i64 part = run / channels * pieces + piece;
+        S* sums = args.grad_bias ? static_cast<S*>(args.partials) + part * channels + c : nullptr;
+        block<false>(run * inner + start, minimum(kPartInner, inner - start), offset(args.bias, c),
+                     offset(args.grad_grad_bias, c), sums);
+      }
+    });
+  }
+
+  static const S* offset(const void* vector, i64 c) { return vector ? static_cast<const S*>(vector) + c : nullptr; }
+
+  void run(int threads) const {
+    if (args.count > 0) args.inner == 1 ? fastest_channel(threads) : slow_channel(threads);
+    if (ORDER == kFwd || !args.grad_bias) return;
+    const i64 parts = args.count > 0 ? bias_act_parts(args.count, args.channels, args.inner) : 0;
+    for (i64 c = 0; c < args.channels; c++) {
+      double total = 0;
+      for (i64 part = 0; part < parts; part++)
+        total += static_cast<double>(static_cast<const S*>(args.partials)[part * args.channels + c]);
+      static_cast<S*>(args.grad_bias)[c] = static_cast<S>(total);
+    }
+  }
+};
+
+template <Order ORDER>
+void launch(const BiasActArgs& args, int threads) {
+  EPIGRAF_BY_DTYPE(args.dtype, T, EPIGRAF_BY_ACT(args.act, ACT, (Loop<T, ACT, ORDER>{args}.run(threads))))
+}
+
+}  // namespace
+
+void bias_act_fwd(const BiasActArgs& args, int threads) { launch<kFwd>(args, threads); }
+void bias_act_bwd(const BiasActArgs& args, int threads) { launch<kBwd>(args, threads); }
+void bias_act_double_bwd(const BiasActArgs& args, int threads) { launch<kDoubleBwd>(args, threads); }
+
+}  // namespace EPIGRAF_ISA
+}  // namespace epigraf

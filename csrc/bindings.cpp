@@ -1,0 +1,422 @@
+// epigraf_fast._C: the launchers, on raw pointers. The only file that knows Python.
+//
+// What cannot be right never reaches a kernel: sizes, codes, null and misaligned pointers are refused with a ValueError.
+// The GIL is released while a launcher works.
+#include <pybind11/pybind11.h>
+
+#include <cmath>
+#include <string>
+
+#include "bias_act.h"
+#include "modulated_conv2d.h"
+#include "upfirdn2d.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using epigraf::DType;
+using epigraf::i64;
+using Pointer = std::uintptr_t;
+
+void require(bool good, const std::string& op, const std::string& what) {
+  if (!good) throw py::value_error(op + ": " + what);
+}
+
+constexpr i64 kMostElements = i64(1) << 48, kMostSide = 1 << 24;
+
+// Names the op in what is refused.
+struct Check {
+  std::string op;
+
+  DType dtype(int code) const {
+    require(code >= 0 && code <= 3, op, "dtype must be a code from 0 to 3, got " + std::to_string(code));
+    return static_cast<DType>(code);
+  }
+  int index(const char* name, int value, int end) const {
+    require(value >= 0 && value < end, op,
+            std::string(name) + " must be from 0 to " + std::to_string(end - 1) + ", got " + std::to_string(value));
+    return value;
+  }
+  i64 size(const char* name, i64 value, i64 least = 0, i64 most = kMostElements) const {
+    require(value >= least && value <= most, op,
+            std::string(name) + " must be at least " + std::to_string(least) + " and at most " +
+                std::to_string(most) + ", got " + std::to_string(value));
+    return value;
+  }
+  // Small enough that products of a few sides keep to 64 bits.
+  i64 side(const char* name, i64 value, i64 least = 0) const { return size(name, value, least, kMostSide); }
+  i64 product(const char* name, i64 a, i64 b) const {
+    require(b == 0 || a <= kMostElements / b, op, std::string(name) + " must be at most 2^48");
+    return a * b;
+  }
+  // A pointer to `count` elements: may be null if there are none, or where it is optional.
+  template <typename P = void*>
+  P pointer(const char* name, Pointer value, i64 element_size, i64 count, bool optional = false) const {
+    require(value != 0 || optional || count == 0, op, std::string(name) + " must not be a null pointer");
+    require(value % static_cast<Pointer>(element_size) == 0, op,
+            std::string(name) + " must be aligned to its elements of " + std::to_string(element_size) +
+                " bytes, got " + std::to_string(value));
+    return reinterpret_cast<P>(value);
+  }
+};
+
+i64 compute_size(DType dtype) { return dtype == DType::f64 ? 8 : 4; }
+
+// Defines name_cpu(..., threads) and, where it is built, name_cuda(..., stream); `make` turns what comes before into Args.
+template <typename Args, typename... P>
+void define(py::module_& m, const std::string& name, Args (*make)(const Check&, P...), void (*cpu)(const Args&, int),
+            void (*cuda)(const Args&, std::uintptr_t) = nullptr) {
+  m.def((name + "_cpu").c_str(), [=](P... p, int threads) {
+    const Check check{name};
+    check.size("threads", threads, 1);
+    const Args args = make(check, p...);
+    py::gil_scoped_release release;
+    cpu(args, threads);
+  });
+  if (cuda != nullptr)
+    m.def((name + "_cuda").c_str(), [=](P... p, std::uintptr_t stream) {
+      const Args args = make(Check{name}, p...);
+      py::gil_scoped_release release;
+      cuda(args, stream);
+    });
+}
+
+#if defined(EPIGRAF_CUDA)
+#define EPIGRAF_DEFINE(m, name) define(m, #name, name, epigraf::name##_cpu, epigraf::name##_cuda)
+#else
+#define EPIGRAF_DEFINE(m, name) define(m, #name, name, epigraf::name##_cpu)
+#endif
+
+// ---- bias_act
+
+epigraf::BiasActArgs bias_act_common(const Check& check, int dtype, int act, double gain, double clamp, i64 count,
+                                     i64 channels, i64 inner) {
+  epigraf::BiasActArgs args{};
+  args.dtype = check.dtype(dtype);
+  args.act = check.index("act", act, epigraf::base::kActs);
+  require(clamp > 0, check.op, "clamp must be positive, got " + std::to_string(clamp));
+  args.gain = gain;
+  args.clamp = clamp;
+  args.count = check.size("count", count);
+  args.channels = check.size("channels", channels, count > 0);
+  args.inner = check.size("inner", inner, count > 0);
+  if (count > 0)
+    require(channels <= count && inner <= count / channels && count % (channels * inner) == 0, check.op,
+            "count must be a multiple of channels * inner, got " + std::to_string(count) + ", " +
+                std::to_string(channels) + " and " + std::to_string(inner));
+  return args;
+}
+
+epigraf::BiasActArgs bias_act_fwd(const Check& check, Pointer x, Pointer bias, Pointer y, int dtype, int act,
+                                  double gain, double clamp, i64 count, i64 channels, i64 inner) {
+  auto args = bias_act_common(check, dtype, act, gain, clamp, count, channels, inner);
+  const i64 size = epigraf::size_of(args.dtype), compute = compute_size(args.dtype);
+  args.x = check.pointer("x", x, size, count);
+  args.bias = check.pointer("bias", bias, compute, channels, true);
+  args.y = check.pointer("y", y, size, count);
+  return args;
+}
+
+epigraf::BiasActArgs bias_act_bwd(const Check& check, Pointer grad_y, Pointer x, Pointer bias, Pointer grad_x,
+                                  Pointer grad_bias, Pointer partials, int dtype, int act, double gain, double clamp,
+                                  i64 count, i64 channels, i64 inner) {
+  auto args = bias_act_common(check, dtype, act, gain, clamp, count, channels, inner);
+  const i64 size = epigraf::size_of(args.dtype), compute = compute_size(args.dtype);
+  const bool constant = act == epigraf::base::kLinear && clamp == HUGE_VAL;
+  args.grad_y = check.pointer("grad_y", grad_y, size, count);
+  args.x = check.pointer("x", x, size, count, constant);
+  args.bias = check.pointer("bias", bias, compute, channels, true);
+  args.grad_x = check.pointer("grad_x", grad_x, size, count);
+  args.grad_bias = check.pointer("grad_bias", grad_bias, compute, channels, true);
+  args.partials = check.pointer("partials", partials, compute, count, grad_bias == 0);
+  return args;
+}
+
+epigraf::BiasActArgs bias_act_double_bwd(const Check& check, Pointer grad_grad_x, Pointer grad_grad_bias,
+                                         Pointer grad_y, Pointer x, Pointer bias, Pointer grad_grad_y, Pointer grad_x,
+                                         Pointer grad_bias, Pointer partials, int dtype, int act, double gain,
+                                         double clamp, i64 count, i64 channels, i64 inner) {
+  auto args = bias_act_common(check, dtype, act, gain, clamp, count, channels, inner);
+  const i64 size = epigraf::size_of(args.dtype), compute = compute_size(args.dtype);
+  const bool constant = act == epigraf::base::kLinear && clamp == HUGE_VAL;
+  args.grad_grad_x = check.pointer("grad_grad_x", grad_grad_x, size, count, true);
+  args.grad_grad_bias = check.pointer("grad_grad_bias", grad_grad_bias, compute, channels, true);
+  args.grad_y = check.pointer("grad_y", grad_y, size, count);
+  args.x = check.pointer("x", x, size, count, constant);
+  args.bias = check.pointer("bias", bias, compute, channels, true);
+  args.grad_grad_y = check.pointer("grad_grad_y", grad_grad_y, size, count, true);
+  args.grad_x = check.pointer("grad_x", grad_x, size, count, true);
+  args.grad_bias = check.pointer("grad_bias", grad_bias, compute, channels, true);
+  args.partials = check.pointer("partials", partials, compute, count, grad_bias == 0);
+  return args;
+}
+
+void bind_bias_act(py::module_& m) {
+  m.attr("BIAS_ACT_ACTIVATIONS") =
+      py::make_tuple("linear", "relu", "lrelu", "tanh", "sigmoid", "elu", "selu", "softplus", "swish");
+  m.def("bias_act_parts", [](i64 count, i64 channels, i64 inner) {
+    const auto args = bias_act_common(Check{"bias_act_parts"}, 0, 0, 1, 1, count, channels, inner);
+    return args.count > 0 ? epigraf::base::bias_act_parts(args.count, args.channels, args.inner) : 0;
+  });
+  EPIGRAF_DEFINE(m, bias_act_fwd);
+  EPIGRAF_DEFINE(m, bias_act_bwd);
+  EPIGRAF_DEFINE(m, bias_act_double_bwd);
+}
+
+// ---- upfirdn2d
+
+epigraf::UpFirDnArgs upfirdn2d(const Check& check, Pointer x, Pointer taps, Pointer y, int dtype, i64 batch,
+                               i64 channels, i64 in_height, i64 in_width, i64 out_height, i64 out_width, i64 taps_y,
+                               i64 taps_x, bool separable, bool channels_last, bool flip, i64 up, i64 down, i64 pad_x,
+                               i64 pad_y, double gain) {
+  epigraf::UpFirDnArgs args{};
+  args.dtype = check.dtype(dtype);
+  args.batch = check.size("batch", batch);
+  args.channels = check.size("channels", channels);
+  args.in_height = check.side("in_height", in_height);
+  args.in_width = check.side("in_width", in_width);
+  args.out_height = check.side("out_height", out_height);
+  args.out_width = check.side("out_width", out_width);
+  args.taps_y = check.side("taps_y", taps_y, 1);
+  args.taps_x = check.side("taps_x", taps_x, 1);
+  require(!separable || taps_y == taps_x, check.op,
+          "taps_y must be taps_x of a separable filter, got " + std::to_string(taps_y) + " and " +
+              std::to_string(taps_x));
+  args.separable = separable;
+  args.channels_last = channels_last;
+  args.flip = flip;
+  args.up = check.side("up", up, 1);
+  args.down = check.side("down", down, 1);
+  args.pad_x = check.side("pad_x", pad_x, -kMostSide);
+  args.pad_y = check.side("pad_y", pad_y, -kMostSide);
+  args.gain = gain;
+  const i64 size = epigraf::size_of(args.dtype);
+  const i64 images = check.product("batch * channels", batch, channels);
+  const i64 inputs = check.product("elements of x", images, in_height * in_width);
+  const i64 outputs = check.product("elements of y", images, out_height * out_width);
+  args.x = check.pointer("x", x, size, inputs);
+  args.taps = check.pointer("taps", taps, compute_size(args.dtype), taps_x);
+  args.y = check.pointer("y", y, size, outputs);
+  return args;
+}
+
+void bind_upfirdn2d(py::module_& m) { EPIGRAF_DEFINE(m, upfirdn2d); }
+
+// ---- modulated_conv2d
+
+// The sizes and numbers that follow the tensors of every launcher of the layer's epilogue.
+struct LayerShape {
+  epigraf::LayerEpilogueArgs args{};
+  i64 size, compute, count, x_count, map, vectors;
+
+  LayerShape(const Check& check, int dtype, bool channels_last, bool blur, double slope, double gain, double clamp,
+             i64 batch, i64 channels, i64 height, i64 width, i64 noise_stride) {
+    args.dtype = check.dtype(dtype);
+    args.channels_last = channels_last;
+    args.slope = slope;
+    args.gain = gain;
+    require(clamp > 0, check.op, "clamp must be positive, got " + std::to_string(clamp));
+    args.clamp = clamp;
+    args.batch = check.side("batch", batch);
+    args.channels = check.side("channels", channels);
+    args.height = check.side("height", height);
+    args.width = check.side("width", width);
+    const i64 margin = blur ? 1 : 0;
+    map = check.product("batch * pixels", check.product("pixels", height, width), batch);
+    vectors = check.product("batch * channels", batch, channels);
+    count = check.product("the size of the output", map, channels);
+    x_count = check.product("the size of x", check.product("pixels", height + margin, width + margin), vectors);
+    require(noise_stride == 0 || noise_stride == height * width, check.op,
+            "noise_stride must be 0 or height * width, got " + std::to_string(noise_stride));
+    args.noise_stride = noise_stride;
+    size = epigraf::size_of(args.dtype), compute = compute_size(args.dtype);
+  }
+  // What all orders read.
+  void inputs(const Check& check, Pointer x, Pointer taps, Pointer demod, Pointer bias, Pointer noise, Pointer strength,
+              Pointer style0, Pointer style1) {
+    args.x = check.pointer("x", x, size, x_count);
+    args.taps = check.pointer("taps", taps, compute, 4, true);
+    args.demod = check.pointer("demod", demod, compute, vectors, true);
+    args.bias = check.pointer("bias", bias, compute, args.channels, true);
+    args.noise = check.pointer("noise", noise, compute, map, true);
+    args.strength = check.pointer("strength", strength, compute, 1, true);
+    args.style[0] = check.pointer("style0", style0, compute, vectors, true);
+    args.style[1] = check.pointer("style1", style1, compute, vectors, true);
+  }
+  // The gradients of vectors and noise, and the scratch memory that they need.
+  void sums(const Check& check, Pointer demod, Pointer bias, Pointer strength, Pointer style0, Pointer style1,
+            Pointer noise, Pointer partials) {
+    args.grad_demod = check.pointer("grad_demod", demod, compute, vectors, true);
+    args.grad_bias = check.pointer("grad_bias", bias, compute, args.channels, true);
+    args.grad_strength = check.pointer("grad_strength", strength, compute, 1, true);
+    args.grad_style[0] = check.pointer("grad_style0", style0, compute, vectors, true);
+    args.grad_style[1] = check.pointer("grad_style1", style1, compute, vectors, true);
+    args.map = check.pointer("map", noise, compute, map, true);
+    require(style1 == 0 || args.grad_out[1], check.op, "grad_style1 must be null where grad_out1 is");
+    args.partials = check.pointer("partials", partials, compute, count);
+  }
+};
+
+epigraf::LayerEpilogueArgs layer_epilogue_fwd(const Check& check, Pointer x, Pointer taps, Pointer demod, Pointer bias,
+                                              Pointer noise, Pointer strength, Pointer style0, Pointer style1,
+                                              Pointer out0, Pointer out1, int dtype, bool channels_last, double slope,
+                                              double gain, double clamp, i64 batch, i64 channels, i64 height, i64 width,
+                                              i64 noise_stride) {
+  LayerShape shape(check, dtype, channels_last, taps != 0, slope, gain, clamp, batch, channels, height, width,
+                   noise_stride);
+  shape.inputs(check, x, taps, demod, bias, noise, strength, style0, style1);
+  shape.args.out[0] = check.pointer("out0", out0, shape.size, shape.count);
+  shape.args.out[1] = check.pointer("out1", out1, shape.size, shape.count, true);
+  return shape.args;
+}
+
+epigraf::LayerEpilogueArgs layer_epilogue_bwd(const Check& check, Pointer x, Pointer taps, Pointer demod, Pointer bias,
+                                              Pointer noise, Pointer strength, Pointer style0, Pointer style1,
+                                              Pointer grad_out0, Pointer grad_out1, Pointer grad_x, Pointer grad_demod,
+                                              Pointer grad_bias, Pointer grad_strength, Pointer grad_style0,
+                                              Pointer grad_style1, Pointer map, Pointer partials, int dtype,
+                                              bool channels_last, double slope, double gain, double clamp, i64 batch,
+                                              i64 channels, i64 height, i64 width, i64 noise_stride) {
+  LayerShape shape(check, dtype, channels_last, taps != 0, slope, gain, clamp, batch, channels, height, width,
+                   noise_stride);
+  shape.inputs(check, x, taps, demod, bias, noise, strength, style0, style1);
+  shape.args.grad_out[0] = check.pointer("grad_out0", grad_out0, shape.size, shape.count);
+  shape.args.grad_out[1] = check.pointer("grad_out1", grad_out1, shape.size, shape.count, true);
+  shape.sums(check, grad_demod, grad_bias, grad_strength, grad_style0, grad_style1, map, partials);
+  shape.args.grad_x = check.pointer("grad_x", grad_x, shape.size, shape.x_count);
+  return shape.args;
+}
+
+epigraf::LayerEpilogueArgs layer_epilogue_double_bwd(
+    const Check& check, Pointer x, Pointer demod, Pointer bias, Pointer noise, Pointer strength, Pointer style0,
+    Pointer style1, Pointer grad_out0, Pointer grad_out1, Pointer dot_x, Pointer dot_demod, Pointer dot_bias,
+    Pointer dot_noise, Pointer dot_style0, Pointer dot_style1, Pointer grad_grad_out0, Pointer grad_grad_out1,
+    Pointer grad_x, Pointer grad_demod, Pointer grad_bias, Pointer grad_strength, Pointer grad_style0,
+    Pointer grad_style1, Pointer map, Pointer gradient_map, Pointer partials, int dtype, bool channels_last,
+    double slope, double gain, double clamp, i64 batch, i64 channels, i64 height, i64 width, i64 noise_stride) {
+  LayerShape shape(check, dtype, channels_last, false, slope, gain, clamp, batch, channels, height, width, noise_stride);
+  shape.inputs(check, x, 0, demod, bias, noise, strength, style0, style1);
+  auto& args = shape.args;
+  const bool two = grad_out1 != 0;
+  args.grad_out[0] = check.pointer("grad_out0", grad_out0, shape.size, shape.count);
+  args.grad_out[1] = check.pointer("grad_out1", grad_out1, shape.size, shape.count, true);
+  shape.sums(check, grad_demod, grad_bias, grad_strength, grad_style0, grad_style1, map, partials);
+  args.dot_x = check.pointer("dot_x", dot_x, shape.size, shape.count, true);
+  args.dot_demod = check.pointer("dot_demod", dot_demod, shape.compute, shape.vectors, true);
+  args.dot_bias = check.pointer("dot_bias", dot_bias, shape.compute, channels, true);
+  args.dot_noise = check.pointer("dot_noise", dot_noise, shape.compute, shape.map, true);
+  args.dot_style[0] = check.pointer("dot_style0", dot_style0, shape.compute, shape.vectors, true);
+  args.dot_style[1] = check.pointer("dot_style1", dot_style1, shape.compute, shape.vectors, true);
+  args.grad_grad_out[0] = check.pointer("grad_grad_out0", grad_grad_out0, shape.size, shape.count);
+  args.grad_grad_out[1] = check.pointer("grad_grad_out1", grad_grad_out1, shape.size, shape.count, !two);
+  args.grad_x = check.pointer("grad_x", grad_x, shape.size, shape.count);
+  args.gradient_map = check.pointer("gradient_map", gradient_map, shape.compute, shape.map, true);
+  return args;
+}
+
+epigraf::DemodulationArgs demodulation_common(const Check& check, Pointer weight, Pointer style, Pointer energy,
+                                              Pointer demod, int dtype, double epsilon, i64 batch, i64 c_out, i64 c_in,
+                                              i64 taps) {
+  epigraf::DemodulationArgs args{};
+  args.dtype = check.dtype(dtype);
+  require(args.dtype == DType::f32 || args.dtype == DType::f64, check.op, "dtype must be that of fp32 or fp64");
+  require(epsilon > 0, check.op, "epsilon must be positive, got " + std::to_string(epsilon));
+  args.epsilon = epsilon;
+  args.batch = check.side("batch", batch);
+  args.c_out = check.side("c_out", c_out);
+  args.c_in = check.side("c_in", c_in);
+  args.taps = check.side("taps", taps);
+  const i64 size = epigraf::size_of(args.dtype);
+  args.weight = check.pointer("weight", weight, size, check.product("weight", check.product("channels", c_out, c_in), taps));
+  args.style = check.pointer("style", style, size, check.product("style", batch, c_in));
+  args.energy = check.pointer("energy", energy, size, c_out * c_in);
+  args.demod = check.pointer("demod", demod, size, check.product("demod", batch, c_out));
+  return args;
+}
+
+epigraf::DemodulationArgs demodulation_fwd(const Check& check, Pointer weight, Pointer style, Pointer energy,
+                                           Pointer demod, int dtype, double epsilon, i64 batch, i64 c_out, i64 c_in,
+                                           i64 taps) {
+  return demodulation_common(check, weight, style, energy, demod, dtype, epsilon, batch, c_out, c_in, taps);
+}
+
+epigraf::DemodulationArgs demodulation_bwd(const Check& check, Pointer weight, Pointer style, Pointer energy,
+                                           Pointer demod, Pointer grad_demod, Pointer grad_weight, i64 stride_out,
+                                           i64 stride_in, i64 stride_tap, Pointer grad_weight_out, Pointer grad_style,
+                                           int dtype, double epsilon, i64 batch, i64 c_out, i64 c_in, i64 taps) {
+  auto args = demodulation_common(check, weight, style, energy, demod, dtype, epsilon, batch, c_out, c_in, taps);
+  const i64 size = epigraf::size_of(args.dtype), weights = c_out * c_in * taps;
+  args.grad_demod = check.pointer("grad_demod", grad_demod, size, batch * c_out);
+  args.grad_weight = check.pointer("grad_weight", grad_weight, size, weights, true);
+  args.stride_out = check.size("stride_out", stride_out);
+  args.stride_in = check.size("stride_in", stride_in);
+  args.stride_tap = check.size("stride_tap", stride_tap);
+  args.grad_weight_out = check.pointer("grad_weight_out", grad_weight_out, size, weights, true);
+  args.grad_style = check.pointer("grad_style", grad_style, size, batch * c_in, true);
+  return args;
+}
+
+void bind_modulated_conv2d(py::module_& m) {
+  // How many numbers `partials` must hold.
+  m.def("layer_epilogue_partials", [](i64 batch, i64 channels, i64 height, i64 width, bool blur, bool cuda) {
+    const i64 parts = cuda ? epigraf::base::layer_epilogue_parts_cuda(height, width, blur)
+                           : epigraf::base::layer_epilogue_blocks(height, blur);
+    return batch * parts * epigraf::base::kLayerSums * channels;
+  });
+  EPIGRAF_DEFINE(m, layer_epilogue_fwd);
+  EPIGRAF_DEFINE(m, layer_epilogue_bwd);
+  EPIGRAF_DEFINE(m, layer_epilogue_double_bwd);
+  EPIGRAF_DEFINE(m, demodulation_fwd);
+  EPIGRAF_DEFINE(m, demodulation_bwd);
+}
+
+// ---- the build
+
+const char* const kLevels[] = {"base", "v3"};
+
+void bind_build(py::module_& m) {
+#if defined(EPIGRAF_CUDA)
+  m.attr("cuda_built") = true;
+#else
+  m.attr("cuda_built") = false;
+#endif
+  m.def("build_info", [] {
+    py::dict info;
+    info["compiler"] = __VERSION__;
+#if defined(EPIGRAF_HAS_V3)
+    info["cpu_levels"] = py::make_tuple(kLevels[0], kLevels[1]);
+#else
+    info["cpu_levels"] = py::make_tuple(kLevels[0]);
+#endif
+#if defined(_OPENMP)
+    info["openmp"] = true;
+#else
+    info["openmp"] = false;
+#endif
+#if defined(EPIGRAF_CUDA)
+    info["cuda"] = EPIGRAF_CUDA;
+    info["cuda_archs"] = EPIGRAF_CUDA_ARCHS;
+#else
+    info["cuda"] = py::none();
+    info["cuda_archs"] = py::none();
+#endif
+    return info;
+  });
+  m.def("cpu_level", [] { return kLevels[static_cast<int>(epigraf::cpu_level())]; });
+  m.def("set_cpu_level", [](const std::string& name) {
+    const int best = static_cast<int>(epigraf::best_cpu_level());
+    for (int level = 0; level <= best; level++)
+      if (name == kLevels[level]) return epigraf::set_cpu_level(static_cast<epigraf::CpuLevel>(level));
+    throw py::value_error("set_cpu_level: this processor or build has no level '" + name + "'");
+  });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  bind_build(m);
+  bind_bias_act(m);
+  bind_upfirdn2d(m);
+  bind_modulated_conv2d(m);
+}

@@ -1,0 +1,671 @@
+// The modulated layer's epilogue on the GPU, channels-last only: 8 threads side by side own 8 vectors of channels of one
+// pixel (or column), 32 pixels make a block. Sums over pixels leave a block as partial sums, which a small kernel adds up
+// in one order.
+#include "modulated_conv2d.h"
+
+#include "gpu.h"
+
+namespace epigraf {
+namespace EPIGRAF_ISA {
+
+constexpr int kLanes = 8, kPixels = 32, kThreads = kLanes * kPixels;
+constexpr int kRows = 8;  // of outputs that a thread of the blurred forward makes
+constexpr int kOwnColumns = kPixels - 3;  // of grad_x that a block of the blurred backward makes
+constexpr int kPixelsOfBlock = 8 * kPixels;  // of the backward without blur
+static_assert(kOwnColumns == kLayerColumns && kPixelsOfBlock == kLayerPixels, "partial sums are counted elsewhere too");
+
+// Vectors of at most 16 bytes and four elements: the backward kernels hold many of them.
+template <typename T>
+constexpr int kShortVector = kVector<T> < 4 ? kVector<T> : 4;
+
+__device__ __forceinline__ i64 layer_parts(const LayerEpilogueArgs& a) {
+  return layer_epilogue_parts_cuda(a.height, a.width, a.taps != nullptr);
+}
+
+template <typename S, int V>
+__device__ __forceinline__ void read_vector(const void* vector, i64 first, S absent, S (&out)[V]) {
+#pragma unroll
+  for (int k = 0; k < V; k++) out[k] = vector ? static_cast<const S*>(vector)[first + k] : absent;
+}
+
+template <typename S>
+__device__ __forceinline__ S noise_at(const LayerEpilogueArgs& a, i64 b, i64 pixel) {
+  return a.noise ? static_cast<const S*>(a.noise)[b * a.noise_stride + pixel] : S(0);
+}
+
+template <typename S>
+__device__ __forceinline__ S strength_of(const LayerEpilogueArgs& a) {
+  return a.strength ? *static_cast<const S*>(a.strength) : S(1);
+}
+
+template <typename S>
+__device__ __forceinline__ LeakyClamp<S> activation_of(const LayerEpilogueArgs& a) {
+  return LeakyClamp<S>{static_cast<S>(a.slope), static_cast<S>(a.gain), static_cast<S>(a.clamp)};
+}
+
+// Four taps of a true convolution; each axis takes half of the gain of 4.
+template <typename S>
+struct LayerTaps {
+  S of[4];
+  __device__ __forceinline__ explicit LayerTaps(const LayerEpilogueArgs& a) {
+#pragma unroll
+    for (int q = 0; q < 4; q++) of[q] = S(2) * static_cast<const S*>(a.taps)[3 - q];
+  }
+};
+
+// Row `row` of x, filtered along the width, at output column `column`.
+template <typename T, int V>
+__device__ __forceinline__ void filter_across(const LayerEpilogueArgs& a, const LayerTaps<Compute<T>>& taps, i64 b,
+                                              i64 row, i64 column, i64 channel, Compute<T> (&out)[V]) {
+#pragma unroll
+  for (int k = 0; k < V; k++) out[k] = 0;
+  if (row < 0 || row > a.height) return;
+#pragma unroll
+  for (int q = 0; q < 4; q++) {
+    const i64 x = column + q - 1;
+    if (x < 0 || x > a.width) continue;
+    Compute<T> value[V];
+    load_vector<T, V>(a.x, ((b * (a.height + 1) + row) * (a.width + 1) + x) * a.channels + channel, value);
+#pragma unroll
+    for (int k = 0; k < V; k++) out[k] += taps.of[q] * value[k];
+  }
+}
+
+template <typename S, int V>
+__device__ __forceinline__ void slide(S (&window)[4][V]) {
+#pragma unroll
+  for (int k = 0; k < V; k++) {
+    window[0][k] = window[1][k];
+    window[1][k] = window[2][k];
+    window[2][k] = window[3][k];
+  }
+}
+
+// One thread: V channels of kRows outputs of a column with the blur, of one output without.
+template <typename T, int V, int K, bool BLUR>
+__global__ void __launch_bounds__(kThreads, 1) layer_epilogue_fwd_kernel(const LayerEpilogueArgs a, i64 threads) {
+  using S = Compute<T>;
+  const i64 index = static_cast<i64>(blockIdx.x) * kThreads + threadIdx.x;
+  if (index >= threads) return;
+  const i64 run = BLUR ? kRows : 1;
+  const Quotient lane = divide(index, a.channels / V), column = divide(lane.quotient, a.width);
+  const Quotient rows = divide(column.quotient, ceil_div(a.height, run));
+  const i64 b = rows.quotient, top = rows.remainder * run, channel = lane.remainder * V;
+  const LeakyClamp<S> f = activation_of<S>(a);
+  const S strength = strength_of<S>(a);
+  S demod[V], bias[V], style0[V], style1[V];
+  read_vector<S, V>(a.demod, b * a.channels + channel, S(1), demod);
+  read_vector<S, V>(a.bias, channel, S(0), bias);
+  read_vector<S, V>(a.style[0], b * a.channels + channel, S(1), style0);
+  if (K > 1) read_vector<S, V>(a.style[1], b * a.channels + channel, S(1), style1);
+  auto finish = [&](i64 row, const S(&v)[V]) {
+    const i64 pixel = row * a.width + column.remainder;
+    const S noise = strength * noise_at<S>(a, b, pixel);
+    S out0[V], out1[V];
+#pragma unroll
+    for (int k = 0; k < V; k++) {
+      const S y = f.value(layer_preactivation(v[k], demod[k], noise, bias[k]));
+      out0[k] = y * style0[k];
+      if (K > 1) out1[k] = y * style1[k];
+    }
+    const i64 offset = (b * a.height * a.width + pixel) * a.channels + channel;
+    store_vector<T, V>(a.out[0], offset, out0);
+    if (K > 1) store_vector<T, V>(a.out[1], offset, out1);
+  };
+  if constexpr (BLUR) {
+    const LayerTaps<S> taps(a);
+    S window[4][V];
+#pragma unroll
+    for (int r = 0; r < 3; r++)
+      filter_across<T, V>(a, taps, b, top - 1 + r, column.remainder, channel, window[r + 1]);
+    for (i64 row = top; row < top + kRows && row < a.height; row++) {
+      slide(window);
+      filter_across<T, V>(a, taps, b, row + 2, column.remainder, channel, window[3]);
+      S v[V];
+#pragma unroll
+      for (int k = 0; k < V; k++)
+        v[k] = taps.of[0] * window[0][k] + taps.of[1] * window[1][k] + taps.of[2] * window[2][k] +
+               taps.of[3] * window[3][k];
+      finish(row, v);
+    }
+  } else {
+    S v[V];
+    load_vector<T, V>(a.x, (b * a.height * a.width + top * a.width + column.remainder) * a.channels + channel, v);
+    finish(top, v);
+  }
+}
+
+// What a thread of the backward kernels knows of its V channels.
+template <typename S, int V, int K>
+struct LayerLane {
+  S demod[V], bias[V], style[K][V], sums[kLayerSums][V];
+  LeakyClamp<S> f;
+  S strength;
+
+  __device__ __forceinline__ LayerLane(const LayerEpilogueArgs& a, i64 b, i64 channel)
+      : f(activation_of<S>(a)), strength(strength_of<S>(a)) {
+    read_vector<S, V>(a.demod, b * a.channels + channel, S(1), demod);
+    read_vector<S, V>(a.bias, channel, S(0), bias);
+#pragma unroll
+    for (int j = 0; j < K; j++) read_vector<S, V>(a.style[j], b * a.channels + channel, S(1), style[j]);
+#pragma unroll
+    for (int sum = 0; sum < kLayerSums; sum++)
+#pragma unroll
+      for (int k = 0; k < V; k++) sums[sum][k] = 0;
+  }
+
+  // gu of one pixel; adds to the sums where the pixel is this block's.
+  __device__ __forceinline__ void backward(const S (&v)[V], const S (&grad)[K][V], S noise, bool own, S (&gu)[V]) {
+#pragma unroll
+    for (int k = 0; k < V; k++) {
+      const S u = layer_preactivation(v[k], demod[k], strength * noise, bias[k]);
+      S grad_y = grad[0][k] * style[0][k];
+      if (K > 1) grad_y += grad[K - 1][k] * style[K - 1][k];
+      const LayerGradient<S> e(f, u, grad_y);
+      gu[k] = e.gu;
+      if (own) {
+        sums[kSumDemod][k] += e.gu * v[k];
+        sums[kSumBias][k] += e.gu;
+        sums[kSumNoise][k] += e.gu * noise;
+        sums[kSumStyle0][k] += grad[0][k] * e.y;
+        if (K > 1) sums[kSumStyle1][k] += grad[K - 1][k] * e.y;
+      }
+    }
+  }
+
+  // The block's sums over its pixels, to partials[part]. `shared` has kThreads * V places.
+  __device__ __forceinline__ void write(const LayerEpilogueArgs& a, S* shared, i64 part, i64 channel, bool active) {
+    const int lane = threadIdx.x % kLanes, row = threadIdx.x / kLanes;
+    for (int sum = 0; sum < (K > 1 ? kLayerSums : kLayerSums - 1); sum++) {
+      __syncthreads();
+#pragma unroll
+      for (int k = 0; k < V; k++) {
+        S value = sums[kSumDemod][k];  // by selection, not by index: registers have none
+        if (sum == kSumBias) value = sums[kSumBias][k];
+        if (sum == kSumNoise) value = sums[kSumNoise][k];
+        if (sum == kSumStyle0) value = sums[kSumStyle0][k];
+        if (sum == kSumStyle1) value = sums[kSumStyle1][k];
+        shared[(row * kLanes + lane) * V + k] = value;
+      }
+      for (int half = kPixels / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if (row < half) {
+#pragma unroll
+          for (int k = 0; k < V; k++)
+            shared[(row * kLanes + lane) * V + k] += shared[((row + half) * kLanes + lane) * V + k];
+        }
+      }
+      if (row == 0 && active) {
+#pragma unroll
+        for (int k = 0; k < V; k++)
+          static_cast<S*>(a.partials)[(part * kLayerSums + sum) * a.channels + channel + k] = shared[lane * V + k];
+      }
+    }
+    __syncthreads();
+  }
+};
+
+// The sum over channels of a pixel: over the vector, then over the 8 threads side by side. The first of them adds it to
+// the map, chunk after chunk of the channels.
+template <typename S, int V>
+__device__ __forceinline__ void add_to_map(void* map, i64 place, const S (&gu)[V], bool first_chunk, bool write) {
+  S total = 0;
+#pragma unroll
+  for (int k = 0; k < V; k++) total += gu[k];
+#pragma unroll
+  for (int distance = kLanes / 2; distance > 0; distance /= 2)
+    total += __shfl_down_sync(0xffffffffu, total, distance, kLanes);
+  if (threadIdx.x % kLanes == 0 && write) {
+    S* m = static_cast<S*>(map) + place;
+    *m = first_chunk ? total : *m + total;
+  }
+}
+
+// Which chunks of channels a block handles: one of them, or with a map, to which all add, every one.
+struct ChannelChunks {
+  i64 first, last;
+  __device__ __forceinline__ ChannelChunks(const LayerEpilogueArgs& a, int v) {
+    const i64 all = ceil_div(a.channels, kLanes * v);
+    first = a.map || a.gradient_map ? 0 : blockIdx.z;
+    last = a.map || a.gradient_map ? all : first + 1;
+  }
+};
+
+// One block: kPixelsOfBlock pixels of image blockIdx.y.
+template <typename T, int V, int K>
+__global__ void __launch_bounds__(kThreads, 1) layer_epilogue_bwd_kernel(const LayerEpilogueArgs a) {
+  using S = Compute<T>;
+  __shared__ S shared[kThreads * V];
+  const i64 b = blockIdx.y, pixels = a.height * a.width, part = b * layer_parts(a) + blockIdx.x;
+  const i64 start = static_cast<i64>(blockIdx.x) * kPixelsOfBlock + threadIdx.x / kLanes;
+  const i64 end = minimum<i64>(pixels, (static_cast<i64>(blockIdx.x) + 1) * kPixelsOfBlock);
+  const ChannelChunks chunks(a, V);
+  for (i64 chunk = chunks.first; chunk < chunks.last; chunk++) {
+    const i64 wanted = (chunk * kLanes + threadIdx.x % kLanes) * V;
+    const bool active = wanted < a.channels;
+    const i64 channel = active ? wanted : 0;
+    LayerLane<S, V, K> lane(a, b, channel);
+    for (int step = 0; step < kPixelsOfBlock / kPixels; step++) {
+      const i64 pixel = start + step * kPixels;
+      S gu[V];
+#pragma unroll
+      for (int k = 0; k < V; k++) gu[k] = 0;
+      if (active && pixel < end) {
+        const i64 offset = (b * pixels + pixel) * a.channels + channel;
+        S x[V], grad[K][V], grad_x[V];
+        load_vector<T, V>(a.x, offset, x);
+#pragma unroll
+        for (int j = 0; j < K; j++) load_vector<T, V>(a.grad_out[j], offset, grad[j]);
+        lane.backward(x, grad, noise_at<S>(a, b, pixel), true, gu);
+#pragma unroll
+        for (int k = 0; k < V; k++) grad_x[k] = gu[k] * lane.demod[k];
+        store_vector<T, V>(a.grad_x, offset, grad_x);
+      }
+      if (a.map) add_to_map(a.map, b * pixels + pixel, gu, chunk == 0, pixel < end);
+    }
+    lane.write(a, shared, part, channel, active);
+  }
+}
+
+// One block: kLayerRows x kOwnColumns of grad_x, from gu of three more rows and columns. A thread owns a column of gu, and
+// takes its neighbours' through shared memory.
+template <typename T, int V, int K>
+__global__ void __launch_bounds__(kThreads, 1) layer_epilogue_blurred_bwd_kernel(const LayerEpilogueArgs a) {
+  using S = Compute<T>;
+  __shared__ S shared[2][kThreads * V];
+  const i64 b = blockIdx.y, tiles = ceil_div(a.width + 1, kOwnColumns), part = b * layer_parts(a) + blockIdx.x;
+  const Quotient tile = divide(blockIdx.x, tiles);
+  const i64 top = tile.quotient * kLayerRows, bottom = minimum<i64>(top + kLayerRows, a.height + 1);
+  const i64 left = tile.remainder * kOwnColumns;
+  const int place = threadIdx.x / kLanes, side = threadIdx.x % kLanes;
+  const i64 column = left - 2 + place;  // of gu
+  const bool inside = column >= 0 && column < a.width;
+  const bool own_column = inside && column >= left && column < left + kOwnColumns;
+  const i64 out_column = left + place;  // of grad_x
+  const bool writes = place < kOwnColumns && out_column <= a.width;
+  const LayerTaps<S> taps(a);
+  const ChannelChunks chunks(a, V);
+  for (i64 chunk = chunks.first; chunk < chunks.last; chunk++) {
+    const i64 wanted = (chunk * kLanes + side) * V;
+    const bool active = wanted < a.channels;
+    const i64 channel = active ? wanted : 0;
+    LayerLane<S, V, K> lane(a, b, channel);
+    S window[4][V], blurred[4][V];  // rows of x, filtered along the width; rows of gu, filtered back along it
+#pragma unroll
+    for (int r = 0; r < 4; r++)
+#pragma unroll
+      for (int k = 0; k < V; k++) window[r][k] = blurred[r][k] = 0;
+    if (active && inside) {
+#pragma unroll
+      for (int r = 0; r < 3; r++) filter_across<T, V>(a, taps, b, top - 3 + r, column, channel, window[r + 1]);
+    }
+    for (i64 row = top - 2; row <= bottom; row++) {
+      S gu[V];
+#pragma unroll
+      for (int k = 0; k < V; k++) gu[k] = 0;
+      const bool own = own_column && row >= top && row < bottom && row < a.height;
+      if (active && inside) {
+        slide(window);
+        filter_across<T, V>(a, taps, b, row + 2, column, channel, window[3]);
+        if (row >= 0 && row < a.height) {
+          const i64 pixel = row * a.width + column;
+          S v[V], grad[K][V];
+#pragma unroll
+          for (int k = 0; k < V; k++)
+            v[k] = taps.of[0] * window[0][k] + taps.of[1] * window[1][k] + taps.of[2] * window[2][k] +
+                   taps.of[3] * window[3][k];
+#pragma unroll
+          for (int j = 0; j < K; j++)
+            load_vector<T, V>(a.grad_out[j], (b * a.height * a.width + pixel) * a.channels + channel, grad[j]);
+          lane.backward(v, grad, noise_at<S>(a, b, pixel), own, gu);
+        }
+      }
+      if (a.map) add_to_map(a.map, (b * a.height + row) * a.width + column, gu, chunk == 0, own);
+      S* line = shared[row & 1];
+#pragma unroll
+      for (int k = 0; k < V; k++) line[threadIdx.x * V + k] = gu[k];
+      __syncthreads();
+      slide(blurred);
+      if (writes) {
+#pragma unroll
+        for (int k = 0; k < V; k++) {
+          S sum = 0;
+#pragma unroll
+          for (int q = 0; q < 4; q++) sum += taps.of[q] * line[((place + 3 - q) * kLanes + side) * V + k];
+          blurred[3][k] = sum;
+        }
+        const i64 done = row - 1;
+        if (active && done >= top && done < bottom) {
+          S grad_x[V];
+#pragma unroll
+          for (int k = 0; k < V; k++)
+            grad_x[k] = lane.demod[k] * (taps.of[0] * blurred[3][k] + taps.of[1] * blurred[2][k] +
+                                         taps.of[2] * blurred[1][k] + taps.of[3] * blurred[0][k]);
+          store_vector<T, V>(a.grad_x,
+                             ((b * (a.height + 1) + done) * (a.width + 1) + out_column) * a.channels + channel, grad_x);
+        }
+      }
+    }
+    lane.write(a, shared[0], part, channel, active);
+  }
+}
+
+// One block: kPixelsOfBlock pixels of image blockIdx.y; no blur.
+template <typename T, int V, int K>
+__global__ void __launch_bounds__(kThreads, 1) layer_epilogue_double_bwd_kernel(const LayerEpilogueArgs a) {
+  using S = Compute<T>;
+  __shared__ S shared[kThreads * V];
+  const i64 b = blockIdx.y, pixels = a.height * a.width, part = b * layer_parts(a) + blockIdx.x;
+  const i64 start = static_cast<i64>(blockIdx.x) * kPixelsOfBlock + threadIdx.x / kLanes;
+  const i64 end = minimum<i64>(pixels, (static_cast<i64>(blockIdx.x) + 1) * kPixelsOfBlock);
+  const ChannelChunks chunks(a, V);
+  for (i64 chunk = chunks.first; chunk < chunks.last; chunk++) {
+    const i64 wanted = (chunk * kLanes + threadIdx.x % kLanes) * V;
+    const bool active = wanted < a.channels;
+    const i64 channel = active ? wanted : 0, vector = b * a.channels + channel;
+    LayerLane<S, V, K> lane(a, b, channel);
+    S dot_demod[V], dot_bias[V], dot_style[K][V];
+    read_vector<S, V>(a.dot_demod, vector, S(0), dot_demod);
+    read_vector<S, V>(a.dot_bias, channel, S(0), dot_bias);
+#pragma unroll
+    for (int j = 0; j < K; j++) read_vector<S, V>(a.dot_style[j], vector, S(0), dot_style[j]);
+    for (int step = 0; step < kPixelsOfBlock / kPixels; step++) {
+      const i64 pixel = start + step * kPixels;
+      S gu[V], gu_dot[V];
+#pragma unroll
+      for (int k = 0; k < V; k++) gu[k] = gu_dot[k] = 0;
+      if (active && pixel < end) {
+        const i64 offset = (b * pixels + pixel) * a.channels + channel;
+        const S noise = noise_at<S>(a, b, pixel);
+        const S dot_noise = a.dot_noise ? static_cast<const S*>(a.dot_noise)[b * pixels + pixel] : S(0);
+        S x[V], dot_x[V], grad[K][V], grad_x[V], grad_grad[K][V];
+        load_vector<T, V>(a.x, offset, x);
+#pragma unroll
+        for (int k = 0; k < V; k++) dot_x[k] = 0;
+        if (a.dot_x) load_vector<T, V>(a.dot_x, offset, dot_x);
+#pragma unroll
+        for (int j = 0; j < K; j++) load_vector<T, V>(a.grad_out[j], offset, grad[j]);
+#pragma unroll
+        for (int k = 0; k < V; k++) {
+          const S u = layer_preactivation(x[k], lane.demod[k], lane.strength * noise, lane.bias[k]);
+          const S tangent = lane.demod[k] * dot_x[k] + dot_demod[k] * x[k] + dot_bias[k] + dot_noise;
+          S grad_y = grad[0][k] * lane.style[0][k], grad_y_dot = grad[0][k] * dot_style[0][k];
+          if (K > 1) {
+            grad_y += grad[K - 1][k] * lane.style[K - 1][k];
+            grad_y_dot += grad[K - 1][k] * dot_style[K - 1][k];
+          }
+          const LayerSecond<S> e(lane.f, u, tangent, grad_y, grad_y_dot);
+          const S y_dot = e.slope * e.tangent;
+          gu[k] = e.gu;
+          gu_dot[k] = e.gu_dot;
+          grad_x[k] = lane.demod[k] * e.gu_dot + dot_demod[k] * e.gu;
+#pragma unroll
+          for (int j = 0; j < K; j++) grad_grad[j][k] = lane.style[j][k] * y_dot + dot_style[j][k] * e.y;
+          lane.sums[kSumDemod][k] += e.gu * dot_x[k] + e.gu_dot * x[k];
+          lane.sums[kSumBias][k] += e.gu_dot;
+          lane.sums[kSumNoise][k] += e.gu_dot * noise;
+          lane.sums[kSumStyle0][k] += grad[0][k] * y_dot;
+          if (K > 1) lane.sums[kSumStyle1][k] += grad[K - 1][k] * y_dot;
+        }
+        store_vector<T, V>(a.grad_x, offset, grad_x);
+#pragma unroll
+        for (int j = 0; j < K; j++) store_vector<T, V>(a.grad_grad_out[j], offset, grad_grad[j]);
+      }
+      if (a.map) add_to_map(a.map, b * pixels + pixel, gu_dot, chunk == 0, pixel < end);
+      if (a.gradient_map) add_to_map(a.gradient_map, b * pixels + pixel, gu, chunk == 0, pixel < end);
+    }
+    lane.write(a, shared, part, channel, active);
+  }
+}
+
+// Partial sums to gradients: block row y < 3B makes 32 channels of demod, style0 or style1 of an image, the next one those
+// of the bias, the last one the strength.
+template <typename S>
+__global__ void __launch_bounds__(kThreads) layer_sums_kernel(const LayerEpilogueArgs a) {
+  __shared__ double shared[kThreads];
+  const i64 parts = layer_parts(a), y = blockIdx.y;
+  const bool one_image = y < 3 * a.batch, whole = y == 3 * a.batch + 1;
+  const i64 role = one_image ? y / a.batch : 3;
+  const int side = threadIdx.x % 32, row = threadIdx.x / 32;
+  const i64 c = static_cast<i64>(blockIdx.x) * 32 + side;
+  const int sum = whole ? kSumNoise : role >= 3 ? kSumBias : role == 0 ? kSumDemod : role == 1 ? kSumStyle0 : kSumStyle1;
+  void* to = whole ? a.grad_strength
+                   : role >= 3 ? a.grad_bias : role == 0 ? a.grad_demod : a.grad_style[role == 1 ? 0 : 1];
+  if (!to || (whole && blockIdx.x > 0)) return;
+  const i64 first = one_image ? y % a.batch * parts : 0, last = one_image ? first + parts : a.batch * parts;
+  const S* partials = static_cast<const S*>(a.partials);
+  double total = 0;
+  for (i64 part = first + row; part < last; part += kThreads / 32)
+    for (i64 channel = c; channel < a.channels; channel += 32) {
+      total += static_cast<double>(partials[(part * kLayerSums + sum) * a.channels + channel]);
+      if (!whole) break;
+    }
+  shared[threadIdx.x] = total;
+  for (int half = kThreads / 2; half >= (whole ? 1 : 32); half /= 2) {
+    __syncthreads();
+    if (static_cast<int>(threadIdx.x) < half) shared[threadIdx.x] += shared[threadIdx.x + half];
+  }
+  if (whole) {
+    if (threadIdx.x == 0) *static_cast<S*>(to) = static_cast<S>(shared[0]);
+  } else if (row == 0 && c < a.channels) {
+    static_cast<S*>(to)[one_image ? y % a.batch * a.channels + c : c] = static_cast<S>(shared[side]);
+  }
+}
+
+// One warp: an output channel.
+template <typename S>
+__global__ void __launch_bounds__(kThreads) demodulation_fwd_kernel(const DemodulationArgs a) {
+  const i64 o = static_cast<i64>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
+  const int side = threadIdx.x % 32;
+  if (o >= a.c_out) return;
+  const S* weight = static_cast<const S*>(a.weight) + o * a.c_in * a.taps;
+  S* energy = static_cast<S*>(a.energy) + o * a.c_in;
+  for (i64 i = side; i < a.c_in; i += 32) {
+    S sum = 0;
+    for (i64 k = 0; k < a.taps; k++) sum += weight[i * a.taps + k] * weight[i * a.taps + k];
+    energy[i] = sum;
+  }
+  for (i64 b = 0; b < a.batch; b++) {
+    const S* style = static_cast<const S*>(a.style) + b * a.c_in;
+    S sum = 0;
+    for (i64 i = side; i < a.c_in; i += 32) sum += style[i] * style[i] * energy[i];  // which this thread has written
+    for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+    if (side == 0) static_cast<S*>(a.demod)[b * a.c_out + o] = S(1) / sqrt(sum + static_cast<S>(a.epsilon));
+  }
+}
+
+// Twice the gradient to demod^-2: demod = (...)^(-1/2).
+template <typename S>
+__device__ __forceinline__ S demodulation_inner(const DemodulationArgs& a, i64 b, i64 o) {
+  const S d = static_cast<const S*>(a.demod)[b * a.c_out + o];
+  return -static_cast<const S*>(a.grad_demod)[b * a.c_out + o] * d * d * d;
+}
+
+// One thread: an element of the weight.
+template <typename S>
+__global__ void __launch_bounds__(kThreads) demodulation_weight_kernel(const DemodulationArgs a, i64 count) {
+  const i64 index = static_cast<i64>(blockIdx.x) * kThreads + threadIdx.x;
+  if (index >= count) return;
+  const Quotient tap = divide(index, a.taps), in = divide(tap.quotient, a.c_in);
+  const i64 o = in.quotient, i = in.remainder;
+  S factor = 0;
+  for (i64 b = 0; b < a.batch; b++) {
+    const S s = static_cast<const S*>(a.style)[b * a.c_in + i];
+    factor += demodulation_inner<S>(a, b, o) * s * s;
+  }
+  S grad = factor * static_cast<const S*>(a.weight)[index];
+  if (a.grad_weight)
+    grad += static_cast<const S*>(a.grad_weight)[o * a.stride_out + i * a.stride_in + tap.remainder * a.stride_tap];
+  static_cast<S*>(a.grad_weight_out)[index] = grad;
+}
+
+// One block: 32 input channels of image blockIdx.y.
+template <typename S>
+__global__ void __launch_bounds__(kThreads) demodulation_style_kernel(const DemodulationArgs a) {
+  __shared__ S shared[kThreads];
+  const i64 i = static_cast<i64>(blockIdx.x) * 32 + threadIdx.x % 32, b = blockIdx.y;
+  S sum = 0;
+  if (i < a.c_in)
+    for (i64 o = threadIdx.x / 32; o < a.c_out; o += kThreads / 32)
+      sum += demodulation_inner<S>(a, b, o) * static_cast<const S*>(a.energy)[o * a.c_in + i];
+  shared[threadIdx.x] = sum;
+  for (int half = kThreads / 2; half >= 32; half /= 2) {
+    __syncthreads();
+    if (static_cast<int>(threadIdx.x) < half) shared[threadIdx.x] += shared[threadIdx.x + half];
+  }
+  if (threadIdx.x < 32 && i < a.c_in)
+    static_cast<S*>(a.grad_style)[b * a.c_in + i] = shared[threadIdx.x] * static_cast<const S*>(a.style)[b * a.c_in + i];
+}
+
+}  // namespace EPIGRAF_ISA
+
+#if !defined(__CUDACC_RTC__)
+
+namespace {
+
+using namespace device;
+
+std::string sizes_of(const LayerEpilogueArgs& a) {
+  return "an output of [" + std::to_string(a.batch) + ", " + std::to_string(a.channels) + ", " +
+         std::to_string(a.height) + ", " + std::to_string(a.width) + "]";
+}
+
+std::string sizes_of(const DemodulationArgs& a) {
+  return "batch " + std::to_string(a.batch) + ", a weight of [" + std::to_string(a.c_out) + ", " +
+         std::to_string(a.c_in) + "] x " + std::to_string(a.taps);
+}
+
+unsigned grid_size(const char* op, i64 blocks, i64 most = kMostBlocks) {
+  if (blocks > most) throw std::runtime_error(std::string(op) + ": the sizes are beyond what a grid covers");
+  return static_cast<unsigned>(blocks);
+}
+
+void require_channels_last(const char* op, const LayerEpilogueArgs& a) {
+  if (!a.channels_last) throw std::runtime_error(std::string(op) + ": memory must be channels_last on the GPU");
+}
+
+bool all_aligned(const LayerEpilogueArgs& a) {
+  for (const void* p : {a.x, static_cast<const void*>(a.out[0]), static_cast<const void*>(a.out[1]), a.grad_out[0],
+                        a.grad_out[1], static_cast<const void*>(a.grad_x), a.dot_x,
+                        static_cast<const void*>(a.grad_grad_out[0]), static_cast<const void*>(a.grad_grad_out[1])})
+    if (!aligned(p)) return false;
+  return true;
+}
+
+template <typename T, int V, int K>
+void launch_fwd(const LayerEpilogueArgs& a, cudaStream_t stream) {
+  const i64 rows = a.taps ? ceil_div(a.height, kRows) : a.height;
+  const i64 threads = a.batch * rows * a.width * (a.channels / V);
+  const unsigned grid = grid_size("layer_epilogue_fwd", ceil_div(threads, kThreads));
+  if (a.taps)
+    layer_epilogue_fwd_kernel<T, V, K, true><<<grid, kThreads, 0, stream>>>(a, threads);
+  else
+    layer_epilogue_fwd_kernel<T, V, K, false><<<grid, kThreads, 0, stream>>>(a, threads);
+}
+
+dim3 grid_of(const char* op, const LayerEpilogueArgs& a, int v) {
+  const i64 parts = layer_epilogue_parts_cuda(a.height, a.width, a.taps != nullptr);
+  const i64 chunks = a.map || a.gradient_map ? 1 : ceil_div(a.channels, kLanes * v);
+  return dim3(grid_size(op, parts), grid_size(op, a.batch, 65535), grid_size(op, chunks, 65535));
+}
+
+template <typename T, int V, int K>
+void launch_bwd(const LayerEpilogueArgs& a, cudaStream_t stream) {
+  const dim3 grid = grid_of("layer_epilogue_bwd", a, V);
+  if (a.taps)
+    layer_epilogue_blurred_bwd_kernel<T, V, K><<<grid, kThreads, 0, stream>>>(a);
+  else
+    layer_epilogue_bwd_kernel<T, V, K><<<grid, kThreads, 0, stream>>>(a);
+}
+
+template <typename T, int V, int K>
+void launch_double_bwd(const LayerEpilogueArgs& a, cudaStream_t stream) {
+  const dim3 grid = grid_of("layer_epilogue_double_bwd", a, V);
+  layer_epilogue_double_bwd_kernel<T, V, K><<<grid, kThreads, 0, stream>>>(a);
+}
+
+void launch_sums(const LayerEpilogueArgs& a, cudaStream_t stream) {
+  if (a.channels == 0) return;
+  const dim3 grid(grid_size("layer_epilogue", ceil_div(a.channels, 32)),
+                  grid_size("layer_epilogue", 3 * a.batch + 2, 65535));
+  if (a.dtype == DType::f64)
+    layer_sums_kernel<double><<<grid, kThreads, 0, stream>>>(a);
+  else
+    layer_sums_kernel<float><<<grid, kThreads, 0, stream>>>(a);
+}
+
+// Calls f<T, V, K>: V is `vector` where channels and addresses allow, else 1.
+#define EPIGRAF_LAYER_LAUNCH(f, vector, outputs, a, stream)                                     \
+  EPIGRAF_BY_DTYPE((a).dtype, T, {                                                              \
+    const bool wide = (a).channels % vector<T> == 0 && all_aligned(a), two = (outputs) > 1;     \
+    if (wide)                                                                                   \
+      two ? f<T, vector<T>, 2>(a, stream) : f<T, vector<T>, 1>(a, stream);                      \
+    else                                                                                        \
+      two ? f<T, 1, 2>(a, stream) : f<T, 1, 1>(a, stream);                                      \
+  })
+
+bool is_empty(const LayerEpilogueArgs& a) { return a.batch * a.channels * a.height * a.width == 0; }
+
+}  // namespace
+
+void layer_epilogue_fwd_cuda(const LayerEpilogueArgs& a, uintptr_t stream) {
+  require_channels_last("layer_epilogue_fwd", a);
+  if (is_empty(a)) return;
+  const auto cuda_stream = reinterpret_cast<cudaStream_t>(stream);
+  EPIGRAF_LAYER_LAUNCH(launch_fwd, kVector, a.out[1] ? 2 : 1, a, cuda_stream)
+  check_launch("layer_epilogue_fwd", sizes_of(a));
+}
+
+void layer_epilogue_bwd_cuda(const LayerEpilogueArgs& a, uintptr_t stream) {
+  require_channels_last("layer_epilogue_bwd", a);
+  const auto cuda_stream = reinterpret_cast<cudaStream_t>(stream);
+  if (!is_empty(a)) EPIGRAF_LAYER_LAUNCH(launch_bwd, kShortVector, a.grad_out[1] ? 2 : 1, a, cuda_stream)
+  check_launch("layer_epilogue_bwd", sizes_of(a));
+  launch_sums(a, cuda_stream);
+  check_launch("layer_epilogue_bwd, its sums", sizes_of(a));
+}
+
+void layer_epilogue_double_bwd_cuda(const LayerEpilogueArgs& a, uintptr_t stream) {
+  require_channels_last("layer_epilogue_double_bwd", a);
+  const auto cuda_stream = reinterpret_cast<cudaStream_t>(stream);
+  if (!is_empty(a)) EPIGRAF_LAYER_LAUNCH(launch_double_bwd, kShortVector, a.grad_out[1] ? 2 : 1, a, cuda_stream)
+  check_launch("layer_epilogue_double_bwd", sizes_of(a));
+  launch_sums(a, cuda_stream);
+  check_launch("layer_epilogue_double_bwd, its sums", sizes_of(a));
+}
+
+void demodulation_fwd_cuda(const DemodulationArgs& a, uintptr_t stream) {
+  if (a.c_out == 0) return;
+  const auto cuda_stream = reinterpret_cast<cudaStream_t>(stream);
+  const unsigned grid = grid_size("demodulation_fwd", ceil_div(a.c_out, kThreads / 32));
+  if (a.dtype == DType::f64)
+    demodulation_fwd_kernel<double><<<grid, kThreads, 0, cuda_stream>>>(a);
+  else
+    demodulation_fwd_kernel<float><<<grid, kThreads, 0, cuda_stream>>>(a);
+  check_launch("demodulation_fwd", sizes_of(a));
+}
+
+void demodulation_bwd_cuda(const DemodulationArgs& a, uintptr_t stream) {
+  const auto cuda_stream = reinterpret_cast<cudaStream_t>(stream);
+  const i64 count = a.c_out * a.c_in * a.taps;
+  if (a.grad_weight_out && count > 0) {
+    const unsigned grid = grid_size("demodulation_bwd", ceil_div(count, kThreads));
+    if (a.dtype == DType::f64)
+      demodulation_weight_kernel<double><<<grid, kThreads, 0, cuda_stream>>>(a, count);
+    else
+      demodulation_weight_kernel<float><<<grid, kThreads, 0, cuda_stream>>>(a, count);
+    check_launch("demodulation_bwd", sizes_of(a));
+  }
+  if (a.grad_style && a.batch * a.c_in > 0) {
+    const dim3 grid(grid_size("demodulation_bwd", ceil_div(a.c_in, 32)), grid_size("demodulation_bwd", a.batch, 65535));
+    if (a.dtype == DType::f64)
+      demodulation_style_kernel<double><<<grid, kThreads, 0, cuda_stream>>>(a);
+    else
+      demodulation_style_kernel<float><<<grid, kThreads, 0, cuda_stream>>>(a);
+    check_launch("demodulation_bwd, of styles", sizes_of(a));
+  }
+}
+
+#endif
+
+}  // namespace epigraf

@@ -1,0 +1,134 @@
+// What surrounds the convolution of a modulated layer: demodulation coefficients before it, and after it the epilogue
+//   v = blur(x) or x,  u = demod[b, c] v + strength noise + bias[c],  y = clamp(gain lrelu(u)),  out_k = y style_k[b, c],
+// with its first two derivatives. lrelu has any slope on the left: 1 makes it linear.
+#pragma once
+
+#include "common.h"
+
+namespace epigraf {
+
+// out, grad_out, grad_x and all that has their size are in the storage type; vectors, noise and taps are in the type that
+// is computed with. Absent tensors are null: demod and style then are 1, bias and noise 0. x is [B, C, H, W], with the
+// blur [B, C, H+1, W+1] (it pads by 1 on every side), in contiguous or channels-last memory as everything of its size.
+// Sums over pixels go through `partials`, kLayerSums x C numbers for each of layer_epilogue_blocks() (on the GPU
+// layer_epilogue_parts_cuda()) parts of an image.
+struct LayerEpilogueArgs {
+  const void* x;
+  const void* taps;      // [4], what v is convolved with along each axis; null: no blur
+  const void* demod;     // [B, C]
+  const void* bias;      // [C]
+  const void* noise;     // [B, H, W], or [H, W] with noise_stride 0
+  const void* strength;  // [1], or null: 1
+  const void* style[2];  // [B, C]
+  void* out[2];          // fwd; the second may be null
+
+  const void* grad_out[2];  // bwd, double_bwd: incoming; null where there is none
+  void* grad_x;             // bwd, double_bwd
+  void* grad_demod;         // bwd, double_bwd: [B, C]
+  void* grad_bias;          // [C]
+  void* grad_strength;      // [1]; bwd: sum gu noise
+  void* grad_style[2];      // [B, C]
+  void* map;                // [B, H, W], the sum over channels of gu (bwd), or of what takes its place (double_bwd)
+  void* partials;
+
+  const void* dot_x;         // double_bwd: incoming gradients to the outputs of bwd
+  const void* dot_demod;     // [B, C]
+  const void* dot_bias;      // [C]
+  const void* dot_noise;     // [B, H, W], of strength noise
+  const void* dot_style[2];  // [B, C]
+  void* grad_grad_out[2];    // double_bwd: gradients to grad_out
+  void* gradient_map;        // double_bwd: [B, H, W], the sum over channels of gu
+
+  DType dtype;
+  bool channels_last;
+  double slope, gain, clamp;  // clamp is infinite where there is none
+  i64 batch, channels, height, width, noise_stride;  // sizes of out; noise_stride in elements, between images
+};
+
+// demod[b, o] = 1 / sqrt(sum_i style[b, i]^2 energy[o, i] + epsilon), energy[o, i] = sum_k weight[o, i, k]^2.
+struct DemodulationArgs {
+  const void* weight;  // [O, I, K], contiguous, as everything else here
+  const void* style;   // [B, I]
+  void* energy;        // fwd: out, bwd: in; [O, I]
+  void* demod;         // fwd: out, bwd: in; [B, O]
+
+  const void* grad_demod;   // bwd: [B, O]
+  const void* grad_weight;  // bwd: [O, I, K], what else arrives at the weight, with strides; null: nothing
+  i64 stride_out, stride_in, stride_tap;
+  void* grad_weight_out;  // bwd: [O, I, K], the sum of both; null: not wanted
+  void* grad_style;       // bwd: [B, I]; null: not wanted
+
+  DType dtype;  // f32 or f64
+  double epsilon;
+  i64 batch, c_out, c_in, taps;
+};
+
+namespace EPIGRAF_ISA {
+
+// What is summed over pixels, channel by channel.
+enum LayerSum : int { kSumDemod, kSumBias, kSumNoise, kSumStyle0, kSumStyle1, kLayerSums };
+
+// An image is cut into blocks of so many rows, whatever the number of threads, so that sums have one value.
+constexpr i64 kLayerRows = 32;
+
+EPIGRAF_HD i64 layer_epilogue_blocks(i64 height, bool blur) { return ceil_div(height + (blur ? 1 : 0), kLayerRows); }
+
+// Parts of an image on the GPU: with the blur, blocks of rows cut into so many columns; without, so many pixels.
+constexpr i64 kLayerColumns = 29, kLayerPixels = 256;
+
+EPIGRAF_HD i64 layer_epilogue_parts_cuda(i64 height, i64 width, bool blur) {
+  if (blur) return ceil_div(height + 1, kLayerRows) * ceil_div(width + 1, kLayerColumns);
+  return ceil_div(height * width, kLayerPixels);
+}
+
+template <typename S>
+struct LeakyClamp {
+  S slope, gain, clamp;
+
+  EPIGRAF_HD S value(S u) const {
+    const S y = gain * (u > S(0) ? u : slope * u);
+    return y > clamp ? clamp : y < -clamp ? -clamp : y;
+  }
+  // dy/du; 0 where clipped, not yet at the bound itself; that of the left side at the kink.
+  EPIGRAF_HD S derivative(S u) const {
+    const S left = u > S(0) ? S(1) : slope;
+    const S y = gain * left * u;
+    return y > clamp || y < -clamp ? S(0) : gain * left;
+  }
+};
+
+template <typename S>
+EPIGRAF_HD S layer_preactivation(S v, S demod, S noise, S bias) {
+  return demod * v + (noise + bias);
+}
+
+// One element of the epilogue's backward: gu, the gradient to u, and what adds to the sums.
+template <typename S>
+struct LayerGradient {
+  S gu, y;
+  EPIGRAF_HD LayerGradient(const LeakyClamp<S>& f, S u, S grad_y) : gu(f.derivative(u) * grad_y), y(f.value(u)) {}
+};
+
+// One element of the double backward. `tangent` is what u changes by along the incoming gradients; `gu` the gradient to u,
+// `gu_dot` what takes its place through the sums of style: L = <gu, tangent> + sum_k <grad_out_k, dot_style_k y>.
+template <typename S>
+struct LayerSecond {
+  S slope, y, tangent, gu, gu_dot;
+  EPIGRAF_HD LayerSecond(const LeakyClamp<S>& f, S u, S tangent_, S grad_y, S grad_y_dot)
+      : slope(f.derivative(u)), y(f.value(u)), tangent(tangent_), gu(slope * grad_y), gu_dot(slope * grad_y_dot) {}
+};
+
+}  // namespace EPIGRAF_ISA
+}  // namespace epigraf
+
+#if !defined(__CUDACC_RTC__)
+
+#include "launchers.h"
+
+EPIGRAF_LAUNCHER(layer_epilogue_fwd, LayerEpilogueArgs)
+EPIGRAF_LAUNCHER(layer_epilogue_bwd, LayerEpilogueArgs)
+EPIGRAF_LAUNCHER(layer_epilogue_double_bwd, LayerEpilogueArgs)
+EPIGRAF_LAUNCHER(demodulation_fwd, DemodulationArgs)
+EPIGRAF_LAUNCHER(demodulation_bwd, DemodulationArgs)
+
+#endif

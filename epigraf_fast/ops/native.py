@@ -1,0 +1,106 @@
+"""The compiled extension `epigraf_fast._C` as the ops see it: loaded when first needed, called with tensors.
+
+A launcher X is there as X_cpu and, where it was built with nvcc, as X_cuda. Both take the same arguments; the first
+then takes a number of threads, the second a stream.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}  # as in csrc/common.h
+
+BUILD = "build it with pip install and a C++17 compiler"
+
+
+@functools.cache
+def extension() -> ModuleType | str:
+    """`epigraf_fast._C`, or why it cannot be had."""
+    if os.environ.get("EPIGRAF_FAST_EXTENSION") == "0":
+        return "EPIGRAF_FAST_EXTENSION=0 in the environment hides the extension"
+    # torch is imported by now: the extension then takes torch's OpenMP threads and makes none of its own.
+    try:
+        from .. import _C
+    except ModuleNotFoundError:
+        return f"the extension is not built: {BUILD}"
+    except ImportError as error:
+        return f"the extension does not load ({error}): {BUILD}"
+    return _C
+
+
+def lacking(backend: str) -> str | None:
+    """Why the backend, cpu or cuda, cannot be used; None if it can."""
+    module = extension()
+    if isinstance(module, str):
+        return module
+    if backend == "cuda" and not module.cuda_built:
+        return "the extension is built without CUDA: EPIGRAF_FAST_CUDA=1 pip install, with nvcc in PATH"
+    if backend == "cuda" and not torch.cuda.is_available():
+        return "there is no CUDA device"
+    return None
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a launcher computes in: fp64 for fp64, else fp32. Biases and other small vectors are passed in it."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def launch(name: str, *args: Any) -> None:
+    """Calls the launcher of the tensors' device.
+
+    Args:
+        args: Tensors are passed as their address, None as a null pointer, dtypes as their code, the rest as it is.
+    """
+    device = next(arg.device for arg in args if isinstance(arg, Tensor))
+    values = [_plain(arg) for arg in args]
+    module = extension()
+    if device.type == "cpu":
+        with _range(name):
+            getattr(module, f"{name}_cpu")(*values, torch.get_num_threads())
+    else:
+        with _range(name), torch.cuda.device(device):
+            getattr(module, f"{name}_cuda")(*values, torch.cuda.current_stream(device).cuda_stream)
+
+
+def dense(x: Tensor) -> Tensor:
+    """x in contiguous or channels-last memory: as it is, or copied."""
+    if x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)):
+        return x
+    return x.contiguous()
+
+
+def dense_as(x: Tensor, like: Tensor) -> Tensor:
+    """x in the memory layout of `like`, which is dense."""
+    if x.stride() == like.stride():
+        return x
+    return torch.empty_like(like, dtype=x.dtype).copy_(x)
+
+
+def _plain(arg: Any) -> Any:
+    if isinstance(arg, Tensor):
+        return arg.data_ptr()
+    if arg is None:
+        return 0
+    return DTYPES[arg] if isinstance(arg, torch.dtype) else arg
+
+
+@functools.cache
+def _nvtx() -> Any:
+    try:
+        import nvtx
+    except ImportError:
+        return None
+    return nvtx
+
+
+def _range(name: str) -> AbstractContextManager[Any]:
+    """A named range on a profiler's timeline; nothing without the package nvtx."""
+    nvtx = _nvtx()
+    return nullcontext() if nvtx is None else nvtx.annotate(name, domain="epigraf_fast")

@@ -1,0 +1,73 @@
+"""The fastest configuration of each Triton kernel for the shapes of a run: timed once, before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import resolve_deterministic
+
+
+def tune_decode_triplane(
+    planes: Tensor,
+    ray_origins: Tensor,
+    ray_directions: Tensor,
+    t: Tensor,
+    w0: Tensor,
+    b0: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    cube_scale: float = 1.0,
+    *,
+    precision: str = "fp32",
+    deterministic: bool | None = None,
+    timer: Callable[[Callable[[], Any]], float] | None = None,
+) -> None:
+    """Times forward and backward of `decode_triplane_rays` with every plan; later calls take the fastest.
+
+    Without a GPU nothing is timed and the defaults stay; nor if `deterministic`, for plans differ in roundings. It
+    waits for the GPU: never call it in the loop.
+
+    Args:
+        planes, ...: See `decode_triplane_rays`; the values should be like those of the run, for points share texels.
+        timer: Milliseconds of a call; default: by CUDA events, which needs a GPU.
+    """
+    if resolve_deterministic(deterministic) or (timer is None and planes.device.type != "cuda"):
+        return
+    from ..kernels import decode_triplane as kernels
+    from ..kernels import tuning
+
+    problem = planes, w0, w1, precision, tuning.architecture(planes.device)
+    inputs = [x.detach() for x in (planes, ray_origins, ray_directions, t, w0, b0, w1)]
+    options = cube_scale, precision
+    grad_y = torch.ones(*t.shape, len(w1), device=planes.device)
+
+    def fwd(plan: tuple) -> None:
+        kernels.fwd(*inputs, b1.detach(), *options, chosen=plan)
+
+    def bwd(plan: tuple) -> None:
+        kernels.bwd(grad_y, *inputs, *options, chosen=plan)
+
+    tuning.tune(kernels.case("fwd", *problem), fwd, timer)
+    tuning.tune(kernels.case("bwd", *problem), bwd, timer)
+
+
+def export_choices() -> list[dict[str, Any]]:
+    """What was chosen so far, as plain JSON values."""
+    from ..kernels import tuning
+
+    return tuning.export_choices()
+
+
+def import_choices(choices: list[dict[str, Any]]) -> None:
+    """Takes up what `export_choices` gave.
+
+    Raises:
+        ValueError: It names a plan that is not there: it was saved by another version.
+    """
+    from ..kernels import tuning
+
+    tuning.import_choices(choices)

@@ -1,0 +1,84 @@
+"""The networks that settings describe, and the implementations of the ops that they take."""
+
+from __future__ import annotations
+
+from ..config import Config
+from ..errors import UserError
+from ..models.augment import Augment
+from ..models.discriminator import Discriminator, discriminator_class
+from ..models.generator import Generator
+from ..models.image_generator import ImageGenerator, generator_class
+from ..ops import backends
+
+HALF_BLOCKS = 4  # top resolutions of G and blocks of D in fp16, with precision fp16 on a GPU
+
+
+def choose_backends(config: Config, device_type: str) -> dict[str, str]:
+    """op -> the backend that a run takes on this kind of device.
+
+    Raises:
+        UserError: The backend is missing here, or has no kernels for the settings.
+    """
+    try:
+        chosen = backends.choose(config.backend, device_type)
+    except ValueError as error:
+        raise UserError(f"{error} (--backend auto takes what is there)") from None
+    channels, hidden = config.generator.plane_channels, config.generator.decoder_hidden
+    if chosen["decode_triplane"] == "triton":
+        if channels % 8 or channels > 64:
+            raise UserError(
+                f"generator.plane_channels must be a multiple of 8 and at most 64 with backend triton, got {channels}"
+            )
+        if not 16 <= hidden <= 128:
+            raise UserError(f"generator.decoder_hidden must be in [16, 128] with backend triton, got {hidden}")
+    return chosen
+
+
+def build_generator(config: Config, label_dim: int, device_type: str | None = None) -> Generator | ImageGenerator:
+    """The generator, on torch's default device.
+
+    Args:
+        label_dim: Numbers of a class label, 0 for none.
+        device_type: Where it will run, "cpu" or "cuda", with the backends of `choose_backends`; None takes the defaults
+            of wherever that is.
+    """
+    renderer_backend, backend = _family_backends(config, device_type)
+    return generator_class(config.generator)(
+        config.generator,
+        config.renderer,
+        config.camera,
+        label_dim=label_dim,
+        image_resolution=config.resolution,
+        half_blocks=HALF_BLOCKS if config.precision == "fp16" else 0,
+        precision=config.precision,
+        backend=backend,
+        renderer_backend=renderer_backend,
+    )
+
+
+def build_discriminator(config: Config, label_dim: int, device_type: str | None = None) -> Discriminator:
+    """The discriminator; see `build_generator`."""
+    _, backend = _family_backends(config, device_type)
+    return discriminator_class(config.discriminator)(
+        config.discriminator,
+        config.resolution,
+        config.patch.resolution,
+        label_dim=label_dim,
+        half_blocks=HALF_BLOCKS if config.precision == "fp16" else config.discriminator.half_blocks,
+        backend=backend,
+    )
+
+
+def build_augment(config: Config, device_type: str | None = None) -> Augment | None:
+    """What augments the discriminator's input, if anything does; see `build_generator`."""
+    if config.augment.mode == "none":
+        return None
+    return Augment(config.augment, backend=_family_backends(config, device_type)[1])
+
+
+def _family_backends(config: Config, device_type: str | None) -> tuple[str | None, str | None]:
+    """What the renderer's ops and the convolutions are handed as `backend`."""
+    if device_type is None:
+        return None, None
+    chosen = choose_backends(config, device_type)
+    return tuple(backends.family_backend(family, chosen, device_type) for family in ("renderer", "convolutions"))

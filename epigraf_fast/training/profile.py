@@ -1,0 +1,65 @@
+"""Named ranges of a training step for profilers and measurements, and a trace of a few iterations."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TRACE_SKIPS = 5  # iterations before the trace: compilations, and the first regularization
+TRACE_ITERATIONS = 3
+
+_listeners: list[Callable[[str], AbstractContextManager[Any]]] = []
+
+
+@contextlib.contextmanager
+def annotate(name: str) -> Iterator[None]:
+    """A range that profilers show under this name: NVTX on a GPU, torch's profiler while it records."""
+    with contextlib.ExitStack() as ranges:
+        if torch.cuda.is_initialized():
+            ranges.enter_context(torch.cuda.nvtx.range(name))
+        if torch.autograd.profiler._is_profiler_enabled:
+            ranges.enter_context(torch.profiler.record_function(name))
+        for listener in _listeners:
+            ranges.enter_context(listener(name))
+        yield
+
+
+@contextlib.contextmanager
+def listening(listener: Callable[[str], AbstractContextManager[Any]]) -> Iterator[None]:
+    """In this block every range enters `listener(name)` too."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
+@contextlib.contextmanager
+def traced(path: Path | None) -> Iterator[Callable[[], None]]:
+    """Writes a trace of a few iterations for chrome://tracing or Perfetto.
+
+    Args:
+        path: Of the trace, a .json; None records nothing.
+
+    Yields:
+        What to call after every iteration.
+    """
+    if path is None:
+        yield lambda: None
+        return
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    schedule = torch.profiler.schedule(wait=TRACE_SKIPS - 1, warmup=1, active=TRACE_ITERATIONS, repeat=1)
+
+    def write(profiler: torch.profiler.profile) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(path))
+
+    with torch.profiler.profile(activities=activities, schedule=schedule, on_trace_ready=write) as profiler:
+        yield profiler.step

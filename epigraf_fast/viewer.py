@@ -1,0 +1,363 @@
+"""A page in the browser that shows a trained generator.
+
+$ python -m epigraf_fast.viewer runs/demo
+
+Drag to orbit, scroll to zoom. While anything moves, frames stream at the resolution that this machine renders in a
+tenth of a second; at rest they sharpen. The page is served to this machine alone unless --host says otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import math
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .camera import cam2world_matrix
+from .config import Config
+from .errors import UserError
+from .mesh import automatic_threshold, density_volume, extract, statistics, to_trimesh
+from .models.generator import Generator
+from .render import Painted, Scene, check_range
+from .training.log import to_uint8
+from .training.pretrained import load_generator
+
+FRAME_SECONDS = 0.1  # what a frame may take while something moves
+SMALLEST = 16  # pixels, the side of the coarsest frame
+
+
+def angles_of(position: np.ndarray, target: np.ndarray) -> Tensor:
+    """Yaw, pitch and roll [3] of a camera that looks from a position at a target."""
+    outward = np.asarray(position, np.float64) - np.asarray(target, np.float64)
+    outward /= max(np.linalg.norm(outward), 1e-12)
+    yaw, pitch = math.atan2(outward[2], outward[0]), math.acos(max(-1.0, min(1.0, outward[1])))
+    return torch.tensor([yaw, pitch, 0.0])
+
+
+def fov_of(page_fov: float, distance: float, radius: float, widest: float) -> float:
+    """Degrees that the renderer, at its own distance, needs to show what the page's camera frames.
+
+    Zooming in by coming closer becomes a narrower view, since the generator knows one distance only; it is never wider
+    than in training.
+
+    Args:
+        page_fov: Vertical, radians.
+        distance: Of the page's camera from its target.
+    """
+    half = math.tan(page_fov / 2) * distance / radius
+    return max(0.5, min(math.degrees(2 * math.atan(half)), widest))
+
+
+def canvas(picture: np.ndarray, aspect: float) -> np.ndarray:
+    """A square picture in the middle of a white one of the page's aspect (width over height)."""
+    side = len(picture)
+    height, width = (side, round(side * aspect)) if aspect >= 1 else (round(side / aspect), side)
+    out = np.full((height, width, 3), 255, np.uint8)
+    top, left = (height - side) // 2, (width - side) // 2
+    out[top : top + side, left : left + side] = picture
+    return out
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises UserError if nothing can be served there."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"port {port} of {host} cannot be used ({reason}): choose another with --port") from None
+
+
+@dataclasses.dataclass
+class View:
+    """What one page shows: the camera that it asked for, and how far its picture has got."""
+
+    angles: Tensor
+    fov: float
+    aspect: float
+    asked: int = 1  # grows with every change
+    painted: int = 0  # the change that the last frame has seen
+    side: int = 0  # of the last frame
+
+
+class Viewer:
+    """The page, its controls, and the thread that paints.
+
+    Args:
+        config, generator: Of a checkpoint.
+        host, port: Where to serve; port 0 takes any free one.
+        resolution: Of sharp frames.
+    """
+
+    def __init__(self, config: Config, generator: Generator, host: str, port: int, resolution: int) -> None:
+        try:
+            import viser
+        except ImportError:
+            raise UserError("viser is not installed: pip install 'epigraf_fast[viewer]'") from None
+        if port == 0:
+            with socket.socket() as probe:
+                probe.bind((host, 0))
+                port = probe.getsockname()[1]
+        check_port(host, port)
+        self.config, self.generator, self.resolution = config, generator, resolution
+        self.scene = Scene(generator, resolution)
+        self.changed = threading.Condition()
+        self.views: dict[int, View] = {}
+        self.rate = 64**2 / FRAME_SECONDS  # pixels per second, measured as frames are painted
+        self._painted: tuple[Any, Painted] | None = None
+        self._painted_lock = threading.Lock()
+        self.server = viser.ViserServer(host=host, port=port, verbose=False)
+        self.address = f"http://{host}:{self.server.get_port()}"
+        self.server.gui.configure_theme(show_logo=False, show_share_button=False)  # sharing goes through the net
+        self.server.gui.main_panel.dock_right()
+        self.server.scene.set_up_direction("+y")
+        self._place_camera()
+        self._add_controls()
+        self.server.on_client_connect(self._connected)
+        self.server.on_client_disconnect(self._disconnected)
+        self.running = True
+        self.painter = threading.Thread(target=self._paint_forever, name="painter", daemon=True)
+        self.painter.start()
+
+    def _place_camera(self) -> None:
+        camera = self.config.camera
+        pose = self.generator.mean_camera_pose[None].cpu()
+        start = self.server.initial_camera
+        start.position = tuple(cam2world_matrix(pose, camera.radius)[0, :3, 3].tolist())
+        start.look_at = (0.0, 0.0, 0.0)
+        start.up = (0.0, 1.0, 0.0)
+        start.fov = math.radians(camera.fov)
+        start.near, start.far = camera.radius * 1e-2, camera.radius * 1e2
+
+    def _add_controls(self) -> None:
+        gui, count = self.server.gui, self.generator.label_dim
+        self.seed = gui.add_slider("Seed", 0, 999, 1, 0)
+        self.truncation = gui.add_slider("Truncation", 0.0, 1.0, 0.05, 1.0, hint="1 is none, 0 the mean object")
+        self.label = gui.add_slider("Label", 0, count - 1, 1, 0) if count > 1 else None
+        with gui.add_folder("Interpolation"):
+            self.other_seed = gui.add_slider("To seed", 0, 999, 1, 1)
+            self.mix = gui.add_slider("Mix", 0.0, 1.0, 0.01, 0.0)
+        with gui.add_folder("Mesh"):
+            self.threshold = gui.add_number("Threshold", 0.0, step=0.1, hint="raw density; 0: found by itself")
+            self.mesh_resolution = gui.add_slider("Mesh resolution", 16, 256, 16, 96)
+            self.build = gui.add_button("Build mesh")
+            self.show_mesh = gui.add_checkbox("Show mesh", False)
+        self.status = gui.add_markdown("")
+        for control in (self.seed, self.truncation, self.label, self.other_seed, self.mix):
+            if control is not None:
+                control.on_update(lambda _: self._touch())
+        self.show_mesh.on_update(lambda _: self._show_mesh())
+        self.build.on_click(lambda _: self._build_mesh())
+        self.mesh: Any = None
+
+    # What the pages ask for
+
+    def _connected(self, client: Any) -> None:
+        self._look(client)
+        client.camera.on_update(lambda _: self._look(client))
+
+    def _disconnected(self, client: Any) -> None:
+        with self.changed:
+            self.views.pop(client.client_id, None)
+
+    def _look(self, client: Any) -> None:
+        """A page's camera has moved."""
+        camera, own = client.camera, self.config.camera
+        distance = float(np.linalg.norm(camera.position - camera.look_at))
+        angles = angles_of(camera.position, camera.look_at)
+        fov = fov_of(camera.fov, distance, own.radius, own.fov)
+        with self.changed:
+            view = self.views.get(client.client_id)
+            asked = 1 if view is None else view.asked + 1
+            painted, side = (0, 0) if view is None else (view.painted, view.side)
+            self.views[client.client_id] = View(angles, fov, float(camera.aspect), asked, painted, side)
+            self.changed.notify()
+
+    def _touch(self) -> None:
+        """A control has moved: every page needs a new picture."""
+        with self.changed:
+            for view in self.views.values():
+                view.asked += 1
+            self.changed.notify()
+
+    # Painting
+
+    def painted_object(self) -> Painted:
+        """The object that the controls describe."""
+        label = [] if self.label is None else [int(self.label.value)]
+        key = (self.seed.value, self.other_seed.value, self.mix.value, self.truncation.value, *label)
+        with self._painted_lock:
+            if self._painted is None or self._painted[0] != key:
+                self.scene.truncation = float(key[3])
+                first, second = self.scene.ws([int(key[0]), int(key[1])], label)
+                self._painted = key, self.scene.paint(first.lerp(second, float(key[2])))
+            return self._painted[1]
+
+    @torch.no_grad()
+    def frame(self, view: View, side: int, outdated: Callable[[], bool] = lambda: False) -> np.ndarray | None:
+        """A picture for a page, uint8 [H, W, 3], painted tile by tile; None if it is outdated before it is done."""
+        painted, tile = self.painted_object(), min(side, self._moving_side())
+        device = painted.planes.device
+        picture = torch.empty(3, side, side, dtype=torch.uint8)
+        for row, column in itertools.product(range(0, side, tile), repeat=2):
+            if outdated():
+                return None
+            row, column = min(row, side - tile), min(column, side - tile)
+            # A patch whose pixels are those of the whole picture.
+            patch = None, None
+            if tile < side:
+                offset = torch.tensor([[column, side - tile - row]], device=device) / (side - 1)
+                patch = torch.full((1,), (tile - 1) / (side - 1), device=device), offset
+            images = self.generator.render(
+                painted.planes,
+                view.angles.to(device)[None],
+                tile,
+                *patch,
+                ws=painted.ws,
+                fov=view.fov,
+                stochastic=False,
+            )
+            picture[:, row : row + tile, column : column + tile] = to_uint8(images.rgb[0]).cpu()
+        return canvas(picture.permute(1, 2, 0).numpy(), view.aspect)
+
+    def _moving_side(self) -> int:
+        """The side of a frame, a power of two, that takes about FRAME_SECONDS."""
+        side = 2 ** int(math.log2(max(SMALLEST, math.sqrt(self.rate * FRAME_SECONDS))))
+        return min(side, self.resolution)
+
+    def _next(self) -> tuple[int, View, int] | None:
+        """A page that waits, and the side of its next frame; pages in motion first."""
+        for client_id, view in self.views.items():
+            if view.painted != view.asked:
+                return client_id, dataclasses.replace(view), self._moving_side()
+        for client_id, view in self.views.items():
+            if view.side < self.resolution:
+                return client_id, dataclasses.replace(view), min(2 * view.side, self.resolution)
+        return None
+
+    def _paint_forever(self) -> None:
+        while self.running:
+            with self.changed:
+                work = self._next()
+                if work is None:
+                    self.changed.wait(timeout=1.0)
+                    continue
+            client_id, view, side = work
+            try:
+                reached = self._paint(client_id, view, side)
+            except Exception as error:  # whatever one picture trips over, the next ones are painted
+                self.status.content = f"cannot paint: {type(error).__name__}: {error}"
+                reached = self.resolution
+            with self.changed:
+                current = self.views.get(client_id)
+                if current is not None and reached:
+                    current.painted, current.side = view.asked, reached
+
+    def _paint(self, client_id: int, view: View, side: int) -> int:
+        """Sends a frame. Returns the side that the page has now, 0 if the frame was given up."""
+        client = self.server.get_clients().get(client_id)
+        if client is None:
+            return self.resolution
+        if self.show_mesh.value:
+            client.scene.set_background_image(None)
+            return self.resolution
+
+        def outdated() -> bool:
+            current = self.views.get(client_id)
+            return current is None or (view.painted == view.asked and current.asked != view.asked)
+
+        begun = time.perf_counter()
+        picture = self.frame(view, side, outdated)
+        if picture is None:
+            return 0
+        seconds = time.perf_counter() - begun
+        self.rate = 0.5 * self.rate + 0.5 * side**2 / max(seconds, 1e-6)
+        sharp = side == self.resolution
+        client.scene.set_background_image(picture, format="png" if sharp else "jpeg", jpeg_quality=80)
+        self.status.content = f"{side}x{side}, {1000 * seconds:.0f} ms"
+        return side
+
+    # The mesh
+
+    def _build_mesh(self) -> None:
+        self.build.disabled = True
+        self.status.content = "building the mesh ..."
+        try:
+            self.make_mesh()
+            self.show_mesh.value = True
+        except UserError as error:
+            self.status.content = f"no mesh: {error}"
+        finally:
+            self.build.disabled = False
+
+    def make_mesh(self) -> None:
+        """Puts the surface of the current object into the scene."""
+        painted, threshold = self.painted_object(), float(self.threshold.value)
+        volume = density_volume(self.generator, painted.planes, int(self.mesh_resolution.value))
+        if not threshold:
+            whole = self.config.camera.prior == "spherical_uniform"
+            threshold = automatic_threshold(self.generator, painted.planes, whole)
+        surface = extract(self.generator, painted.planes, volume, threshold)
+        mesh = to_trimesh(surface)
+        self.mesh = self.server.scene.add_mesh_trimesh("/mesh", mesh, visible=bool(self.show_mesh.value))
+        self.status.content = f"threshold {threshold:.4g}\n\n" + "\n\n".join(statistics(surface))
+
+    def _show_mesh(self) -> None:
+        if self.mesh is not None:
+            self.mesh.visible = bool(self.show_mesh.value)
+        self._touch()
+
+    def stop(self) -> None:
+        """Ends the painter and the server."""
+        self.running = False
+        with self.changed:
+            self.changed.notify()
+        self.painter.join(timeout=30)
+        self.server.stop()
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m epigraf_fast.viewer",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint, a run folder, or a converted one")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 serves the whole network (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8080, help="0 takes a free one (default: %(default)s)")
+    parser.add_argument(
+        "--resolution", type=int, help="of sharp frames (default: four times that of training, 1024 at most)"
+    )
+    parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
+    options = parser.parse_args(args)
+    try:
+        check_range("port", options.port, 0, 65535)
+        config, generator = load_generator(options.checkpoint, options.device)
+        resolution = options.resolution or max(config.resolution, min(4 * config.resolution, 1024))
+        check_range("resolution", resolution, SMALLEST, 4096)
+        viewer = Viewer(config, generator, options.host, options.port, resolution)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"viewer at {viewer.address} (Ctrl-C ends it)", flush=True)
+    try:
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        viewer.stop()
+
+
+if __name__ == "__main__":
+    main()

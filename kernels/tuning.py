@@ -1,0 +1,198 @@
+"""Which configuration a launch takes: a default, or the one that was fastest when `tune` timed them on the device.
+
+A plan is one configuration for each launch. The plans of a kernel are few and fixed, by architecture, size of the
+problem and size of a texel: what `python -m bench.resources` found to spill nothing, to load texels 128 bits at a time,
+and to keep the most warps on a multiprocessor. It compiles all of them.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+
+class Config(NamedTuple):
+    """How a kernel is cut into programs."""
+
+    block_n: int  # points of a tile
+    num_warps: int
+    tiles: int = 1  # tiles of a program, one after the other
+    max_registers: int | None = None  # of a thread; None leaves it to the compiler
+
+
+# A plan with two configurations has a launch for the gradient to planes and one for that to the network.
+Plan = tuple[Config, ...]
+Timer = Callable[[Callable[[], Any]], float]
+
+
+class Case(NamedTuple):
+    """What a plan is chosen for."""
+
+    kernel: str
+    arch: int
+    channels: int
+    hidden: int
+    out: int
+    height: int
+    width: int
+    texel_bytes: int
+    precision: str
+    deterministic: bool
+
+
+def _plan(*configs: tuple[int | None, ...]) -> Plan:
+    return tuple(Config(*config) for config in configs)
+
+
+# (kernel, size, bytes of a texel) -> oldest architecture -> plans, the default first.
+PLANS: dict[tuple[str, str, int], dict[int, tuple[Plan, ...]]] = {
+    ("sample_fwd", "any", 4): {70: (_plan((32, 4)), _plan((64, 4)), _plan((128, 8)))},
+    ("sample_fwd", "any", 2): {70: (_plan((32, 4)), _plan((64, 4)), _plan((128, 8)))},
+    ("sample_bwd", "any", 4): {70: (_plan((32, 4)), _plan((64, 4)), _plan((128, 8)))},
+    ("sample_bwd", "any", 2): {70: (_plan((32, 4)), _plan((64, 4)), _plan((128, 8)))},
+    ("decode_fwd", "narrow", 4): {70: (_plan((16, 8)),), 80: (_plan((32, 4)), _plan((16, 2)))},
+    ("decode_fwd", "narrow", 2): {70: (_plan((16, 8)),), 80: (_plan((32, 2)), _plan((64, 4)))},
+    ("decode_fwd", "usual", 4): {
+        70: (_plan((16, 8)),),
+        80: (_plan((16, 4)), _plan((32, 4)), _plan((64, 4))),
+        90: (_plan((32, 4)), _plan((16, 4)), _plan((64, 4))),
+    },
+    ("decode_fwd", "usual", 2): {
+        70: (_plan((16, 8)),),
+        80: (_plan((16, 2)), _plan((64, 4))),
+        90: (_plan((32, 4)), _plan((16, 2)), _plan((64, 4))),
+    },
+    ("decode_fwd", "deep", 4): {70: (_plan((16, 8)),), 80: (_plan((16, 4)),), 90: (_plan((32, 8)), _plan((16, 4)))},
+    ("decode_fwd", "deep", 2): {70: (_plan((16, 8)),), 80: (_plan((32, 4)), _plan((64, 8)))},
+    ("decode_fwd", "large", 4): {70: (_plan((16, 8)),), 80: (_plan((16, 8)),)},
+    ("decode_fwd", "large", 2): {70: (_plan((16, 8)),), 80: (_plan((16, 4)),), 90: (_plan((32, 8)), _plan((16, 4)))},
+    ("decode_bwd", "narrow", 4): {
+        70: (_plan((16, 8), (16, 8, 8)),),
+        80: (_plan((32, 4), (32, 4, 8, 168)), _plan((32, 4, 8))),
+    },
+    ("decode_bwd", "narrow", 2): {
+        70: (_plan((16, 8), (16, 8, 8)),),
+        80: (_plan((32, 2), (32, 2, 8, 168)),),
+    },
+    ("decode_bwd", "usual", 4): {
+        70: (_plan((16, 8), (16, 8, 8)),),
+        80: (_plan((16, 4), (16, 4, 8, 168)), _plan((16, 4, 8))),
+        90: (_plan((16, 4), (16, 4, 8, 128)), _plan((32, 4), (16, 4, 8, 128)), _plan((16, 4, 8))),
+        100: (_plan((16, 4), (16, 4, 8, 168)),),
+    },
+    ("decode_bwd", "usual", 2): {
+        70: (_plan((16, 8), (16, 8, 8)),),
+        80: (_plan((32, 4), (32, 4, 8)), _plan((32, 4, 8))),
+    },
+    ("decode_bwd", "deep", 4): {
+        70: (_plan((16, 8), (16, 8, 8)),),
+        80: (_plan((32, 8), (32, 8, 8)),),
+        90: (_plan((16, 4), (32, 8, 8)),),
+    },
+    ("decode_bwd", "deep", 2): {
+        70: (_plan((16, 8), (16, 8, 8)),),
+        80: (_plan((32, 4, 1, 168), (32, 4, 8)),),
+    },
+    ("decode_bwd", "large", 4): {
+        70: (_plan((16, 8), (16, 8, 8)),),
+        80: (_plan((16, 8), (16, 8, 8)),),
+    },
+    ("decode_bwd", "large", 2): {
+        70: (_plan((16, 8), (16, 8, 8)),),
+        80: (_plan((32, 8, 1, 168), (32, 8, 8)),),
+    },
+}
+
+_chosen: dict[Case, Plan] = {}
+
+
+def architecture(device: torch.device) -> int:
+    """The compute capability of a GPU, as 80, which the interpreter takes itself for."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def plans(case: Case) -> tuple[Plan, ...]:
+    """What a launch may take, the default first; if deterministic that one alone, for others have other roundings."""
+    by_arch = PLANS[case.kernel, _size(case), min(case.texel_bytes, 4)]
+    found = by_arch[max(arch for arch in by_arch if arch <= case.arch)]
+    return found[:1] if case.deterministic else found
+
+
+def plan(case: Case) -> Plan:
+    """What a launch takes."""
+    return _chosen.get(case) or plans(case)[0]
+
+
+def tune(case: Case, launch: Callable[[Plan], Any], timer: Timer | None = None) -> Plan:
+    """Has `launch` run with every plan, and later launches of the case take the fastest.
+
+    Args:
+        timer: Milliseconds of a call, median of several; default: by CUDA events.
+    """
+    timer = milliseconds if timer is None else timer
+    times = {candidate: timer(lambda candidate=candidate: launch(candidate)) for candidate in plans(case)}
+    _chosen[case] = min(times, key=times.__getitem__)
+    return _chosen[case]
+
+
+def milliseconds(call: Callable[[], Any], *, warmup: int = 3, repeats: int = 10) -> float:
+    """Median time of a call on the current CUDA device; the first calls, which compile, are not counted."""
+    for _ in range(warmup):
+        call()
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for start, end in events:
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events)
+
+
+def export_choices() -> list[dict[str, Any]]:
+    """What `tune` chose, as plain JSON values."""
+    return [{**case._asdict(), "plan": [list(config) for config in chosen]} for case, chosen in _chosen.items()]
+
+
+def import_choices(choices: Sequence[dict[str, Any]]) -> None:
+    """Takes up what `export_choices` gave.
+
+    Raises:
+        ValueError: A plan is none of its case's: what was saved is of another version.
+    """
+    read = {}
+    for choice in choices:
+        try:
+            case = Case(**{name: value for name, value in choice.items() if name != "plan"})
+            chosen = _plan(*choice["plan"])
+            known = chosen in plans(case)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"tuning: choices must be what export_choices gave, got {choice}") from error
+        if not known:
+            raise ValueError(
+                f"tuning: plan must be one of {plans(case)} (because bench.resources checks those), got {chosen}"
+            )
+        read[case] = chosen
+    _chosen.update(read)
+
+
+def forget_choices() -> None:
+    """Back to the defaults."""
+    _chosen.clear()
+
+
+def _size(case: Case) -> str:
+    """Which plans a problem takes: those of channels and hidden units that fill the same registers."""
+    if case.kernel.startswith("sample"):
+        return "any"
+    if case.channels > 32:
+        return "large"
+    if case.hidden > 64:
+        return "deep"
+    return "narrow" if triton.next_power_of_2(case.channels) <= 16 else "usual"

@@ -1,0 +1,142 @@
+"""The choice among plans: what the timer says is fastest is what launches take, also after a save and a load."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import pytest
+import torch
+
+from checks import assert_close, draw, draw_uniform
+from epigraf_fast import ops
+from epigraf_fast.ops import tuning as ops_tuning
+from epigraf_fast.training.warmup import FILE, choose_kernels
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed: pip install triton", allow_module_level=True)
+
+from epigraf_fast.kernels import decode_triplane, tuning
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _no_choices():
+    tuning.forget_choices()
+    yield
+    tuning.forget_choices()
+
+
+def inputs():
+    float32 = {"dtype": torch.float32}
+    rays = (
+        draw(1, 96, 4, 4, seed=1, **float32),
+        0.1 * draw(1, 3, 3, seed=2, **float32),
+        torch.nn.functional.normalize(draw(1, 3, 3, seed=3, **float32), dim=-1),
+        draw_uniform(1, 3, 5, seed=4, **float32) - 0.5,
+    )
+    sizes = ((64, 32), (64,), (4, 64), (4,))
+    network = tuple(draw(*size, seed=5 + i, **float32) for i, size in enumerate(sizes))
+    return tuple(x.to(DEVICE) for x in rays), tuple(x.to(DEVICE) for x in network)
+
+
+def last_is_fastest():
+    """A timer that makes the call, and says that each is faster than the one before."""
+    calls = []
+
+    def timer(call):
+        call()
+        calls.append(call)
+        return 1.0 / len(calls)
+
+    return timer
+
+
+def case(way, arch, **changes):
+    (planes, *_), (w0, _, w1, _) = inputs()
+    return decode_triplane.case(way, planes, w0, w1, "fp32", arch)._replace(**changes)
+
+
+def test_launches_take_the_fastest_plan(monkeypatch):
+    rays, network = inputs()
+    arch = tuning.architecture(rays[0].device)
+    expected = ops.decode_triplane_rays(*rays, *network, backend="reference")
+    ops_tuning.tune_decode_triplane(*rays, *network, timer=last_is_fastest())
+    for way in ("fwd", "bwd"):
+        plans = tuning.plans(case(way, arch))
+        assert tuning.plan(case(way, arch)) == plans[-1] != plans[0]
+        assert tuning.plan(case(way, arch, height=9)) == plans[0]
+    asked, plan = [], tuning.plan
+    monkeypatch.setattr(decode_triplane, "plan", lambda case: asked.append(plan(case)) or asked[-1])
+    assert_close(ops.decode_triplane_rays(*rays, *network, backend="triton"), expected, "out")
+    assert asked == [tuning.plans(case("fwd", arch))[-1]]
+
+
+def test_a_deterministic_run_keeps_to_the_defaults(poisoned):
+    rays, network = inputs()
+    ops_tuning.tune_decode_triplane(*rays, *network, timer=last_is_fastest())  # as torch is told to be
+    ops_tuning.tune_decode_triplane(*rays, *network, deterministic=True, timer=last_is_fastest())
+    assert tuning.export_choices() == []
+    assert len(tuning.plans(case("bwd", 90, deterministic=True))) == 1 < len(tuning.plans(case("bwd", 90)))
+
+
+def test_choices_survive_json():
+    tuning.tune(case("bwd", 90), lambda plan: None, last_is_fastest())
+    saved = json.loads(json.dumps(ops_tuning.export_choices()))
+    tuning.forget_choices()
+    assert tuning.plan(case("bwd", 90)) == tuning.plans(case("bwd", 90))[0]
+    ops_tuning.import_choices(saved)
+    assert tuning.plan(case("bwd", 90)) == tuning.plans(case("bwd", 90))[-1]
+
+
+@pytest.mark.parametrize("change", [{"plan": [[128, 1, 1, None]]}, {"kernel": "other"}, {"unknown": 1}, {"plan": 3}])
+def test_choices_of_another_version_are_refused(change):
+    tuning.tune(case("fwd", 80), lambda plan: None, last_is_fastest())
+    (saved,) = ops_tuning.export_choices()
+    with pytest.raises(ValueError, match="tuning: "):
+        ops_tuning.import_choices([{**saved, **change}])
+
+
+def test_every_size_has_plans_for_every_architecture():
+    for arch in (70, 75, 80, 86, 90, 100, 120):
+        for channels in range(8, 72, 8):
+            for hidden in (16, 33, 64, 65, 128):
+                for texel in (2, 4):
+                    for kernel in ("sample_fwd", "sample_bwd", "decode_fwd", "decode_bwd"):
+                        sizes = {"channels": channels, "hidden": hidden, "texel_bytes": texel, "kernel": kernel}
+                        assert tuning.plans(case("fwd", arch, **sizes))
+
+
+def test_a_run_times_once_and_reads_its_file_when_resumed(tmp_path):
+    rays, network = inputs()
+    device = rays[0].device
+    arguments = tmp_path, device, rays, network, 1.0
+    assert choose_kernels(*arguments, timer=last_is_fastest())
+    chosen = tuning.export_choices()
+    assert [choice["kernel"] for choice in chosen] == ["decode_fwd", "decode_bwd"]
+    tuning.forget_choices()
+    assert not choose_kernels(*arguments, timer=last_is_fastest())
+    assert tuning.export_choices() == chosen
+
+    stored = json.loads((tmp_path / FILE).read_text())
+    stored["device"] = "another GPU"
+    (tmp_path / FILE).write_text(json.dumps(stored))
+    assert choose_kernels(*arguments, timer=last_is_fastest())
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU, on which the plans are timed")
+def test_without_a_gpu_nothing_is_timed(tmp_path):
+    rays, network = inputs()
+    assert not choose_kernels(tmp_path, torch.device("cpu"), rays, network, 1.0)
+    ops_tuning.tune_decode_triplane(*rays, *network)
+    assert tuning.export_choices() == []
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+def test_plans_are_timed_on_the_device(tmp_path):
+    rays, network = inputs()
+    assert choose_kernels(tmp_path, rays[0].device, rays, network, 1.0)
+    assert len(tuning.export_choices()) == 2
