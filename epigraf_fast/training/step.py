@@ -60,10 +60,10 @@ class Trainer:
 
     def __init__(self, config: Config, dataset: ImageDataset, device: torch.device, world: World | None = None) -> None:
         self.config, self.device = config, device
-        self.backends = choose_backends(config, device.type)
         self.world = World() if world is None else world
         self.share = config.batch // self.world.size
         self.micro = min(config.micro, self.share)
+        self.backends = choose_backends(config, device.type)
         self.labels, self.angles = dataset.labels.to(device), dataset.angles.to(device)
         self.generator = build_generator(config, dataset.label_dim, device.type)
         if config.camera.prior == "custom":

@@ -14,12 +14,12 @@ import torch
 from epigraf_fast.config import Config
 from epigraf_fast.errors import UserError
 from epigraf_fast.training.checkpoint import save_checkpoint
+from epigraf_fast.training.networks import find_device
 from epigraf_fast.training.pretrained import (
     check_finite,
     find_generator,
     load_generator,
     load_safetensors,
-    pick_device,
     save_safetensors,
 )
 from epigraf_fast.training.step import Trainer
@@ -117,7 +117,7 @@ def test_faults_are_one_line(
         assert "\n" not in str(caught.value)
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="torch sees no GPU"):
-            pick_device("cuda")
+            find_device("cuda")
     state = {"a": torch.zeros(2), "b": torch.tensor([1.0, torch.inf])}
     with pytest.raises(UserError, match="G: b is not finite"):
         check_finite(state, "G")
