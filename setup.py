@@ -182,6 +182,7 @@ setup(
     ],
     extras_require={
         "metrics": METRICS,
+        "profiling": ["nvtx>=0.2"],
         "make_dataset": [*RENDERING, "pybullet>=3.2.6"],
         "test": [*METRICS, *RENDERING, "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6"],
     },
