@@ -74,7 +74,7 @@ clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache epigraf_fast/_C.*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(READY): $(VENV)/constraints.txt setup.py pyproject.toml
+$(READY): $(VENV)/constraints.txt setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "The tested versions need Python 3.11 or newer; name one, as in: make PYTHON=python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)

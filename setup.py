@@ -192,6 +192,7 @@ setup(
     ],
     extras_require={
         "metrics": METRICS,
+        "profiling": ["nvtx>=0.2"],
         "make_dataset": [*RENDERING, "pybullet>=3.2.6"],
         "tools": TOOLS,
         "viewer": [*TOOLS, *VIEWER],

@@ -522,6 +522,15 @@ void finish_sums(const LayerEpilogueArgs& a) {
   }
 }
 
+// Without the blur rows need not be told apart: so many of them as one that it has up to kMergedPixels.
+LayerEpilogueArgs merged(const LayerEpilogueArgs& args) {
+  constexpr i64 kMergedPixels = 256;
+  LayerEpilogueArgs a = args;
+  if (a.taps) return a;
+  while (a.height % 2 == 0 && a.height > 0 && a.width * 2 <= kMergedPixels) a.height /= 2, a.width *= 2;
+  return a;
+}
+
 // Calls f<T, LAST, K>(args, chunk) for every chunk.
 #define EPIGRAF_LAYER_CHUNKS(f, args, outputs, threads)                                                             \
   do {                                                                                                              \
@@ -601,20 +610,23 @@ void demodulation_bwd_of(const DemodulationArgs& a, int threads) {
 }  // namespace
 
 void layer_epilogue_fwd(const LayerEpilogueArgs& args, int threads) {
-  EPIGRAF_LAYER_CHUNKS(fwd_chunk, args, args.out[1] ? 2 : 1, threads);
+  const LayerEpilogueArgs a = merged(args);
+  EPIGRAF_LAYER_CHUNKS(fwd_chunk, a, a.out[1] ? 2 : 1, threads);
 }
 
 void layer_epilogue_bwd(const LayerEpilogueArgs& args, int threads) {
-  if (args.taps)
-    EPIGRAF_LAYER_CHUNKS(blurred_bwd_chunk, args, args.grad_out[1] ? 2 : 1, threads);
+  const LayerEpilogueArgs a = merged(args);
+  if (a.taps)
+    EPIGRAF_LAYER_CHUNKS(blurred_bwd_chunk, a, a.grad_out[1] ? 2 : 1, threads);
   else
-    EPIGRAF_LAYER_CHUNKS(bwd_chunk, args, args.grad_out[1] ? 2 : 1, threads);
-  args.dtype == DType::f64 ? finish_sums<double>(args) : finish_sums<float>(args);
+    EPIGRAF_LAYER_CHUNKS(bwd_chunk, a, a.grad_out[1] ? 2 : 1, threads);
+  a.dtype == DType::f64 ? finish_sums<double>(a) : finish_sums<float>(a);
 }
 
 void layer_epilogue_double_bwd(const LayerEpilogueArgs& args, int threads) {
-  EPIGRAF_LAYER_CHUNKS(double_bwd_chunk, args, args.grad_out[1] ? 2 : 1, threads);
-  args.dtype == DType::f64 ? finish_sums<double>(args) : finish_sums<float>(args);
+  const LayerEpilogueArgs a = merged(args);
+  EPIGRAF_LAYER_CHUNKS(double_bwd_chunk, a, a.grad_out[1] ? 2 : 1, threads);
+  a.dtype == DType::f64 ? finish_sums<double>(a) : finish_sums<float>(a);
 }
 
 void demodulation_fwd(const DemodulationArgs& args, int threads) {

@@ -48,10 +48,12 @@ class FullyConnected(nn.Module):
         return self.weight * (self.lr_multiplier / math.sqrt(self.weight.shape[1])), self.bias * self.lr_multiplier
 
     def forward(self, x: Tensor) -> Tensor:  # [B, n_in] -> [B, n_out]
-        weight, bias = self.effective()
+        # As `effective` has it, the factor applied inside of the product: the weight is not copied.
+        factor = self.lr_multiplier / math.sqrt(self.weight.shape[1])
+        bias = self.bias if self.lr_multiplier == 1 else self.bias * self.lr_multiplier
         if self.act == "linear":
-            return torch.nn.functional.linear(x, weight, bias)
-        y = torch.nn.functional.linear(x, weight)
+            return torch.addmm(bias, x, self.weight.t(), alpha=factor)
+        y = (x * factor) @ self.weight.t()
         return ops.bias_act(y, bias, act=self.act, backend=self.backend)
 
 

@@ -1,4 +1,7 @@
-"""conv2d_resample and modulated_conv2d: the reference against the literal sequence and explicit kernels per sample."""
+"""The convolutions of G and D and what surrounds them, on every backend that is here.
+
+Against the literal sequence, explicit kernels per sample, difference quotients, and the reference in float64.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import torch
 from checks import (
     SIGMAS,
     assert_close,
+    assert_error_within_reference,
     assert_finite,
     draw,
     gradcheck,
@@ -18,10 +22,56 @@ from checks import (
     layouts,
 )
 from epigraf_fast import ops
+from epigraf_fast.ops import backends
 
-conv2d_resample = functools.partial(ops.conv2d_resample, backend="reference")
-modulated_conv2d = functools.partial(ops.modulated_conv2d, backend="reference")
 BLUR = torch.tensor([1, 3, 3, 1], dtype=torch.float64) / 8
+
+
+@pytest.fixture(params=("reference", "cpu", "cuda"))
+def backend(request):
+    reason = backends.status()["modulated_conv2d"][request.param]
+    if reason is not None:
+        pytest.skip(reason)
+    return request.param
+
+
+def on_backend(op, backend):
+    """The op on a backend, of tensors on the CPU; cuda's go to the GPU and back, which derivatives follow."""
+    if backend != "cuda":
+        return functools.partial(op, backend=backend)
+
+    def there(value):
+        if isinstance(value, tuple):
+            return tuple(map(there, value))
+        return value.cuda() if isinstance(value, torch.Tensor) and value.device.type == "cpu" else value
+
+    def back(value):
+        return tuple(x if x is None else x.cpu() for x in value) if isinstance(value, tuple) else value.cpu()
+
+    def run(*args, **kwargs):
+        return back(op(*map(there, args), backend="cuda", **{name: there(value) for name, value in kwargs.items()}))
+
+    return run
+
+
+@pytest.fixture
+def conv2d_resample(backend):
+    return on_backend(ops.conv2d_resample, backend)
+
+
+@pytest.fixture
+def modulated_conv2d(backend):
+    return on_backend(ops.modulated_conv2d, backend)
+
+
+@pytest.fixture
+def modulation(backend):
+    return on_backend(ops.modulation, backend)
+
+
+@pytest.fixture
+def layer_epilogue(backend):
+    return on_backend(ops.layer_epilogue, backend)
 
 
 def valid_convolution(x, kernel):
@@ -76,7 +126,7 @@ def layer(channels=3, out=2, k=3, size=(4, 5), batch=2, dtype=torch.float64):
 # --- conv2d_resample
 
 
-def test_plain_convolution_by_hand():
+def test_plain_convolution_by_hand(conv2d_resample):
     x = torch.tensor([[[[1, 2], [3, 4]]]], dtype=torch.float64)
     weight = torch.tensor([[[[0, 0, 0], [0, 1, 10], [0, 100, 1000]]]], dtype=torch.float64)
     # Correlation: every pixel, 10 times its right, 100 times its lower, 1000 times its lower right neighbour.
@@ -85,7 +135,7 @@ def test_plain_convolution_by_hand():
     assert_close(conv2d_resample(x, weight, flip_weight=True), [[[[1, 12], [103, 1234]]]], "convolution")
 
 
-def test_upsampling_convolution_by_hand():
+def test_upsampling_convolution_by_hand(conv2d_resample):
     # One pixel of 1 becomes 1 0 / 0 0; [1, 1] / 2 with gain 4 and pads (2+2-1)//2 = 1, 0 makes it 1 1 / 1 1 (as any
     # [1, 1] with gain 1 per axis); then a plain 1x1 convolution by 5.
     box = torch.tensor([0.5, 0.5], dtype=torch.float64)
@@ -99,7 +149,7 @@ def test_upsampling_convolution_by_hand():
     assert_close(actual, [[[[12, 16], [24, 28]]]], "3x3, rotated")
 
 
-def test_discriminators_paddings():
+def test_discriminators_paddings(conv2d_resample):
     # SPEC: the 3x3 convolution down 2 pads 2 on every side, the 1x1 skip pads 1.
     x = draw(1, 2, 6, 8, seed=1)
     for k, pad in ((3, 2), (1, 1)):
@@ -110,7 +160,7 @@ def test_discriminators_paddings():
         assert_close(conv2d_resample(x, weight, kernel=BLUR, down=2), expected, f"{k}x{k}")
 
 
-def test_generators_paddings():
+def test_generators_paddings(conv2d_resample):
     # SPEC: a stride-2 transposed convolution with the raw kernel gives 2H+1; the filter then pads 1 on all sides.
     x, weight = draw(1, 2, 3, 4, seed=1), draw(3, 2, 3, 3, seed=2)
     wide = torch.nn.functional.conv_transpose2d(x, weight.transpose(0, 1), stride=2)
@@ -123,7 +173,7 @@ def test_generators_paddings():
 @pytest.mark.parametrize(("up", "down"), [(1, 1), (2, 1), (3, 1), (1, 2), (1, 3)])
 @pytest.mark.parametrize("kernel_shape", [(3,), (4,), (5, 5), (6,)])
 @pytest.mark.parametrize("flip_weight", [False, True])
-def test_equals_the_literal_sequence(k, up, down, kernel_shape, flip_weight):
+def test_equals_the_literal_sequence(k, up, down, kernel_shape, flip_weight, conv2d_resample):
     x, weight, kernel = draw(2, 3, 5, 6, seed=1), draw(2, 3, k, k, seed=2), draw(*kernel_shape, seed=3)
     settings = {"kernel": kernel, "up": up, "down": down, "flip_weight": flip_weight}
     expected = literal_resample(x, weight, **settings)
@@ -131,7 +181,7 @@ def test_equals_the_literal_sequence(k, up, down, kernel_shape, flip_weight):
     assert_close(conv2d_resample(x, weight, **settings), expected, "y")
 
 
-def test_two_taps_are_enough_for_a_factor_of_two():
+def test_two_taps_are_enough_for_a_factor_of_two(conv2d_resample):
     x, weight, kernel = draw(1, 1, 2, 2, seed=1), draw(1, 1, 1, 1, seed=2), draw(2, seed=3)
     for factors in ({"up": 2}, {"down": 2}):
         expected = literal_resample(x, weight, kernel, **factors)
@@ -140,7 +190,7 @@ def test_two_taps_are_enough_for_a_factor_of_two():
 
 @pytest.mark.parametrize("settings", [{}, {"up": 2, "kernel": BLUR, "flip_weight": True}, {"down": 2, "kernel": BLUR}])
 @pytest.mark.parametrize("k", [1, 3])
-def test_derivatives_of_the_convolution(settings, k):
+def test_derivatives_of_the_convolution(settings, k, conv2d_resample):
     inputs = {"x": draw(1, 2, 2, 3, seed=1), "weight": draw(1, 2, k, k, seed=2)}
     function = functools.partial(conv2d_resample, **settings)
     gradcheck(function, inputs, "conv2d_resample")
@@ -150,7 +200,7 @@ def test_derivatives_of_the_convolution(settings, k):
 # --- modulated_conv2d
 
 
-def test_values_by_hand():
+def test_values_by_hand(modulated_conv2d):
     x, one = torch.full((1, 1, 1, 1), 2.0, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
     assert_close(modulated_conv2d(x, 3 * one[..., None, None], 5 * one, demodulate=False), [[[[30]]]], "2 * 3 * 5")
     assert_close(modulated_conv2d(x, 3 * one[..., None, None], -5 * one), [[[[-2]]]], "2 * (3 * -5) / 15", "hand")
@@ -163,7 +213,7 @@ def test_values_by_hand():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_demodulation_floor_by_hand(dtype):
+def test_demodulation_floor_by_hand(dtype, modulated_conv2d):
     # (weight * style)^2 = 1e-8 beside the floor of 1e-8: 1e-4 x / sqrt(2e-8) = x / sqrt(2).
     one = torch.ones(1, 1, 1, 1, dtype=dtype)
     actual = modulated_conv2d(one, 1e-2 * one, 1e-2 * one[0, 0])
@@ -174,7 +224,7 @@ def test_demodulation_floor_by_hand(dtype):
 @pytest.mark.parametrize("up", [1, 2])
 @pytest.mark.parametrize("k", [1, 3, 5])
 @pytest.mark.parametrize(("channels", "out"), [(3, 2), (1, 5), (16, 8)])
-def test_equals_a_kernel_per_sample(demodulate, up, k, channels, out):
+def test_equals_a_kernel_per_sample(demodulate, up, k, channels, out, modulated_conv2d):
     inputs = layer(channels, out, k)
     kernel = BLUR if up > 1 else None
     expected = literal_modulated(**inputs, demodulate=demodulate, up=up, kernel=kernel)
@@ -183,7 +233,7 @@ def test_equals_a_kernel_per_sample(demodulate, up, k, channels, out):
     assert_close(actual, expected, "y")
 
 
-def test_equals_a_grouped_convolution():
+def test_equals_a_grouped_convolution(modulated_conv2d):
     inputs = layer(channels=4, out=3, batch=3)
     kernels = inputs["weight"][None] * inputs["style"][:, None, :, None, None]
     kernels = kernels / kernels.flatten(2).norm(dim=2)[:, :, None, None, None]
@@ -193,7 +243,7 @@ def test_equals_a_grouped_convolution():
     assert_close(modulated_conv2d(**inputs), expected, "y", "hand")  # all but the floor of 1e-8
 
 
-def test_demodulated_output_has_unit_variance():
+def test_demodulated_output_has_unit_variance(modulated_conv2d):
     num = 40
     x = draw(num, 24, 6, 6, seed=1)
     weight, style = 7 * draw(10, 24, 3, 3, seed=2), 0.1 * draw(num, 24, seed=3)
@@ -207,13 +257,13 @@ def test_demodulated_output_has_unit_variance():
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 4, 5), (1, 1, 4, 5), (4, 5), (2, 1, 1, 1), ()])
-def test_noise_broadcasts(shape):
+def test_noise_broadcasts(shape, modulated_conv2d):
     inputs, noise = layer(), draw(*shape, seed=5)
     expected = literal_modulated(**inputs) + noise
     assert_close(modulated_conv2d(**inputs, noise=noise), expected, "y")
 
 
-def test_epilogue():
+def test_epilogue(modulated_conv2d):
     # Noise before the bias, both inside the activation, then gain, then clamp.
     inputs, noise, bias = layer(), draw(2, 1, 8, 10, seed=5), draw(2, seed=6)
     before = literal_modulated(**inputs, up=2, kernel=BLUR) + noise + bias[:, None, None]
@@ -229,7 +279,7 @@ def test_epilogue():
 
 @pytest.mark.parametrize("up", [1, 2])
 @pytest.mark.parametrize("demodulate", [True, False])
-def test_first_and_second_derivatives(up, demodulate):
+def test_first_and_second_derivatives(up, demodulate, modulated_conv2d):
     inputs = {
         **layer(channels=2, out=2, size=(2, 2), batch=2),
         "noise": draw(2, 1, 2 * up, 2 * up, seed=5),
@@ -253,7 +303,7 @@ HALF = {"channels": 32, "out": 16, "size": (6, 6)}
 
 @pytest.mark.parametrize("up", [1, 2])
 @pytest.mark.parametrize("demodulate", [True, False])
-def test_fp16_is_close_to_fp32(up, demodulate):
+def test_fp16_is_close_to_fp32(up, demodulate, modulated_conv2d):
     inputs = layer(**HALF, dtype=torch.float32)
     inputs["x"] = inputs["x"].half()
     settings = {"demodulate": demodulate, "up": up, "kernel": BLUR.float() if up > 1 else None}
@@ -267,7 +317,7 @@ def test_fp16_is_close_to_fp32(up, demodulate):
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
-def test_fp16_range_does_not_depend_on_the_scale_of_weight_and_style(scale):
+def test_fp16_range_does_not_depend_on_the_scale_of_weight_and_style(scale, modulated_conv2d):
     # At 1e4 the unscaled products (1e4 * 1e4 * sqrt(288) terms) are beyond fp16's 65504, and so is their energy.
     inputs = layer(**HALF, dtype=torch.float32)
     expected = modulated_conv2d(**inputs)
@@ -275,7 +325,7 @@ def test_fp16_range_does_not_depend_on_the_scale_of_weight_and_style(scale):
     assert_close(actual, expected, "y", "fp16_layer")
 
 
-def test_fp16_scales_are_per_output_and_per_sample():
+def test_fp16_scales_are_per_output_and_per_sample(modulated_conv2d):
     # One output channel and one image thousands of times larger than the others do not push these into underflow.
     inputs = layer(**HALF, dtype=torch.float32)
     weight, style = inputs["weight"].clone(), inputs["style"].clone()
@@ -285,7 +335,7 @@ def test_fp16_scales_are_per_output_and_per_sample():
     assert_close(actual, modulated_conv2d(**inputs), "y", "fp16_layer")
 
 
-def test_fp16_of_large_activations_is_finite():
+def test_fp16_of_large_activations_is_finite(modulated_conv2d):
     # Activations at the clamp of 256, all of one sign: the sums are largest.
     x = torch.full((1, 512, 4, 4), 256.0, dtype=torch.float16)
     weight, style = torch.ones(8, 512, 3, 3), torch.ones(1, 512)
@@ -295,7 +345,7 @@ def test_fp16_of_large_activations_is_finite():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
-def test_zero_weight_or_style_gives_zero(dtype):
+def test_zero_weight_or_style_gives_zero(dtype, modulated_conv2d):
     inputs = layer(dtype=torch.promote_types(dtype, torch.float32))
     inputs["x"] = inputs["x"].to(dtype)
     inputs["weight"][0] = 0
@@ -306,7 +356,7 @@ def test_zero_weight_or_style_gives_zero(dtype):
     assert y[0, 1].abs().min() > 0
 
 
-def test_float32():
+def test_float32(modulated_conv2d):
     inputs = layer(channels=16, out=8)
     y = modulated_conv2d(**{name: x.float() for name, x in inputs.items()}, up=2, kernel=BLUR.float())
     assert y.dtype == torch.float32
@@ -315,7 +365,7 @@ def test_float32():
 
 @pytest.mark.parametrize("up", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_empty_batch(up, dtype):
+def test_empty_batch(up, dtype, conv2d_resample, modulated_conv2d):
     inputs = {**layer(batch=0, dtype=torch.float32), "bias": draw(2).float()}
     inputs["x"] = inputs["x"].to(dtype).requires_grad_()
     y = modulated_conv2d(**inputs, up=up, kernel=BLUR.float(), act="lrelu", noise=draw(4 * up, 5 * up).float())
@@ -327,13 +377,13 @@ def test_empty_batch(up, dtype):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 4), (3, 1)])
-def test_single_rows_and_columns(size):
+def test_single_rows_and_columns(size, modulated_conv2d):
     inputs = layer(size=size, batch=1, channels=1, out=1)
     for settings in ({"up": 1}, {"up": 2, "kernel": BLUR}):
         assert_close(modulated_conv2d(**inputs, **settings), literal_modulated(**inputs, **settings), f"{settings}")
 
 
-def test_layout_does_not_matter():
+def test_layout_does_not_matter(modulated_conv2d):
     inputs = {**layer(), "noise": draw(2, 1, 8, 10, seed=5), "bias": draw(2, seed=6), "kernel": draw(4, 4, seed=7)}
     expected = modulated_conv2d(**inputs, up=2)
     for changed, x in inputs.items():
@@ -366,7 +416,7 @@ CONVOLUTION_ERRORS = [
         ({"up": 2, "down": 2, "kernel": BLUR}, ValueError, "up and down must be at least 1, and one of them 1"),
     ],
 )
-def test_errors_of_the_convolution(change, error, message):
+def test_errors_of_the_convolution(change, error, message, conv2d_resample):
     inputs = layer()
     with pytest.raises(error, match=re.escape(f"conv2d_resample: {message}")):
         conv2d_resample(**{"x": inputs["x"], "weight": inputs["weight"], **change})
@@ -389,6 +439,162 @@ def test_errors_of_the_convolution(change, error, message):
         ({"clamp": -1.0}, ValueError, "clamp must be positive or None, got -1.0"),
     ],
 )
-def test_errors_of_the_layer(change, error, message):
+def test_errors_of_the_layer(change, error, message, modulated_conv2d):
     with pytest.raises(error, match=re.escape(f"modulated_conv2d: {message}")):
         modulated_conv2d(**{**layer(), **change})
+
+
+# --- layer_epilogue and modulation
+
+
+def epilogue_inputs(batch, channels, height, width, *, blur=False, styles=1, dtype=torch.float64):
+    """Every argument, of which a gradient is taken, and the settings."""
+    size = (height + 1, width + 1) if blur else (height, width)
+    inputs = {
+        "x": draw(batch, channels, *size, seed=1, dtype=dtype),
+        "demod": draw(batch, channels, seed=2).abs().add(0.3),
+        "noise": draw(batch, 1, height, width, seed=3),
+        "strength": draw(seed=4),
+        "bias": draw(channels, seed=5),
+        **{f"style{k}": draw(batch, channels, seed=6 + k) for k in range(styles)},
+    }
+    return inputs, {"blur": SKEWED.clone() if blur else None, "act": "lrelu", "clamp": 1.7}
+
+
+SKEWED = torch.tensor([1, 3, 2.5, 1.5], dtype=torch.float64) / 8  # no mirror image of itself
+
+
+def call_epilogue(op, settings, **inputs):
+    styles = tuple(inputs.pop(name) for name in sorted(inputs) if name.startswith("style"))
+    return op(**inputs, styles=styles or (None,), **settings)
+
+
+def derivatives(op, inputs, settings, order=2):
+    """Outputs, first, and second derivatives, by name."""
+    inputs = {
+        name: x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for name, x in inputs.items()
+    }
+    outputs = call_epilogue(op, settings, **inputs)
+    found = {f"out{k}": y for k, y in enumerate(outputs)}
+    values = outputs
+    for number in range(1, order + 1):
+        loss = sum((v * draw(*v.shape, seed=40 * number + k).to(v.dtype)).sum() for k, v in enumerate(values))
+        values = torch.autograd.grad(loss, list(inputs.values()), create_graph=number < order)
+        found |= {f"derivative {number} to {name}": v for name, v in zip(inputs, values, strict=True)}
+    return {name: x.detach() for name, x in found.items()}
+
+
+SIZES = [(2, 3, 4, 5), (1, 1, 1, 1), (2, 5, 70, 3), (1, 9, 35, 600), (3, 4, 1, 7)]
+
+
+@pytest.mark.parametrize("blur", [False, True])
+@pytest.mark.parametrize("styles", [0, 1, 2])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+def test_epilogue_equals_the_reference(layer_epilogue, size, blur, styles, channels_last, poisoned):
+    inputs, settings = epilogue_inputs(*size, blur=blur, styles=styles)
+    expected = derivatives(functools.partial(ops.layer_epilogue, backend="reference"), inputs, settings)
+    if channels_last:
+        inputs["x"] = inputs["x"].contiguous(memory_format=torch.channels_last)
+    for name, actual in derivatives(layer_epilogue, inputs, settings).items():
+        assert_close(actual, expected[name], name)
+
+
+@pytest.mark.parametrize("blur", [False, True])
+@pytest.mark.parametrize("styles", [0, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_epilogue_errs_no_more_than_the_reference(layer_epilogue, blur, styles, dtype):
+    inputs, settings = epilogue_inputs(2, 16, 9, 33, blur=blur, styles=styles, dtype=dtype)
+    reference = functools.partial(ops.layer_epilogue, backend="reference")
+    truth = derivatives(reference, {name: x.double() for name, x in inputs.items()}, settings, order=1)
+    single = {name: x if name == "x" else x.float() for name, x in inputs.items()}
+    if blur:
+        settings["blur"] = settings["blur"].float()
+    expected = derivatives(reference, single, settings, order=1)
+    for name, actual in derivatives(layer_epilogue, single, settings, order=1).items():
+        assert_error_within_reference(actual, expected[name], truth[name], name)
+
+
+@pytest.mark.parametrize("blur", [False, True])
+@pytest.mark.parametrize("styles", [0, 2])
+def test_epilogue_derivatives(layer_epilogue, blur, styles):
+    inputs, settings = epilogue_inputs(2, 2, 2, 3, blur=blur, styles=styles)
+    function = functools.partial(call_epilogue, layer_epilogue, settings)
+    gradcheck(function, inputs, "layer_epilogue")
+    gradgradcheck(function, inputs, "layer_epilogue")
+
+
+def test_epilogue_layouts(layer_epilogue):
+    inputs, settings = epilogue_inputs(2, 3, 4, 5)
+    expected = derivatives(functools.partial(ops.layer_epilogue, backend="reference"), inputs, settings)
+    for layout, x in layouts(inputs["x"]):
+        for name, actual in derivatives(layer_epilogue, {**inputs, "x": x}, settings).items():
+            assert_close(actual, expected[name], f"x: {layout}; {name}")
+
+
+@pytest.mark.parametrize(
+    ("size", "blur"),
+    [((0, 3, 4, 5), False), ((0, 3, 4, 5), True), ((2, 0, 4, 5), False), ((0, 3, 1, 1), False), ((0, 3, 1, 1), True)],
+)
+def test_epilogue_of_nothing(layer_epilogue, size, blur):
+    inputs, settings = epilogue_inputs(*size, blur=blur)
+    for name, x in derivatives(layer_epilogue, inputs, settings, order=1).items():
+        assert not x.any(), name
+
+
+def test_epilogue_does_not_depend_on_threads(layer_epilogue, backend):
+    inputs, settings = epilogue_inputs(1, 5, 70, 40, blur=True, styles=2)
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(derivatives(layer_epilogue, inputs, settings, order=1))
+    finally:
+        torch.set_num_threads(before)
+    for name in found[0]:
+        assert_close(found[1][name], found[0][name], name, torch.float64 if backend == "reference" else "exact")
+
+
+def test_epilogue_has_no_third_derivative():
+    if backends.status()["modulated_conv2d"]["cpu"] is not None:
+        pytest.skip(backends.status()["modulated_conv2d"]["cpu"])
+    inputs, settings = epilogue_inputs(1, 2, 2, 2)
+    op = functools.partial(ops.layer_epilogue, backend="cpu")
+    with pytest.raises(NotImplementedError, match='only backend="reference" has a third derivative'):
+        derivatives(op, inputs, settings, order=3)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_modulation(modulation, k):
+    inputs = {"weight": draw(3, 2, k, k, seed=1), "style": draw(4, 2, seed=2)}
+    modulated = modulation(**inputs, dtype=torch.float64)
+    energy = (inputs["weight"][None] * inputs["style"][:, None, :, None, None]).square().sum(dim=(2, 3, 4))
+    assert_close(modulated[2], (energy + 1e-8) ** -0.5, "demod")
+    assert_close(modulated[0], inputs["weight"], "weight", "exact")
+    assert_close(modulated[1], inputs["style"], "style", "exact")
+
+    def function(weight, style):
+        weight, style, demod = modulation(weight, style, torch.float64)
+        return weight, demod
+
+    gradcheck(function, inputs, "modulation")
+    gradgradcheck(function, inputs, "modulation")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"demod": draw(2, 4)}, "demod must have shape [2, 3], got [2, 4]"),
+        ({"styles": (draw(3, 3),)}, "styles must have shape [2, 3], got [3, 3]"),
+        ({"styles": (None, None, None)}, "styles must be one or two, got 3"),
+        ({"strength": draw(1)}, "strength must have shape [], got [1]"),
+        ({"noise": draw(2, 2, 4, 5)}, "noise must broadcast to [2, 1, 4, 5]"),
+        ({"blur": draw(3)}, "blur must have shape [4], got [3]"),
+        ({"act": "relu"}, "act must be one of linear, lrelu, got 'relu'"),
+        ({"clamp": 0.0}, "clamp must be positive or None, got 0.0"),
+    ],
+)
+def test_errors_of_the_epilogue(layer_epilogue, change, message):
+    with pytest.raises(ValueError, match=re.escape(f"layer_epilogue: {message}")):
+        layer_epilogue(**{"x": draw(2, 3, 4, 5), **change})
