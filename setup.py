@@ -31,7 +31,12 @@ TOOLS = [
     "matplotlib>=3.8",
 ]
 VIEWER = ["viser>=1.1"]
-BENCHMARKS = ["matplotlib>=3.8", "pytest-benchmark>=5"]
+BENCHMARKS = [
+    "matplotlib>=3.8",
+    "pytest-benchmark>=5",
+    "ninja>=1.11",
+    "pybind11>=2.12",
+]  # they build the extension anew
 
 
 def version() -> str:
