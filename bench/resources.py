@@ -60,44 +60,67 @@ def launches(arch: int, *, brief: bool = False) -> Iterator[tuple[str, Callable[
         if not brief or name.split()[2:4] in (["C=32", "hidden=64"], ["C=32", "float32"], ["C=32", "float16"]):
             yield name, launch
     for name, launch in _ray_launches():
-        if not brief or "S=48+48" in name:
+        if not brief or name.endswith(("S=48+48", "S=47+48", "S=257+256", "noise", "even", "S=48 drawn")):
             yield name, launch
 
 
 def _ray_launches() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Importance sampling and compositing: coarse and fine samples, one long set, short rays."""
+    """Depths and compositing: coarse and fine samples, short and long rays, few and many colours, drawn noise."""
     from epigraf_fast.kernels import composite, sample_importance
 
     density = {"activation": "softplus", "softplus_beta": 1.0, "density_shift": 0.0}
     settings = {**density, "last_interval": 1e10, "last_back": False, "white_background": False}
-    for coarse, fine in ((48, 48), (96, 0), (256, 256), (16, 16)):
-        sets = [_meta(BATCH, RAYS, coarse), _meta(BATCH, RAYS, coarse, OUT), None, None]
+    seed, std = _meta(1, dtype=torch.int64), _meta(1)
+    rows = BATCH * RAYS
+    for name, jitter, source in (("drawn", None, seed), ("even", None, None), ("given", _meta(rows, SAMPLES), None)):
+        jitter = None if jitter is None else jitter.view(BATCH, RAYS, SAMPLES)
+        arguments = BATCH, RAYS, SAMPLES, 0.88, 1.12, jitter, source, torch.device("meta")
+        yield f"stratified S={SAMPLES} {name}", functools.partial(sample_importance.stratified, *arguments)
+    longest = composite.MAX_SAMPLES // 2
+    for coarse, fine, out in (
+        (SAMPLES, SAMPLES, OUT),
+        (96, 0, OUT),
+        (16, 16, OUT),
+        (8, 8, OUT),
+        (8, 8, 16),
+        (48, 48, 16),
+        (48, 48, 32),
+        (256, 256, 16),
+        (longest, longest, OUT),
+    ):
+        sets = [_meta(BATCH, RAYS, coarse), _meta(BATCH, RAYS, coarse, out), None, None]
         if fine:
-            sets[2:] = _meta(BATCH, RAYS, fine), _meta(BATCH, RAYS, fine, OUT)
-        inputs = *sets, None, None
-        case = f"S={coarse}+{fine}"
-        yield (
-            f"composite fwd {case}",
-            lambda inputs=inputs: composite.fwd(*inputs, return_weights=False, **settings),
-        )
-        grads = _meta(BATCH, RAYS, OUT - 1), None, None, None, None
-        yield (
-            f"composite bwd {case}",
-            lambda inputs=inputs, grads=grads: composite.bwd(
-                grads, *inputs, to_density_noise=False, to_background=False, **settings
-            ),
-        )
-        if fine:
-            seed = _meta(1, dtype=torch.int64)
-            yield (
-                f"importance {case}",
-                lambda sets=sets, fine=fine, seed=seed: sample_importance.fwd(
-                    sets[0], sets[1][..., -1], None, seed, fine, sorted=True, **density
-                ),
-            )
-            rows = BATCH * RAYS
-            inversion = _meta(rows, coarse), _meta(rows, coarse - 1), _meta(rows, fine)
-            yield f"invert_cdf {case}", lambda inversion=inversion: sample_importance.invert_cdf(*inversion)
+            sets[2:] = _meta(BATCH, RAYS, fine), _meta(BATCH, RAYS, fine, out)
+        case = f"S={coarse}+{fine}" + (f" out={out}" if out != OUT else "")
+        outputs = _meta(BATCH, RAYS, out - 1), None, None, None, None
+        every = (*(_meta(BATCH, RAYS, *size) for size in ((out - 1,), (), (), (), (coarse + fine,))),)
+        background = _meta(BATCH, RAYS, out - 1)
+        whole = {**settings, "last_back": True, "white_background": True}
+        for drawn in (False, True):
+            tail = None, None, *((seed, std) if drawn else (None, None))
+            name = f"{case}{' noise' * drawn}"
+            fwd = functools.partial(composite.fwd, *sets, *tail, return_weights=False, **settings)
+            yield f"composite fwd {name}", fwd
+            options = {"to_density_noise": False, "to_background": False, **settings}
+            yield f"composite bwd {name}", functools.partial(composite.bwd, outputs, *sets, *tail, **options)
+        # What takes the most registers: gradients of every output to every input.
+        options = {"to_density_noise": False, "to_background": True, **whole}
+        tail = None, background, seed, std
+        yield f"composite bwd {case} every", functools.partial(composite.bwd, every, *sets, *tail, **options)
+    longest = sample_importance.MAX_SAMPLES
+    for coarse, fine in ((SAMPLES, SAMPLES), (16, 16), (128, 128), (256, 256), (SAMPLES, 512), (longest, longest)):
+        t, raw_density = _meta(BATCH, RAYS, coarse), _meta(BATCH, RAYS, coarse, OUT)[..., -1]
+        for name, options in (
+            ("", {"sorted": True}),
+            (" noise", {"sorted": True, "noise_std": std}),
+            (" even", {"sorted": True, "even": True}),
+            (" unsorted", {"sorted": False}),
+        ):
+            fwd = functools.partial(sample_importance.fwd, t, raw_density, None, seed, fine, **options, **density)
+            yield f"importance S={coarse}+{fine}{name}", fwd
+    for knots, fine in ((SAMPLES - 1, SAMPLES), (128, 128), (129, 128), (257, 256), (longest, longest)):
+        inputs = _meta(rows, knots), _meta(rows, knots - 1), _meta(rows, fine)
+        yield f"invert_cdf S={knots}+{fine}", functools.partial(sample_importance.invert_cdf, *inputs)
 
 
 def _triplane_launches(arch: int, plans: int | None) -> Iterator[tuple[str, Callable[[], Any]]]:
