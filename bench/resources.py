@@ -1,8 +1,8 @@
-"""Registers, spills and instructions of the Triton kernels, without a GPU: `python -m bench.resources [--json]`.
+"""Registers, spills and instructions of the kernels, without a GPU: `python -m bench.resources [--json]`.
 
-The launchers are called with tensors that have no memory, and what they would launch is compiled ahead of time instead,
-with the hints on alignment that real launches have. All plans of `kernels.tuning` are compiled. Exit status 1 if one
-falls short (`problems`).
+The Triton launchers are called with tensors that have no memory, and what they would launch is compiled ahead of time
+instead, with the hints on alignment that real launches have. All plans of `kernels.tuning` are compiled. Those of csrc/
+follow where there are compilers for them, see `bench.resources_cuda`. Exit status 1 if one falls short (`problems`).
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def launches(arch: int, *, brief: bool = False) -> Iterator[tuple[str, Callable[
         if not brief or name.split()[2:4] in (["C=32", "hidden=64"], ["C=32", "float32"], ["C=32", "float16"]):
             yield name, launch
     for name, launch in _ray_launches():
-        if not brief or name.endswith(("S=48+48", "S=47+48", "S=257+256", "noise", "even", "S=48 drawn")):
+        if not brief or any(size in name for size in ("S=48 ", "S=48+48", "S=47")):
             yield name, launch
 
 
@@ -77,48 +77,44 @@ def _ray_launches() -> Iterator[tuple[str, Callable[[], Any]]]:
         arguments = BATCH, RAYS, SAMPLES, 0.88, 1.12, jitter, source, torch.device("meta")
         yield f"stratified S={SAMPLES} {name}", functools.partial(sample_importance.stratified, *arguments)
     longest = composite.MAX_SAMPLES // 2
-    for coarse, fine, out in (
-        (SAMPLES, SAMPLES, OUT),
-        (96, 0, OUT),
-        (16, 16, OUT),
-        (8, 8, OUT),
-        (8, 8, 16),
-        (48, 48, 16),
-        (48, 48, 32),
-        (256, 256, 16),
-        (longest, longest, OUT),
+    # With `every`: noise, and gradients of every output to every input, which takes the most registers.
+    every = {**settings, "last_back": True, "white_background": True}
+    for coarse, fine, out, kinds in (
+        (SAMPLES, SAMPLES, OUT, ("", " noise", " every")),
+        (96, 0, OUT, ("",)),
+        (8, 8, OUT, (" every",)),
+        (8, 8, 16, (" every",)),
+        (48, 48, 32, (" every",)),
+        (256, 256, 16, (" every",)),
+        (longest, longest, OUT, (" every",)),
     ):
         sets = [_meta(BATCH, RAYS, coarse), _meta(BATCH, RAYS, coarse, out), None, None]
         if fine:
             sets[2:] = _meta(BATCH, RAYS, fine), _meta(BATCH, RAYS, fine, out)
-        case = f"S={coarse}+{fine}" + (f" out={out}" if out != OUT else "")
-        outputs = _meta(BATCH, RAYS, out - 1), None, None, None, None
-        every = (*(_meta(BATCH, RAYS, *size) for size in ((out - 1,), (), (), (), (coarse + fine,))),)
-        background = _meta(BATCH, RAYS, out - 1)
-        whole = {**settings, "last_back": True, "white_background": True}
-        for drawn in (False, True):
-            tail = None, None, *((seed, std) if drawn else (None, None))
-            name = f"{case}{' noise' * drawn}"
-            fwd = functools.partial(composite.fwd, *sets, *tail, return_weights=False, **settings)
+        rgb, single, weights = _meta(BATCH, RAYS, out - 1), _meta(BATCH, RAYS), _meta(BATCH, RAYS, coarse + fine)
+        for kind in kinds:
+            name = f"S={coarse}+{fine}{f' out={out}' * (out != OUT)}{kind}"
+            whole = kind == " every"
+            inputs = *sets, None, rgb if whole else None, *((seed, std) if kind else (None, None))
+            options = every if whole else settings
+            fwd = functools.partial(composite.fwd, *inputs, return_weights=whole, **options)
             yield f"composite fwd {name}", fwd
-            options = {"to_density_noise": False, "to_background": False, **settings}
-            yield f"composite bwd {name}", functools.partial(composite.bwd, outputs, *sets, *tail, **options)
-        # What takes the most registers: gradients of every output to every input.
-        options = {"to_density_noise": False, "to_background": True, **whole}
-        tail = None, background, seed, std
-        yield f"composite bwd {case} every", functools.partial(composite.bwd, every, *sets, *tail, **options)
+            grads = (rgb, single, single, single, weights) if whole else (rgb, None, None, None, None)
+            options = {"to_density_noise": False, "to_background": whole, **options}
+            yield f"composite bwd {name}", functools.partial(composite.bwd, grads, *inputs, **options)
     longest = sample_importance.MAX_SAMPLES
-    for coarse, fine in ((SAMPLES, SAMPLES), (16, 16), (128, 128), (256, 256), (SAMPLES, 512), (longest, longest)):
+    for coarse, fine, kinds in (
+        (SAMPLES, SAMPLES, ("", " noise", " even")),
+        (128, 128, (" noise",)),
+        (SAMPLES, 512, (" noise",)),
+        (longest, longest, (" noise",)),
+    ):
         t, raw_density = _meta(BATCH, RAYS, coarse), _meta(BATCH, RAYS, coarse, OUT)[..., -1]
-        for name, options in (
-            ("", {"sorted": True}),
-            (" noise", {"sorted": True, "noise_std": std}),
-            (" even", {"sorted": True, "even": True}),
-            (" unsorted", {"sorted": False}),
-        ):
+        for kind in kinds:
+            options = {"sorted": True, "even": kind == " even", "noise_std": std if kind == " noise" else None}
             fwd = functools.partial(sample_importance.fwd, t, raw_density, None, seed, fine, **options, **density)
-            yield f"importance S={coarse}+{fine}{name}", fwd
-    for knots, fine in ((SAMPLES - 1, SAMPLES), (128, 128), (129, 128), (257, 256), (longest, longest)):
+            yield f"importance S={coarse}+{fine}{kind}", fwd
+    for knots, fine in ((SAMPLES - 1, SAMPLES), (257, 256), (longest, longest)):
         inputs = _meta(rows, knots), _meta(rows, knots - 1), _meta(rows, fine)
         yield f"invert_cdf S={knots}+{fine}", functools.partial(sample_importance.invert_cdf, *inputs)
 
@@ -336,15 +332,33 @@ def format_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def _rows_of_csrc(archs: tuple[int, ...]) -> list[Row]:
+    """Those of the architectures that something here compiles csrc/ for; a line on standard error says of the rest."""
+    from . import resources_cuda
+
+    rows = []
+    for arch in archs:
+        known = arch in resources_cuda.NVCC_ARCHS + resources_cuda.NVRTC_ARCHS
+        reason = resources_cuda.lacking(arch) if known else "it is not one that the extension is built for"
+        if reason is None:
+            rows += resources_cuda.rows((arch,))
+        else:
+            print(f"bench.resources: csrc/ is not compiled for sm_{arch}: {reason}", file=sys.stderr)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.resources", description=__doc__.split(":")[0] + ".")
     parser.add_argument("--arch", type=int, nargs="+", choices=SHARED_LIMIT, default=ARCHS)
     parser.add_argument("--brief", action="store_true", help="default plans at the sizes of the ffhq preset alone")
+    parser.add_argument("--only", choices=("triton", "csrc"), help="these kernels alone")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
     if os.environ.pop("TRITON_INTERPRET", None):
         print("bench.resources: TRITON_INTERPRET is ignored, kernels are compiled", file=sys.stderr)
-    rows = table(tuple(args.arch), brief=args.brief)
+    rows = [] if args.only == "csrc" else table(tuple(args.arch), brief=args.brief)
+    if args.only != "triton" and not args.brief:
+        rows += _rows_of_csrc(tuple(args.arch))
     print(json.dumps(rows, indent=2) if args.json else format_table(rows))
     sys.exit(any(row["problems"] for row in rows))
 
