@@ -26,10 +26,11 @@ from epigraf_fast.training.checkpoint import check_resumable, find_checkpoint, l
 from epigraf_fast.training.distributed import FAULT, World, check_world
 from epigraf_fast.training.endurance import StopRequest, explain_out_of_memory
 from epigraf_fast.training.memory import meta_networks, parameter_count, step_bytes
-from epigraf_fast.training.networks import choose_backends, find_device
+from epigraf_fast.training.networks import choose_backends, find_device, set_arithmetic
 from epigraf_fast.training.profile import traced
 from epigraf_fast.training.record import Record
 from epigraf_fast.training.step import Trainer
+from epigraf_fast.training.warmup import warm_up
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -78,7 +79,7 @@ def pick_device(config: Config, world: World) -> torch.device:
     if device.type == "cpu" and config.precision != "fp32":
         raise UserError(f"precision {config.precision} needs a GPU, a CPU computes in fp32: set --precision fp32")
     choose_backends(config, device.type)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision != "fp32"
+    set_arithmetic(config)
     if device.type == "cuda" and world.size > 1:
         device = torch.device("cuda", world.local_rank)
         torch.cuda.set_device(device)
@@ -121,6 +122,7 @@ def train(
     world.reseed(config.seed, trainer.cur_nimg)
     if world.rank == 0:
         print(doctor.format_backends(doctor.report(), trainer.backends))
+    warm_up(trainer)
     with contextlib.closing(Record(config, dataset, trainer)) as record:
         return loop(config, dataset, trainer, record)
 

@@ -1,8 +1,8 @@
-"""Registers, spills and instructions of the Triton kernels, without a GPU: `python -m bench.resources [--json]`.
+"""Registers, spills and instructions of the kernels, without a GPU: `python -m bench.resources [--json]`.
 
-The launchers are called with tensors that have no memory, and what they would launch is compiled ahead of time instead,
-with the hints on alignment that real launches have. All plans of `kernels.tuning` are compiled. Exit status 1 if one
-falls short (`problems`).
+The Triton launchers are called with tensors that have no memory, and what they would launch is compiled ahead of time
+instead, with the hints on alignment that real launches have. All plans of `kernels.tuning` are compiled. Those of csrc/
+follow where there are compilers for them, see `bench.resources_cuda`. Exit status 1 if one falls short (`problems`).
 """
 
 from __future__ import annotations
@@ -60,44 +60,63 @@ def launches(arch: int, *, brief: bool = False) -> Iterator[tuple[str, Callable[
         if not brief or name.split()[2:4] in (["C=32", "hidden=64"], ["C=32", "float32"], ["C=32", "float16"]):
             yield name, launch
     for name, launch in _ray_launches():
-        if not brief or "S=48+48" in name:
+        if not brief or any(size in name for size in ("S=48 ", "S=48+48", "S=47")):
             yield name, launch
 
 
 def _ray_launches() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Importance sampling and compositing: coarse and fine samples, one long set, short rays."""
+    """Depths and compositing: coarse and fine samples, short and long rays, few and many colours, drawn noise."""
     from epigraf_fast.kernels import composite, sample_importance
 
     density = {"activation": "softplus", "softplus_beta": 1.0, "density_shift": 0.0}
     settings = {**density, "last_interval": 1e10, "last_back": False, "white_background": False}
-    for coarse, fine in ((48, 48), (96, 0), (256, 256), (16, 16)):
-        sets = [_meta(BATCH, RAYS, coarse), _meta(BATCH, RAYS, coarse, OUT), None, None]
+    seed, std = _meta(1, dtype=torch.int64), _meta(1)
+    rows = BATCH * RAYS
+    for name, jitter, source in (("drawn", None, seed), ("even", None, None), ("given", _meta(rows, SAMPLES), None)):
+        jitter = None if jitter is None else jitter.view(BATCH, RAYS, SAMPLES)
+        arguments = BATCH, RAYS, SAMPLES, 0.88, 1.12, jitter, source, torch.device("meta")
+        yield f"stratified S={SAMPLES} {name}", functools.partial(sample_importance.stratified, *arguments)
+    longest = composite.MAX_SAMPLES // 2
+    # With `every`: noise, and gradients of every output to every input, which takes the most registers.
+    every = {**settings, "last_back": True, "white_background": True}
+    for coarse, fine, out, kinds in (
+        (SAMPLES, SAMPLES, OUT, ("", " noise", " every")),
+        (96, 0, OUT, ("",)),
+        (8, 8, OUT, (" every",)),
+        (8, 8, 16, (" every",)),
+        (48, 48, 32, (" every",)),
+        (256, 256, 16, (" every",)),
+        (longest, longest, OUT, (" every",)),
+    ):
+        sets = [_meta(BATCH, RAYS, coarse), _meta(BATCH, RAYS, coarse, out), None, None]
         if fine:
-            sets[2:] = _meta(BATCH, RAYS, fine), _meta(BATCH, RAYS, fine, OUT)
-        inputs = *sets, None, None
-        case = f"S={coarse}+{fine}"
-        yield (
-            f"composite fwd {case}",
-            lambda inputs=inputs: composite.fwd(*inputs, return_weights=False, **settings),
-        )
-        grads = _meta(BATCH, RAYS, OUT - 1), None, None, None, None
-        yield (
-            f"composite bwd {case}",
-            lambda inputs=inputs, grads=grads: composite.bwd(
-                grads, *inputs, to_density_noise=False, to_background=False, **settings
-            ),
-        )
-        if fine:
-            seed = _meta(1, dtype=torch.int64)
-            yield (
-                f"importance {case}",
-                lambda sets=sets, fine=fine, seed=seed: sample_importance.fwd(
-                    sets[0], sets[1][..., -1], None, seed, fine, sorted=True, **density
-                ),
-            )
-            rows = BATCH * RAYS
-            inversion = _meta(rows, coarse), _meta(rows, coarse - 1), _meta(rows, fine)
-            yield f"invert_cdf {case}", lambda inversion=inversion: sample_importance.invert_cdf(*inversion)
+            sets[2:] = _meta(BATCH, RAYS, fine), _meta(BATCH, RAYS, fine, out)
+        rgb, single, weights = _meta(BATCH, RAYS, out - 1), _meta(BATCH, RAYS), _meta(BATCH, RAYS, coarse + fine)
+        for kind in kinds:
+            name = f"S={coarse}+{fine}{f' out={out}' * (out != OUT)}{kind}"
+            whole = kind == " every"
+            inputs = *sets, None, rgb if whole else None, *((seed, std) if kind else (None, None))
+            options = every if whole else settings
+            fwd = functools.partial(composite.fwd, *inputs, return_weights=whole, **options)
+            yield f"composite fwd {name}", fwd
+            grads = (rgb, single, single, single, weights) if whole else (rgb, None, None, None, None)
+            options = {"to_density_noise": False, "to_background": whole, **options}
+            yield f"composite bwd {name}", functools.partial(composite.bwd, grads, *inputs, **options)
+    longest = sample_importance.MAX_SAMPLES
+    for coarse, fine, kinds in (
+        (SAMPLES, SAMPLES, ("", " noise", " even")),
+        (128, 128, (" noise",)),
+        (SAMPLES, 512, (" noise",)),
+        (longest, longest, (" noise",)),
+    ):
+        t, raw_density = _meta(BATCH, RAYS, coarse), _meta(BATCH, RAYS, coarse, OUT)[..., -1]
+        for kind in kinds:
+            options = {"sorted": True, "even": kind == " even", "noise_std": std if kind == " noise" else None}
+            fwd = functools.partial(sample_importance.fwd, t, raw_density, None, seed, fine, **options, **density)
+            yield f"importance S={coarse}+{fine}{kind}", fwd
+    for knots, fine in ((SAMPLES - 1, SAMPLES), (257, 256), (longest, longest)):
+        inputs = _meta(rows, knots), _meta(rows, knots - 1), _meta(rows, fine)
+        yield f"invert_cdf S={knots}+{fine}", functools.partial(sample_importance.invert_cdf, *inputs)
 
 
 def _triplane_launches(arch: int, plans: int | None) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -313,15 +332,33 @@ def format_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def _rows_of_csrc(archs: tuple[int, ...]) -> list[Row]:
+    """Those of the architectures that something here compiles csrc/ for; a line on standard error says of the rest."""
+    from . import resources_cuda
+
+    rows = []
+    for arch in archs:
+        known = arch in resources_cuda.NVCC_ARCHS + resources_cuda.NVRTC_ARCHS
+        reason = resources_cuda.lacking(arch) if known else "it is not one that the extension is built for"
+        if reason is None:
+            rows += resources_cuda.rows((arch,))
+        else:
+            print(f"bench.resources: csrc/ is not compiled for sm_{arch}: {reason}", file=sys.stderr)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.resources", description=__doc__.split(":")[0] + ".")
     parser.add_argument("--arch", type=int, nargs="+", choices=SHARED_LIMIT, default=ARCHS)
     parser.add_argument("--brief", action="store_true", help="default plans at the sizes of the ffhq preset alone")
+    parser.add_argument("--only", choices=("triton", "csrc"), help="these kernels alone")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
     if os.environ.pop("TRITON_INTERPRET", None):
         print("bench.resources: TRITON_INTERPRET is ignored, kernels are compiled", file=sys.stderr)
-    rows = table(tuple(args.arch), brief=args.brief)
+    rows = [] if args.only == "csrc" else table(tuple(args.arch), brief=args.brief)
+    if args.only != "triton" and not args.brief:
+        rows += _rows_of_csrc(tuple(args.arch))
     print(json.dumps(rows, indent=2) if args.json else format_table(rows))
     sys.exit(any(row["problems"] for row in rows))
 

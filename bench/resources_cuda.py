@@ -113,6 +113,7 @@ def _row(arch: int, case: str, numbers: str, ptx: str) -> Row:
         "shared": usage["SHARED"],
         "warps": BLOCK_WARPS,
         "load_bits": max((int(vector or 1) * int(bits) for vector, bits in loads), default=0),
+        "plane_bits": None,
         "atomic": None,
         "products": [],
         "occupancy": _occupancy(usage["REG"], usage["SHARED"], BLOCK_WARPS, arch),
@@ -123,8 +124,8 @@ def _row(arch: int, case: str, numbers: str, ptx: str) -> Row:
 def problems(row: Row) -> list[str]:
     """Where a kernel falls short: it spills, or what it loads is narrower than its template says."""
     found = [f"spills {row['spill']} bytes"] if row["spill"] else []
-    vector = re.match(r"(?:bias_act|upfirdn2d)\w*<(\w+), (\d+)", row["case"])
-    if vector and row["load_bits"] < 8 * SIZES[vector[1]] * int(vector[2]):
+    vector = re.match(r"(?:bias_act|upfirdn2d|layer_epilogue|demodulation)\w*<(\w+), (\d+)", row["case"])
+    if vector and row["load_bits"] < min(8 * SIZES[vector[1]] * int(vector[2]), 128):
         found.append(f"loads at most {row['load_bits']} bits at once")
     return found
 

@@ -232,6 +232,9 @@ class Config:
     """Of the ops: every op that has the named one takes it, the others their default for the device, and so do all with
     auto; gpu is triton and cuda together. The table at the start of a run says what it takes. triton and cuda are
     opt-in until a GPU has run them."""
+    deterministic: bool = False
+    """Whether gradients have the same bits in every run, at some cost: those of planes and decoder are summed in fixed
+    point or in a fixed order, and torch takes its deterministic kernels (and warns where it has none)."""
     device: str | None = None
     """cpu or cuda; default: a GPU if there is one."""
     log_kimg: float = 4.0

@@ -27,6 +27,9 @@ JITTER_STREAM: tl.constexpr = tl.constexpr(1)
 COARSE_NOISE_STREAM: tl.constexpr = tl.constexpr(2)
 NOISE_STREAM: tl.constexpr = tl.constexpr(3)
 TILE = 128  # samples of a program that has one warp
+MAX_WARPS = 8
+MAX_SAMPLES = 2048  # of a ray, if it has no more than 4 channels; see `max_samples`
+MAX_CHANNELS = 32  # of a sample, density included
 
 
 class Outputs(NamedTuple):
@@ -532,11 +535,22 @@ def rows(x: Tensor | None) -> Tensor | None:
     return x
 
 
-def _tile(samples: int, channels: int = 1) -> dict[str, int]:
+def _warp_values(channels: int) -> int:
+    """Colours and densities of a warp: fewer where a lane has many channels, which take more registers."""
+    return 1024 if channels <= 16 else 512
+
+
+def max_samples(channels: int) -> int:
+    """The longest rays that the kernels keep in registers, of both sets together; `channels` of at most 32."""
+    return min(MAX_WARPS * _warp_values(channels) // triton.next_power_of_2(channels), MAX_SAMPLES)
+
+
+def _tile(samples: int, channels: int) -> dict[str, int]:
     """BLOCK_S, BLOCK_R and num_warps: short rays share a warp, so that scans stay inside one; no ray is cut."""
     block_s = max(triton.next_power_of_2(samples), 2)
-    num_warps = min(max(block_s * triton.next_power_of_2(channels) // (8 * TILE), 1), 8)
-    return {"BLOCK_S": block_s, "BLOCK_R": max(TILE // block_s, 1), "num_warps": num_warps}
+    values = block_s * triton.next_power_of_2(channels)  # of a ray
+    block_r = max(min(TILE // block_s, _warp_values(channels) // values), 1)
+    return {"BLOCK_S": block_s, "BLOCK_R": block_r, "num_warps": max(values // _warp_values(channels), 1)}
 
 
 def _stride(x: Tensor | None) -> int:

@@ -11,7 +11,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .composite import (
-    BEYOND,
     COARSE_NOISE_STREAM,
     IMPORTANCE_STREAM,
     JITTER_STREAM,
@@ -25,6 +24,8 @@ from .composite import (
 
 WEIGHT_FLOOR: tl.constexpr = tl.constexpr(1e-5)
 BLOCK = 1024  # coarse depths of a program
+REGISTER_KNOTS = 128  # of a CDF, and samples, that are kept in registers; more go through memory
+MAX_SAMPLES = 4096  # of a ray, coarse or fine
 
 
 @triton.jit
@@ -73,7 +74,17 @@ def _larger(a, b):
 
 
 @triton.jit
-def _invert_cdf(bins, pdf, u, KNOTS: tl.constexpr, BLOCK_S: tl.constexpr):
+def _look_up(x, x_ptr, index):
+    """x[index] along dimension 1: of a tile in registers, or where x_ptr is given of what lies at it."""
+    if x_ptr is None:
+        found = tl.gather(x, index, 1)
+    else:
+        found = tl.load(x_ptr + index)
+    return found
+
+
+@triton.jit
+def _invert_cdf(bins, pdf, u, scratch_ptr, row, KNOTS: tl.constexpr, BLOCK_S: tl.constexpr):
     """Inverts the CDF of a piecewise constant density, for a tile of rays.
 
     Knot i is the first with CDF >= u, found by steps of falling powers of two; lower = max(i - 1, 0),
@@ -85,25 +96,35 @@ def _invert_cdf(bins, pdf, u, KNOTS: tl.constexpr, BLOCK_S: tl.constexpr):
         pdf: [RAYS, BLOCK_S], not normalized; element i >= 1 belongs to the slot between knots i - 1 and i, and 0 stands
             at 0 and from KNOTS on.
         u: [RAYS, BLOCK_K].
+        scratch_ptr: Room for 2 KNOTS fp32 numbers of every row, through which long rows are looked up: a gather from
+            registers takes as many shuffles as a lane has of them. None for short ones.
+        row: [RAYS, 1], their numbers.
     """
     j = tl.arange(0, BLOCK_S)[None, :]
     # Sums in fp64: what they round is large beside slots of 1e-5, and such rays are short.
     pdf = pdf.to(tl.float64)
     cdf = (tl.cumsum(pdf, 1) * (1.0 / tl.sum(pdf, 1))[:, None]).to(tl.float32)
-    cdf = tl.where(j < KNOTS, cdf, BEYOND)
+    cdf_ptr = None
+    bins_ptr = None
+    if scratch_ptr is not None:
+        cdf_ptr = scratch_ptr + row * (2 * KNOTS)
+        bins_ptr = cdf_ptr + KNOTS
+        tl.store(cdf_ptr + j, cdf, mask=j < KNOTS)
+        tl.store(bins_ptr + j, bins, mask=j < KNOTS)
+        tl.debug_barrier()  # other threads read it
     knot = tl.zeros_like(u).to(tl.int32)
     STEPS: tl.constexpr = KNOTS.bit_length()
     for bit in tl.static_range(STEPS):
         probe = knot + (1 << (STEPS - 1 - bit)) - 1
-        below = tl.gather(cdf, tl.where(probe < BLOCK_S, probe, BLOCK_S - 1), 1) < u
+        below = _look_up(cdf, cdf_ptr, tl.where(probe < KNOTS, probe, KNOTS - 1)) < u
         knot = tl.where((probe < KNOTS) & below, probe + 1, knot)
     lower = tl.where(knot > 0, knot - 1, 0)
     upper = tl.where(knot < KNOTS, knot, KNOTS - 1)
-    cdf_lower = tl.gather(cdf, lower, 1)
-    bins_lower = tl.gather(bins, lower, 1)
-    d = tl.gather(cdf, upper, 1) - cdf_lower
+    cdf_lower = _look_up(cdf, cdf_ptr, lower)
+    bins_lower = _look_up(bins, bins_ptr, lower)
+    d = _look_up(cdf, cdf_ptr, upper) - cdf_lower
     d = tl.where(d < WEIGHT_FLOOR, 1.0, d)
-    return bins_lower + (u - cdf_lower) / d * (tl.gather(bins, upper, 1) - bins_lower)
+    return bins_lower + (u - cdf_lower) / d * (_look_up(bins, bins_ptr, upper) - bins_lower)
 
 
 @triton.jit
@@ -128,6 +149,7 @@ def _sample_importance_kernel(
     u_ptr,
     seed_ptr,
     noise_std,
+    scratch_ptr,
     t_fine_ptr,
     num_rays,
     t_stride,
@@ -177,7 +199,7 @@ def _sample_importance_kernel(
         u = _evenly(k, 0.0, 1.0, K) + tl.zeros([BLOCK_R, 1], tl.float32)
     else:
         u = _draw_uniforms(tl.load(seed_ptr), row, k, SORTED, K)
-    t_fine = _invert_cdf((t + t_next) * 0.5, pdf, u, S - 1, BLOCK_S)
+    t_fine = _invert_cdf((t + t_next) * 0.5, pdf, u, scratch_ptr, row, S - 1, BLOCK_S)
     if SORTED:
         t_fine = tl.associative_scan(t_fine, 1, _larger)
     tl.store(t_fine_ptr + row * K + k, t_fine, mask=drawn)
@@ -188,6 +210,7 @@ def _invert_cdf_kernel(
     bins_ptr,
     weights_ptr,
     u_ptr,
+    scratch_ptr,
     samples_ptr,
     num_rows,
     bins_stride,
@@ -209,7 +232,7 @@ def _invert_cdf_kernel(
     weights = tl.load(weights_ptr + row * weights_stride + j - 1, mask=row_exists & in_slot, other=0.0)
     u = tl.load(u_ptr + row * u_stride + k, mask=row_exists & (k < K), other=0.0)
     pdf = tl.where(in_slot, weights.to(tl.float32) + WEIGHT_FLOOR, 0.0)
-    samples = _invert_cdf(bins, pdf, u.to(tl.float32), M + 1, BLOCK_S)
+    samples = _invert_cdf(bins, pdf, u.to(tl.float32), scratch_ptr, row, M + 1, BLOCK_S)
     tl.store(samples_ptr + row * K + k, samples, mask=row_exists & (k < K))
 
 
@@ -221,9 +244,16 @@ def _tile(knots: int, samples: int) -> dict[str, int | bool]:
         "BLOCK_S": block_s,
         "BLOCK_K": block_k,
         "BLOCK_R": max(TILE // longer, 1),
-        "num_warps": 1,  # a gather within one warp is all that Triton compiles for every size
+        "num_warps": min(max(longer // 256, 1), 8),
         "enable_fp_fusion": True,
     }
+
+
+def _scratch(rows: int, knots: int, samples: int, device: torch.device) -> Tensor | None:
+    """What `_invert_cdf` looks long rows up in."""
+    if max(knots, samples) <= REGISTER_KNOTS:
+        return None
+    return torch.empty(rows, 2, knots, dtype=torch.float32, device=device)
 
 
 def stratified(
@@ -297,6 +327,7 @@ def fwd(
             u,
             seed,
             noise_std,
+            _scratch(len(t), t.shape[1] - 1, samples, t.device),
             t_fine,
             len(t),
             t.stride(0),
@@ -325,6 +356,7 @@ def invert_cdf(bins: Tensor, weights: Tensor, u: Tensor) -> Tensor:
             bins,
             weights,
             u,
+            _scratch(*bins.shape, u.shape[1], bins.device),
             samples,
             len(bins),
             bins.stride(0),

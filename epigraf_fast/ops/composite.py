@@ -71,7 +71,8 @@ def composite(
         T in front of the last sample; weights [B, R, S_coarse + S_fine] in order of t, or None.
 
     Backend triton: t is fp32 and each set sorted (it merges them, and does not sort), values fp32, fp16 or bf16; the
-    results are fp32. Rows of samples are read in place where they are dense and evenly spaced, else copied.
+    results are fp32. Rows of samples are read in place where they are dense and evenly spaced, else copied. Both sets
+    together hold at most 2048 samples of up to 4 numbers (1024 of 8, 512 of 16, 128 of 32).
 
     Derivatives: reference any order, to everything (through the merge, too); triton the first, to everything but t.
 
@@ -123,6 +124,17 @@ def composite(
         _check_triton(t, values, t_fine, values_fine)
         from ..kernels import composite as kernels
 
+        channels = values.shape[-1]
+        if channels > kernels.MAX_CHANNELS:
+            raise ValueError(
+                f"composite: values must hold at most {kernels.MAX_CHANNELS} numbers a sample "
+                f'(because backend is "triton"), got {channels}'
+            )
+        if samples > kernels.max_samples(channels):
+            raise ValueError(
+                f"composite: t and t_fine must hold at most {kernels.max_samples(channels)} samples of {channels} "
+                f'numbers together (because backend is "triton"), got {samples}'
+            )
         seed, std = (seed_for_kernel("composite", seed, t.device), std_for_kernel(noise_std)) if noisy else (None, None)
         inputs = (t, values, t_fine, values_fine, density_noise, background, seed)
         return Composite(*_Composite.apply(kernels, settings, return_weights, std, *inputs))

@@ -98,6 +98,8 @@ def invert_cdf(bins: Tensor, weights: Tensor, u: Tensor, *, backend: str | None 
     Returns:
         [..., K], in the order of u, dtype of bins.
 
+    Backend triton: bins is fp32, M + 1 and K are at most 4096.
+
     Derivatives: none; the result carries no gradient.
 
     Raises:
@@ -112,10 +114,20 @@ def invert_cdf(bins: Tensor, weights: Tensor, u: Tensor, *, backend: str | None 
         check_dtype("invert_cdf", "bins", bins, (torch.float32,), 'backend is "triton"')
         from ..kernels import sample_importance as kernels
 
+        _check_lengths("invert_cdf", {"bins": bins.shape[-1], "u": u.shape[-1]}, kernels.MAX_SAMPLES)
         num_rows = bins.shape[:-1].numel()
         flat = (x.detach().reshape(num_rows, x.shape[-1]).contiguous() for x in (bins, weights, u))
         return kernels.invert_cdf(*flat).reshape(u.shape)
     return _reference_invert_cdf(bins, weights, u)
+
+
+def _check_lengths(op: str, lengths: dict[str, int], most: int) -> None:
+    """Rows are held in registers: raises ValueError where one is longer than the Triton kernels compile for."""
+    for name, length in lengths.items():
+        if length > most:
+            raise ValueError(
+                f'{op}: {name} must hold at most {most} numbers a row (because backend is "triton"), got {length}'
+            )
 
 
 def sample_importance(
@@ -155,6 +167,7 @@ def sample_importance(
         [B, R, K] fine t, in the order of u, or sorted.
 
     Backend triton: t is fp32, and so is the result; given u is sorted first, by a launch of its own, if `sorted` is.
+    S and K are at most 4096.
 
     Derivatives: none; the result carries no gradient.
 
@@ -186,6 +199,7 @@ def sample_importance(
         check_dtype(op, "t", t, (torch.float32,), 'backend is "triton"')
         from ..kernels import sample_importance as kernels
 
+        _check_lengths(op, {"t": t.shape[-1], "u": samples}, kernels.MAX_SAMPLES)
         draws = noisy or (u is None and stochastic)
         seed = seed_for_kernel(op, seed, t.device) if draws else None
         if u is not None and sorted:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from ..config import Config
@@ -23,6 +25,18 @@ def find_device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
+def set_arithmetic(config: Config) -> None:
+    """Tells torch, for the whole process, what the settings say on precision and on determinism.
+
+    The tri-plane ops follow torch's switch, see their `deterministic`. Call it before the GPU is used.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision != "fp32"
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not reproducible
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over every tensor; ours are all written
+    torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
+
+
 def choose_backends(config: Config, device_type: str) -> dict[str, str]:
     """op -> the backend that a run takes on this kind of device.
 
@@ -34,6 +48,11 @@ def choose_backends(config: Config, device_type: str) -> dict[str, str]:
     except ValueError as error:
         raise UserError(f"{error} (--backend auto takes what is there)") from None
     channels, hidden = config.generator.plane_channels, config.generator.decoder_hidden
+    samples = config.renderer.coarse_samples + config.renderer.fine_samples
+    if chosen["composite"] == "triton" and samples > 2048:
+        raise UserError(
+            f"renderer.coarse_samples and fine_samples must be at most 2048 together with backend triton, got {samples}"
+        )
     if chosen["decode_triplane"] == "triton":
         if channels % 8 or channels > 64:
             raise UserError(

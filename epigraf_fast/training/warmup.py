@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,48 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..camera import cam2world_matrix, camera_rays
+from ..config import Config
+from ..models.decoder import Decoder
 from ..ops import tuning
+from .step import Trainer
 
 FILE = "kernels.json"
+
+
+def warm_up(trainer: Trainer, *, timer: Callable[[Callable[[], Any]], float] | None = None) -> bool:
+    """`choose_kernels` for the micro-batches of a run, where it renders by Triton. Draws no random numbers.
+
+    Every process of a run times its own GPU.
+    """
+    config = trainer.config
+    fused = isinstance(getattr(trainer.generator, "decoder", None), Decoder)
+    if trainer.backends["decode_triplane"] != "triton" or not fused:
+        return False
+    problem = micro_batch(config, trainer.micro, trainer.device)
+    scale, precision = config.camera.cube_scale, config.precision
+    return choose_kernels(Path(config.run_dir), trainer.device, *problem, scale, precision=precision, timer=timer)
+
+
+def micro_batch(
+    config: Config, images: int, device: torch.device
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """What the decoder is given for a micro-batch: planes, ray_origins, ray_directions, t; and w0, b0, w1, b1.
+
+    Points lie as those of whole images seen from the mean pose, since how they share texels decides the time. Other
+    values do not, and are constants.
+    """
+    generator, camera = config.generator, config.camera
+    size = images, generator.plane_resolution, generator.plane_resolution, 3 * generator.plane_channels
+    planes = torch.full(size, 0.1, device=device).permute(0, 3, 1, 2)  # channels_last, as the synthesis gives them
+    angles = torch.tensor([[camera.yaw_mean, camera.pitch_mean, 0.0]], device=device).expand(images, 3)
+    rays = camera_rays(cam2world_matrix(angles, camera.radius), camera.fov, config.patch.resolution)
+    t = torch.linspace(camera.ray_start, camera.ray_end, config.renderer.coarse_samples, device=device)
+    t = t.expand(images, rays[0].shape[1], -1).contiguous()
+    hidden, outputs = generator.decoder_hidden, 4
+    sizes = (hidden, generator.plane_channels), (hidden,), (outputs, hidden), (outputs,)
+    network = tuple(torch.full(size, 0.1, device=device) for size in sizes)
+    return (planes, *rays, t), network
 
 
 def choose_kernels(
@@ -50,5 +90,8 @@ def choose_kernels(
             except ValueError as error:
                 print(f"{path} is of another version, the kernels are timed anew: {error}")
     tuning.tune_decode_triplane(*rays, *network, cube_scale, precision=precision, timer=timer)
-    path.write_text(json.dumps({"device": name, "choices": tuning.export_choices()}, indent=2) + "\n")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")  # processes of one run never see half a file
+    part.write_text(json.dumps({"device": name, "choices": tuning.export_choices()}, indent=2) + "\n")
+    part.replace(path)
     return True

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import published_renderer
+from bench import published
 from checks import assert_close, assert_error_within_reference, draw, draw_uniform
 from epigraf_fast.camera import cam2world_matrix, camera_rays
 from epigraf_fast.config import CameraConfig, RendererConfig, preset
 from epigraf_fast.models import renderer as renderer_module
 from epigraf_fast.models.decoder import Decoder
 from epigraf_fast.models.raw_planes import RawPlanes
-from epigraf_fast.models.renderer import Renderer
+from epigraf_fast.models.renderer import Renderer, Rendering
 from epigraf_fast.ops import backends
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
@@ -296,6 +296,11 @@ def saved_bytes(render: Callable[[], Any], leaves: tuple[Tensor, ...]) -> int:
     return sum(x.untyped_storage().nbytes() for x in kept.values())
 
 
+def published_render(renderer: Renderer, planes: Tensor, decoder: Decoder, *rays: Tensor, **options: Any) -> Rendering:
+    network = (*decoder.fc0.effective(), *decoder.fc1.effective())
+    return published.render(renderer, planes, network, *rays, **options)
+
+
 @needs_triton
 def test_a_thirtieth_is_kept_for_the_backward() -> None:
     """Beside planes and weights. Rays are counted with both."""
@@ -304,10 +309,8 @@ def test_a_thirtieth_is_kept_for_the_backward() -> None:
     options = {"density_noise_std": 0.5}
     with recorded_launches():
         ours = saved_bytes(lambda: renderer(inputs[0], decoder, *inputs[1:], **options), leaves)
-    camera = FULL.camera
-    settings = (camera.ray_start, camera.ray_end, camera.cube_scale, FULL.renderer)
     theirs = saved_bytes(
-        lambda: published_renderer.render(inputs[0], decoder, *inputs[1:], *settings, **options), leaves
+        lambda: published_render(renderer, inputs[0], decoder, *inputs[1:], stochastic=True, **options), leaves
     )
     # Depth, colour and density of a sample: five numbers. And the rays, the seed, two weight matrices, a bias.
     assert ours <= 4 * (BATCH * RAYS * (5 * SAMPLES + 6) + 2 + 32 * 64 + 64 + 64 * 4)
@@ -325,13 +328,12 @@ def test_the_published_sequence_is_the_reference(settings: dict[str, Any], std: 
     config = dataclasses.replace(SMALL, last_interval=0.1, **settings)
     given = draws(config, torch.float64, "cpu")
     both = []
-    for published in (False, True):
+    for as_published in (False, True):
         model = scene(config, "reference", torch.float64)
         rays = camera_rays(cam2world_matrix(ANGLES, CAMERA.radius), CAMERA.fov, SIDE)
         inputs = model.planes, model.decoder, *rays
-        if published:
-            bounds = CAMERA.ray_start, CAMERA.ray_end, CAMERA.cube_scale
-            result = published_renderer.render(*inputs, *bounds, config, density_noise_std=std, **given)
+        if as_published:
+            result = published_render(model.renderer, *inputs, density_noise_std=std, **given)
         else:
             result = model.renderer(*inputs, density_noise_std=std, **given)
         sum((y * draw(*y.shape, seed=i)).sum() for i, y in enumerate(result)).backward()

@@ -411,6 +411,8 @@ def test_float32_derivatives(scale):
             ValueError,
             "background must be on cpu as t is, got meta",
         ),
+        ({"values": torch.zeros(1, 2, 4, 3).int()}, TypeError, "values must be floating point, got torch.int32"),
+        ({"t_fine": torch.zeros(1, 2, 3, device="meta")}, ValueError, "t_fine must be on cpu as t is, got meta"),
         ({"activation": "exp"}, ValueError, "activation must be one of softplus, relu, got 'exp'"),
         ({"noise_std": -1.0}, ValueError, "noise_std must be finite and not negative, got -1.0"),
         ({"noise_std": 1.0, "density_noise": draw(1, 2, 7)}, ValueError, "noise_std must be 0 where density_noise is"),
@@ -649,6 +651,16 @@ def test_triton_has_no_second_derivative():
         ({"t_fine": draw(1, 2, 3)}, TypeError, "t_fine must be float32"),
         ({"values": draw(1, 2, 4, 3)}, TypeError, "values must be float32 or float16 or bfloat16"),
         ({"values": torch.zeros(1, 2, 4, 3).half()}, TypeError, "values_fine must be float16"),
+        (
+            {"values": torch.zeros(1, 2, 4, 33), "values_fine": torch.zeros(1, 2, 3, 33)},
+            ValueError,
+            'values must hold at most 32 numbers a sample (because backend is "triton"), got 33',
+        ),
+        (
+            {"t": torch.zeros(1, 2, 2046), "values": torch.zeros(1, 2, 2046, 3)},
+            ValueError,
+            't and t_fine must hold at most 2048 samples of 3 numbers together (because backend is "triton"), got 2049',
+        ),
         ({"values": torch.zeros(1, 2, 4, 4)}, ValueError, "values_fine must have shape [1, 2, 3, 4], got [1, 2, 3, 3]"),
         (
             {"t_fine": torch.zeros(1, 2, 3, requires_grad=True)},

@@ -221,6 +221,8 @@ NETWORK_ERRORS = [
         *NETWORK_ERRORS,
         ({"points": draw(2, 6, 2)}, ValueError, "points must have shape [2, N, 3], got [2, 6, 2]"),
         ({"points": draw(1, 6, 3)}, ValueError, "points must have shape [2, N, 3], got [1, 6, 3]"),
+        ({"points": torch.zeros(2, 6, 3).int()}, TypeError, "points must be floating point, got torch.int32"),
+        ({"points": torch.zeros(2, 6, 3, device="meta")}, ValueError, "points must be on cpu as planes is, got meta"),
         ({"points": 1.0}, TypeError, "points must be a tensor, got float"),
     ],
 )
@@ -237,6 +239,8 @@ def test_errors_at_points(change, error, message):
         ({"ray_origins": draw(2, 6, 2)}, ValueError, "ray_origins must have shape [2, R, 3], got [2, 6, 2]"),
         ({"ray_directions": draw(2, 5, 3)}, ValueError, "ray_directions must have shape [2, 6, 3], got [2, 5, 3]"),
         ({"t": draw(2, 5, 4)}, ValueError, "t must have shape [2, 6, S], got [2, 5, 4]"),
+        ({"t": torch.zeros(2, 6, 4).int()}, TypeError, "t must be floating point, got torch.int32"),
+        ({"t": torch.zeros(2, 6, 4, device="meta")}, ValueError, "t must be on cpu as planes is, got meta"),
         ({"t": draw(2, 6)}, ValueError, "t must have shape [2, 6, S], got [2, 6]"),
         ({"cube_scale": 0.0}, ValueError, "cube_scale must be finite and positive (it divides the points), got 0.0"),
         ({"cube_scale": -1.0}, ValueError, "cube_scale must be finite and positive"),

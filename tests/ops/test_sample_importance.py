@@ -295,6 +295,8 @@ def test_result_has_the_dtype_of_the_bins():
         ({"u": draw(2, 4, 9)}, ValueError, "u must have shape [2, 3, K], got [2, 4, 9]"),
         ({"u": torch.zeros(2, 3, 9, dtype=torch.int64)}, TypeError, "u must be floating point, got torch.int64"),
         ({"u": torch.zeros(2, 3, 9, device="meta")}, ValueError, "u must be on cpu as t is, got meta"),
+        ({"raw_density": torch.zeros(2, 3, 6).int()}, TypeError, "raw_density must be floating point, got torch.int32"),
+        ({"raw_density": torch.zeros(2, 3, 6, device="meta")}, ValueError, "raw_density must be on cpu as t is, got m"),
         ({"activation": "exp"}, ValueError, "activation must be one of softplus, relu, got 'exp'"),
         ({"samples": 9}, ValueError, "samples must be None where u is given"),
         ({"noise_std": -1.0}, ValueError, "noise_std must be finite and not negative, got -1.0"),
@@ -321,6 +323,8 @@ def test_errors(change, error, message):
         ({"weights": draw(3, 5)}, ValueError, "weights must have shape [3, 4], got [3, 5]"),
         ({"u": draw(2, 7)}, ValueError, "u must have shape [3, K], got [2, 7]"),
         ({"u": draw(7)}, ValueError, "u must have shape [3, K], got [7]"),
+        ({"u": torch.zeros(3, 7).int()}, TypeError, "u must be floating point, got torch.int32"),
+        ({"weights": torch.zeros(3, 4, device="meta")}, ValueError, "weights must be on cpu as bins is, got meta"),
     ],
 )
 def test_inversion_errors(change, error, message):
@@ -337,6 +341,7 @@ def test_inversion_errors(change, error, message):
         ({"ray_end": 1.0}, ValueError, "ray_end must exceed ray_start, both finite, got 1.0 and 1.0"),
         ({"ray_start": -math.inf}, ValueError, "ray_end must exceed ray_start, both finite, got -inf"),
         ({"jitter": draw(2, 3, 5)}, ValueError, "jitter must have shape [2, 3, 4], got [2, 3, 5]"),
+        ({"jitter": torch.zeros(2, 3, 4).int()}, TypeError, "jitter must be floating point, got torch.int32"),
         ({"jitter": 0.5}, TypeError, "jitter must be a tensor, got float"),
         ({"seed": torch.zeros(1, dtype=torch.int64)}, ValueError, "seed must be None for a backend other"),
     ],
@@ -394,7 +399,9 @@ def assert_triton_errs_no_more(kernel, reference, inputs, what, **settings):
     [{}, {"activation": "relu", "density_shift": 0.7}, {"softplus_beta": 4.0, "last_interval": 1e-3}],
     ids=str,
 )
-@pytest.mark.parametrize(("samples", "fine", "rays_"), [(3, 1, 1), (6, 9, 20), (17, 33, 2), (48, 48, 2)])
+@pytest.mark.parametrize(
+    ("samples", "fine", "rays_"), [(3, 1, 1), (6, 9, 20), (17, 33, 2), (48, 48, 2), (131, 9, 3), (6, 140, 3)]
+)
 def test_triton_errs_no_more_than_the_reference(poisoned, samples, fine, rays_, settings):
     inputs = triton_rays(1, rays_, samples, fine)
     assert_triton_errs_no_more(triton_importance, sample_importance, inputs, "samples", **settings)
@@ -404,7 +411,7 @@ def test_triton_errs_no_more_than_the_reference(poisoned, samples, fine, rays_, 
 
 
 @needs_triton
-@pytest.mark.parametrize("bins", [1, 2, 7, 64])
+@pytest.mark.parametrize("bins", [1, 2, 7, 64, 127, 128, 300])
 def test_triton_inversion_errs_no_more_than_the_reference(poisoned, bins):
     edges = draw(3, bins + 1, seed=1).sort(dim=-1).values
     weights = draw_uniform(3, bins, seed=2)
@@ -535,6 +542,16 @@ def test_triton_shows_what_is_nan():
     ("change", "error", "message"),
     [
         ({"t": draw(1, 3, 6)}, TypeError, 't must be float32 (because backend is "triton"), got torch.float64'),
+        (
+            {"u": torch.zeros(1, 3, 4097)},
+            ValueError,
+            'u must hold at most 4096 numbers a row (because backend is "triton"), got 4097',
+        ),
+        (
+            {"t": torch.zeros(1, 3, 4097), "raw_density": torch.zeros(1, 3, 4097)},
+            ValueError,
+            "t must hold at most 4096",
+        ),
         ({"u": None, "seed": 5}, ValueError, "seed must be a tensor of shape [1] of int64 on"),
         ({"u": None, "seed": torch.zeros(2, dtype=torch.int64)}, ValueError, "seed must be a tensor of shape [1]"),
     ],
@@ -547,6 +564,9 @@ def test_triton_errors(change, error, message):
     bins = draw(3, 5).to(DEVICE)
     with pytest.raises(TypeError, match="invert_cdf: bins must be float32"):
         triton_invert_cdf(bins, bins[:, 1:], bins)
+    bins = torch.zeros(1, 4097, device=DEVICE)
+    with pytest.raises(ValueError, match="invert_cdf: bins must hold at most 4096 numbers a row"):
+        triton_invert_cdf(bins, bins[:, 1:], bins[:, :1])
 
 
 @needs_triton

@@ -441,6 +441,11 @@ def test_triton_offsets_have_64_bits():
         ({"planes": torch.zeros(1, 3 * 72, 3, 4)}, ValueError, "planes must have a multiple of 8 channels each, 64 at"),
         ({"planes": draw(1, 24, 3, 4)}, TypeError, "planes must be float32 or float16 or bfloat16 (because backend is"),
         ({"points": draw(1, 5, 3)}, TypeError, 'points must be float32 (because backend is "triton"), got torch.flo'),
+        (
+            {"points": torch.zeros(1, 5, 3, device="meta")},
+            ValueError,
+            f"points must be on {torch.zeros(0, device=DEVICE).device} as planes is, got meta",
+        ),
         ({"points": torch.zeros(1, 5, 2)}, ValueError, "points must have shape [1, N, 3]"),
         (
             {"points": torch.zeros(1, 5, 3, requires_grad=True)},
@@ -451,6 +456,6 @@ def test_triton_offsets_have_64_bits():
 )
 def test_triton_errors(change, error, message):
     arguments = {"planes": torch.zeros(1, 24, 3, 4), "points": torch.zeros(1, 5, 3), **change}
-    arguments = {name: x.to(DEVICE) for name, x in arguments.items()}
+    arguments = {name: x if x.is_meta else x.to(DEVICE) for name, x in arguments.items()}
     with pytest.raises(error, match=re.escape(f"sample_triplane: {message}")):
         triton_sample(**arguments)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
+import bench.tune
+import train
 from checks import assert_close, draw, draw_uniform
 from epigraf_fast import ops
+from epigraf_fast.data import ImageDataset
 from epigraf_fast.ops import tuning as ops_tuning
-from epigraf_fast.training.warmup import FILE, choose_kernels
+from epigraf_fast.training.warmup import FILE, choose_kernels, warm_up
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed: pip install triton", allow_module_level=True)
@@ -123,6 +127,53 @@ def test_a_run_times_once_and_reads_its_file_when_resumed(tmp_path):
     stored["device"] = "another GPU"
     (tmp_path / FILE).write_text(json.dumps(stored))
     assert choose_kernels(*arguments, timer=last_is_fastest())
+
+
+def test_a_run_times_the_decoder_of_its_micro_batch(tiny_config, tiny_trainer, monkeypatch, capsys):
+    """Once, before the loop, and without touching its random numbers; the choices lie in the run folder."""
+    sizes = {"plane_channels": 8, "decoder_hidden": 16}
+    small = {"batch": 2, "renderer": {"coarse_samples": 3, "fine_samples": 2}, "kimg": 0.004}
+    config = tiny_config(generator=sizes, backend="triton", precision="fp32", **small)
+    trainer, _ = tiny_trainer(config)
+    before = torch.get_rng_state()
+    assert warm_up(trainer, timer=last_is_fastest())
+    assert torch.equal(torch.get_rng_state(), before)
+    stored = json.loads((Path(config.run_dir) / FILE).read_text())
+    assert [(c["kernel"], c["channels"], c["hidden"], c["out"], c["height"]) for c in stored["choices"]] == [
+        (f"decode_{way}", 8, 16, 4, config.generator.plane_resolution) for way in ("fwd", "bwd")
+    ]
+    assert not warm_up(trainer, timer=last_is_fastest())  # resumed
+    reference, _ = tiny_trainer(tiny_config(generator=sizes, backend="reference", **small))
+    assert not warm_up(reference, timer=last_is_fastest())
+
+    events = []
+    monkeypatch.setattr(train, "warm_up", lambda trainer: events.append(trainer.cur_nimg))
+    monkeypatch.setattr(train, "loop", lambda *arguments: events.append("loop") or 0)
+    assert train.train(reference.config, tiny_trainer_dataset(reference.config), torch.device("cpu"), None) == 0
+    assert events == [0, "loop"]
+
+
+def tiny_trainer_dataset(config):
+    return ImageDataset(config.data, use_labels=config.loader.labels, mirror=config.loader.mirror)
+
+
+def test_the_bench_lists_every_plan_and_marks_the_fastest(tiny_config):
+    config = tiny_config(generator={"plane_channels": 8, "decoder_hidden": 16}, patch={"resolution": 8})
+    rows = bench.tune.tune(config, 1, torch.device(DEVICE), last_is_fastest())
+    arch = tuning.architecture(torch.device(DEVICE))
+    for precision in ("fp32", "tf32", "fp16"):
+        for kernel in ("decode_fwd", "decode_bwd"):
+            chosen = [row["chosen"] for row in rows if (row["precision"], row["kernel"]) == (precision, kernel)]
+            shape = case(kernel[-3:], arch, channels=8, hidden=16, precision=precision)
+            assert chosen == [False] * (len(tuning.plans(shape)) - 1) + [True]
+    assert len(bench.tune.format_rows(rows).splitlines()) == len(rows) + 1
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU, on which the plans are timed")
+def test_the_bench_says_that_there_is_no_gpu(tmp_path, capsys):
+    assert bench.tune.main(["--json", str(tmp_path / "kernels.json")]) == 0
+    assert "no GPU" in capsys.readouterr().out
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU, on which the plans are timed")

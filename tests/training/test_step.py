@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from epigraf_fast.models.renderer import Renderer
 from epigraf_fast.ops import backends
 from epigraf_fast.training import step
 from epigraf_fast.training.losses import blur
-from epigraf_fast.training.networks import choose_backends
+from epigraf_fast.training.networks import choose_backends, set_arithmetic
 from epigraf_fast.training.step import Samples, Trainer, swap_poses
 
 TinyConfig = Callable[..., Config]
@@ -617,6 +618,49 @@ def test_the_networks_take_the_backends_of_the_run(
     for module in (trainer.generator.renderer, trainer.generator.synthesis.b8, trainer.discriminator.conv):
         resolved = backends.resolve("composite", module.backend, "cpu")
         assert resolved == "reference"
+
+
+# Determinism
+
+
+@pytest.mark.skipif(
+    not backends._interpreting() or backends.status()["composite"]["triton"] is not None,
+    reason="needs Triton's interpreter: TRITON_INTERPRET=1",
+)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_deterministic_reaches_torch_and_the_kernels(
+    tiny_config: TinyConfig, tiny_trainer: TinyTrainer, monkeypatch: pytest.MonkeyPatch, deterministic: bool
+) -> None:
+    """Two runs with the flag have the same gradients, bit by bit, from kernels whose sums have no order."""
+    from epigraf_fast.kernels import decode_triplane as kernels
+
+    asked, bwd = [], kernels.bwd
+    monkeypatch.setattr(kernels, "bwd", lambda *args: asked.append(args[12]) or bwd(*args))
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # put back afterwards
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    config = tiny_config(
+        batch=2,
+        backend="triton",
+        deterministic=deterministic,
+        generator={"plane_channels": 8, "decoder_hidden": 16},
+        renderer={"coarse_samples": 3, "fine_samples": 2},
+    )
+    gradients = []
+    try:
+        set_arithmetic(config)
+        assert torch.are_deterministic_algorithms_enabled() == deterministic
+        assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == deterministic
+        for _ in range(2):
+            trainer, batches = tiny_trainer(config)
+            trainer.iteration(*next(batches))
+            gradients.append({name: p.grad for name, p in trainer.generator.named_parameters()})
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert set(asked) == {deterministic}
+    if deterministic:
+        for name, grad in gradients[0].items():
+            assert torch.equal(grad, gradients[1][name]), name
 
 
 # Golden losses
