@@ -47,7 +47,9 @@ def version() -> str:
 
 CSRC = Path("csrc")
 # The instruction sets that an x86-64 machine may have; the extension holds the code for each and takes the best.
-X86_LEVELS = {"base": [], "v3": ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"]}
+V3 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"]
+V4 = [*V3, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+X86_LEVELS = {"base": [], "v3": V3, "v4": V4}
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
 
 
@@ -118,7 +120,7 @@ class BuildExt(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         openmp = ["-fopenmp"] if compiles(cxx, "-fopenmp") else []
         levels = X86_LEVELS if platform.machine() in ("x86_64", "AMD64") else {"base": []}
-        defines = ["-DEPIGRAF_HAS_V3"] if "v3" in levels else []
+        defines = ["-DEPIGRAF_HAS_LEVELS"] if "v4" in levels else []
         nvcc_flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-ccbin", cxx[0]]
         if nvcc:
             archs = cuda_archs(nvcc)

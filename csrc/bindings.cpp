@@ -4,10 +4,12 @@
 // The GIL is released while a launcher works.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cmath>
 #include <string>
 
 #include "bias_act.h"
+#include "decode_triplane.h"
 #include "modulated_conv2d.h"
 #include "upfirdn2d.h"
 
@@ -371,9 +373,81 @@ void bind_modulated_conv2d(py::module_& m) {
   EPIGRAF_DEFINE(m, demodulation_bwd);
 }
 
+// ---- decode_triplane
+
+epigraf::DecodeTriplaneArgs decode_triplane_common(const Check& check, Pointer planes, Pointer origins,
+                                                   Pointer directions, Pointer t, Pointer w0, Pointer b0, Pointer w1,
+                                                   int dtype, i64 batch, i64 rays, i64 samples, i64 channels,
+                                                   i64 height, i64 width, i64 hidden, i64 outputs, double cube_scale) {
+  epigraf::DecodeTriplaneArgs args{};
+  args.dtype = check.dtype(dtype);
+  require(args.dtype == DType::f32 || args.dtype == DType::f64, check.op, "dtype must be that of fp32 or fp64");
+  require(cube_scale > 0, check.op, "cube_scale must be positive, got " + std::to_string(cube_scale));
+  args.cube_scale = cube_scale;
+  args.batch = check.side("batch", batch);
+  args.rays = check.size("rays", rays);
+  args.samples = check.side("samples", samples);
+  args.channels = check.side("channels", channels, 1);
+  args.height = check.side("height", height, 1);
+  args.width = check.side("width", width, 1);
+  args.hidden = check.side("hidden", hidden);
+  args.outputs = check.side("outputs", outputs);
+  require((directions == 0) == (t == 0) || batch * rays * samples == 0, check.op, "directions and t must be given together");
+  require(directions != 0 || samples == 1 || batch * rays * samples == 0, check.op,
+          "samples must be 1 without directions, got " + std::to_string(samples));
+  const i64 size = epigraf::size_of(args.dtype);
+  const i64 of_rays = check.product("batch * rays", batch, rays), points = check.product("points", of_rays, samples);
+  check.product("features", points, std::max({channels, hidden, outputs}));
+  const i64 texels = check.product("texels", batch, height * width);
+  args.planes = check.pointer("planes", planes, size, check.product("planes", texels, 3 * channels));
+  args.origins = check.pointer("origins", origins, size, of_rays * 3);
+  args.directions = check.pointer("directions", directions, size, of_rays * 3, true);
+  args.t = check.pointer("t", t, size, points, true);
+  args.w0 = check.pointer("w0", w0, size, check.product("w0", hidden, channels));
+  args.b0 = check.pointer("b0", b0, size, hidden);
+  args.w1 = check.pointer("w1", w1, size, check.product("w1", outputs, hidden));
+  return args;
+}
+
+epigraf::DecodeTriplaneArgs decode_triplane_fwd(const Check& check, Pointer planes, Pointer origins, Pointer directions,
+                                                Pointer t, Pointer w0, Pointer b0, Pointer w1, Pointer b1, Pointer y,
+                                                int dtype, i64 batch, i64 rays, i64 samples, i64 channels, i64 height,
+                                                i64 width, i64 hidden, i64 outputs, double cube_scale) {
+  auto args = decode_triplane_common(check, planes, origins, directions, t, w0, b0, w1, dtype, batch, rays, samples,
+                                     channels, height, width, hidden, outputs, cube_scale);
+  const i64 size = epigraf::size_of(args.dtype);
+  args.b1 = check.pointer("b1", b1, size, outputs);
+  args.y = check.pointer("y", y, size, batch * rays * samples * outputs);
+  return args;
+}
+
+epigraf::DecodeTriplaneArgs decode_triplane_bwd(const Check& check, Pointer planes, Pointer origins, Pointer directions,
+                                                Pointer t, Pointer w0, Pointer b0, Pointer w1, Pointer grad_y,
+                                                Pointer grad_planes, Pointer grad_w0, Pointer grad_b0, Pointer grad_w1,
+                                                Pointer grad_b1, int dtype, i64 batch, i64 rays, i64 samples,
+                                                i64 channels, i64 height, i64 width, i64 hidden, i64 outputs,
+                                                double cube_scale) {
+  auto args = decode_triplane_common(check, planes, origins, directions, t, w0, b0, w1, dtype, batch, rays, samples,
+                                     channels, height, width, hidden, outputs, cube_scale);
+  const i64 size = epigraf::size_of(args.dtype);
+  const bool network = grad_w0 != 0 || grad_b0 != 0 || grad_w1 != 0 || grad_b1 != 0;
+  args.grad_y = check.pointer("grad_y", grad_y, size, batch * rays * samples * outputs);
+  args.grad_planes = check.pointer("grad_planes", grad_planes, size, batch * height * width * 3 * channels, true);
+  args.grad_w0 = check.pointer("grad_w0", grad_w0, size, hidden * channels, !network);
+  args.grad_b0 = check.pointer("grad_b0", grad_b0, size, hidden, !network);
+  args.grad_w1 = check.pointer("grad_w1", grad_w1, size, outputs * hidden, !network);
+  args.grad_b1 = check.pointer("grad_b1", grad_b1, size, outputs, !network);
+  return args;
+}
+
+void bind_decode_triplane(py::module_& m) {
+  define(m, "decode_triplane_fwd", decode_triplane_fwd, epigraf::decode_triplane_fwd_cpu);
+  define(m, "decode_triplane_bwd", decode_triplane_bwd, epigraf::decode_triplane_bwd_cpu);
+}
+
 // ---- the build
 
-const char* const kLevels[] = {"base", "v3"};
+const char* const kLevels[] = {"base", "v3", "v4"};
 
 void bind_build(py::module_& m) {
 #if defined(EPIGRAF_CUDA)
@@ -384,8 +458,8 @@ void bind_build(py::module_& m) {
   m.def("build_info", [] {
     py::dict info;
     info["compiler"] = __VERSION__;
-#if defined(EPIGRAF_HAS_V3)
-    info["cpu_levels"] = py::make_tuple(kLevels[0], kLevels[1]);
+#if defined(EPIGRAF_HAS_LEVELS)
+    info["cpu_levels"] = py::make_tuple(kLevels[0], kLevels[1], kLevels[2]);
 #else
     info["cpu_levels"] = py::make_tuple(kLevels[0]);
 #endif
@@ -419,4 +493,5 @@ PYBIND11_MODULE(_C, m) {
   bind_bias_act(m);
   bind_upfirdn2d(m);
   bind_modulated_conv2d(m);
+  bind_decode_triplane(m);
 }

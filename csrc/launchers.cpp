@@ -3,10 +3,13 @@
 namespace epigraf {
 
 CpuLevel best_cpu_level() {
-#if defined(EPIGRAF_HAS_V3)
+#if defined(EPIGRAF_HAS_LEVELS)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
-    return CpuLevel::v3;
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
+               ? CpuLevel::v4
+               : CpuLevel::v3;
 #endif
   return CpuLevel::base;
 }

@@ -5,7 +5,8 @@
 
 namespace epigraf {
 
-enum class CpuLevel : int { base = 0, v3 = 1 };  // v3: x86-64-v3, which is AVX2, FMA and F16C
+// v3 and v4: x86-64-v3, which is AVX2, FMA and F16C, and x86-64-v4, which is AVX-512 with that.
+enum class CpuLevel : int { base = 0, v3 = 1, v4 = 2 };
 
 // The level in use: at first the best that the processor has and the build holds.
 CpuLevel cpu_level();
@@ -15,14 +16,19 @@ void set_cpu_level(CpuLevel level);
 }  // namespace epigraf
 
 // Declares `name`, compiled for every level from one .cpp, and `name_cpu`, which takes the level in use.
-#if defined(EPIGRAF_HAS_V3)
-#define EPIGRAF_CPU_LAUNCHER(name, Args)                                                    \
-  namespace epigraf {                                                                       \
-  namespace base { void name(const Args& args, int threads); }                              \
-  namespace v3 { void name(const Args& args, int threads); }                                \
-  inline void name##_cpu(const Args& args, int threads) {                                   \
-    (cpu_level() == CpuLevel::v3 ? v3::name : base::name)(args, threads);                   \
-  }                                                                                         \
+#if defined(EPIGRAF_HAS_LEVELS)
+#define EPIGRAF_CPU_LAUNCHER(name, Args)                        \
+  namespace epigraf {                                           \
+  namespace base { void name(const Args& args, int threads); }  \
+  namespace v3 { void name(const Args& args, int threads); }    \
+  namespace v4 { void name(const Args& args, int threads); }    \
+  inline void name##_cpu(const Args& args, int threads) {       \
+    switch (cpu_level()) {                                      \
+      case CpuLevel::v4: return v4::name(args, threads);        \
+      case CpuLevel::v3: return v3::name(args, threads);        \
+      default: return base::name(args, threads);                \
+    }                                                           \
+  }                                                             \
   }
 #else
 #define EPIGRAF_CPU_LAUNCHER(name, Args)                                                    \

@@ -116,6 +116,6 @@ def resolve_deterministic(deterministic: bool | None) -> bool:
     return torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic
 
 
-def no_second_derivative(op: str) -> NotImplementedError:
+def no_second_derivative(op: str, backend: str = "triton") -> NotImplementedError:
     """The error of an op whose backward cannot be differentiated."""
-    return NotImplementedError(f'{op}: backend "triton" has no second derivative; use backend="reference"')
+    return NotImplementedError(f'{op}: backend "{backend}" has no second derivative; use backend="reference"')

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..reference.decode_triplane import decode_features, points_on_rays
 from ..reference.decode_triplane import decode_triplane as _reference
 from ..reference.decode_triplane import decode_triplane_rays as _reference_rays
+from . import decode_triplane_cpu
 from .backends import resolve
 from .checks import (
     TRITON_DTYPES,
@@ -82,8 +83,9 @@ def decode_triplane(
     Returns:
         [B, N, out]: raw colour, raw density last; the wider dtype of planes and network.
 
-    Derivatives: reference any order, to everything; cpu the first; triton the first, to planes and network, summed in
-        fp32 in an order that changes from run to run unless `deterministic`.
+    Derivatives: reference any order, to everything; cpu the first, summed in a fixed order (by the extension where all
+        is fp32 or all fp64 and no gradient to points is asked for, else by torch's grid sampler); triton the first, to
+        planes and network, summed in fp32 in an order that changes from run to run unless `deterministic`.
 
     Raises:
         ValueError, TypeError: Wrong ranks, shapes, dtypes or devices; unknown or missing backend, unknown precision.
@@ -102,8 +104,32 @@ def decode_triplane(
         fixed = resolve_deterministic(deterministic)
         return _DecodeTriplane.apply(planes, points, None, None, w0, b0, w1, b1, options, fixed, kernels)
     if chosen == "cpu":
-        return decode_features(sample_triplane_cpu(planes, points), w0, b0, w1, b1)
+        return _decode_cpu(planes, (points, None, None), (w0, b0, w1, b1), 1.0)
     return _reference(planes, points, w0, b0, w1, b1)
+
+
+def _is_fused(planes: Tensor, rays: tuple[Tensor | None, ...], network: tuple[Tensor, ...]) -> bool:
+    """Whether the extension decodes on the CPU; else torch's grid sampler does, which knows gradients to points."""
+    rays = [x for x in rays if x is not None]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in rays):
+        return False
+    return decode_triplane_cpu.takes(planes, *rays, *network)
+
+
+def _decode_cpu(
+    planes: Tensor,
+    rays: tuple[Tensor, Tensor | None, Tensor | None],
+    network: tuple[Tensor, Tensor, Tensor, Tensor],
+    cube_scale: float,
+) -> Tensor:
+    """At points, or at rays and their t."""
+    if _is_fused(planes, rays, network):
+        return _DecodeTriplane.apply(planes, *rays, *network, (cube_scale, "fp32"), False, decode_triplane_cpu)
+    points, directions, t = rays
+    if t is None:
+        return decode_features(sample_triplane_cpu(planes, points), *network)
+    points = points_on_rays(points, directions, t) / cube_scale
+    return decode_features(sample_triplane_cpu(planes, points.flatten(1, 2)), *network).unflatten(1, t.shape[1:])
 
 
 def decode_triplane_rays(
@@ -148,9 +174,7 @@ def decode_triplane_rays(
         fixed = resolve_deterministic(deterministic)
         return _DecodeTriplane.apply(planes, *rays, w0, b0, w1, b1, options, fixed, kernels)
     if chosen == "cpu":
-        points = points_on_rays(ray_origins, ray_directions, t) / cube_scale
-        features = sample_triplane_cpu(planes, points.flatten(1, 2))
-        return decode_features(features, w0, b0, w1, b1).unflatten(1, t.shape[1:])
+        return _decode_cpu(planes, rays, (w0, b0, w1, b1), float(cube_scale))
     return _reference_rays(planes, ray_origins, ray_directions, t, w0, b0, w1, b1, cube_scale)
 
 
@@ -195,6 +219,9 @@ def decode_triplane_coarse_to_fine(
         options = (float(cube_scale), precision)
         fixed = resolve_deterministic(deterministic)
         return _DecodeCoarseToFine.apply(planes, *rays, resample, *network, options, fixed, kernels)
+    if chosen == "cpu" and _is_fused(planes, rays, network):
+        options = (float(cube_scale), precision)
+        return _DecodeCoarseToFine.apply(planes, *rays, resample, *network, options, False, decode_triplane_cpu)
     coarse = decode_triplane_rays(planes, *rays, *network, cube_scale, backend=chosen)
     t_fine = resample(coarse.detach())
     fine = decode_triplane_rays(planes, *rays[:2], t_fine, *network, cube_scale, backend=chosen)
@@ -256,8 +283,9 @@ class _DecodeTriplane(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[0], any(ctx.needs_input_grad[4:8]), ctx.deterministic
-        saved = ctx.saved_tensors
-        gradients = _DecodeTriplaneBackward.apply(grad_y, *saved, ctx.b1_dtype, ctx.options, needs, ctx.kernels)
+        gradients = _DecodeTriplaneBackward.apply(
+            grad_y, *ctx.saved_tensors, ctx.b1_dtype, ctx.options, needs, ctx.kernels
+        )
         return gradients[0], None, None, None, *gradients[1:], None, None, None
 
 
@@ -336,6 +364,7 @@ class _DecodeTriplaneBackward(torch.autograd.Function):
         needs: tuple[bool, bool, bool],
         kernels: Any,
     ) -> tuple[Tensor | None, ...]:
+        ctx.backend = "cpu" if kernels is decode_triplane_cpu else "triton"
         grad_planes, grad_network = kernels.bwd(grad_y, planes, origins, directions, t, w0, b0, w1, *options, *needs)
         dtypes = w0.dtype, b0.dtype, w1.dtype, b1_dtype
         if grad_planes is not None:
@@ -346,4 +375,4 @@ class _DecodeTriplaneBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> None:
-        raise no_second_derivative("decode_triplane")
+        raise no_second_derivative("decode_triplane", ctx.backend)

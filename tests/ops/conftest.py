@@ -47,7 +47,7 @@ def upfirdn2d(backend: str) -> Callable[..., Tensor]:
     return on_backend(ops.upfirdn2d, backend)
 
 
-@pytest.fixture(params=("base", "v3"))
+@pytest.fixture(params=("base", "v3", "v4"))
 def cpu_level(request: pytest.FixtureRequest) -> str:
     """Runs a test in every instruction set of the extension that this processor has."""
     reason = backends.status()["bias_act"]["cpu"]

@@ -1,0 +1,81 @@
+"""Launchers of csrc/decode_triplane.cpp, with the signatures of kernels/decode_triplane.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import native
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether the extension is here, and has kernels for tensors of these dtypes."""
+    dtype = tensors[0].dtype
+    return (
+        native.lacking("cpu") is None
+        and dtype in (torch.float32, torch.float64)
+        and all(x.dtype == dtype for x in tensors)
+    )
+
+
+def fwd(
+    planes: Tensor,
+    origins: Tensor,
+    directions: Tensor | None,
+    t: Tensor | None,
+    w0: Tensor,
+    b0: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    cube_scale: float,
+    precision: str,
+) -> Tensor:
+    """Raw colour and density of points [B, N, 3], or of the depths t [B, R, S] of rays [B, R, 3]."""
+    y = planes.new_empty(*(origins.shape[:2] if t is None else t.shape), len(w1))
+    tensors = _dense(planes, origins, directions, t, w0, b0, w1, b1)
+    native.launch("decode_triplane_fwd", *tensors, y, *_sizes(planes, origins, t, w0, w1, cube_scale))
+    return y
+
+
+def bwd(
+    grad_y: Tensor,
+    planes: Tensor,
+    origins: Tensor,
+    directions: Tensor | None,
+    t: Tensor | None,
+    w0: Tensor,
+    b0: Tensor,
+    w1: Tensor,
+    cube_scale: float,
+    precision: str,
+    needs_planes: bool,
+    needs_network: bool,
+    deterministic: bool,
+) -> tuple[Tensor | None, tuple[Tensor, ...] | None]:
+    """Gradients of `fwd` to planes and to the network, all sums in a fixed order; None for what is not needed."""
+    grad_planes = torch.empty_like(planes, memory_format=torch.channels_last) if needs_planes else None
+    network = None
+    if needs_network:
+        network = torch.empty_like(w0), torch.empty_like(b0), torch.empty_like(w1), w1.new_empty(len(w1))
+    tensors = _dense(planes, origins, directions, t, w0, b0, w1)
+    results = grad_planes, *(network or (None,) * 4)
+    sizes = _sizes(planes, origins, t, w0, w1, cube_scale)
+    native.launch("decode_triplane_bwd", *tensors, grad_y.contiguous(), *results, *sizes)
+    return grad_planes, network
+
+
+def _dense(planes: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    """As the kernels read them: planes in channels_last, the rest contiguous."""
+    planes = planes.contiguous(memory_format=torch.channels_last)
+    return planes, *(None if x is None else x.contiguous() for x in others)
+
+
+def _sizes(
+    planes: Tensor, origins: Tensor, t: Tensor | None, w0: Tensor, w1: Tensor, cube_scale: float
+) -> tuple[Any, ...]:
+    samples = 1 if t is None else t.shape[2]
+    hidden, channels = w0.shape
+    points = len(planes), origins.shape[1], samples
+    return planes.dtype, *points, channels, *planes.shape[2:], hidden, len(w1), float(cube_scale)
