@@ -74,7 +74,7 @@ def render(
     cube_scale: float,
     config: RendererConfig,
     *,
-    density_noise_std: float = 0.0,
+    density_noise_std: float | Tensor = 0.0,
     jitter: Tensor | None = None,
     u: Tensor | None = None,
     coarse_noise: Tensor | None = None,
@@ -83,6 +83,7 @@ def render(
     """What `models.renderer.Renderer` computes in training mode; see there for the arguments."""
     (batch, rays), samples, fine_samples = ray_origins.shape[:2], config.coarse_samples, config.fine_samples
     options = {"dtype": ray_origins.dtype, "device": ray_origins.device}
+    noisy = isinstance(density_noise_std, Tensor) or density_noise_std > 0
 
     def decode_at(t: Tensor) -> Tensor:
         points = ray_origins[:, :, None] + t[..., None] * ray_directions[:, :, None]
@@ -96,7 +97,7 @@ def render(
     coarse = decode_at(t)
     with torch.no_grad():
         raw_density = coarse[..., 3]
-        if density_noise_std:
+        if noisy:
             noise = torch.randn_like(raw_density) if coarse_noise is None else coarse_noise
             raw_density = raw_density + density_noise_std * noise
         weights, _ = ray_weights(t, raw_density, config)
@@ -108,7 +109,7 @@ def render(
     values = torch.cat([fine, coarse], dim=-2)
     rgb = torch.gather(values[..., :3], -2, order[..., None].expand(-1, -1, -1, 3))
     raw_density = torch.gather(values[..., 3], -1, order)
-    if density_noise_std:
+    if noisy:
         noise = torch.randn_like(raw_density) if fine_noise is None else fine_noise
         raw_density = raw_density + density_noise_std * noise
     weights, transmittance = ray_weights(t, raw_density, config)

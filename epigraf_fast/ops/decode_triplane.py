@@ -25,6 +25,7 @@ from .checks import (
     no_second_derivative,
     resolve_deterministic,
 )
+from .ranges import annotate
 from .sample_triplane import sample_triplane_cpu
 
 PRECISIONS = ("fp32", "tf32", "fp16")
@@ -234,6 +235,7 @@ class _DecodeTriplane(torch.autograd.Function):
     """
 
     @staticmethod
+    @annotate("decode_triplane_fwd")
     def forward(
         ctx: Any,
         planes: Tensor,
@@ -265,6 +267,7 @@ class _DecodeCoarseToFine(torch.autograd.Function):
     """Two of `kernels.fwd` with `resample` between them, and one of `kernels.bwd`, for both sets of samples."""
 
     @staticmethod
+    @annotate("decode_coarse_to_fine_fwd")
     def forward(
         ctx: Any,
         planes: Tensor,
@@ -321,6 +324,7 @@ def _joined(first: Tensor, second: Tensor) -> Tensor:
 
 class _DecodeTriplaneBackward(torch.autograd.Function):
     @staticmethod
+    @annotate("decode_triplane_bwd")
     def forward(
         ctx: Any,
         grad_y: Tensor,

@@ -71,7 +71,8 @@ class GraphedPhase:
             self.kind, self.inputs = kind, tree_unflatten(own, structure)
             self.tensors = [x for x in own if isinstance(x, Tensor)]
             return self._plainly()
-        torch._foreach_copy_(self.tensors, given)
+        with torch.no_grad():
+            torch._foreach_copy_(self.tensors, given)
         if self.memory.stream is None:
             return self._plainly()
         if self.graph is None:
