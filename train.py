@@ -78,6 +78,8 @@ def pick_device(config: Config, world: World) -> torch.device:
     device = find_device(config.device)
     if device.type == "cpu" and config.precision != "fp32":
         raise UserError(f"precision {config.precision} needs a GPU, a CPU computes in fp32: set --precision fp32")
+    if device.type == "cpu" and config.cuda_graphs:
+        raise UserError("cuda_graphs needs a GPU, a CPU has nothing to record: leave --cuda-graphs out")
     choose_backends(config, device.type)
     set_arithmetic(config)
     if device.type == "cuda" and world.size > 1:

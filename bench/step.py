@@ -267,9 +267,9 @@ def _compile(trainer: Trainer) -> None:
     generator.synthesis.forward = torch.compile(generator.synthesis.forward, dynamic=False)
     rendering = torch.compile(generator.renderer.forward, dynamic=False)
 
-    def render(*args: Any, density_noise_std: float = 0.0, **options: Any) -> Any:
+    def render(*args: Any, density_noise_std: float | torch.Tensor = 0.0, **options: Any) -> Any:
         # A number would be compiled in, and every other number compiled anew.
-        std = torch.full([], density_noise_std, device=trainer.device)
+        std = torch.as_tensor(density_noise_std, device=trainer.device)
         return rendering(*args, density_noise_std=std, **options)
 
     generator.renderer.forward = render

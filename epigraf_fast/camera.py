@@ -99,7 +99,7 @@ def cam2world_matrix(angles: Tensor, radius: float | Tensor) -> Tensor:
     position = outward * (radius.to(angles)[..., None] if isinstance(radius, Tensor) else radius)
     matrix = torch.zeros(len(angles), 4, 4, dtype=angles.dtype, device=angles.device)
     matrix[:, :3] = torch.stack([-left, up, outward, position], dim=-1)
-    matrix[:, 3, 3] = 1
+    matrix[:, 3, 3].fill_(1)
     return matrix
 
 
@@ -176,11 +176,10 @@ def camera_rays(
     batch = len(cam2world)
     grid = pixel_grid(resolution, patch_scale, patch_offset, dtype=cam2world.dtype, device=cam2world.device)
     grid = grid.to(cam2world.dtype).expand(batch, -1, -1)
-    given = isinstance(fov, Tensor)
-    fov = torch.as_tensor(fov, dtype=cam2world.dtype, device=grid.device if given else "cpu")
-    depth = -1 / torch.tan(torch.deg2rad(fov) / 2)
-    if not given:  # written by a fill, as a copy from the host would make a GPU wait
-        depth = grid.new_full((1,), depth.item())
+    if isinstance(fov, Tensor):
+        depth = -1 / torch.tan(torch.deg2rad(fov.to(grid)) / 2)
+    else:  # written by a fill, as a copy from the host would make a GPU wait
+        depth = grid.new_full((1,), -1 / math.tan(math.radians(fov) / 2))
     depth = depth.reshape(-1, 1, 1).expand(batch, grid.shape[1], 1)
     directions = torch.cat([grid, depth], dim=-1)
     directions = torch.nn.functional.normalize(directions, dim=-1)

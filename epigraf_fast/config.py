@@ -235,6 +235,8 @@ class Config:
     deterministic: bool = False
     """Whether gradients have the same bits in every run, at some cost: those of planes and decoder are summed in fixed
     point or in a fixed order, and torch takes its deterministic kernels (and warns where it has none)."""
+    cuda_graphs: bool = False
+    """Record each phase of an iteration as a CUDA graph, which one launch replays. Opt-in until a GPU has run it."""
     device: str | None = None
     """cpu or cuda; default: a GPU if there is one."""
     log_kimg: float = 4.0
@@ -474,6 +476,13 @@ def check(config: Config) -> None:
             raise UserError(f"{name} needs images to measure: set --metric-images 2048")
     if not 0 <= c.seed < 2**32:
         raise UserError(f"seed must be in [0, 2^32), got {c.seed}")
+    if c.cuda_graphs:
+        for name, value, off in (
+            ("discriminator.scales", c.discriminator.scales > 1, "1"),
+            ("augment.exact_margins", c.augment.exact_margins, "False"),
+        ):
+            if value:
+                raise UserError(f"cuda_graphs must be off with {name} (which waits for the GPU), or {name} {off}")
     if c.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", c.device):
         raise UserError(f"device must be cpu or cuda, got {c.device!r}")
     if c.renderer.coarse_samples < 3 or c.renderer.fine_samples < 0:

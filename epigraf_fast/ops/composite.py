@@ -20,6 +20,7 @@ from .checks import (
     no_second_derivative,
 )
 from .draws import check_noise_std, is_noisy, seed_for_kernel, std_for_kernel
+from .ranges import annotate
 
 DENSITY_ACTIVATIONS = ("softplus", "relu")
 
@@ -172,6 +173,7 @@ class _Composite(torch.autograd.Function):
     """
 
     @staticmethod
+    @annotate("composite_fwd")
     def forward(
         ctx: Any,
         kernels: Any,
@@ -204,6 +206,7 @@ class _CompositeBackward(torch.autograd.Function):
     """The gradients by `kernels.bwd`, as a function of the incoming ones and of the inputs."""
 
     @staticmethod
+    @annotate("composite_bwd")
     def forward(
         ctx: Any,
         kernels: Any,

@@ -26,6 +26,7 @@ from .checks import (
     no_second_derivative,
     resolve_deterministic,
 )
+from .ranges import annotate
 from .sample_triplane import sample_triplane_cpu
 
 PRECISIONS = ("fp32", "tf32", "fp16")
@@ -261,6 +262,7 @@ class _DecodeTriplane(torch.autograd.Function):
     """
 
     @staticmethod
+    @annotate("decode_triplane_fwd")
     def forward(
         ctx: Any,
         planes: Tensor,
@@ -293,6 +295,7 @@ class _DecodeCoarseToFine(torch.autograd.Function):
     """Two of `kernels.fwd` with `resample` between them, and one of `kernels.bwd`, for both sets of samples."""
 
     @staticmethod
+    @annotate("decode_coarse_to_fine_fwd")
     def forward(
         ctx: Any,
         planes: Tensor,
@@ -349,6 +352,7 @@ def _joined(first: Tensor, second: Tensor) -> Tensor:
 
 class _DecodeTriplaneBackward(torch.autograd.Function):
     @staticmethod
+    @annotate("decode_triplane_bwd")
     def forward(
         ctx: Any,
         grad_y: Tensor,

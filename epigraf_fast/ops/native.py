@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 import os
-from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .ranges import annotate
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}  # as in csrc/common.h
 
@@ -62,10 +63,10 @@ def launch(name: str, *args: Any) -> None:
     values = [_plain(arg) for arg in args]
     module = extension()
     if device.type == "cpu":
-        with _range(name):
+        with annotate(name):
             getattr(module, f"{name}_cpu")(*values, torch.get_num_threads())
     else:
-        with _range(name), torch.cuda.device(device):
+        with annotate(name), torch.cuda.device(device):
             getattr(module, f"{name}_cuda")(*values, torch.cuda.current_stream(device).cuda_stream)
 
 
@@ -89,18 +90,3 @@ def _plain(arg: Any) -> Any:
     if arg is None:
         return 0
     return DTYPES[arg] if isinstance(arg, torch.dtype) else arg
-
-
-@functools.cache
-def _nvtx() -> Any:
-    try:
-        import nvtx
-    except ImportError:
-        return None
-    return nvtx
-
-
-def _range(name: str) -> AbstractContextManager[Any]:
-    """A named range on a profiler's timeline; nothing without the package nvtx."""
-    nvtx = _nvtx()
-    return nullcontext() if nvtx is None else nvtx.annotate(name, domain="epigraf_fast")

@@ -15,6 +15,7 @@ from .backends import resolve
 from .checks import check_choice, check_dtype, check_shape, check_together
 from .composite import DENSITY_ACTIVATIONS
 from .draws import check_noise_std, is_noisy, seed_for_kernel, std_for_kernel
+from .ranges import annotate
 
 
 def sample_stratified(
@@ -73,7 +74,8 @@ def sample_stratified(
         draws = stochastic and jitter is None
         seed = seed_for_kernel(op, seed, device) if draws else None
         jitter = None if jitter is None else jitter.detach()
-        return kernels.stratified(*shape, float(ray_start), float(ray_end), jitter, seed, device)
+        with annotate("sample_stratified"):
+            return kernels.stratified(*shape, float(ray_start), float(ray_end), jitter, seed, device)
     if seed is not None:
         raise ValueError(f"{op}: seed must be None for a backend other than 'triton' (torch's generator draws)")
     if jitter is None:
@@ -117,7 +119,8 @@ def invert_cdf(bins: Tensor, weights: Tensor, u: Tensor, *, backend: str | None 
         _check_lengths("invert_cdf", {"bins": bins.shape[-1], "u": u.shape[-1]}, kernels.MAX_SAMPLES)
         num_rows = bins.shape[:-1].numel()
         flat = (x.detach().reshape(num_rows, x.shape[-1]).contiguous() for x in (bins, weights, u))
-        return kernels.invert_cdf(*flat).reshape(u.shape)
+        with annotate("invert_cdf"):
+            return kernels.invert_cdf(*flat).reshape(u.shape)
     return _reference_invert_cdf(bins, weights, u)
 
 
@@ -206,7 +209,8 @@ def sample_importance(
             u = u.sort(dim=-1).values
         std = std_for_kernel(noise_std) if noisy else None
         density |= {"even": not stochastic, "noise_std": std}
-        return kernels.fwd(t, raw_density, u, seed, samples, sorted=sorted, **density)
+        with annotate("sample_importance"):
+            return kernels.fwd(t, raw_density, u, seed, samples, sorted=sorted, **density)
     if seed is not None:
         raise ValueError(f"{op}: seed must be None for a backend other than 'triton' (torch's generator draws)")
     if noisy:

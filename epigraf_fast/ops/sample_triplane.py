@@ -19,6 +19,7 @@ from .checks import (
     no_second_derivative,
     resolve_deterministic,
 )
+from .ranges import annotate
 
 
 def sample_triplane(
@@ -79,6 +80,7 @@ class _SampleTriplane(torch.autograd.Function):
     """Features by `kernels.fwd`. They are linear in planes: points are all that the backward needs."""
 
     @staticmethod
+    @annotate("sample_triplane_fwd")
     def forward(ctx: Any, planes: Tensor, points: Tensor, deterministic: bool, kernels: Any) -> Tensor:
         ctx.save_for_backward(points)
         ctx.deterministic = deterministic
@@ -94,6 +96,7 @@ class _SampleTriplane(torch.autograd.Function):
 
 class _SampleTriplaneBackward(torch.autograd.Function):
     @staticmethod
+    @annotate("sample_triplane_bwd")
     def forward(
         ctx: Any,
         grad_features: Tensor,

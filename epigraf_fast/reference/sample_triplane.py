@@ -27,9 +27,9 @@ def sample_triplane(planes: Tensor, points: Tensor) -> Tensor:
     texels = planes.permute(0, 2, 3, 1).reshape(batch * height * width * 3, channels)  # row: ((b*H + y)*W + x)*3 + k
 
     # From 3 on every tap is outside, however small the plane; the clamp keeps the integer conversion in range.
-    position = points.clamp(-3, 3)[:, :, torch.tensor(PLANE_AXES, device=points.device)]  # [B, N, 3, 2]
-    x = (position[..., 0] + 1) * ((width - 1) / 2)
-    y = (position[..., 1] + 1) * ((height - 1) / 2)
+    coordinates = points.clamp(-3, 3).unbind(dim=-1)
+    x, y = (torch.stack([coordinates[axis] for axis in axes], dim=-1) for axes in zip(*PLANE_AXES, strict=True))
+    x, y = (x + 1) * ((width - 1) / 2), (y + 1) * ((height - 1) / 2)  # [B, N, 3]
     x_floor, y_floor = x.detach().floor(), y.detach().floor()
     right, down = x - x_floor, y - y_floor
     x_corners = torch.stack([x_floor, x_floor, x_floor + 1, x_floor + 1], dim=-1)  # [B, N, 3, 4]

@@ -17,5 +17,6 @@ def average_of(module: nn.Module) -> nn.Module:
 def update_average(average: nn.Module, module: nn.Module, decay: float) -> None:
     """average <- decay average + (1 - decay) module for the parameters; buffers are copied."""
     torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - decay)
-    for kept, new in zip(average.buffers(), module.buffers(), strict=True):
-        kept.copy_(new)
+    buffers = list(average.buffers())
+    if buffers:
+        torch._foreach_copy_(buffers, list(module.buffers()))

@@ -42,9 +42,19 @@ def path_lengths(images: Tensor, ws: Tensor, noise: Tensor | None = None) -> Ten
     return grad.square().sum(dim=2).mean(dim=1).sqrt()
 
 
-def blur(images: Tensor, sigma: float) -> Tensor:
-    """Separable low-pass with taps 2^(-(i / sigma)^2), |i| <= floor(3 sigma), sum 1; zero padding, size kept."""
-    radius = math.floor(3 * sigma)
+def blur_radius(sigma: float) -> int:
+    """Taps of `blur` on each side of the middle."""
+    return math.floor(3 * sigma)
+
+
+def blur(images: Tensor, sigma: float | Tensor, radius: int | None = None) -> Tensor:
+    """Separable low-pass with taps 2^(-(i / sigma)^2), |i| <= floor(3 sigma), sum 1; zero padding, size kept.
+
+    Args:
+        sigma: Pixels, a number, or a tensor of one where `radius` says how many taps that makes.
+        radius: `blur_radius(sigma)`.
+    """
+    radius = blur_radius(sigma) if radius is None else radius
     if radius == 0:
         return images
     taps = torch.arange(-radius, radius + 1, device=images.device, dtype=torch.float32)

@@ -12,11 +12,22 @@ from .schedule import patch_beta, patch_min_scale
 IMPORTANCE_GRID = 8  # points along each side that a patch's mean importance is taken over
 
 
+def patch_progress(config: PatchConfig, resolution: int, cur_nimg: int, batch: int) -> float:
+    """The number that a distribution of scales depends on at this time: 1 / beta, or s_min of all but `beta`.
+
+    Args:
+        resolution: R.
+        batch: Images per iteration.
+    """
+    if config.distribution == "beta":
+        return 1 / patch_beta(config, cur_nimg)
+    return patch_min_scale(config, cur_nimg, batch, config.resolution / resolution)
+
+
 def sample_patches(
     config: PatchConfig,
     resolution: int,
-    cur_nimg: int,
-    batch: int,
+    progress: float | Tensor,
     num: int,
     group: int,
     *,
@@ -28,14 +39,14 @@ def sample_patches(
     """Draws scale and offset of patches; the samples of one group share a draw.
 
     With r the patch's and R the image's resolution:
-      beta      s = draw (1 - r/R) + r/R, draw ~ Beta(1, beta(cur_nimg)) (Eq. 5)
-      uniform, graf, gnerf   U[s_min(cur_nimg), 1] (Eq. 4)
-      discrete  evenly spaced from 0.25 to 1, those of at least s_min(cur_nimg), equally likely
+      beta      s = draw (1 - r/R) + r/R, draw ~ Beta(1, beta) (Eq. 5)
+      uniform, graf, gnerf   U[s_min, 1] (Eq. 4)
+      discrete  evenly spaced from 0.25 to 1, those of at least s_min, equally likely
     and each offset is uniform in [0, 1 - s].
 
     Args:
         resolution: R.
-        batch: Images per iteration.
+        progress: Of `patch_progress`, a number or a tensor of one.
         num: Samples in this micro-batch, a multiple of min(group, num).
         group: The minibatch-std group: sample i takes draw i mod n, n = num / group ("strided"; those groups are
             strided, too), or i div group ("consecutive").
@@ -52,15 +63,13 @@ def sample_patches(
     u = torch.rand(draws, device=device) if scale_draw is None else scale_draw
     if config.distribution == "beta":
         # Inverse of the CDF 1 - (1 - x)^beta; u and 1 - u are alike.
-        scale = (1 - u ** (1 / patch_beta(config, cur_nimg))) * (1 - smallest) + smallest
+        scale = (1 - u**progress) * (1 - smallest) + smallest
+    elif config.distribution == "discrete":
+        support = torch.linspace(1, 0.25, config.num_scales, device=u.device)
+        allowed = (support >= progress - 1e-6).sum()  # descending, so the first ones
+        scale = support[(u * allowed).long().minimum(allowed - 1)]
     else:
-        s_min = patch_min_scale(config, cur_nimg, batch, smallest)
-        if config.distribution == "discrete":
-            support = torch.linspace(1, 0.25, config.num_scales)  # on the CPU: counting must not wait for a GPU
-            allowed = int((support >= s_min - 1e-6).sum())  # descending, so the first ones
-            scale = support.to(u.device)[(u * allowed).long().clamp(max=allowed - 1)]
-        else:
-            scale = s_min + u * (1 - s_min)
+        scale = progress + u * (1 - progress)
     if importance is not None:
         offset_draw = _important(importance, scale, config.importance)
     v = torch.rand(draws, 2, device=device) if offset_draw is None else offset_draw

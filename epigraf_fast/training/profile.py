@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from ..ops import ranges as op_ranges
+
 TRACE_SKIPS = 5  # iterations before the trace: compilations, and the first regularization
 TRACE_ITERATIONS = 3
 
@@ -18,14 +20,11 @@ _listeners: list[Callable[[str], AbstractContextManager[Any]]] = []
 
 @contextlib.contextmanager
 def annotate(name: str) -> Iterator[None]:
-    """A range that profilers show under this name: NVTX on a GPU, torch's profiler while it records."""
+    """`ops.ranges.annotate`, which listeners enter, too."""
     with contextlib.ExitStack() as ranges:
         for listener in _listeners:
             ranges.enter_context(listener(name))
-        if torch.cuda.is_initialized():
-            ranges.enter_context(torch.cuda.nvtx.range(name))
-        if torch.autograd.profiler._is_profiler_enabled:
-            ranges.enter_context(torch.profiler.record_function(name))
+        ranges.enter_context(op_ranges.annotate(name))
         yield
 
 

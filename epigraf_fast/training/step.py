@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +16,11 @@ from ..errors import UserError
 from ..models.mapping import mix_styles
 from .distributed import World
 from .ema import average_of, update_average
-from .losses import blur, discriminator_loss, generator_loss, path_lengths, r1_penalty
+from .gradients import clean_, flatten
+from .graphs import GraphedPhase, GraphMemory
+from .losses import blur, blur_radius, discriminator_loss, generator_loss, path_lengths, r1_penalty
 from .networks import build_augment, build_discriminator, build_generator, choose_backends
-from .patches import importance_map, sample_patches
+from .patches import importance_map, patch_progress, sample_patches
 from .profile import annotate
 from .sampling import prior_angles
 from .schedule import blur_sigma, density_noise_std, ema_decay, pose_swap_probability
@@ -39,6 +42,18 @@ class Samples(NamedTuple):
         return (Samples(*parts) for parts in zip(*(x.split(size) for x in self), strict=True))
 
 
+class Schedule(NamedTuple):
+    """What changes during training, as the phases of an iteration see it.
+
+    Tensors of one number, which a CUDA graph reads anew at each replay; from plain values a change makes another graph.
+    """
+
+    patch: Tensor  # see `patch_progress`
+    density_noise_std: Tensor | float  # a number only where it is 0, and nothing is drawn
+    blur_sigma: Tensor
+    blur_radius: int
+
+
 def swap_poses(angles: Tensor, probability: float) -> Tensor:
     """Each pose is picked with a probability; the picked ones are rolled by one among themselves. [N, 3] -> [N, 3]."""
     picked = torch.rand(len(angles), device=angles.device) < probability
@@ -46,6 +61,10 @@ def swap_poses(angles: Tensor, probability: float) -> Tensor:
     rank = picked.cumsum(0) - 1
     before = places[(rank - 1) % picked.sum().clamp(min=1)]
     return torch.where(picked[:, None], angles[before], angles)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 class Trainer:
@@ -90,6 +109,11 @@ class Trainer:
         if config.patch.importance:
             index = torch.linspace(0, len(dataset) - 1, min(len(dataset), IMPORTANCE_IMAGES)).long().tolist()
             self.importance = importance_map(torch.stack([dataset[i][0] for i in index]).float()).to(device)
+        self.now: Schedule | None = None  # of the phase that runs
+        self.recorded: dict[str, tuple[Tensor, int]] = {}  # of the phase that runs: name -> sum, how many
+        self.graphs = GraphMemory(device) if config.cuda_graphs else None
+        self.graphed: dict[str, GraphedPhase] = {}
+        self.uploads = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.sums: dict[str, Tensor] = {}  # of every statistic since `reset_statistics`, and how many went in
         self.counts: dict[str, int] = {}
 
@@ -112,23 +136,19 @@ class Trainer:
         # The phases' fakes are drawn together, so that poses are swapped over all of them.
         num = (3 if regularize_g else 2) * self.share
         g_fakes, d_fakes, *path_fakes = self._draw_fakes(num).split(self.share)
-        images = images.to(self.device, non_blocking=True).float() / 127.5 - 1
-        angles = angles.to(self.device, non_blocking=True)
-        reals = Samples(images, labels.to(self.device, non_blocking=True), angles, angles)
+        images, labels, angles = self._upload(images, labels, angles)
+        reals = Samples(images.float() / 127.5 - 1, labels, angles, angles)
+        now = self._schedule()
 
         self.discriminator.requires_grad_(False)
-        for fakes in self._phase("G", self.g_optimizer, g_fakes):
-            self._generator_phase(fakes)
+        self._phase("G", self.g_optimizer, self._generator_phase, now, g_fakes)
         if regularize_g:
-            for fakes in self._phase("path length", self.g_optimizer, path_fakes[0]):
-                self._path_length_phase(fakes)
+            self._phase("path length", self.g_optimizer, self._path_length_phase, now, path_fakes[0])
             self.world.average([self.path_length])
         self.discriminator.requires_grad_(True)
-        for fakes, real in zip(self._phase("D", self.d_optimizer, d_fakes), reals.split(self.micro), strict=True):
-            self._discriminator_phase(fakes, real)
+        self._phase("D", self.d_optimizer, self._discriminator_phase, now, d_fakes, reals)
         if config.optim.r1_gamma and self.iterations % config.optim.r1_interval == 0:
-            for real in self._phase("R1", self.d_optimizer, reals):
-                self._regularization_phase(real)
+            self._phase("R1", self.d_optimizer, self._regularization_phase, now, reals)
 
         if config.augment.mode == "ada" and (self.iterations + 1) % config.augment.interval == 0:
             self._adjust_augmentation()
@@ -138,22 +158,78 @@ class Trainer:
         self.cur_nimg += config.batch
         self.iterations += 1
 
-    def _phase(self, name: str, optimizer: torch.optim.Optimizer, samples: Samples) -> Iterator[Samples]:
-        """Yields micro-batches; their gradients, each a mean, are averaged, cleaned and stepped on."""
+    def _upload(self, *tensors: Tensor) -> list[Tensor]:
+        """Tensors on the device; those in pinned memory are copied beside the computation that goes on there."""
+        if self.uploads is None:
+            return [x.to(self.device) for x in tensors]
+        with torch.cuda.stream(self.uploads):
+            uploaded = [x.to(self.device, non_blocking=True) for x in tensors]
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(self.uploads)
+        for x in uploaded:
+            x.record_stream(current)  # its memory is that of the other stream
+        return uploaded
+
+    def _schedule(self) -> Schedule:
+        config = self.config
+
+        def number(value: float) -> Tensor:  # written by a fill: a copy from the host would make a GPU wait
+            return torch.full([], value, device=self.device)
+
+        noise, sigma = density_noise_std(config.renderer, self.cur_nimg), blur_sigma(config.optim, self.cur_nimg)
+        return Schedule(
+            number(patch_progress(config.patches, config.resolution, self.cur_nimg, config.batch)),
+            number(noise) if noise else 0.0,
+            number(sigma),
+            blur_radius(sigma),
+        )
+
+    def _phase(
+        self,
+        name: str,
+        optimizer: torch.optim.Optimizer,
+        micro_phase: Callable[..., None],
+        now: Schedule,
+        *samples: Samples,
+    ) -> None:
+        """A phase: the gradients are averaged over the processes, cleaned, and stepped on."""
         with annotate(name):
-            optimizer.zero_grad(set_to_none=True)
-            yield from samples.split(self.micro)
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            compute = functools.partial(self._gradients, optimizer, micro_phase)
+            if self.graphs is not None:
+                compute = self.graphed.setdefault(name, GraphedPhase(compute, self.graphs))
+            gradients, recorded = compute(now, *samples)
+            for what, (total, count) in recorded.items():
+                self.sums[what] = self.sums[what] + total if what in self.sums else total.clone()
+                self.counts[what] = self.counts.get(what, 0) + count
+            parameters = _parameters(optimizer)
             # A parameter that none of the processes has a gradient of is left alone, as by one process.
-            somewhere = self.world.agree(*(p.grad is not None for p in parameters))
-            for p, has_grad in zip(parameters, somewhere, strict=True):
-                if has_grad and p.grad is None:
-                    p.grad = torch.zeros_like(p)
-            grads = [p.grad for p in parameters if p.grad is not None]
-            self.world.average(grads)
-            for grad in grads:
-                torch.nan_to_num(grad, nan=0.0, posinf=1e5, neginf=-1e5, out=grad)
+            somewhere = self.world.agree(*(grad is not None for grad in gradients))
+            learning = [p for p, has_grad in zip(parameters, somewhere, strict=True) if has_grad]
+            gradients = [
+                torch.zeros_like(p) if grad is None else grad
+                for p, grad, has_grad in zip(parameters, gradients, somewhere, strict=True)
+                if has_grad
+            ]
+            if learning:
+                flat, gradients = flatten(gradients, learning)
+                self.world.average([flat])
+                clean_(flat)
+                for p, grad in zip(learning, gradients, strict=True):
+                    p.grad = grad
             optimizer.step()
+
+    def _gradients(
+        self, optimizer: torch.optim.Optimizer, micro_phase: Callable[..., None], now: Schedule, *samples: Samples
+    ) -> tuple[list[Tensor | None], dict[str, tuple[Tensor, int]]]:
+        """The gradients of a phase, each a sum over micro-batches, and what those recorded.
+
+        Reads its arguments, and what keeps its memory from one iteration to the next; see `GraphedPhase`.
+        """
+        self.now, self.recorded = now, {}
+        optimizer.zero_grad(set_to_none=True)
+        for micro in zip(*(x.split(self.micro) for x in samples), strict=True):
+            micro_phase(*micro)
+        return [p.grad for p in _parameters(optimizer)], self.recorded
 
     def _generator_phase(self, fakes: Samples) -> None:
         patches, scale, offset = self._generate(fakes)
@@ -231,7 +307,7 @@ class Trainer:
             patch_scale=scale,
             patch_offset=offset,
             conditioning_angles=fakes.conditioning_angles,
-            density_noise_std=density_noise_std(self.config.renderer, self.cur_nimg),
+            density_noise_std=self.now.density_noise_std,
             update_w_avg=update_w_avg,
             style_mixing=self.config.generator.style_mixing,
             with_context=self.config.discriminator.global_context,
@@ -250,7 +326,7 @@ class Trainer:
         return patches, scale, offset
 
     def _judge(self, patches: Tensor, scale: Tensor, offset: Tensor, samples: Samples) -> Tensor:
-        patches = blur(patches, blur_sigma(self.config.optim, self.cur_nimg))
+        patches = blur(patches, self.now.blur_sigma, self.now.blur_radius)
         if self.augment is not None:
             patches = self.augment(patches, self.augment_p)
         return self.discriminator(patches, scale, offset, samples.label, samples.angles)
@@ -272,8 +348,7 @@ class Trainer:
         return sample_patches(
             self.config.patches,
             self.config.resolution,
-            self.cur_nimg,
-            self.config.batch,
+            self.now.patch,
             num,
             self.config.discriminator.minibatch_std_group,
             device=self.device,
@@ -282,9 +357,8 @@ class Trainer:
 
     def _record(self, name: str, values: Tensor) -> None:
         values = values.detach().float()
-        total = values.sum()
-        self.sums[name] = self.sums[name] + total if name in self.sums else total
-        self.counts[name] = self.counts.get(name, 0) + values.numel()
+        total, count = self.recorded.get(name, (0, 0))
+        self.recorded[name] = total + values.sum(), count + values.numel()
 
     def statistics(self) -> dict[str, float]:
         """Means since `reset_statistics`, over all processes, which all have to ask; waits for the device."""

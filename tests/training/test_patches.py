@@ -12,14 +12,14 @@ from checks import SIGMAS, assert_close, draw, draw_uniform
 from epigraf_fast.camera import extract_patches
 from epigraf_fast.config import PatchConfig
 from epigraf_fast.models.discriminator import minibatch_std
-from epigraf_fast.training.patches import importance_map, sample_patches
+from epigraf_fast.training.patches import importance_map, patch_progress, sample_patches
 
 R, SMALL = 64, 8  # r / R = 0.125
 DISTRIBUTIONS = ("beta", "uniform", "discrete", "graf", "gnerf")
 
 
 def sample(config: PatchConfig, cur_nimg: int, num: int = 4, group: int = 1, **draws: Tensor) -> tuple[Tensor, Tensor]:
-    return sample_patches(config, R, cur_nimg, 64, num, group, **draws)
+    return sample_patches(config, R, patch_progress(config, R, cur_nimg, 64), num, group, **draws)
 
 
 def settings(distribution: str, **others: float | str) -> PatchConfig:

@@ -175,19 +175,19 @@ def test_schedules_reach_the_networks(
     trainer, batches = tiny_trainer(config)
     trainer.cur_nimg, trainer.iterations = 50, 1
     seen: dict[str, list] = {"blur": [], "patch": [], "swap": []}
-    monkeypatch.setattr(step, "blur", lambda images, sigma: seen["blur"].append(sigma) or images)
+    monkeypatch.setattr(step, "blur", lambda images, *sigma: seen["blur"].append(sigma) or images)
     monkeypatch.setattr(step, "swap_poses", lambda angles, p: seen["swap"].append(p) or angles)
     original = step.sample_patches
 
-    def sample_patches(patch: Any, resolution: int, cur_nimg: int, batch: int, *args: Any, **kwargs: Any) -> Any:
-        seen["patch"].append((resolution, cur_nimg, batch))
-        return original(patch, resolution, cur_nimg, batch, *args, **kwargs)
+    def sample_patches(patch: Any, resolution: int, progress: Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen["patch"].append((resolution, progress))
+        return original(patch, resolution, progress, *args, **kwargs)
 
     monkeypatch.setattr(step, "sample_patches", sample_patches)
     with calls_of(trainer.generator) as generated:
         trainer.iteration(*next(batches))
-    assert seen["blur"] == [0.5] * 3
-    assert seen["patch"] == [(16, 50, 8)] * 3
+    assert seen["blur"] == [(0.5, 1)] * 3
+    assert seen["patch"] == [(16, 2.0)] * 3  # 1 / beta, which goes from 0.2 to 0.8
     assert seen["swap"] == [0.75]
     assert [kwargs["density_noise_std"] for _, kwargs in generated] == [0.25] * 2
     assert (trainer.cur_nimg, trainer.iterations) == (58, 2)
@@ -312,9 +312,12 @@ def test_gradients_are_cleaned(tiny_config: TinyConfig, tiny_trainer: TinyTraine
     trainer.discriminator.out.weight.grad = torch.ones_like(trainer.discriminator.out.weight)  # of another phase
     before = copy_state(trainer.discriminator)
     samples = Samples(*(torch.zeros(8, 1) for _ in Samples._fields))
-    for _ in trainer._phase("D", trainer.d_optimizer, samples):
+
+    def phase(_: Samples) -> None:
         bias.grad = torch.zeros_like(bias)
         bias.grad[:4] = torch.tensor([math.nan, math.inf, -math.inf, 0.5])
+
+    trainer._phase("D", trainer.d_optimizer, phase, trainer._schedule(), samples)
     assert bias.grad[:4].tolist() == [0.0, 1e5, -1e5, 0.5]
     assert changed(before, copy_state(trainer.discriminator)) == {"out.bias"}
     assert bias[0] == before["out.bias"][0]
