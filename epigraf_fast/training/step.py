@@ -17,7 +17,7 @@ from .distributed import World
 from .ema import average_of, update_average
 from .losses import blur, discriminator_loss, generator_loss, path_lengths, r1_penalty
 from .networks import build_augment, build_discriminator, build_generator, choose_backends
-from .patches import importance_map, sample_patches
+from .patches import importance_map, sample_patches, with_context
 from .profile import annotate
 from .sampling import prior_angles
 from .schedule import blur_sigma, density_noise_std, ema_decay, pose_swap_probability
@@ -142,17 +142,14 @@ class Trainer:
         """Yields micro-batches; their gradients, each a mean, are averaged, cleaned and stepped on."""
         with annotate(name):
             optimizer.zero_grad(set_to_none=True)
-            yield from samples.split(self.micro)
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            # A parameter that none of the processes has a gradient of is left alone, as by one process.
-            somewhere = self.world.agree(*(p.grad is not None for p in parameters))
-            for p, has_grad in zip(parameters, somewhere, strict=True):
-                if has_grad and p.grad is None:
-                    p.grad = torch.zeros_like(p)
-            grads = [p.grad for p in parameters if p.grad is not None]
-            self.world.average(grads)
-            for grad in grads:
-                torch.nan_to_num(grad, nan=0.0, posinf=1e5, neginf=-1e5, out=grad)
+            *first, last = samples.split(self.micro)
+            yield from first
+            with self.world.averaged_gradients(parameters):  # on their way while the last micro-batch goes backward
+                yield last
+            for p in parameters:
+                if p.grad is not None:
+                    torch.nan_to_num(p.grad, nan=0.0, posinf=1e5, neginf=-1e5, out=p.grad)
             optimizer.step()
 
     def _generator_phase(self, fakes: Samples) -> None:
@@ -221,32 +218,35 @@ class Trainer:
         (loss * (self.micro / self.share)).backward()
 
     def _generate(self, fakes: Samples, update_w_avg: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """Fake patches [B, 3, r, r], their scale and offset."""
+        """Fake patches as D sees them, their scale and offset."""
         scale, offset = self._sample_patches(len(fakes.content))
+        placed = scale.to(self.device, non_blocking=True)
+        context = self.config.discriminator.global_context
         patches = self.generator(
             fakes.content,
             fakes.angles,
             fakes.label,
             resolution=self.config.patch.resolution,
-            patch_scale=scale,
+            patch_scale=placed,
             patch_offset=offset,
             conditioning_angles=fakes.conditioning_angles,
             density_noise_std=density_noise_std(self.config.renderer, self.cur_nimg),
             update_w_avg=update_w_avg,
             style_mixing=self.config.generator.style_mixing,
-            with_context=self.config.discriminator.global_context,
+            with_context=context != "none",
         ).rgb
+        if context != "none":
+            patches = with_context(patches, placed, offset, self.config)
         return patches, scale, offset
 
     def _cut(self, real: Samples) -> tuple[Tensor, Tensor, Tensor]:
-        """Real patches [B, 3, r, r], their scale and offset."""
+        """Real patches as D sees them, their scale and offset."""
         scale, offset = self._sample_patches(len(real.content))
-        patches = extract_patches(real.content, scale, offset, self.config.patch.resolution)
-        if self.config.discriminator.global_context:
-            whole = extract_patches(
-                real.content, torch.ones_like(scale), torch.zeros_like(offset), self.config.patch.resolution
-            )
-            patches = torch.cat([patches, whole], dim=1)
+        placed, resolution = scale.to(self.device, non_blocking=True), self.config.patch.resolution
+        patches = extract_patches(real.content, placed, offset, resolution)
+        if self.config.discriminator.global_context != "none":
+            whole = extract_patches(real.content, torch.ones_like(placed), torch.zeros_like(offset), resolution)
+            patches = with_context(torch.cat([patches, whole], dim=1), placed, offset, self.config)
         return patches, scale, offset
 
     def _judge(self, patches: Tensor, scale: Tensor, offset: Tensor, samples: Samples) -> Tensor:
@@ -269,14 +269,18 @@ class Trainer:
         return Samples(z, self.labels[entry], angles, conditioning)
 
     def _sample_patches(self, num: int) -> tuple[Tensor, Tensor]:
+        scale_draw, group = None, self.config.discriminator.minibatch_std_group
+        if self.config.discriminator.scales > 1:  # on the CPU, where the scales say who judges what
+            scale_draw = torch.rand(num // min(group, num))
         return sample_patches(
             self.config.patches,
             self.config.resolution,
             self.cur_nimg,
             self.config.batch,
             num,
-            self.config.discriminator.minibatch_std_group,
+            group,
             device=self.device,
+            scale_draw=scale_draw,
             importance=self.importance,
         )
 
@@ -294,11 +298,18 @@ class Trainer:
             return {name: x.item() / self.counts[name] for name, x in zip(self.sums, totals, strict=True)}
         return {name: self.sums[name].item() / self.counts[name] for name in self.sums}
 
+    def share_statistics(self) -> None:
+        """Makes what every process counts on its own the mean over all, so that one can save it for all."""
+        self.world.average([self.real_signs, *self.sums.values()])
+
     def reset_statistics(self) -> None:
         self.sums, self.counts = {}, {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values: all that an exact continuation needs, but the random states."""
+        """Tensors and plain values: all that an exact continuation needs, but the random states.
+
+        Of several processes one saves it, once all have called `share_statistics`.
+        """
         return {
             "generator": self.generator.state_dict(),
             "discriminator": self.discriminator.state_dict(),

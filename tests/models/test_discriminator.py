@@ -424,7 +424,7 @@ def test_scale_specific_discriminators_see_their_own_groups(scales):
 
 
 def test_global_context_is_three_more_channels(tiny_discriminator):
-    judge, plain = tiny_discriminator(global_context=True), tiny_discriminator()
+    judge, plain = tiny_discriminator(global_context="concat"), tiny_discriminator()
     assert parameter_count(judge) == parameter_count(plain) + 3 * 8
     whole = draw(4, 3, 8, 8, seed=5)
     logits = [judge(torch.cat([PATCHES, w], dim=1), SCALE, OFFSET) for w in (whole, whole.flip(0))]

@@ -374,7 +374,7 @@ def test_the_generator_is_the_same_from_every_file_and_back(tmp_path: Path, shap
     assert torch.isfinite(pictures[0]).all()
     assert torch.equal(*pictures)
 
-    convert.main([str(out), str(tmp_path / "back")])
+    convert.main([str(out), str(tmp_path / "back"), "--names", "published"])
     from safetensors.torch import load_file
 
     back = load_file(tmp_path / "back" / "G_ema-published.safetensors")
@@ -399,7 +399,7 @@ def test_background_and_cameras(tmp_path: Path, capsys: pytest.CaptureFixture[st
         for part in ("weight", "bias", "affine.weight", "affine.bias"):
             assert torch.equal(state[f"background.{ours}.{part}"], theirs[f"synthesis.bg_model.blocks.{name}.{part}"])
 
-    convert.main([str(out), str(tmp_path / "back")])
+    convert.main([str(out), str(tmp_path / "back"), "--names", "published"])
     from safetensors.torch import load_file
 
     back = load_file(tmp_path / "back" / "G_ema-published.safetensors")
