@@ -383,6 +383,18 @@ def test_the_generator_is_the_same_from_every_file_and_back(tmp_path: Path, shap
         assert torch.equal(back[name], tensor), name
 
 
+def test_our_checkpoints_are_exported_under_our_names(tiny_run: Path, tmp_path: Path) -> None:
+    """Every tensor of the average generator of the newest checkpoint; the file is read like a checkpoint."""
+    convert.main([str(tiny_run), str(tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == ["G_ema.safetensors"]
+    config, generator = load_generator(tmp_path / "G_ema.safetensors", "cpu")
+    expected_config, expected = load_generator(tiny_run, "cpu")
+    assert config == expected_config
+    state = generator.state_dict()
+    assert state.keys() == expected.state_dict().keys()
+    assert all(torch.equal(state[name], x) for name, x in expected.state_dict().items())
+
+
 def test_background_and_cameras(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Both are found in the shapes; every tensor of the background arrives, and goes back."""
     path, out = tmp_path / "x.pkl", tmp_path / "out"
