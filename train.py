@@ -109,7 +109,7 @@ def train(
     """Builds or restores a run, and trains it."""
     world = World() if world is None else world
     world.connect(device)
-    checkpoint = find_checkpoint(resume, Path(config.run_dir))
+    checkpoint, random_states = find_checkpoint(resume, Path(config.run_dir)), []
     random.seed(config.seed)
     np.random.seed(config.seed)  # noqa: NPY002 - libraries draw from it
     torch.manual_seed(config.seed)
@@ -118,10 +118,12 @@ def train(
         stored_config, stored = load_checkpoint(checkpoint)
         changes = check_resumable(stored_config, config)
         trainer.load_state_dict(stored["trainer"])
-        set_random_state(stored["random"])
+        random_states = stored["random"]
+        set_random_state(random_states[world.rank % len(random_states)])
         if world.rank == 0:
             print(f"continuing from {checkpoint}", *changes, sep="\n  ")
-    world.reseed(config.seed, trainer.cur_nimg)
+    if len(random_states) != world.size:  # else every process goes on exactly where it was
+        world.reseed(config.seed, trainer.cur_nimg)
     if world.rank == 0:
         print(doctor.format_backends(doctor.report(), trainer.backends))
     warm_up(trainer)

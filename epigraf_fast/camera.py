@@ -152,6 +152,35 @@ def extract_patches(images: Tensor, patch_scale: Tensor, patch_offset: Tensor, r
     )
 
 
+def paste_patches(
+    patches: Tensor, images: Tensor, patch_scale: Tensor, patch_offset: Tensor, resolution: int
+) -> Tensor:
+    """Images, upsampled, with patches at their places: the inverse of `extract_patches` inside of a patch.
+
+    A pixel of the result at (x', y') lies at (x, y) = ((x', y') + 1 - 2 offset) / scale - 1 of the patch, and shows it
+    there, bilinear and corner-aligned, if that is within [-1, 1]; else it shows the image.
+
+    Args:
+        patches: [B, C, r, r].
+        images: [B, C, any, any].
+        patch_scale, patch_offset: [B], [B, 2], offset y from the bottom.
+        resolution: R.
+
+    Returns:
+        [B, C, R, R].
+    """
+    grid = pixel_grid(resolution, dtype=patch_scale.dtype, device=patch_scale.device)
+    grid = (grid + 1 - 2 * patch_offset[:, None, :]) / patch_scale[:, None, None] - 1
+    grid = grid.unflatten(1, (resolution, resolution))
+    inside = (grid.abs() <= 1 + 1e-5).all(dim=-1)[:, None]  # the last pixel of a patch is hit but for rounding
+    grid = torch.stack([grid[..., 0], -grid[..., 1]], dim=-1)  # image rows run downwards
+    pasted = torch.nn.functional.grid_sample(
+        patches, grid.to(patches.dtype), mode="bilinear", padding_mode="border", align_corners=True
+    )
+    whole = torch.nn.functional.interpolate(images, size=resolution, mode="bilinear", align_corners=True)
+    return torch.where(inside, pasted, whole)
+
+
 def camera_rays(
     cam2world: Tensor,
     fov: float | Tensor,

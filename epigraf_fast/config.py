@@ -105,6 +105,13 @@ class DiscriminatorConfig:
     patch_steps: int = 1000
     """Steps that patch scales and offsets are resolved into."""
     patch_table_dim: int = 256
+    """Width of the learned table of those steps; 0 for none."""
+    patch_cosines: bool = True
+    """Whether the patch embedding has cosines beside its sines."""
+    patch_skip_lowest: int = 0
+    """Lowest frequencies that the patch embedding leaves out."""
+    patch_skip_highest: int = 0
+    """Highest frequencies that it leaves out."""
     camera_conditioning: bool = False
     camera_steps: int = 64
     camera_dropout: float = 0.5
@@ -114,8 +121,9 @@ class DiscriminatorConfig:
     scales: int = 1
     """2 or 4 train that many discriminators without modulation, one for each scale of the discrete distribution, which
     then holds whatever `patch.distribution` says (Table 2: "scale-specific")."""
-    global_context: bool = False
-    """Shows D the whole image at the patch's resolution beside the patch (appendix C)."""
+    global_context: Literal["none", "concat", "paste"] = "none"
+    """Shows D the whole image, too (appendix C), at the patch's resolution: as three more channels, or upsampled to the
+    image's resolution with the patch pasted into it."""
 
 
 @dataclass(frozen=True)
@@ -447,6 +455,8 @@ def check(config: Config) -> None:
         "optim.path_length_weight": c.optim.path_length_weight,
         "discriminator.half_blocks": c.discriminator.half_blocks,
         "discriminator.patch_table_dim": c.discriminator.patch_table_dim,
+        "discriminator.patch_skip_lowest": c.discriminator.patch_skip_lowest,
+        "discriminator.patch_skip_highest": c.discriminator.patch_skip_highest,
     }
     for names, bound, words in ((positive, 0, "positive"), (not_negative, -1e-30, "zero or more")):
         for name, value in names.items():
@@ -494,6 +504,13 @@ def check(config: Config) -> None:
         raise UserError(
             f"renderer.background_samples must be at least 2 and background_start at most 1, "
             f"got {c.renderer.background_samples} and {c.renderer.background_start}"
+        )
+    levels = math.ceil(math.log2(c.discriminator.patch_steps))
+    skipped = c.discriminator.patch_skip_lowest + c.discriminator.patch_skip_highest
+    if skipped > levels or (skipped == levels and not c.discriminator.patch_table_dim):
+        raise UserError(
+            f"discriminator.patch_skip_lowest and patch_skip_highest must leave some of the {levels} frequencies, "
+            f"got {c.discriminator.patch_skip_lowest} and {c.discriminator.patch_skip_highest}"
         )
     if c.generator.decoder_fourier == 1:
         raise UserError("generator.decoder_fourier must be 0 or at least 2, got 1")

@@ -1,7 +1,8 @@
-"""Converts published EpiGRAF snapshots to this project's format, and average generators back to the published names.
+"""Converts published EpiGRAF snapshots to this project's format, and exports average generators as safetensors.
 
 $ python -m epigraf_fast.convert network-snapshot-025000.pkl runs/ffhq-published
-$ python -m epigraf_fast.convert runs/ffhq-published ffhq-back
+$ python -m epigraf_fast.convert runs/ffhq exported
+$ python -m epigraf_fast.convert runs/ffhq exported --names published
 
 No code of a pickle is run (see `published`). Every tensor is accounted for: taken over, checked to be a constant that
 is computed here, known to be unused, or named as left.
@@ -418,14 +419,20 @@ def import_snapshot(
     return report
 
 
-def export_generator(path: Path, out: Path) -> list[str]:
-    """Writes the average generator of our checkpoint under the published names."""
-    config, generator = load_generator(path)
-    back = published_names(generator.state_dict())
+def export_generator(path: Path, out: Path, names: str = "ours") -> list[str]:
+    """Writes the average generator of our checkpoint as safetensors.
+
+    Args:
+        names: "ours", as every tool here reads it, or "published".
+    """
+    config, generator = load_generator(path, three_d=names == "published")
+    state, target = generator.state_dict(), out / "G_ema.safetensors"
+    if names == "published":
+        state, target = published_names(state), out / "G_ema-published.safetensors"
     out.mkdir(parents=True, exist_ok=True)
-    target = out / "G_ema-published.safetensors"
-    save_safetensors(back, config, target)
-    return [f"G_ema: {len(back)} tensors under the published names", f"wrote {target}"]
+    save_safetensors(state, config, target)
+    whose = "the published" if names == "published" else "our"
+    return [f"G_ema: {len(state)} tensors under {whose} names", f"wrote {target}"]
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -436,6 +443,9 @@ def main(args: Sequence[str] | None = None) -> None:
         "--preset", choices=PRESETS[1:], default="ffhq", help="camera and training settings that the file does not tell"
     )
     parser.add_argument("--patch-resolution", type=int, help="of the training patches (default: as stored, else 64)")
+    parser.add_argument(
+        "--names", choices=("ours", "published"), default="ours", help="of the exported tensors of a checkpoint of ours"
+    )
     parser.add_argument("--kimg", type=float, help="thousands of images seen (default: the number in the file name)")
     options = parser.parse_args(args)
     try:
@@ -448,7 +458,7 @@ def main(args: Sequence[str] | None = None) -> None:
                 kimg=options.kimg,
             )
         else:
-            report = export_generator(options.checkpoint, options.out)
+            report = export_generator(options.checkpoint, options.out, options.names)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

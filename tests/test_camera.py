@@ -13,7 +13,9 @@ from epigraf_fast.camera import (
     POLE_MARGIN,
     cam2world_matrix,
     camera_rays,
+    extract_patches,
     frustum_extent,
+    paste_patches,
     pixel_grid,
     sample_angles,
 )
@@ -273,6 +275,42 @@ def test_patches_are_crops_of_the_image(resolution, patch):
 def test_whole_patch_is_the_image():
     one, zero = torch.ones(2), torch.zeros(2, 2)
     assert_close(pixel_grid(4, one, zero), pixel_grid(4).expand(2, -1, -1), "grid")
+
+
+@pytest.mark.parametrize(("resolution", "patch"), [(5, 3), (8, 2), (4, 4)])
+def test_pasted_patches_lie_where_they_were_cut(resolution, patch):
+    """Pixels on pixels: inside is the patch, as it is, outside the image; its own patch leaves an image alone."""
+    corners = [(row, col) for row in range(resolution - patch + 1) for col in range(resolution - patch + 1)]
+    scale = torch.full((len(corners),), (patch - 1) / (resolution - 1), dtype=torch.float64)
+    offset = as_tensor(
+        [[col / (resolution - 1), (resolution - patch - row) / (resolution - 1)] for row, col in corners]
+    )
+    images = draw_uniform(len(corners), 3, resolution, resolution)
+    patches = draw_uniform(len(corners), 3, patch, patch, seed=1)
+    expected = images.clone()
+    for i, (row, col) in enumerate(corners):
+        expected[i, :, row : row + patch, col : col + patch] = patches[i]
+    assert_close(paste_patches(patches, images, scale, offset, resolution), expected, "pasted")
+    own = extract_patches(images, scale, offset, patch)
+    assert_close(paste_patches(own, images, scale, offset, resolution), images, "its own patch")
+    # The same in the precision that training has, where a border pixel is only nearly at 1.
+    single = paste_patches(patches.float(), images.float(), scale.float(), offset.float(), resolution)
+    assert_close(single, expected.float(), "in fp32")
+
+
+def test_a_pasted_patch_is_resampled_and_the_image_is_upsampled():
+    """A ramp stays a ramp, whatever the scale; the gradient of what is covered is that of the patch alone."""
+    scale, offset = as_tensor([0.5, 1.0, 0.3]), as_tensor([[0.25, 0.5], [0, 0], [0.1, 0.6]])
+    ramp = pixel_grid(9, dtype=torch.float64).unflatten(1, (9, 9)).permute(0, 3, 1, 2).expand(3, 2, 9, 9)
+    low = pixel_grid(3, dtype=torch.float64).unflatten(1, (3, 3)).permute(0, 3, 1, 2).expand(3, 2, 3, 3).clone()
+    patches = extract_patches(ramp, scale, offset, 5).requires_grad_(True)
+    low.requires_grad_(True)
+    pasted = paste_patches(patches, low, scale, offset, 9)
+    assert_close(pasted, ramp, "ramp")
+    pasted.sum().backward()
+    total = patches.grad.sum(dim=(1, 2, 3)) + low.grad.sum(dim=(1, 2, 3))
+    assert_close(total, [2.0 * 81] * 3, "every pixel has one source")
+    assert low.grad[1].abs().max() == 0
 
 
 def test_rays_have_the_dtype_of_the_camera():

@@ -108,14 +108,22 @@ class Discriminator(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.label_dim, self.patch_resolution = config, label_dim, patch_resolution
-        self.image_channels = 6 if config.global_context else 3  # the patch, and the whole image beside it
+        self.config, self.label_dim = config, label_dim
+        # What is looked at: the patch, the patch and the whole image beside it, or one image that holds both.
+        self.input_resolution = resolution if config.global_context == "paste" else patch_resolution
+        self.image_channels = 6 if config.global_context == "concat" else 3
         self.resolutions = [2**i for i in range(resolution.bit_length() - 1, 2, -1)]  # R, R/2, ..., 8
         self.half_resolutions = self.resolutions[:half_blocks]
 
         head_dim = label_dim
         if config.modulate != "none":
-            self.patch_encoder = ScalarEncoder(config.patch_steps, config.patch_table_dim)
+            self.patch_encoder = ScalarEncoder(
+                config.patch_steps,
+                config.patch_table_dim,
+                cosines=config.patch_cosines,
+                skip_lowest=config.patch_skip_lowest,
+                skip_highest=config.patch_skip_highest,
+            )
             patch_dim = 3 * self.patch_encoder.dim
             self.hypernetwork = Mapping(0, patch_dim, config.code_dim, backend=backend)
             head_dim += patch_dim
@@ -129,7 +137,7 @@ class Discriminator(nn.Module):
                 c_in,
                 c_out,
                 image_channels=self.image_channels if res == resolution else 0,
-                down=1 if res > patch_resolution else 2,
+                down=1 if res > self.input_resolution else 2,
                 modulate=config.modulate,
                 code_dim=config.code_dim,
                 backend=backend,
@@ -152,12 +160,13 @@ class Discriminator(nn.Module):
         """Logits [B], large for real.
 
         Args:
-            patches: [B, 3, r, r], or with global context [B, 6, r, r], the whole image last.
+            patches: [B, 3, r, r]; with global context [B, 6, r, r], the whole image last ("concat"), or the whole image
+                with the patch in it, [B, 3, R, R] ("paste").
             patch_scale, patch_offset: [B], [B, 2].
             label: [B, L], if the data set has labels.
             angles: [B, 3], with camera conditioning.
         """
-        expected = [self.image_channels, self.patch_resolution, self.patch_resolution]
+        expected = [self.image_channels, self.input_resolution, self.input_resolution]
         if list(patches.shape[1:]) != expected:
             raise ValueError(f"Discriminator: patches must have shape {['B', *expected]}, got {list(patches.shape)}")
         condition = [label] if self.label_dim else []
@@ -185,7 +194,7 @@ class ScaleDiscriminators(nn.Module):
     """One discriminator without modulation for each scale of the discrete distribution (the "scale-specific" ablation).
 
     Each judges the patches of its own scale alone, so that minibatch statistics stay within their groups. Which those
-    are is read from the scales: every call waits for the device.
+    are is read from the scales: hand them over on the CPU, or the call waits for the device.
 
     Args:
         config: Settings; `scales` discriminators, evenly spaced from 1 down to 0.25.
@@ -211,17 +220,23 @@ class ScaleDiscriminators(nn.Module):
         angles: Tensor | None = None,
     ) -> Tensor:
         """As `Discriminator`; a scale between two of the support belongs to the nearest."""
-        inputs = (patches, patch_scale, patch_offset, label, angles)
         nearest = [min(range(len(self.scales)), key=lambda k: abs(s - self.scales[k])) for s in patch_scale.tolist()]
         logits, places = [], []
         for k, discriminator in enumerate(self.discriminators):
             mine = [i for i, which in enumerate(nearest) if which == k]
             if mine:
-                index = torch.tensor(mine, device=patches.device)
-                logits.append(discriminator(*(None if x is None else x[index] for x in inputs)))
+                index = _index(mine, patches.device)
+                own, *condition = (None if x is None else x[index] for x in (patches, label, angles))
+                # Without modulation nothing looks at the patch's place.
+                logits.append(discriminator(own, patch_scale, patch_offset, *condition))
                 places += mine
-        order = torch.tensor(places, device=patches.device).argsort()
-        return torch.cat(logits)[order]
+        order = sorted(range(len(places)), key=places.__getitem__)
+        return torch.cat(logits)[_index(order, patches.device)]
+
+
+def _index(places: list[int], device: torch.device) -> Tensor:
+    """Places as a tensor on the device, which is not waited for."""
+    return torch.tensor(places).to(device, non_blocking=True)
 
 
 def discriminator_class(config: DiscriminatorConfig) -> type[Discriminator] | type[ScaleDiscriminators]:

@@ -124,20 +124,31 @@ class ScalarEncoder(nn.Module):
     Args:
         max_value: m, the number of steps that [0, 1] is resolved into.
         table_dim: Width of the learned table of m + 1 rows, shared by all coordinates; 0 for none.
+        cosines: Whether the cosines are there.
+        skip_lowest, skip_highest: How many of the L frequencies are left out at either end.
     """
 
-    def __init__(self, max_value: int, table_dim: int = 0) -> None:
+    def __init__(
+        self,
+        max_value: int,
+        table_dim: int = 0,
+        *,
+        cosines: bool = True,
+        skip_lowest: int = 0,
+        skip_highest: int = 0,
+    ) -> None:
         super().__init__()
-        self.max_value = max_value
+        self.max_value, self.cosines = max_value, cosines
         levels = math.ceil(math.log2(max_value))
         frequencies = max_value * math.pi * 2.0 ** (torch.arange(levels) - levels)
+        frequencies = frequencies[skip_lowest : levels - skip_highest]
         self.register_buffer("frequencies", frequencies, persistent=False)
         self.table = nn.Parameter(torch.randn(max_value + 1, table_dim)) if table_dim else None
-        self.dim = 2 * levels + table_dim  # numbers per coordinate
+        self.dim = (2 if cosines else 1) * len(frequencies) + table_dim  # numbers per coordinate
 
     def forward(self, values: Tensor) -> Tensor:  # [B, D] -> [B, D * dim]
         phases = values[..., None] * self.frequencies
-        encoded = [phases.sin(), phases.cos()]
+        encoded = [phases.sin(), phases.cos()] if self.cosines else [phases.sin()]
         if self.table is not None:
             rows = (values * self.max_value).round().long().clamp(0, self.max_value)
             encoded.append(torch.nn.functional.embedding(rows, self.table))

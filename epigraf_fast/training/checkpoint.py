@@ -58,13 +58,20 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     return sorted(path for path in found if NAME.fullmatch(path.name))
 
 
-def save_checkpoint(run_dir: Path, config: Config, trainer_state: dict[str, Any], keep: int) -> Path:
+def save_checkpoint(
+    run_dir: Path,
+    config: Config,
+    trainer_state: dict[str, Any],
+    keep: int,
+    random_states: list[dict[str, Any]] | None = None,
+) -> Path:
     """Writes a checkpoint to a temporary file, renames it into place, and removes all but the newest `keep`.
 
     A write that fails, as on a full disk, leaves nothing behind and the checkpoints before alone.
 
     Args:
         trainer_state: `Trainer.state_dict()`.
+        random_states: `random_state()` of every process, in order; default: of this one, alone.
 
     Returns:
         Its path.
@@ -78,7 +85,7 @@ def save_checkpoint(run_dir: Path, config: Config, trainer_state: dict[str, Any]
         "version": VERSION,
         "config": to_dict(config),
         "trainer": trainer_state,
-        "random": random_state(),
+        "random": random_states or [random_state()],
     }
     temporary = path.with_suffix(".tmp")
     try:
@@ -126,7 +133,8 @@ def load_checkpoint(path: Path) -> tuple[Config, dict[str, Any]]:
     """Reads a checkpoint, onto the CPU.
 
     Returns:
-        Its settings, and a dict with "trainer" (for `Trainer.load_state_dict`) and "random" (for `set_random_state`).
+        Its settings, and a dict with "trainer" (for `Trainer.load_state_dict`) and "random", a list with one state per
+        process (for `set_random_state`).
 
     Raises:
         UserError: Missing, damaged, or not a checkpoint of this format and version.
@@ -147,7 +155,8 @@ def load_checkpoint(path: Path) -> tuple[Config, dict[str, Any]]:
         raise UserError(f"{path} is not a checkpoint of epigraf_fast")
     if content.get("version") != VERSION:
         raise UserError(f"checkpoint {path} has version {content.get('version')}, this release reads version {VERSION}")
-    return from_dict(content["config"]), {"trainer": content["trainer"], "random": content["random"]}
+    random_states = content["random"] if isinstance(content["random"], list) else [content["random"]]
+    return from_dict(content["config"]), {"trainer": content["trainer"], "random": random_states}
 
 
 def find_checkpoint(resume: str | None, run_dir: Path) -> Path | None:

@@ -9,6 +9,7 @@ from ..config import Config
 from ..models.discriminator import Discriminator, ScaleDiscriminators
 from ..models.generator import Generator
 from .networks import build_discriminator, build_generator
+from .patches import with_context
 
 
 def parameter_count(module: nn.Module) -> int:
@@ -53,8 +54,10 @@ def step_bytes(config: Config, generator: Generator, discriminator: Discriminato
             patch_scale=scale,
             patch_offset=offset,
             density_noise_std=1.0,
-            with_context=config.discriminator.global_context,
+            with_context=config.discriminator.global_context != "none",
         ).rgb
+        if config.discriminator.global_context != "none":
+            patches = with_context(patches, scale, offset, config)
         if isinstance(discriminator, ScaleDiscriminators):  # which reads the scales
             discriminator = discriminator.discriminators[0]
         discriminator(patches, scale, offset, label, angles)

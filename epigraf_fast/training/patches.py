@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..camera import extract_patches
-from ..config import PatchConfig
+from ..camera import extract_patches, paste_patches
+from ..config import Config, PatchConfig
 from .schedule import patch_beta, patch_min_scale
 
 IMPORTANCE_GRID = 8  # points along each side that a patch's mean importance is taken over
@@ -50,7 +50,7 @@ def sample_patches(
         num: Samples in this micro-batch, a multiple of min(group, num).
         group: The minibatch-std group: sample i takes draw i mod n, n = num / group ("strided"; those groups are
             strided, too), or i div group ("consecutive").
-        scale_draw, offset_draw: Uniform [n], [n, 2] in place of fresh draws.
+        scale_draw, offset_draw: Uniform [n], [n, 2] in place of fresh draws. Scales stay where their draws are.
         importance: Of `importance_map`; an offset is then chosen among `config.importance` such draws, in proportion
             to the map's mean over the patch.
 
@@ -73,10 +73,22 @@ def sample_patches(
     if importance is not None:
         offset_draw = _important(importance, scale, config.importance)
     v = torch.rand(draws, 2, device=device) if offset_draw is None else offset_draw
-    offset = v * (1 - scale)[:, None]
+    offset = v * (1 - scale.to(v.device, non_blocking=True))[:, None]
     if config.groups == "strided":
         return scale.repeat(group), offset.repeat(group, 1)
     return scale.repeat_interleave(group), offset.repeat_interleave(group, dim=0)
+
+
+def with_context(patches: Tensor, patch_scale: Tensor, patch_offset: Tensor, config: Config) -> Tensor:
+    """What D is shown of patches [B, 6, r, r], the whole image last, by `discriminator.global_context`.
+
+    Returns:
+        [B, 6, r, r] as it is ("concat"), or the image, upsampled, with the patch in its place, [B, 3, R, R] ("paste").
+    """
+    if config.discriminator.global_context == "concat":
+        return patches
+    patch, whole = patches.chunk(2, dim=1)
+    return paste_patches(patch, whole, patch_scale, patch_offset, config.resolution)
 
 
 def importance_map(images: Tensor) -> Tensor:

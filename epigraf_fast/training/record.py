@@ -8,7 +8,7 @@ from pathlib import Path
 from ..config import Config, to_dict
 from ..data import ImageDataset
 from ..errors import SaveError
-from .checkpoint import checkpoint_path, keep_best, save_checkpoint
+from .checkpoint import checkpoint_path, keep_best, random_state, save_checkpoint
 from .endurance import require_finite
 from .log import RunLog
 from .snapshot import Snapshots, is_best
@@ -70,11 +70,13 @@ class Record:
             SaveError: It could not be written.
         """
         require_finite(self.trainer, self.run_dir)
+        self.trainer.share_statistics()
+        random_states = self.trainer.world.gather(random_state())
         if self.log is not None:
-            state = self.trainer.state_dict()
+            state, keep = self.trainer.state_dict(), self.config.keep_checkpoints
             with self.log.pause():
                 try:
-                    save_checkpoint(self.run_dir, self.config, state, self.config.keep_checkpoints)
+                    save_checkpoint(self.run_dir, self.config, state, keep, random_states)
                 except SaveError as error:
                     if must:
                         raise

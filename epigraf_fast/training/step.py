@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from .gradients import clean_, flatten
 from .graphs import GraphedPhase, GraphMemory
 from .losses import blur, blur_radius, discriminator_loss, generator_loss, path_lengths, r1_penalty
 from .networks import build_augment, build_discriminator, build_generator, choose_backends
-from .patches import importance_map, patch_progress, sample_patches
+from .patches import importance_map, patch_progress, sample_patches, with_context
 from .profile import annotate
 from .sampling import prior_angles
 from .schedule import blur_sigma, density_noise_std, ema_decay, pose_swap_probability
@@ -202,8 +203,10 @@ class Trainer:
                 self.sums[what] = self.sums[what] + total if what in self.sums else total.clone()
                 self.counts[what] = self.counts.get(what, 0) + count
             parameters = _parameters(optimizer)
-            # A parameter that none of the processes has a gradient of is left alone, as by one process.
-            somewhere = self.world.agree(*(grad is not None for grad in gradients))
+            somewhere = [grad is not None for grad in gradients]
+            if self.graphs is not None:
+                # A parameter that none of the processes has a gradient of is left alone, as by one process.
+                somewhere = self.world.agree(*somewhere)
             learning = [p for p, has_grad in zip(parameters, somewhere, strict=True) if has_grad]
             gradients = [
                 torch.zeros_like(p) if grad is None else grad
@@ -212,7 +215,8 @@ class Trainer:
             ]
             if learning:
                 flat, gradients = flatten(gradients, learning)
-                self.world.average([flat])
+                if self.graphs is not None:
+                    self.world.average([flat])
                 clean_(flat)
                 for p, grad in zip(learning, gradients, strict=True):
                     p.grad = grad
@@ -223,13 +227,18 @@ class Trainer:
     ) -> tuple[list[Tensor | None], dict[str, tuple[Tensor, int]]]:
         """The gradients of a phase, each a sum over micro-batches, and what those recorded.
 
+        Without graphs, which cannot hold it, the mean over the processes is taken here, during the last backward pass.
         Reads its arguments, and what keeps its memory from one iteration to the next; see `GraphedPhase`.
         """
         self.now, self.recorded = now, {}
         optimizer.zero_grad(set_to_none=True)
-        for micro in zip(*(x.split(self.micro) for x in samples), strict=True):
+        parameters = _parameters(optimizer)
+        *first, last = zip(*(x.split(self.micro) for x in samples), strict=True)
+        for micro in first:
             micro_phase(*micro)
-        return [p.grad for p in _parameters(optimizer)], self.recorded
+        with self.world.averaged_gradients(parameters) if self.graphs is None else contextlib.nullcontext():
+            micro_phase(*last)
+        return [p.grad for p in parameters], self.recorded
 
     def _generator_phase(self, fakes: Samples) -> None:
         patches, scale, offset = self._generate(fakes)
@@ -297,32 +306,35 @@ class Trainer:
         (loss * (self.micro / self.share)).backward()
 
     def _generate(self, fakes: Samples, update_w_avg: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """Fake patches [B, 3, r, r], their scale and offset."""
+        """Fake patches as D sees them, their scale and offset."""
         scale, offset = self._sample_patches(len(fakes.content))
+        placed = scale.to(self.device, non_blocking=True)
+        context = self.config.discriminator.global_context
         patches = self.generator(
             fakes.content,
             fakes.angles,
             fakes.label,
             resolution=self.config.patch.resolution,
-            patch_scale=scale,
+            patch_scale=placed,
             patch_offset=offset,
             conditioning_angles=fakes.conditioning_angles,
             density_noise_std=self.now.density_noise_std,
             update_w_avg=update_w_avg,
             style_mixing=self.config.generator.style_mixing,
-            with_context=self.config.discriminator.global_context,
+            with_context=context != "none",
         ).rgb
+        if context != "none":
+            patches = with_context(patches, placed, offset, self.config)
         return patches, scale, offset
 
     def _cut(self, real: Samples) -> tuple[Tensor, Tensor, Tensor]:
-        """Real patches [B, 3, r, r], their scale and offset."""
+        """Real patches as D sees them, their scale and offset."""
         scale, offset = self._sample_patches(len(real.content))
-        patches = extract_patches(real.content, scale, offset, self.config.patch.resolution)
-        if self.config.discriminator.global_context:
-            whole = extract_patches(
-                real.content, torch.ones_like(scale), torch.zeros_like(offset), self.config.patch.resolution
-            )
-            patches = torch.cat([patches, whole], dim=1)
+        placed, resolution = scale.to(self.device, non_blocking=True), self.config.patch.resolution
+        patches = extract_patches(real.content, placed, offset, resolution)
+        if self.config.discriminator.global_context != "none":
+            whole = extract_patches(real.content, torch.ones_like(placed), torch.zeros_like(offset), resolution)
+            patches = with_context(torch.cat([patches, whole], dim=1), placed, offset, self.config)
         return patches, scale, offset
 
     def _judge(self, patches: Tensor, scale: Tensor, offset: Tensor, samples: Samples) -> Tensor:
@@ -345,13 +357,17 @@ class Trainer:
         return Samples(z, self.labels[entry], angles, conditioning)
 
     def _sample_patches(self, num: int) -> tuple[Tensor, Tensor]:
+        scale_draw, group = None, self.config.discriminator.minibatch_std_group
+        if self.config.discriminator.scales > 1:  # on the CPU, where the scales say who judges what
+            scale_draw = torch.rand(num // min(group, num))
         return sample_patches(
             self.config.patches,
             self.config.resolution,
             self.now.patch,
             num,
-            self.config.discriminator.minibatch_std_group,
+            group,
             device=self.device,
+            scale_draw=scale_draw,
             importance=self.importance,
         )
 
@@ -368,11 +384,18 @@ class Trainer:
             return {name: x.item() / self.counts[name] for name, x in zip(self.sums, totals, strict=True)}
         return {name: self.sums[name].item() / self.counts[name] for name in self.sums}
 
+    def share_statistics(self) -> None:
+        """Makes what every process counts on its own the mean over all, so that one can save it for all."""
+        self.world.average([self.real_signs, *self.sums.values()])
+
     def reset_statistics(self) -> None:
         self.sums, self.counts = {}, {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values: all that an exact continuation needs, but the random states."""
+        """Tensors and plain values: all that an exact continuation needs, but the random states.
+
+        Of several processes one saves it, once all have called `share_statistics`.
+        """
         return {
             "generator": self.generator.state_dict(),
             "discriminator": self.discriminator.state_dict(),

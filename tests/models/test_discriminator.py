@@ -424,10 +424,28 @@ def test_scale_specific_discriminators_see_their_own_groups(scales):
 
 
 def test_global_context_is_three_more_channels(tiny_discriminator):
-    judge, plain = tiny_discriminator(global_context=True), tiny_discriminator()
+    judge, plain = tiny_discriminator(global_context="concat"), tiny_discriminator()
     assert parameter_count(judge) == parameter_count(plain) + 3 * 8
     whole = draw(4, 3, 8, 8, seed=5)
     logits = [judge(torch.cat([PATCHES, w], dim=1), SCALE, OFFSET) for w in (whole, whole.flip(0))]
     assert not torch.equal(*logits)
     with pytest.raises(ValueError, match=r"patches must have shape \['B', 6, 8, 8\], got \[4, 3, 8, 8\]"):
         judge(PATCHES, SCALE, OFFSET)
+
+
+def test_a_pasted_patch_is_judged_in_its_image(tiny_discriminator):
+    """No leading blocks, so the same weights; whole images of 16 pixels come in."""
+    judge, plain = tiny_discriminator(global_context="paste"), tiny_discriminator()
+    assert parameter_count(judge) == parameter_count(plain)
+    assert judge(draw(4, 3, 16, 16), SCALE, OFFSET).shape == (4,)
+    with pytest.raises(ValueError, match=r"patches must have shape \['B', 3, 16, 16\], got \[4, 3, 8, 8\]"):
+        judge(PATCHES, SCALE, OFFSET)
+
+
+def test_a_smaller_patch_embedding(tiny_discriminator):
+    """What the flags leave out is missing from the head and the hypernetwork."""
+    judge, plain = tiny_discriminator(patch_cosines=False, patch_skip_lowest=1), tiny_discriminator()
+    levels = len(plain.patch_encoder.frequencies)
+    assert plain.patch_encoder.dim - judge.patch_encoder.dim == 2 * levels - (levels - 1)
+    assert judge.hypernetwork.embed.weight.shape[1] == 3 * judge.patch_encoder.dim
+    assert judge(PATCHES, SCALE, OFFSET).shape == (4,)

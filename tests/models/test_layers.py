@@ -145,6 +145,19 @@ def test_scalar_encoder_frequencies(m, levels):
     assert_close(encoder.frequencies, [m * PI * 2.0 ** (k - levels) for k in range(levels)], "frequencies", "hand")
 
 
+def test_scalar_encoder_of_fewer_frequencies():
+    """What is left out is missing, the rest is as before."""
+    values = as_tensor([[0.5, 0.25], [0.3, -0.7]])
+    sines, cosines = ScalarEncoder(16).double()(values).unflatten(1, (2, 2, 4)).unbind(2)  # [B, D, L]
+    cut = ScalarEncoder(16, skip_lowest=1, skip_highest=2).double()
+    assert cut.dim == 2
+    expected = torch.stack([sines[..., 1], cosines[..., 1]], dim=-1).flatten(1)
+    assert_close(cut(values), expected, "one frequency", "exact")
+    without = ScalarEncoder(16, cosines=False).double()
+    assert without.dim == 4
+    assert_close(without(values), sines.flatten(1), "sines", "exact")
+
+
 def test_scalar_encoder_table_rounds_halves_to_even():
     encoder = ScalarEncoder(4, table_dim=2).double()
     assert tuple(encoder.table.shape) == (5, 2)

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import csrc_backends
 from checks import assert_close, draw
 from epigraf_fast import ops
 from epigraf_fast.ops import backends, native
@@ -105,6 +106,16 @@ def test_resolve_gives_one_that_is_there(op, device):
 def test_cpu_backend_is_not_for_other_devices(op):
     with pytest.raises(ValueError, match=f"{op}: backend 'cpu' is not available"):
         backends.resolve(op, "cpu", "cuda")
+
+
+@pytest.mark.parametrize("op", csrc_backends.OPS)
+@pytest.mark.parametrize("name", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_is_tested_here(op, name):
+    """The one skip of a backend that this machine lacks: tests/ops leaves it out of everything else."""
+    reason = backends.status()[op][name]
+    if reason is not None:
+        pytest.skip(f"no test of {op} on {name}: {reason}")
+    assert name in [getattr(found, "values", (found,))[0] for found in csrc_backends.here(op)]
 
 
 def test_resolve_says_why_one_is_missing(monkeypatch):

@@ -17,6 +17,7 @@ from checks import (
     gradgradcheck,
     layouts,
 )
+from csrc_backends import on_kernels
 from epigraf_fast import ops
 from epigraf_fast.ops import backends
 
@@ -207,6 +208,7 @@ def derivatives(function, own, dtype, shape, dim, channels_last=False, **setting
     return dict(zip(names, (y, *first, *second), strict=True))
 
 
+@on_kernels("bias_act")
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("act", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -215,8 +217,6 @@ def derivatives(function, own, dtype, shape, dim, channels_last=False, **setting
     [((2, 16, 9, 8), 1), ((2, 3, 40, 41), 1), ((5, 70), 1), ((130,), 0), ((3, 4, 5), -1), ((0, 3, 2), 1)],
 )
 def test_error_is_that_of_the_reference(bias_act, backend, act, dtype, shape, dim):
-    if backend == "reference":
-        pytest.skip("compares a kernel with the reference")
     reference = functools.partial(ops.bias_act, backend="reference")
     settings = {"act": act, "clamp": 1.5}
     truth = derivatives(reference, dtype, torch.float64, shape, dim, **settings)
@@ -258,9 +258,8 @@ def test_levels_and_threads_agree(act, cpu_level, threads):
             assert_close(actual, results[0][what], f"{cpu_level} {what}", "exact")
 
 
+@on_kernels("bias_act")
 def test_third_derivative_is_refused(bias_act, backend):
-    if backend == "reference":
-        pytest.skip("the reference has it")
     x = draw(2, 3).requires_grad_()
     for _ in range(2):
         (x_,) = torch.autograd.grad(bias_act(x, act="tanh").sum(), x, create_graph=True)
@@ -269,9 +268,8 @@ def test_third_derivative_is_refused(bias_act, backend):
         torch.autograd.grad(second.sum(), x)
 
 
+@on_kernels("bias_act")
 def test_without_a_clamp_linear_saves_nothing(bias_act, backend):
-    if backend == "reference":
-        pytest.skip("a property of the kernels")
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         bias_act(draw(2, 3).requires_grad_(), draw(3, seed=1).requires_grad_())

@@ -21,17 +21,15 @@ from checks import (
     gradgradcheck,
     layouts,
 )
+from csrc_backends import here
 from epigraf_fast import ops
 from epigraf_fast.ops import backends
 
 BLUR = torch.tensor([1, 3, 3, 1], dtype=torch.float64) / 8
 
 
-@pytest.fixture(params=("reference", "cpu", "cuda"))
+@pytest.fixture(params=here("modulated_conv2d"))
 def backend(request):
-    reason = backends.status()["modulated_conv2d"][request.param]
-    if reason is not None:
-        pytest.skip(reason)
     return request.param
 
 

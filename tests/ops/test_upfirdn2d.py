@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from checks import assert_close, assert_error_within_reference, draw, gradcheck, gradgradcheck, layouts
+from csrc_backends import on_kernels
 from epigraf_fast import ops
 from epigraf_fast.ops import backends
 
@@ -247,13 +248,12 @@ CALLS = {
 }
 
 
+@on_kernels("upfirdn2d")
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("shape", [(2, 16, 17, 19), (1, 3, 16, 24), (3, 5, 1, 40), (0, 4, 16, 16)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", CALLS)
 def test_error_is_that_of_the_reference(upfirdn2d, backend, name, dtype, shape):
-    if backend == "reference":
-        pytest.skip("compares a kernel with the reference")
     kernel_shape, settings = CALLS[name]
     if shape[2] * settings.get("up", 1) + sum(settings["padding"][2:]) < kernel_shape[0]:
         pytest.skip("nothing is left to filter")
@@ -302,10 +302,9 @@ def test_kernel_gradient_is_the_references(backend):
             ops.upfirdn2d(x, kernel, backend=backend)
 
 
+@on_kernels("upfirdn2d")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_layout_is_kept(upfirdn2d, backend, dtype):
-    if backend == "reference":
-        pytest.skip("a property of the kernels")
     x = draw(2, 8, 6, 6, dtype=dtype).contiguous(memory_format=torch.channels_last)
     y = upfirdn2d(x, BLUR, up=2, padding=(2, 1, 2, 1))
     assert y.is_contiguous(memory_format=torch.channels_last)

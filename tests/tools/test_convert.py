@@ -374,13 +374,25 @@ def test_the_generator_is_the_same_from_every_file_and_back(tmp_path: Path, shap
     assert torch.isfinite(pictures[0]).all()
     assert torch.equal(*pictures)
 
-    convert.main([str(out), str(tmp_path / "back")])
+    convert.main([str(out), str(tmp_path / "back"), "--names", "published"])
     from safetensors.torch import load_file
 
     back = load_file(tmp_path / "back" / "G_ema-published.safetensors")
     assert back.keys() == networks["G_ema"].keys()
     for name, tensor in networks["G_ema"].items():
         assert torch.equal(back[name], tensor), name
+
+
+def test_our_checkpoints_are_exported_under_our_names(tiny_run: Path, tmp_path: Path) -> None:
+    """Every tensor of the average generator of the newest checkpoint; the file is read like a checkpoint."""
+    convert.main([str(tiny_run), str(tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == ["G_ema.safetensors"]
+    config, generator = load_generator(tmp_path / "G_ema.safetensors", "cpu")
+    expected_config, expected = load_generator(tiny_run, "cpu")
+    assert config == expected_config
+    state = generator.state_dict()
+    assert state.keys() == expected.state_dict().keys()
+    assert all(torch.equal(state[name], x) for name, x in expected.state_dict().items())
 
 
 def test_background_and_cameras(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -399,7 +411,7 @@ def test_background_and_cameras(tmp_path: Path, capsys: pytest.CaptureFixture[st
         for part in ("weight", "bias", "affine.weight", "affine.bias"):
             assert torch.equal(state[f"background.{ours}.{part}"], theirs[f"synthesis.bg_model.blocks.{name}.{part}"])
 
-    convert.main([str(out), str(tmp_path / "back")])
+    convert.main([str(out), str(tmp_path / "back"), "--names", "published"])
     from safetensors.torch import load_file
 
     back = load_file(tmp_path / "back" / "G_ema-published.safetensors")

@@ -41,7 +41,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "2D generator, patches": {**FLAT},
     "2D generator, whole images": {**FLAT, "patch": {"resolution": 16}},
     "2D generator, path length": {**FLAT, "optim": {"path_length_weight": 2.0, "g_lr": 0.002, "blur_sigma": 0.0}},
-    "global context": {"discriminator": {"global_context": True}, "augment": {"mode": "fixed", "p": 0.5}},
+    "global context": {"discriminator": {"global_context": "concat"}, "augment": {"mode": "fixed", "p": 0.5}},
+    "global context, pasted": {"discriminator": {"global_context": "paste"}, "augment": {"mode": "fixed", "p": 0.5}},
+    "patch embedding of fewer sines": {
+        "discriminator": {"patch_cosines": False, "patch_skip_lowest": 1, "patch_skip_highest": 2}
+    },
     "patch importance": {"patch": {"importance": 8}},
     "Fourier features": {"generator": {"decoder_fourier": 8}},
     "view direction": {"generator": {"view_direction": True}},

@@ -89,7 +89,7 @@ def test_random_states_go_on(draws: int, tmp_path: Path, tiny_config: TinyConfig
     path = save_tiny(tmp_path, tiny_config(), 8)
     expected = numbers(3)
     numbers(5)
-    set_random_state(load_checkpoint(path)[1]["random"])
+    set_random_state(*load_checkpoint(path)[1]["random"])
     assert numbers(3) == expected
 
 
@@ -118,7 +118,7 @@ def test_continuation_is_exact(steps: int, tmp_path: Path, tiny_config: TinyConf
     dataset = ImageDataset(config.data, use_labels=True)
     trainer = Trainer(stored_config, dataset, torch.device("cpu"))
     trainer.load_state_dict(stored["trainer"])
-    set_random_state(stored["random"])
+    set_random_state(*stored["random"])
     for batch, _ in zip(make_loader(dataset, config.batch, config.seed, trainer.cur_nimg), range(steps), strict=False):
         trainer.iteration(*batch)
     assert differences(trainer.state_dict(), expected) == []

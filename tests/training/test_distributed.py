@@ -92,8 +92,11 @@ class Alternating(Trainer):
 
 
 def test_gradients_are_those_of_one_process(tiny_config: TinyConfig, tmp_path: Path) -> None:
-    """Of G, D and R1, to 1e-6 of their largest value, and the same on both; statistics are means over both."""
-    config = tiny_config(micro_batch=4, augment={"mode": "ada", "interval": 1, "p": 0.3})
+    """Of G, D and R1, to 1e-6 of their largest value, and the same on both; statistics are means over both.
+
+    Each has two micro-batches: the first stays at home, the second's backward pass sends the sum, in several buckets.
+    """
+    config = tiny_config(batch=16, micro_batch=4, augment={"mode": "ada", "interval": 1, "p": 0.3})
     first, second = step_of_two(config, tmp_path)
     for a, b in zip(first["grads"], second["grads"], strict=True):
         assert all(torch.equal(a[name], b[name]) for name in a)
@@ -117,8 +120,11 @@ def test_gradients_are_those_of_one_process(tiny_config: TinyConfig, tmp_path: P
             original()
 
         optimizer.step = step
-    batches = [next(make_loader(dataset, 4, config.seed, rank=rank, world_size=2)) for rank in range(2)]
-    trainer.iteration(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
+    batches = [next(make_loader(dataset, 8, config.seed, rank=rank, world_size=2)) for rank in range(2)]
+    halves = [[part.split(4) for part in batch] for batch in batches]  # of rank 0, then of rank 1, in turn
+    trainer.iteration(
+        *(torch.cat([x for pair in zip(*parts, strict=True) for x in pair]) for parts in zip(*halves, strict=True))
+    )
     assert len(grads) == 3
     for phase, alone, together in zip(("G", "D", "R1"), grads, first["grads"], strict=True):
         assert alone.keys() == together.keys()
@@ -145,6 +151,26 @@ def test_a_run_of_two_and_its_continuation_by_one(tiny_config: TinyConfig, tmp_p
     assert train.main([*flags(tiny_config(kimg=0.048)), "--resume", "auto"]) == 0
     lines = read_stats(run_dir / "stats.jsonl")
     assert [line["cur_nimg"] for line in lines] == [8, 16, 24, 32, 40, 48]
+
+
+def test_two_go_on_exactly(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    """A run of two that stopped halfway ends with the weights of one that did not."""
+    settings = {"augment": {"mode": "ada", "p": 0.3}}  # adjusted every 4 steps, so in the middle of its count
+    folders = tmp_path / "whole", tmp_path / "halves"
+    for folder, kimg, resume in ((folders[0], 0.04, ()), (folders[1], 0.024, ()), (folders[1], 0.04, ("auto",))):
+        config = tiny_config(kimg=kimg, checkpoint_kimg=0.024, run_dir=str(folder), **settings)
+        process = torchrun("train.py", *flags(config), *(("--resume", *resume) if resume else ()))
+        _, errors = process.communicate(timeout=TIMEOUT)
+        assert process.returncode == 0, errors
+    whole, halves = (load_checkpoint(list_checkpoints(folder)[-1])[1] for folder in folders)
+    assert whole["trainer"]["cur_nimg"] == halves["trainer"]["cur_nimg"] == 40
+    assert len(whole["random"]) == 2
+    assert not torch.equal(whole["random"][0]["torch"], whole["random"][1]["torch"])
+    for a, b in zip(whole["random"], halves["random"], strict=True):
+        assert torch.equal(a["torch"], b["torch"])
+    for name in ("generator", "discriminator", "average"):
+        assert all(torch.equal(halves["trainer"][name][key], x) for key, x in whole["trainer"][name].items()), name
+    assert torch.equal(whole["trainer"]["augment_p"], halves["trainer"]["augment_p"])
 
 
 def children(pid: int) -> list[int]:
@@ -192,7 +218,7 @@ def test_alone_nothing_is_exchanged() -> None:
     state = torch.get_rng_state()
     world.reseed(0, 0)
     assert torch.equal(torch.get_rng_state(), state)
-    assert (tensor.item(), world.agree(15, 0)) == (3.0, [15, 0])
+    assert (tensor.item(), world.agree(15, 0), world.gather("x")) == (3.0, [15, 0], ["x"])
     world.close()
 
 

@@ -10,12 +10,14 @@ import torch
 
 from epigraf_fast.config import from_dict
 from epigraf_fast.data import ImageDataset, make_loader
+from epigraf_fast.training import distributed
 from epigraf_fast.training.distributed import World
 from epigraf_fast.training.step import Trainer
 
 
 def main(settings: str, out: str) -> None:
     torch.set_num_threads(1)
+    distributed.BUCKET = 1000  # numbers, so that the tiny networks make several
     config = from_dict(json.loads(Path(settings).read_text()))
     world, device = World.from_environment(), torch.device("cpu")
     world.connect(device)
