@@ -357,13 +357,15 @@ class Trainer:
         return Samples(z, self.labels[entry], angles, conditioning)
 
     def _sample_patches(self, num: int) -> tuple[Tensor, Tensor]:
-        scale_draw, group = None, self.config.discriminator.minibatch_std_group
-        if self.config.discriminator.scales > 1:  # on the CPU, where the scales say who judges what
+        config, scale_draw, progress = self.config, None, self.now.patch
+        group = config.discriminator.minibatch_std_group
+        if config.discriminator.scales > 1:  # on the CPU, where the scales say who judges what
             scale_draw = torch.rand(num // min(group, num))
+            progress = patch_progress(config.patches, config.resolution, self.cur_nimg, config.batch)
         return sample_patches(
-            self.config.patches,
-            self.config.resolution,
-            self.now.patch,
+            config.patches,
+            config.resolution,
+            progress,
             num,
             group,
             device=self.device,
