@@ -123,7 +123,12 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("data", help="a zip or folder of images with dataset.json, or 'builtin'")
     parser.add_argument("--resolution", type=int, help="that the images must have")
     parser.add_argument("--labels", action="store_true", help="check the labels too")
-    parser.add_argument("--preset", choices=PRESETS, default="ffhq", help="whose camera to draw, if none is stored")
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        default="ffhq",
+        help="whose camera to draw, if none is stored (default: %(default)s)",
+    )
     parser.add_argument("--plot", type=Path, help="the picture to write, .png, .pdf or .svg")
     options = parser.parse_args(args)
     try:

@@ -232,7 +232,9 @@ class Config:
     kimg: float = 20_000.0
     """Length of training, thousands of real images."""
     run_dir: str = "runs/run"
+    """The folder of everything that the run writes."""
     seed: int = 0
+    """Of networks, draws and the order of the images."""
     precision: Literal["fp32", "tf32", "fp16"] = "fp32"
     """fp32: no TF32, and fp16 only in discriminator.half_blocks; tf32: the same with TF32 matrix products; fp16: also
     the top 4 resolutions of G and blocks of D in fp16. A CPU computes in fp32."""
@@ -252,7 +254,9 @@ class Config:
     snapshot_kimg: float = 200.0
     """Between two sample grids."""
     checkpoint_kimg: float = 200.0
+    """Between two checkpoints."""
     keep_checkpoints: int = 3
+    """Of the newest ones; older ones are removed."""
     grid: tuple[int, int] = (8, 4)
     """Columns and rows of the sample grids."""
     metric_images: int = 0

@@ -4,7 +4,7 @@ $ python -m epigraf_fast.convert network-snapshot-025000.pkl runs/ffhq-published
 $ python -m epigraf_fast.convert runs/ffhq exported
 $ python -m epigraf_fast.convert runs/ffhq exported --names published
 
-No code of a pickle is run (see `published`). Every tensor is accounted for: taken over, checked to be a constant that
+No code of a pickle is run. Every tensor is accounted for: taken over, checked to be a constant that
 is computed here, known to be unused, or named as left.
 """
 
@@ -436,17 +436,27 @@ def export_generator(path: Path, out: Path, names: str = "ours") -> list[str]:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m epigraf_fast.convert", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m epigraf_fast.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("checkpoint", type=Path, help="a published .pkl, or a checkpoint or run folder of ours")
     parser.add_argument("out", type=Path, help="the folder to write")
     parser.add_argument(
-        "--preset", choices=PRESETS[1:], default="ffhq", help="camera and training settings that the file does not tell"
+        "--preset",
+        choices=PRESETS[1:],
+        default="ffhq",
+        help="a .pkl: camera and training settings that it does not tell (default: %(default)s)",
     )
-    parser.add_argument("--patch-resolution", type=int, help="of the training patches (default: as stored, else 64)")
+    parser.add_argument("--patch-resolution", type=int, help="a .pkl: of the patches (default: as stored, else 64)")
     parser.add_argument(
-        "--names", choices=("ours", "published"), default="ours", help="of the exported tensors of a checkpoint of ours"
+        "--names",
+        choices=("ours", "published"),
+        default="ours",
+        help="of ours: names of the exported tensors (default: %(default)s)",
     )
-    parser.add_argument("--kimg", type=float, help="thousands of images seen (default: the number in the file name)")
+    parser.add_argument("--kimg", type=float, help="a .pkl: thousands of images seen (default: as in its name)")
     options = parser.parse_args(args)
     try:
         if options.checkpoint.suffix == ".pkl":

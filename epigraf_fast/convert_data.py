@@ -313,9 +313,14 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--yaw-offset", type=float, help="degrees between the worlds' yaws (default: 90 for EG3D, else 0)"
     )
-    parser.add_argument("--tolerance", type=float, default=10.0, help="degrees a camera may look beside the origin")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=10.0,
+        help="degrees a camera may look beside the origin (default: %(default)s)",
+    )
     parser.add_argument("--ray-start", type=float, help="from: where rays begin, in the units of the poses")
-    parser.add_argument("--ray-end", type=float)
+    parser.add_argument("--ray-end", type=float, help="from: where they end")
     parser.add_argument("--fov", type=float, help="to: degrees between outermost pixel centres, if none is stored")
     parser.add_argument("--radius", type=float, help="to: distance of the cameras, if none is stored")
     options = parser.parse_args(args)

@@ -1,4 +1,8 @@
-"""What this machine can run, and why not the rest: `python -m epigraf_fast.doctor [--json]`."""
+"""What this machine can run, and why not the rest.
+
+$ python -m epigraf_fast.doctor
+$ python -m epigraf_fast.doctor --json
+"""
 
 from __future__ import annotations
 
@@ -175,7 +179,11 @@ def _runs(arch: str, capability: int) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m epigraf_fast.doctor", description=__doc__.split(":")[0] + ".")
+    parser = argparse.ArgumentParser(
+        prog="python -m epigraf_fast.doctor",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
     print(json.dumps(report(), indent=2) if args.json else format_report(report()))

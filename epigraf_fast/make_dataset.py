@@ -1,7 +1,7 @@
 """Renders meshes into a data set: a zip of PNG images with known cameras in its dataset.json.
 
-    python -m epigraf_fast.make_dataset --recipe builtin --scale 4 --out objects64.zip
-    python -m epigraf_fast.make_dataset --recipe megascans --meshes FOLDER --resolution 256 --out plants.zip
+$ python -m epigraf_fast.make_dataset --recipe builtin --scale 4 --out objects64.zip
+$ python -m epigraf_fast.make_dataset --recipe megascans --meshes FOLDER --resolution 256 --out plants.zip
 
 `builtin` renders objects that the package pybullet carries (the set in epigraf_fast/builtin/), `megascans` a folder of
 .obj, .ply, .stl, .glb or .gltf files the way the paper's Megascans sets were made; its subfolders become classes. The
@@ -325,20 +325,27 @@ def render_dataset(
 
 def main(args: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m epigraf_fast.make_dataset", description="Renders meshes into a data set with known cameras."
+        prog="python -m epigraf_fast.make_dataset",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--recipe", choices=RECIPES, required=True)
+    parser.add_argument("--recipe", choices=RECIPES, required=True, help="what to render, and how")
     parser.add_argument("--out", type=Path, required=True, help="the zip to write")
     parser.add_argument("--meshes", type=Path, help="folder of meshes (megascans); its subfolders become classes")
-    parser.add_argument("--resolution", type=int, default=64)
+    parser.add_argument("--resolution", type=int, default=64, help="of the images (default: %(default)s)")
     parser.add_argument("--objects", type=int, help="how many objects at most (builtin: 400)")
     parser.add_argument("--views", type=int, help="images per object (builtin: 10, megascans: 128)")
     parser.add_argument("--min-alpha", type=float, help="drop objects covering less of the image (plants: 0.03)")
-    parser.add_argument("--attribution", default="", help="text for dataset.json: source and licence of the meshes")
     parser.add_argument(
-        "--scale", type=float, default=1.0, help="factor on every length: the units of the scene, not the pictures"
+        "--attribution", default="", help="megascans: source and licence of the meshes, for dataset.json"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--scale",
+        type=float,
+        default=1.0,
+        help="factor on every length: the units of the scene, not the pictures (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of objects and cameras (default: %(default)s)")
     options = parser.parse_args(args)
     try:
         run(options)

@@ -169,9 +169,14 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--all-reals", action="store_true", help="compare with every real image, as FID50k-full does")
     parser.add_argument("--inception", type=Path, help="TorchScript file of Inception: adds FID and KID")
     parser.add_argument(
-        "--objects", type=int, default=16, help="of the re-projection error; 0 leaves it out, as 2D generators need"
+        "--objects",
+        type=int,
+        default=16,
+        help="of the re-projection error; 0 leaves it out, as 2D generators need (default: %(default)s)",
     )
-    parser.add_argument("--turn", type=float, default=0.2, help="radians of yaw between the views it compares")
+    parser.add_argument(
+        "--turn", type=float, default=0.2, help="radians of yaw between the views it compares (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, help="a JSON file to write the results to")
     parser.add_argument("--plot", type=Path, help="a .png, .pdf or .svg to draw the results of all checkpoints in")
     parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")

@@ -266,17 +266,24 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--out", type=Path, required=True, help=".png (grid), .mp4 or .gif; others get -depth, -normals"
     )
-    parser.add_argument("--show", nargs="+", choices=SHOWN, default=["rgb"])
+    parser.add_argument("--show", nargs="+", choices=SHOWN, default=["rgb"], help="one file each (default: rgb)")
     parser.add_argument("--resolution", type=int, help="any (default: that of training)")
     parser.add_argument("--ray-samples", type=int, help="coarse and fine samples a ray (default: as in training)")
     parser.add_argument("--columns", type=int, help="objects a row (default: about a square)")
     parser.add_argument("--yaw", type=float, nargs="+", help="grid: views, radians (default: the mean pose)")
     parser.add_argument("--pitch", type=float, help="radians from straight above (default: the mean pose's)")
     parser.add_argument("--frames", type=int, default=120, help="of the whole video (default: %(default)s)")
-    parser.add_argument("--fps", type=float, default=30.0)
-    parser.add_argument("--yaw-range", type=float, default=0.4, help="fly-around, interpolation: radians to a side")
-    parser.add_argument("--pitch-range", type=float, default=0.2)
-    parser.add_argument("--zoom", type=float, default=1.5, help="fly-around: how much closer halfway (1: not)")
+    parser.add_argument("--fps", type=float, default=30.0, help="frames a second (default: %(default)s)")
+    parser.add_argument(
+        "--yaw-range",
+        type=float,
+        default=0.4,
+        help="fly-around, interpolation: radians to a side (default: %(default)s)",
+    )
+    parser.add_argument("--pitch-range", type=float, default=0.2, help="the same up and down (default: %(default)s)")
+    parser.add_argument(
+        "--zoom", type=float, default=1.5, help="fly-around: how much closer halfway; 1 is not (default: %(default)s)"
+    )
     options = parser.parse_args(args)
     try:
         run(options)

@@ -320,6 +320,28 @@ def test_a_data_fault_of_a_real_process(
     assert not (tmp_path / "run").exists()
 
 
+# Everything at once
+
+
+def test_the_demo_with_augmentation_labels_and_background(
+    write_data: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The preset's own networks, on a set with classes, to the end."""
+    data = write_data(tmp_path / "labelled.zip", resolution=64, count=12)
+    parts = ["--loader.labels", "--augment.mode", "ada", "--augment.p", "0.3", "--renderer.background", "sphere"]
+    short = ["--kimg", "0.024", "--metric-images", "0", "--turntable", "0", "--grid", "1", "1", "--log-kimg", "0.008"]
+    run_dir = tmp_path / "run"
+    assert train.main(["demo", "--data", str(data), "--run-dir", str(run_dir), *parts, *short]) == 0
+    assert "samples: " in capsys.readouterr().out
+    lines = losses(run_dir)
+    assert [line["cur_nimg"] for line in lines] == [8, 16, 24]
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+    assert all("augment/p" in line for line in lines)
+    state = load_checkpoint(list_checkpoints(run_dir)[-1])[1]["trainer"]["average"]
+    assert state["mapping.embed.weight"].shape[1] == 3  # classes
+    assert any(name.startswith("background.") for name in state)
+
+
 # Faults in the settings
 
 

@@ -423,6 +423,22 @@ def test_scale_specific_discriminators_see_their_own_groups(scales):
         assert all((p.grad is not None) == bool((which == k).any()) for p in judge.parameters()), k
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_scale_specific_discriminators_do_not_wait_for_the_gpu():
+    """With the scales on the CPU, where the trainer draws them."""
+    config = DiscriminatorConfig(channel_base=128, channel_max=8, scales=2, minibatch_std_group=2)
+    judges = ScaleDiscriminators(config, 32, 8).cuda()
+    patches, scale = draw(8, 3, 8, 8, dtype=torch.float32).cuda(), torch.tensor([1.0, 0.25, 1.0, 0.25] * 2)
+    offset = torch.zeros(8, 2, device="cuda")
+    judges(patches, scale, offset).sum().backward()  # loads what is loaded once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        judges(patches, scale, offset).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_global_context_is_three_more_channels(tiny_discriminator):
     judge, plain = tiny_discriminator(global_context="concat"), tiny_discriminator()
     assert parameter_count(judge) == parameter_count(plain) + 3 * 8

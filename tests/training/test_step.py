@@ -577,6 +577,17 @@ def test_statistics_are_means_since_the_last_reset(
     assert trainer.statistics() == {}
 
 
+def test_scales_of_scale_specific_discriminators_stay_on_the_cpu(
+    tiny_config: TinyConfig, tiny_trainer: TinyTrainer
+) -> None:
+    """Offsets, and all scales without them, are drawn on the device, here one that is neither."""
+    for scales, expected in ((1, "meta"), (2, "cpu")):
+        trainer, _ = tiny_trainer(tiny_config(discriminator={"scales": scales}))
+        trainer.device = torch.device("meta")
+        scale, offset = trainer._sample_patches(8)
+        assert (scale.device.type, offset.device.type) == (expected, "meta")
+
+
 # Backends
 
 
