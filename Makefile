@@ -60,7 +60,7 @@ bench: $(READY)
 	fi
 
 # A program of its own over the same launchers, so that no sanitizer has to be loaded into Python.
-SANITIZED := bias_act upfirdn2d launchers tests/sanitize
+SANITIZED := bias_act decode_triplane modulated_conv2d upfirdn2d launchers tests/sanitize
 sanitize:
 	@mkdir -p build
 	$(CXX) -std=c++17 -O1 -g -Wall -Wno-unknown-pragmas -DEPIGRAF_ISA=base -DEPIGRAF_STD_THREADS -Icsrc $(SANITIZED:%=csrc/%.cpp) -pthread \

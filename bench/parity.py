@@ -160,6 +160,8 @@ class Parity:
         """Compares named values with the truth."""
         worst, where = 0.0, ""
         for name, truth in self.truth.items():
+            if name not in found and name.startswith("second gradient"):
+                found = {**found, name: torch.zeros_like(truth)}  # autograd's None
             if name not in found:
                 return Verdict(f"{name} is missing", float("inf"), name)
             actual = found[name].double()

@@ -9,6 +9,8 @@
 
 #include "bias_act.h"
 #include "cpu.h"
+#include "decode_triplane.h"
+#include "modulated_conv2d.h"
 #include "upfirdn2d.h"
 
 namespace {
@@ -172,6 +174,203 @@ void upfirdn2d_case(DType dtype, std::mt19937& generator) {
       }
 }
 
+// What a launcher writes: named outputs, compared between numbers of threads.
+template <typename T>
+using Outputs = std::vector<std::vector<T>>;
+
+template <typename T>
+void expect_same(const Outputs<T>& now, const Outputs<T>& first, const char* what) {
+  for (size_t i = 0; i < now.size(); i++) expect(same(now[i], first[i]), what, static_cast<i64>(i));
+}
+
+template <typename T>
+void layer_epilogue_case(DType dtype, std::mt19937& generator) {
+  using S = Compute<T>;
+  auto pick = [&](i64 low, i64 high) { return std::uniform_int_distribution<i64>(low, high)(generator); };
+  LayerEpilogueArgs args{};
+  args.dtype = dtype;
+  args.channels_last = pick(0, 1);
+  args.slope = 0.2, args.gain = 1.25, args.clamp = 1.5;
+  args.batch = pick(0, 3), args.channels = pick(1, 20), args.height = pick(1, 40), args.width = pick(1, 24);
+  const bool blur = pick(0, 1), two = pick(0, 1), vectors = pick(0, 3), noise = pick(0, 1);
+  const i64 pixels = args.height * args.width, of_vectors = args.batch * args.channels, count = of_vectors * pixels;
+  const i64 of_x = blur ? of_vectors * (args.height + 1) * (args.width + 1) : count, map = args.batch * pixels;
+  args.noise_stride = noise && pick(0, 1) ? pixels : 0;
+  const auto x = stored<T>(numbers<S>(of_x, 1)), grad0 = stored<T>(numbers<S>(count, 2));
+  const auto grad1 = stored<T>(numbers<S>(count, 3)), dot_x = stored<T>(numbers<S>(of_x, 4));
+  const auto demod = numbers<S>(of_vectors, 5), bias = numbers<S>(args.channels, 6), style0 = numbers<S>(of_vectors, 7);
+  const auto style1 = numbers<S>(of_vectors, 8), image = numbers<S>(maximum(map, pixels), 9), strength = numbers<S>(1, 10);
+  const std::vector<S> taps = {S(0.125), S(0.375), S(0.375), S(0.125)};
+  const i64 blocks = layer_epilogue_blocks(args.height, blur);
+  args.x = x.data();
+  args.taps = blur ? taps.data() : nullptr;
+  args.demod = vectors ? demod.data() : nullptr;
+  args.bias = vectors ? bias.data() : nullptr;
+  args.noise = noise ? image.data() : nullptr;
+  args.strength = noise ? strength.data() : nullptr;
+  args.style[0] = vectors ? style0.data() : nullptr;
+  args.style[1] = vectors && two ? style1.data() : nullptr;
+  args.grad_out[0] = grad0.data();
+  args.grad_out[1] = two ? grad1.data() : nullptr;
+  Outputs<T> first;
+  Outputs<S> first_sums;
+  for (int threads : {1, 3}) {
+    auto images = [&](i64 n) { return std::vector<T>(static_cast<size_t>(n)); };
+    auto sums = [&](i64 n) { return std::vector<S>(static_cast<size_t>(n)); };
+    Outputs<T> now = {images(count), images(count), images(of_x), images(count), images(count), images(of_x)};
+    Outputs<S> found;
+    auto partials = sums(args.batch * blocks * kLayerSums * args.channels);
+    args.partials = partials.data();
+    args.out[0] = now[0].data();
+    args.out[1] = two ? now[1].data() : nullptr;
+    auto gradients = [&](std::vector<T>& to_x, void** gradient_map) {
+      const size_t from = found.size();
+      for (i64 n : {of_vectors, args.channels, i64(1), of_vectors, of_vectors, map, map}) found.push_back(sums(n));
+      args.grad_x = to_x.data();
+      args.grad_demod = found[from].data(), args.grad_bias = found[from + 1].data();
+      args.grad_strength = found[from + 2].data(), args.grad_style[0] = found[from + 3].data();
+      args.grad_style[1] = two ? found[from + 4].data() : nullptr;
+      args.map = found[from + 5].data();
+      *gradient_map = found[from + 6].data();
+    };
+    found.reserve(14);
+    void* unused;
+    layer_epilogue_fwd(args, threads);
+    gradients(now[2], &unused);
+    layer_epilogue_bwd(args, threads);
+    if (!blur) {
+      gradients(now[5], &args.gradient_map);
+      args.dot_x = dot_x.data();
+      args.dot_demod = demod.data(), args.dot_bias = bias.data(), args.dot_noise = noise ? image.data() : nullptr;
+      args.dot_style[0] = style1.data(), args.dot_style[1] = two ? style0.data() : nullptr;
+      if (args.dot_noise && !args.noise_stride) args.dot_noise = nullptr;
+      args.grad_grad_out[0] = now[3].data();
+      args.grad_grad_out[1] = two ? now[4].data() : nullptr;
+      layer_epilogue_double_bwd(args, threads);
+    }
+    if (threads == 1) {
+      first = now;
+      first_sums = found;
+    } else {
+      expect_same(now, first, "layer_epilogue by threads");
+      expect_same(found, first_sums, "sums of layer_epilogue by threads");
+    }
+  }
+  if (blur) return;
+  for (i64 b = 0; b < args.batch; b++)
+    for (i64 c = 0; c < args.channels; c++)
+      for (i64 p = 0; p < pixels; p++) {
+        const i64 at = args.channels_last ? (b * pixels + p) * args.channels + c : (b * args.channels + c) * pixels + p;
+        auto of = [&](const void* vector, i64 i, double absent) {
+          return vector ? static_cast<double>(static_cast<const S*>(vector)[i]) : absent;
+        };
+        const i64 i = b * args.channels + c;
+        const double u = of(args.demod, i, 1) * loaded(x, at) + of(args.bias, c, 0) +
+                         of(args.strength, 0, 1) * of(args.noise, b * args.noise_stride + p, 0);
+        const double y = fmin(fmax(1.25 * (u > 0 ? u : 0.2 * u), -1.5), 1.5), rounding = sizeof(T) == 2 ? 2e-2 : 1e-4;
+        expect(fabs(loaded(first[0], at) - y * of(args.style[0], i, 1)) < rounding, "layer_epilogue_fwd", at);
+        if (two) expect(fabs(loaded(first[1], at) - y * of(args.style[1], i, 1)) < rounding, "layer_epilogue_fwd, 2", at);
+      }
+}
+
+template <typename S>
+void demodulation_case(DType dtype, std::mt19937& generator) {
+  auto pick = [&](i64 low, i64 high) { return std::uniform_int_distribution<i64>(low, high)(generator); };
+  DemodulationArgs args{};
+  args.dtype = dtype;
+  args.epsilon = 1e-8;
+  args.batch = pick(0, 4), args.c_out = pick(1, 20), args.c_in = pick(1, 20), args.taps = pick(1, 9);
+  const i64 weights = args.c_out * args.c_in * args.taps;
+  const auto weight = numbers<S>(weights, 1), style = numbers<S>(args.batch * args.c_in, 2);
+  const auto grad_demod = numbers<S>(args.batch * args.c_out, 3), grad_weight = numbers<S>(weights, 4);
+  args.weight = weight.data(), args.style = style.data(), args.grad_demod = grad_demod.data();
+  args.grad_weight = pick(0, 1) ? grad_weight.data() : nullptr;
+  args.stride_out = args.c_in * args.taps, args.stride_in = 1, args.stride_tap = args.c_in;
+  Outputs<S> first;
+  for (int threads : {1, 3}) {
+    auto memory = [](i64 n) { return std::vector<S>(static_cast<size_t>(n)); };
+    Outputs<S> now = {memory(args.c_out * args.c_in), memory(args.batch * args.c_out), memory(weights),
+                      memory(args.batch * args.c_in)};
+    args.energy = now[0].data(), args.demod = now[1].data();
+    args.grad_weight_out = now[2].data(), args.grad_style = now[3].data();
+    demodulation_fwd(args, threads);
+    demodulation_bwd(args, threads);
+    if (threads == 1) first = now;
+    else expect_same(now, first, "demodulation by threads");
+  }
+  for (i64 b = 0; b < args.batch; b++)
+    for (i64 o = 0; o < args.c_out; o++) {
+      double sum = 1e-8;
+      for (i64 i = 0; i < args.c_in; i++)
+        for (i64 k = 0; k < args.taps; k++) {
+          const double w = weight[static_cast<size_t>((o * args.c_in + i) * args.taps + k)];
+          sum += w * w * style[static_cast<size_t>(b * args.c_in + i)] * style[static_cast<size_t>(b * args.c_in + i)];
+        }
+      const i64 at = b * args.c_out + o;
+      expect(fabs(loaded(first[1], at) * sqrt(sum) - 1) < 1e-4, "demodulation_fwd", at);
+    }
+}
+
+template <typename S>
+void decode_triplane_case(DType dtype, std::mt19937& generator) {
+  auto pick = [&](i64 low, i64 high) { return std::uniform_int_distribution<i64>(low, high)(generator); };
+  DecodeTriplaneArgs args{};
+  args.dtype = dtype;
+  args.batch = pick(0, 3), args.rays = pick(0, 40), args.samples = pick(1, 40);
+  args.channels = pick(1, 20), args.height = pick(1, 9), args.width = pick(1, 9);
+  args.hidden = pick(1, 20), args.outputs = pick(1, 6);
+  args.cube_scale = 1.5;
+  const i64 rays = args.batch * args.rays, points = rays * args.samples;
+  const i64 of_planes = args.batch * args.height * args.width * 3 * args.channels;
+  const i64 sizes[4] = {args.hidden * args.channels, args.hidden, args.outputs * args.hidden, args.outputs};
+  const auto planes = numbers<S>(of_planes, 1), origins = numbers<S>(rays * 3, 2), directions = numbers<S>(rays * 3, 3);
+  const auto t = numbers<S>(points, 4), w0 = numbers<S>(sizes[0], 5), b0 = numbers<S>(sizes[1], 6);
+  const auto w1 = numbers<S>(sizes[2], 7), b1 = numbers<S>(sizes[3], 8), grad_y = numbers<S>(points * args.outputs, 9);
+  args.planes = planes.data(), args.origins = origins.data(), args.directions = directions.data(), args.t = t.data();
+  args.w0 = w0.data(), args.b0 = b0.data(), args.w1 = w1.data(), args.b1 = b1.data(), args.grad_y = grad_y.data();
+  Outputs<S> first;
+  for (int threads : {1, 3}) {
+    Outputs<S> now;
+    now.reserve(6);
+    for (i64 n : {points * args.outputs, of_planes, sizes[0], sizes[1], sizes[2], sizes[3]})
+      now.emplace_back(static_cast<size_t>(n));
+    args.y = now[0].data(), args.grad_planes = now[1].data();
+    args.grad_w0 = now[2].data(), args.grad_b0 = now[3].data(), args.grad_w1 = now[4].data(), args.grad_b1 = now[5].data();
+    decode_triplane_fwd(args, threads);
+    decode_triplane_bwd(args, threads);
+    if (threads == 1) first = now;
+    else expect_same(now, first, "decode_triplane by threads");
+  }
+  for (i64 p = 0; p < points; p++) {
+    double position[3];
+    for (int k = 0; k < 3; k++) {
+      const auto at = static_cast<size_t>(p / args.samples * 3 + k);
+      position[k] = (static_cast<double>(origins[at]) + static_cast<double>(t[static_cast<size_t>(p)]) * directions[at]) / 1.5;
+    }
+    std::vector<double> feature(static_cast<size_t>(args.channels)), y(b1.begin(), b1.end());
+    for (int plane = 0; plane < 3; plane++) {
+      const double x = (position[kPlaneAxes[plane][0]] + 1) * static_cast<double>(args.width - 1) / 2;
+      const double row = (position[kPlaneAxes[plane][1]] + 1) * static_cast<double>(args.height - 1) / 2;
+      for (i64 iy = 0; iy < args.height; iy++)
+        for (i64 ix = 0; ix < args.width; ix++) {
+          const double weight = fmax(0, 1 - fabs(x - static_cast<double>(ix))) * fmax(0, 1 - fabs(row - static_cast<double>(iy)));
+          const i64 texel = ((p / (args.rays * args.samples) * args.height + iy) * args.width + ix) * 3 + plane;
+          for (i64 c = 0; c < args.channels; c++)
+            feature[static_cast<size_t>(c)] += weight * planes[static_cast<size_t>(texel * args.channels + c)] / 3;
+        }
+    }
+    for (i64 j = 0; j < args.hidden; j++) {
+      double u = b0[static_cast<size_t>(j)];
+      for (i64 c = 0; c < args.channels; c++)
+        u += w0[static_cast<size_t>(j * args.channels + c)] * feature[static_cast<size_t>(c)];
+      for (i64 k = 0; k < args.outputs; k++)
+        y[static_cast<size_t>(k)] += w1[static_cast<size_t>(k * args.hidden + j)] * sqrt(2) * (u > 0 ? u : 0.2 * u);
+    }
+    for (i64 k = 0; k < args.outputs; k++)
+      expect(fabs(loaded(first[0], p * args.outputs + k) - y[static_cast<size_t>(k)]) < 2e-3, "decode_triplane_fwd", p);
+  }
+}
+
 void conversion_cases() {
   // Every half is itself again; what lies between two neighbours goes to the nearer one, the middle to the even one.
   for (unsigned bits = 0; bits < 0x7c00; bits++) {
@@ -198,6 +397,14 @@ void all(DType dtype) {
   }
   std::mt19937 generator(7);
   for (int i = 0; i < 60; i++) upfirdn2d_case<T>(dtype, generator);
+  for (int i = 0; i < 40; i++) layer_epilogue_case<T>(dtype, generator);
+}
+
+template <typename S>
+void of_full_precision(DType dtype) {
+  std::mt19937 generator(8);
+  for (int i = 0; i < 20; i++) demodulation_case<S>(dtype, generator);
+  for (int i = 0; i < 12; i++) decode_triplane_case<S>(dtype, generator);
 }
 
 }  // namespace
@@ -208,6 +415,8 @@ int main() {
   all<Half>(DType::f16);
   all<BFloat16>(DType::bf16);
   all<double>(DType::f64);
+  of_full_precision<float>(DType::f32);
+  of_full_precision<double>(DType::f64);
   if (failures) fprintf(stderr, "%d failures\n", failures);
   puts(failures ? "FAILED" : "ok");
   return failures != 0;

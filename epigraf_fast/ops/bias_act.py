@@ -63,7 +63,8 @@ def bias_act(
     )
     if bias is not None:
         bias = bias.to(native.compute_dtype(x.dtype))
-    return _BiasAct.apply(native.dense(x), bias, settings)
+    x = native.dense(x)
+    return _BiasAct.apply(x, bias, settings) if native.records(x, bias) else _launch(x, bias, settings)
 
 
 class _Settings(NamedTuple):
@@ -90,14 +91,20 @@ class _Settings(NamedTuple):
         return x.dtype, self.act, self.gain, self.clamp, count, channels, inner
 
 
-class _BiasAct(torch.autograd.Function):
+def _launch(x: Tensor, bias: Tensor | None, settings: _Settings) -> Tensor:
     """x is dense; the bias, as everything that belongs to it, has the dtype that is computed in."""
+    y = torch.empty_like(x)
+    native.launch("bias_act_fwd", x, None if bias is None else bias.contiguous(), y, *settings.for_launch(x))
+    return y
+
+
+class _BiasAct(torch.autograd.Function):
+    """Takes what `_launch` does."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, settings: _Settings) -> Tensor:
         bias = None if bias is None else bias.contiguous()
-        y = torch.empty_like(x)
-        native.launch("bias_act_fwd", x, bias, y, *settings.for_launch(x))
+        y = _launch(x, bias, settings)
         ctx.settings = settings
         ctx.save_for_backward(*((None, None) if settings.constant else (x, bias)))
         return y

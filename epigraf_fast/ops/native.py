@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -59,15 +60,34 @@ def launch(name: str, *args: Any) -> None:
     Args:
         args: Tensors are passed as their address, None as a null pointer, dtypes as their code, the rest as it is.
     """
-    device = next(arg.device for arg in args if isinstance(arg, Tensor))
-    values = [_plain(arg) for arg in args]
-    module = extension()
+    device, values = None, []
+    for arg in args:  # calls on small tensors cost what this loop does
+        if isinstance(arg, _NUMBERS):
+            values.append(arg)
+        elif isinstance(arg, Tensor):
+            device = arg.device if device is None else device
+            values.append(arg.data_ptr())
+        else:
+            values.append(0 if arg is None else DTYPES[arg])
     if device.type == "cpu":
         with annotate(name):
-            getattr(module, f"{name}_cpu")(*values, torch.get_num_threads())
+            _launcher(f"{name}_cpu")(*values, torch.get_num_threads())
     else:
         with annotate(name), torch.cuda.device(device):
-            getattr(module, f"{name}_cuda")(*values, torch.cuda.current_stream(device).cuda_stream)
+            _launcher(f"{name}_cuda")(*values, torch.cuda.current_stream(device).cuda_stream)
+
+
+_NUMBERS = int, float  # and bool
+
+
+@functools.cache
+def _launcher(name: str) -> Callable[..., None]:
+    return getattr(extension(), name)
+
+
+def records(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what is done with them: else a launch needs no Function around it."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def dense(x: Tensor) -> Tensor:
@@ -82,11 +102,3 @@ def dense_as(x: Tensor, like: Tensor) -> Tensor:
     if x.stride() == like.stride():
         return x
     return torch.empty_like(like, dtype=x.dtype).copy_(x)
-
-
-def _plain(arg: Any) -> Any:
-    if isinstance(arg, Tensor):
-        return arg.data_ptr()
-    if arg is None:
-        return 0
-    return DTYPES[arg] if isinstance(arg, torch.dtype) else arg

@@ -74,7 +74,8 @@ def upfirdn2d(
     check_dtype("upfirdn2d", "x", x, tuple(native.DTYPES), f'backend is "{chosen}"')
     kernel = kernel.detach().to(native.compute_dtype(x.dtype)).contiguous()
     settings = _Settings((height // down + 1, width // down + 1), up, down, (padding[0], padding[2]), flip, float(gain))
-    return _UpFirDn2d.apply(native.dense(x), kernel, settings)
+    x = native.dense(x)
+    return _UpFirDn2d.apply(x, kernel, settings) if native.records(x) else _launch(x, kernel, settings)
 
 
 class _Settings(NamedTuple):
@@ -91,6 +92,23 @@ class _Settings(NamedTuple):
         return _Settings(size, self.down, self.up, padding, not self.flip, self.gain)
 
 
+def _launch(x: Tensor, kernel: Tensor, settings: _Settings) -> Tensor:
+    """x is dense; the kernel is contiguous, and of the dtype that is computed in."""
+    channels_last = not x.is_contiguous()
+    y = torch.empty(
+        (*x.shape[:2], *settings.size),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+    )
+    taps = kernel.shape[0], kernel.shape[-1]
+    flags = kernel.ndim == 1, channels_last, settings.flip
+    sizes = *x.shape, *settings.size, *taps
+    factors = settings.up, settings.down, *settings.padding, settings.gain
+    native.launch("upfirdn2d", x, kernel, y, x.dtype, *sizes, *flags, *factors)
+    return y
+
+
 class _UpFirDn2d(torch.autograd.Function):
     """The map is linear: its gradient is the adjoint map, and so on to any order."""
 
@@ -98,19 +116,7 @@ class _UpFirDn2d(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, kernel: Tensor, settings: _Settings) -> Tensor:
         ctx.settings, ctx.size = settings, x.shape[2:]
         ctx.save_for_backward(kernel)
-        channels_last = not x.is_contiguous()
-        y = torch.empty(
-            (*x.shape[:2], *settings.size),
-            dtype=x.dtype,
-            device=x.device,
-            memory_format=torch.channels_last if channels_last else torch.contiguous_format,
-        )
-        taps = kernel.shape[0], kernel.shape[-1]
-        flags = kernel.ndim == 1, channels_last, settings.flip
-        sizes = *x.shape, *settings.size, *taps
-        factors = settings.up, settings.down, *settings.padding, settings.gain
-        native.launch("upfirdn2d", x, kernel, y, x.dtype, *sizes, *flags, *factors)
-        return y
+        return _launch(x, kernel, settings)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None]:
