@@ -104,6 +104,7 @@ run_tests() {
   # These follow the device: on a GPU they run the kernels there.
   "$PYTHON" -m pytest -q -p no:cacheprovider "${workers[@]}" tests/ops tests/models \
     -m "not gpu" -k "triton or cuda" || status=$?
+  [ "$status" -eq 0 ] && { "$PYTHON" -m bench.verified --json "$OUT/gpu-verified.json" || status=$?; }
   return "$status"
 }
 
@@ -151,7 +152,7 @@ case $MODE in
     renderer=(bench.run --op renderer --batch 8 --mode fwd,step --backend triton,published,compile,reference
       --dtype fp32,tf32 --budget 0.1 --timeout 45)
     step=(bench.step --preset ffhq --resolution 512 --batch 8 --seconds 2 --timeout 75
-      --variants published,ours-fp32,ours-tf32,ours-fp16,eager,compile)
+      --variants published,ours-fp32,ours-tf32,ours-tf32-graphs,ours-fp16,eager,compile)
     times=(45 115 50 140)
     ;;
   quick)
@@ -183,6 +184,7 @@ if wanted demo; then
     --json "$OUT/$KIND-demo.json" "${demo_args[@]}" >"$LOGS/demo.log" 2>&1 &
   demo_process=$!
 fi
+rm -f "$OUT/gpu-verified.json"
 part tests "$tests" bash -c run_tests
 if [ "$MODE" = cpu ] || command -v compute-sanitizer >/dev/null; then
   part sanitize "$sanitize" bash -c run_sanitize
@@ -205,6 +207,7 @@ part report 60 bash -c run_report
 
 echo
 echo "== $MODE, $SECONDS s, logs in $LOGS"
+[ -f "$OUT/gpu-verified.json" ] && echo "commit $OUT/gpu-verified.json as epigraf_fast/ops/verified.json: its backends become the default on GPUs"
 failed=0
 for i in "${!names[@]}"; do
   printf '%-9s %4s s  %s\n' "${names[$i]}" "${took[$i]}" "${states[$i]}"

@@ -55,6 +55,7 @@ class Variant:
         published: Whether the renderer and the modulated convolutions are those of `published`.
         tuned: Baselines: TF32 and channels_last, which the published code did not use.
         compiled: Whether torch.compile takes the networks.
+        graphs: Whether each phase is a CUDA graph, see `Config.cuda_graphs`.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Variant:
     published: bool = False
     tuned: bool = False
     compiled: bool = False
+    graphs: bool = False
 
 
 NAMED = {
@@ -93,6 +95,7 @@ NAMED = {
         ),
         Variant("ours-fp32", "this engine, the published arithmetic: TF32 off, D's top 4 blocks fp16"),
         Variant("ours-tf32", "this engine, TF32 on, D's top 4 blocks fp16", precision="tf32"),
+        Variant("ours-tf32-graphs", "ours-tf32, each phase one CUDA graph", precision="tf32", graphs=True),
         Variant("ours-fp16", "this engine, top 4 resolutions of G and blocks of D fp16, TF32 on", precision="fp16"),
         Variant("reference", "this engine, every op by its reference in plain torch; TF32 off", backend="reference"),
     )
@@ -198,6 +201,7 @@ class Step:
             config,
             precision=variant.precision if device.type == "cuda" else "fp32",
             backend=config.backend if backend is None else backend,
+            cuda_graphs=variant.graphs and device.type == "cuda",
             discriminator=dataclasses.replace(config.discriminator, half_blocks=half),
         )
         torch.manual_seed(0)

@@ -32,13 +32,18 @@ EXTRAS = {
     "viewer": ("viser",),
 }
 
+# Kernels that are opt-in as long as no GPU has passed their tests, see `backends.VERIFIED`.
+KERNELS = {
+    "triton": "--backend triton, the renderer on Triton kernels: not yet run on a GPU, only in Triton's interpreter",
+    "cuda": "--backend cuda, the convolutions on the extension: not yet run on a GPU, only compiled; the same maths is "
+    "tested on the CPU",
+}
 # Code that only a GPU can run and that no GPU has run yet. It is never on by default.
 OPT_IN = (
     "torchrun on several GPUs (NCCL): not yet run, only gloo between two processes on a CPU",
     "--precision tf32 and fp16, --discriminator.half-blocks: not yet run on a GPU",
-    "--backend triton, the renderer on Triton kernels: not yet run on a GPU, only in Triton's interpreter",
-    "--backend cuda, the convolutions on the extension: not yet run on a GPU, only compiled; the same maths is "
-    "tested on the CPU",
+    "--cuda-graphs, a training phase as one launch: not yet run on a GPU; a CPU tests what the phases read and give",
+    *(text for backend, text in KERNELS.items() if backend not in backends.VERIFIED),
 )
 
 

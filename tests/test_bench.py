@@ -16,10 +16,11 @@ import pytest
 import torch
 
 from bench import cases as catalogue
-from bench import demo, parity, published, report, results, run, step, timing
+from bench import demo, parity, published, report, results, run, step, timing, verified
 from bench.cases import SIZES, Work
 from checks import assert_error_within_reference
 from epigraf_fast import ops
+from epigraf_fast.ops import backends
 from epigraf_fast.training import profile
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -405,6 +406,25 @@ def test_ranges_reach_listeners_and_cost_nothing_without():
     with profile.annotate("unheard"):
         pass
     assert seen == ["+G", "+inside", "-inside", "-G"]
+
+
+def test_what_a_gpu_has_verified_is_what_it_has_whole(monkeypatch, tmp_path, capsys):
+    """An extension without CUDA verifies Triton's kernels alone; and what is written is what the package reads."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert verified.main(["--json", str(tmp_path / "no.json")]) == 1
+    assert not (tmp_path / "no.json").exists()
+    status = {op: {"triton": None, "cuda": "built without CUDA"} for op in backends.OPS}
+    monkeypatch.setattr(backends, "status", lambda: status)
+    monkeypatch.setattr(results, "environment", lambda: {"gpu": {"name": "Tiny"}})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    path = tmp_path / "verified.json"
+    assert verified.main(["--json", str(path)]) == 0
+    assert json.loads(path.read_text())["backends"] == ["triton"]
+    for row in status.values():
+        row["cuda"] = None
+    assert verified.record()["backends"] == ["triton", "cuda"]
+    stored = json.loads((ROOT / "epigraf_fast/ops/verified.json").read_text())
+    assert tuple(stored["backends"]) == backends.VERIFIED
 
 
 def test_the_demo_leaves_out_what_is_missing(monkeypatch):

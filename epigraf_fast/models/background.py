@@ -143,7 +143,7 @@ class SphereBackground(nn.Module):
         samples, start: Inverse radii from `start` to 0.
         channel_base, channel_max: Width of block b is min(channel_base / 2^(b + 2), channel_max).
         white_background: Whether what the last sample lets through is white.
-        backend: See `ops`.
+        backend: Of the integration, see `ops`.
     """
 
     num_ws, extra_channels = 4, 0

@@ -62,7 +62,7 @@ class Generator(nn.Module):
                 start=renderer.background_start,
                 channel_base=config.channel_base,
                 white_background=renderer.white_background,
-                backend=backend,
+                backend=renderer_backend,
             )
         if self.background is not None:
             interval = min(renderer.last_interval, BACKGROUND_INTERVAL)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import os
+from pathlib import Path
 
 import torch
 
@@ -32,6 +34,9 @@ IMPLEMENTED = {
     "cpu": ("sample_triplane", "decode_triplane", "bias_act", "upfirdn2d", "modulated_conv2d"),
 }
 
+# Backends whose tests have passed on a GPU, which makes them the default there: what `bench/gpu_day.sh` wrote about it.
+VERIFIED = tuple(json.loads(Path(__file__).with_name("verified.json").read_text())["backends"])
+
 
 def status() -> dict[str, dict[str, str | None]]:
     """op -> backend -> None if it can be used here, else the reason why not."""
@@ -41,13 +46,14 @@ def status() -> dict[str, dict[str, str | None]]:
 def resolve(op: str, backend: str | None, device_type: str) -> str:
     """The backend that a call gets: the named one, or with None the fastest that is there for the device.
 
-    The kernels of triton and cuda have not run on a GPU yet, so that None does not take them.
+    On a GPU that is one of `VERIFIED`, or the reference.
 
     Raises:
         ValueError: The named backend is unknown, or is missing here; the message says why.
     """
     if backend is None:
-        return "cpu" if device_type == "cpu" and _lacking(op, "cpu") is None else "reference"
+        fastest = {"cpu": ("cpu",), "cuda": VERIFIED}.get(device_type, ())
+        return next((name for name in fastest if _lacking(op, name) is None), "reference")
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend must be None or one of {', '.join(BACKENDS)}, got {backend!r}")
     reason = _lacking_on(op, backend, device_type)

@@ -16,6 +16,7 @@ import torch
 import csrc_backends
 from checks import assert_close, draw
 from epigraf_fast import ops
+from epigraf_fast.doctor import OPT_IN
 from epigraf_fast.ops import backends, native
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -217,7 +218,11 @@ def test_status_tells_the_reasons_apart(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert reasons(monkeypatch, SimpleNamespace(cuda_built=True)) == (None, None)
     assert backends.resolve("bias_act", "cuda", "cuda") == "cuda"
-    assert backends.resolve("bias_act", None, "cuda") == "reference"  # until a GPU has run it
+    monkeypatch.setattr(backends, "VERIFIED", ())
+    assert backends.resolve("bias_act", None, "cuda") == "reference"
+    monkeypatch.setattr(backends, "VERIFIED", ("triton", "cuda"))  # once a GPU has passed the tests
+    assert backends.resolve("bias_act", None, "cuda") == "cuda"
+    assert backends.resolve("bias_act", None, "cpu") == "cpu"
     with pytest.raises(ValueError, match="the tensors are on cpu"):
         backends.resolve("bias_act", "cuda", "cpu")
 
@@ -228,6 +233,7 @@ def test_without_the_extension_everything_works(blocked):
 import sys, torch
 BLOCK
 from epigraf_fast import ops
+from epigraf_fast.doctor import OPT_IN
 from epigraf_fast.ops import backends
 x = torch.ones(1, 1, 4, 4, requires_grad=True)
 y = ops.upfirdn2d(ops.bias_act(x, torch.ones(1), act="lrelu", clamp=256), torch.ones(4), padding=(2, 1, 2, 1))
@@ -240,3 +246,26 @@ print(backends.resolve("bias_act", None, "cpu"), "|", backends.status()["upfirdn
     chosen, _, reason = result.stdout.strip().partition(" | ")
     assert chosen == "reference", result.stderr
     assert reason == (f"the extension is not built: {native.BUILD}" if blocked else HIDDEN)
+
+
+def test_verified_backends_become_the_default_on_gpus(monkeypatch):
+    """Each op takes the one that is written for it, and where that is missing, the reference; a CPU takes neither."""
+    monkeypatch.setattr(backends, "VERIFIED", ("triton", "cuda"))
+    monkeypatch.setattr(backends, "_lacking_triton", lambda: None)
+    monkeypatch.setattr(native, "lacking", lambda backend: None)
+    renderer, convolutions = backends.FAMILIES.values()
+    expected = {**dict.fromkeys(renderer, "triton"), **dict.fromkeys(convolutions, "cuda")}
+    assert {op: backends.resolve(op, None, "cuda") for op in backends.OPS} == expected
+    assert backends.choose("auto", "cuda") == expected == backends.choose("gpu", "cuda")
+    assert [backends.family_backend(family, expected, "cuda") for family in backends.FAMILIES] == [None, None]
+    assert not {"triton", "cuda"} & set(backends.choose("auto", "cpu").values())
+    monkeypatch.setattr(native, "lacking", lambda backend: "the extension is not built")
+    assert {backends.resolve(op, None, "cuda") for op in convolutions} == {"reference"}
+
+
+def test_only_kernels_for_gpus_are_verified():
+    assert set(backends.VERIFIED) <= {"triton", "cuda"}
+    assert all(
+        any(text.startswith(f"--backend {name}") for text in OPT_IN) != (name in backends.VERIFIED)
+        for name in ("triton", "cuda")
+    )
