@@ -21,7 +21,7 @@ from torch import Tensor
 from .camera import cam2world_matrix, camera_rays, frustum_extent
 from .config import PRESETS, CameraConfig, preset, with_data_camera
 from .data import ImageDataset
-from .errors import UserError
+from .errors import UserError, one_line_errors
 from .training.sampling import prior_angles
 
 DRAWN = 200  # cameras in the plot
@@ -131,11 +131,8 @@ def main(args: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--plot", type=Path, help="the picture to write, .png, .pdf or .svg")
     options = parser.parse_args(args)
-    try:
+    with one_line_errors():
         run(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import json
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 from .camera import PRIORS
 from .config import PRESETS, Config, check, preset, to_dict
-from .errors import UserError
+from .errors import UserError, one_line_errors
 from .models.background import ENCODER_STEPS
 from .models.layers import LOW_PASS, ScalarEncoder, channels_at
 from .published import Optimizer, Snapshot, read_snapshot
@@ -458,7 +457,7 @@ def main(args: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--kimg", type=float, help="a .pkl: thousands of images seen (default: as in its name)")
     options = parser.parse_args(args)
-    try:
+    with one_line_errors():
         if options.checkpoint.suffix == ".pkl":
             report = import_snapshot(
                 options.checkpoint,
@@ -469,9 +468,6 @@ def main(args: Sequence[str] | None = None) -> None:
             )
         else:
             report = export_generator(options.checkpoint, options.out, options.names)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     print(*report, sep="\n")
 
 

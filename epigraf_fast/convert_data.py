@@ -18,7 +18,6 @@ import io
 import json
 import math
 import os
-import sys
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ import torch
 
 from .camera import cam2world_matrix, frustum_extent
 from .data import IMAGE_SUFFIXES
-from .errors import UserError
+from .errors import UserError, one_line_errors
 from .render import check_range, progress_bar
 
 OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])  # right, down, forward <-> right, up, backward
@@ -324,7 +323,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--fov", type=float, help="to: degrees between outermost pixel centres, if none is stored")
     parser.add_argument("--radius", type=float, help="to: distance of the cameras, if none is stored")
     options = parser.parse_args(args)
-    try:
+    with one_line_errors():
         if options.out.suffix not in (".json", ".zip"):
             raise UserError(f"the output must be a .json or a .zip, got {options.out}")
         if options.resolution is not None:
@@ -340,9 +339,6 @@ def main(args: Sequence[str] | None = None) -> None:
             report = from_others(options, read_eg3d if eg3d else read_nerf, yaw_offset)
         else:
             report = to_others(options, eg3d, yaw_offset)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     print(*report, sep="\n")
 
 

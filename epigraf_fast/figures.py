@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .config import Config, PatchConfig
-from .errors import UserError
+from .errors import UserError, one_line_errors
 from .models.discriminator import Discriminator
 from .training.checkpoint import find_checkpoint, load_checkpoint
 from .training.log import read_stats
@@ -222,8 +221,5 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors():
         main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -23,7 +23,6 @@ import math
 import os
 import random
 import re
-import sys
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -34,7 +33,7 @@ import torch
 from tqdm import tqdm
 
 from .camera import cam2world_matrix, sample_angles
-from .errors import UserError
+from .errors import UserError, one_line_errors
 
 MESH_SUFFIXES = (".obj", ".ply", ".stl", ".glb", ".gltf")
 SUPERSAMPLING = 4
@@ -347,11 +346,8 @@ def main(args: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of objects and cameras (default: %(default)s)")
     options = parser.parse_args(args)
-    try:
+    with one_line_errors():
         run(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def run(options: argparse.Namespace) -> None:

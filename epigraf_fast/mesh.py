@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .camera import cam2world_matrix, camera_rays, frustum_extent
-from .errors import UserError
+from .errors import UserError, one_line_errors
 from .models.generator import Generator
 from .render import OPAQUE, Scene, add_generator_arguments, check_range, parse_numbers, progress_bar
 from .training.log import save_png
@@ -235,11 +234,8 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--threshold", type=float, help="raw density (default: what the rendered depth says)")
     parser.add_argument("--largest", action="store_true", help="drop all but the largest component")
     options = parser.parse_args(args)
-    try:
+    with one_line_errors():
         run(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def run(options: argparse.Namespace) -> None:

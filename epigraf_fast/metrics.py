@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from torch.nn import functional as F
 from .camera import cam2world_matrix, camera_rays
 from .config import CameraConfig, Config
 from .data import ImageDataset
-from .errors import UserError
+from .errors import UserError, one_line_errors
 from .models.generator import Generator, Images
 from .render import check_range, progress_bar
 from .training.checkpoint import NAME, list_checkpoints
@@ -181,11 +180,8 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--plot", type=Path, help="a .png, .pdf or .svg to draw the results of all checkpoints in")
     parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
     options = parser.parse_args(args)
-    try:
+    with one_line_errors():
         run(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -14,7 +14,6 @@ import dataclasses
 import itertools
 import math
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .camera import cam2world_matrix, camera_rays
-from .errors import UserError
+from .errors import UserError, one_line_errors
 from .models.generator import Generator, Images
 from .training.log import depth_to_uint8, save_gif, save_png, tile, to_uint8
 from .training.pretrained import load_generator
@@ -285,11 +284,8 @@ def main(args: Sequence[str] | None = None) -> None:
         "--zoom", type=float, default=1.5, help="fly-around: how much closer halfway; 1 is not (default: %(default)s)"
     )
     options = parser.parse_args(args)
-    try:
+    with one_line_errors():
         run(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def run(options: argparse.Namespace) -> None:

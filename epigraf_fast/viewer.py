@@ -13,7 +13,6 @@ import dataclasses
 import itertools
 import math
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from .camera import cam2world_matrix
 from .config import Config
-from .errors import UserError
+from .errors import UserError, one_line_errors
 from .mesh import automatic_threshold, density_volume, extract, statistics, to_trimesh
 from .models.generator import Generator
 from .render import Painted, Scene, check_range
@@ -342,15 +341,12 @@ def main(args: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
     options = parser.parse_args(args)
-    try:
+    with one_line_errors():
         check_range("port", options.port, 0, 65535)
         config, generator = load_generator(options.checkpoint, options.device)
         resolution = options.resolution or max(config.resolution, min(4 * config.resolution, 1024))
         check_range("resolution", resolution, SMALLEST, 4096)
         viewer = Viewer(config, generator, options.host, options.port, resolution)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     print(f"viewer at {viewer.address} (Ctrl-C ends it)", flush=True)
     try:
         while True:
