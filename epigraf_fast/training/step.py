@@ -110,7 +110,7 @@ class Trainer:
         if config.patch.importance:
             index = torch.linspace(0, len(dataset) - 1, min(len(dataset), IMPORTANCE_IMAGES)).long().tolist()
             self.importance = importance_map(torch.stack([dataset[i][0] for i in index]).float()).to(device)
-        self.now: Schedule | None = None  # of the phase that runs
+        self.now = self._schedule()  # of the phase that runs
         self.recorded: dict[str, tuple[Tensor, int]] = {}  # of the phase that runs: name -> sum, how many
         self.graphs = GraphMemory(device) if config.cuda_graphs else None
         self.graphed: dict[str, GraphedPhase] = {}

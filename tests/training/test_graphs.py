@@ -32,7 +32,7 @@ EVERYTHING = {  # every branch of a phase that has no settings against it
     "micro_batch": 4,
     "augment": {"mode": "ada", "p": 0.3},
     "patch": {"importance": 4},
-    "discriminator": {"global_context": True},
+    "discriminator": {"global_context": "concat"},
     "renderer": {"background": "sphere", "background_samples": 3},
     "optim": {"r1_interval": 2},
 }
