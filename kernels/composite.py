@@ -75,10 +75,24 @@ def _cos_turn(turn):
     return y * series
 
 
+# Newer interpreters hand a number to a kernel as it is; older releases of Triton always as a tensor.
+if hasattr(tl, "to_tensor"):
+
+    @triton.jit
+    def _as_tensor(x):
+        return tl.to_tensor(x)
+
+else:
+
+    @triton.jit
+    def _as_tensor(x):
+        return x
+
+
 @triton.jit
 def density_noise(seed_ptr, noise_std, ray, k, STREAM: tl.constexpr):
     """Normal numbers by Box and Muller, times noise_std, a number or a pointer to it."""
-    noise_std = tl.to_tensor(noise_std)
+    noise_std = _as_tensor(noise_std)
     if noise_std.dtype.is_ptr():
         noise_std = tl.load(noise_std)
     u, turn = uniforms(tl.load(seed_ptr), ray, k, STREAM)
