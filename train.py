@@ -25,7 +25,7 @@ from epigraf_fast.errors import DivergenceError, UserError
 from epigraf_fast.training.checkpoint import check_resumable, find_checkpoint, load_checkpoint, set_random_state
 from epigraf_fast.training.distributed import FAULT, World, check_world
 from epigraf_fast.training.endurance import StopRequest, explain_out_of_memory
-from epigraf_fast.training.memory import meta_networks, parameter_count, step_bytes
+from epigraf_fast.training.memory import keep_freed_memory, meta_networks, parameter_count, step_bytes
 from epigraf_fast.training.networks import choose_backends, find_device, set_arithmetic
 from epigraf_fast.training.profile import traced
 from epigraf_fast.training.record import Record
@@ -82,6 +82,8 @@ def pick_device(config: Config, world: World) -> torch.device:
         raise UserError("cuda_graphs needs a GPU, a CPU has nothing to record: leave --cuda-graphs out")
     choose_backends(config, device.type)
     set_arithmetic(config)
+    if device.type == "cpu":
+        keep_freed_memory()
     if device.type == "cuda" and world.size > 1:
         device = torch.device("cuda", world.local_rank)
         torch.cuda.set_device(device)

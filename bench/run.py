@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from epigraf_fast.training.memory import keep_freed_memory
+
 from . import cases as catalogue
 from . import published, results
 from .cases import Case, Inputs, Work
@@ -163,6 +165,8 @@ def run(args: argparse.Namespace) -> results.Result:
         ceilings = measured.measure(tiny=args.size == "tiny")
         for name, value in ceilings.items():
             say(f"ceiling {name:<16} {value:.4g} a second")
+    else:
+        keep_freed_memory()  # as a run does
     rows: list[Row] = []
     done: list[str] = []
     for op in args.op:

@@ -64,8 +64,8 @@ struct Loop {
   template <bool VARYING>
   inline void block(i64 first, i64 n, const S* bias, const S* grad_grad_bias, S* sums) const {
     S buffers[5][kBlock];
-    static const S zeros[VARYING ? kBlock : 1] = {};
-    const S* b = bias ? bias : zeros;
+    static const S zeros[kBlock] = {};
+    const S* __restrict b = bias ? bias : zeros;
     auto at = [](const S* p, i64 i) { return p[VARYING ? i : 0]; };
     if constexpr (ORDER == kFwd) {
       const S* __restrict x = read<T, S>(args.x, first, n, buffers[0]);
@@ -91,16 +91,19 @@ struct Loop {
       }
       write<T, S>(args.grad_x, first, n, grad_x);
     } else {
-      const S* g = read<T, S>(args.grad_y, first, n, buffers[0]);
-      const S* x = args.x ? read<T, S>(args.x, first, n, buffers[1]) : g;
-      const S* h = args.grad_grad_x ? read<T, S>(args.grad_grad_x, first, n, buffers[2]) : nullptr;
-      const S* hb = grad_grad_bias ? grad_grad_bias : zeros;
-      S* grad_grad_y = args.grad_grad_y ? place<T, S>(args.grad_grad_y, first, buffers[3]) : buffers[3];
-      S* grad_x = args.grad_x ? place<T, S>(args.grad_x, first, buffers[4]) : buffers[4];
-      for (i64 i = 0; i < n; i++) {
-        const S u = x[i] + at(b, i), s = (h ? h[i] : S(0)) + at(hb, i);
-        grad_grad_y[i] = s * f.slope(u);
-        grad_x[i] = s * g[i] * f.curvature(u);
+      const S* __restrict g = read<T, S>(args.grad_y, first, n, buffers[0]);
+      const S* __restrict x = args.x ? read<T, S>(args.x, first, n, buffers[1]) : g;
+      const S* __restrict h = args.grad_grad_x ? read<T, S>(args.grad_grad_x, first, n, buffers[2]) : zeros;
+      const S* __restrict hb = grad_grad_bias ? grad_grad_bias : zeros;
+      S* __restrict grad_grad_y = args.grad_grad_y ? place<T, S>(args.grad_grad_y, first, buffers[3]) : buffers[3];
+      S* __restrict grad_x = args.grad_x ? place<T, S>(args.grad_x, first, buffers[4]) : buffers[4];
+      if (args.grad_grad_y) {
+#pragma omp simd
+        for (i64 i = 0; i < n; i++) grad_grad_y[i] = (h[i] + at(hb, i)) * f.slope(x[i] + at(b, i));
+      }
+      if (args.grad_x || sums) {
+#pragma omp simd
+        for (i64 i = 0; i < n; i++) grad_x[i] = (h[i] + at(hb, i)) * g[i] * f.curvature(x[i] + at(b, i));
       }
       if (sums && !VARYING) *sums = sum_row(grad_x, n);
       for (i64 i = 0; VARYING && sums && i < n; i++) sums[i] += grad_x[i];

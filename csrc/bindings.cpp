@@ -344,9 +344,9 @@ epigraf::DemodulationArgs demodulation_fwd(const Check& check, Pointer weight, P
 }
 
 epigraf::DemodulationArgs demodulation_bwd(const Check& check, Pointer weight, Pointer style, Pointer energy,
-                                           Pointer demod, Pointer grad_demod, Pointer grad_weight, i64 stride_out,
-                                           i64 stride_in, i64 stride_tap, Pointer grad_weight_out, Pointer grad_style,
-                                           int dtype, double epsilon, i64 batch, i64 c_out, i64 c_in, i64 taps) {
+                                           Pointer demod, Pointer grad_demod, Pointer grad_weight,
+                                           Pointer grad_weight_out, Pointer grad_style, i64 stride_out, i64 stride_in,
+                                           i64 stride_tap, int dtype, double epsilon, i64 batch, i64 c_out, i64 c_in, i64 taps) {
   auto args = demodulation_common(check, weight, style, energy, demod, dtype, epsilon, batch, c_out, c_in, taps);
   const i64 size = epigraf::size_of(args.dtype), weights = c_out * c_in * taps;
   args.grad_demod = check.pointer("grad_demod", grad_demod, size, batch * c_out);

@@ -5,6 +5,7 @@
 #include "upfirdn2d.h"
 
 #include <memory>
+#include <type_traits>
 
 #include "cpu.h"
 
@@ -296,20 +297,162 @@ class Worker {
   Scratch<S> vertical_, split_, phases_, out_;
 };
 
-template <typename T>
-void filter(const UpFirDnArgs& args, int threads) {
-  const Plan<Compute<T>> plan(args);
-  const i64 rows = plan.planes * args.out_height;
-  const i64 per_chunk = maximum<i64>(1, kChunkElements / (args.out_width * plan.lanes));
+// Calls f(n) with n a constant if it is the width of a small image: loops of so few elements then have no ends to treat.
+template <typename F>
+inline void with_width(i64 n, const F& f) {
+  switch (n) {
+    case 8: return f(std::integral_constant<i64, 8>());
+    case 16: return f(std::integral_constant<i64, 16>());
+    case 32: return f(std::integral_constant<i64, 32>());
+    default: return f(n);
+  }
+}
+
+// Four separable taps on one lane, up 2, down 2 or neither: what the networks ask for. Blocks of rows are filtered along
+// one axis into memory that stays in the nearest cache, and from there along the other; the axis that makes the fewer
+// numbers comes first.
+template <typename S, int UP, int DOWN>
+class FourTaps {
+ public:
+  explicit FourTaps(const Plan<S>& plan)
+      : plan_(plan),
+        a_(plan.args),
+        before_(round_up(plan.before)),
+        pitch_(before_ + round_up(plan.padded - plan.before)),
+        block_(UP == 2 ? minimum(a_.out_height, maximum<i64>(8, kBlockElements / a_.out_width)) : kRows),
+        held_(UP == 2 ? block_ / 2 + 2 : kRows),
+        rows_(held_ * pitch_),
+        filtered_(UP == 2 ? held_ * a_.out_width : 0),
+        zeros_(maximum(a_.in_width, a_.out_width)) {
+    for (i64 i = 0; i < held_ * pitch_; i++) rows_[i] = S(0);
+    for (i64 i = 0; i < maximum(a_.in_width, a_.out_width); i++) zeros_[i] = S(0);
+  }
+
+  // Output rows first .. end of a plane.
+  void run(i64 plane, i64 first, i64 end) {
+    const S* x = static_cast<const S*>(a_.x) + plane * a_.in_height * a_.in_width;
+    S* y = static_cast<S*>(a_.y) + plane * a_.out_height * a_.out_width;
+    for (i64 row = first; row < end; row += block_) {
+      const i64 last = minimum(end, row + block_);
+      if constexpr (UP == 2)
+        with_width(a_.in_width, [&](auto width) { up(width, x, y, row, last); });
+      else
+        with_width(a_.in_width, [&](auto width) { down(width, x, y, row, last); });
+    }
+  }
+
+ private:
+  static constexpr i64 kRows = 4;  // of a block, UP 1: they share loads
+  static constexpr i64 kBlockElements = 4096;
+
+  static i64 round_up(i64 n) { return ceil_div(n, 16) * 16; }
+
+  const S* row_or_zeros(const S* rows, i64 row, i64 width) const {
+    return row >= 0 && row < a_.in_height ? rows + row * width : zeros_.get();
+  }
+
+  // Along columns, then along rows.
+  template <typename N>
+  void down(N width, const S* x, S* y, i64 first, i64 end) {
+    const S *a = plan_.taps.get(), *b = a + 4;
+    const S a0 = a[0], a1 = a[1], a2 = a[2], a3 = a[3], b0 = b[0], b1 = b[1], b2 = b[2], b3 = b[3];
+    const S* src[DOWN * (kRows - 1) + 4];
+    for (i64 i = 0; i < DOWN * (kRows - 1) + 4; i++) src[i] = row_or_zeros(x, first * DOWN - a_.pad_y + i, width);
+    S* __restrict filtered = rows_.get() + before_;
+    const i64 pitch = pitch_;
+#pragma omp simd
+    for (i64 i = 0; i < width; i++)
+      for (int r = 0; r < kRows; r++) {
+        const S* const* s = src + DOWN * r;
+        filtered[r * pitch + i] = a0 * s[0][i] + a1 * s[1][i] + a2 * s[2][i] + a3 * s[3][i];
+      }
+    with_width(a_.out_width, [&](auto n) {
+      for (i64 oy = first; oy < end; oy++) {
+        const S* __restrict v = rows_.get() + (oy - first) * pitch_ + before_ - a_.pad_x;
+        S* __restrict out = y + oy * n;
+#pragma omp simd
+        for (i64 i = 0; i < n; i++)
+          out[i] = b0 * v[DOWN * i] + b1 * v[DOWN * i + 1] + b2 * v[DOWN * i + 2] + b3 * v[DOWN * i + 3];
+      }
+    });
+  }
+
+  // Along rows, then along columns: an output meets two samples of each axis.
+  template <typename N>
+  void up(N width, const S* x, S* y, i64 first, i64 end) {
+    const i64 n = a_.out_width;
+    const i64 top = maximum<i64>(plan_.vertical[first].sample, 0);
+    const i64 bottom = minimum(plan_.vertical[end - 1].sample + 2, a_.in_height);
+    const Taps even = taps_of(0, 2, 1, a_.pad_x), odd = taps_of(1, 2, 1, a_.pad_x);
+    const S* w = plan_.taps.get() + 4;
+    const S e0 = w[even.first], e1 = w[even.first + 2], o0 = w[odd.first], o1 = w[odd.first + 2];
+    for (i64 iy = top; iy < bottom; iy++) {
+      const S* __restrict src = x + iy * width;
+      S* __restrict padded = rows_.get() + (iy - top) * pitch_ + before_;
+      for (i64 i = 0; i < width; i++) padded[i] = src[i];
+    }
+    with_width(n / 2, [&](auto half) {
+      for (i64 row = 0; row < bottom - top; row++) {
+        const S* padded = rows_.get() + row * pitch_ + before_;
+        const S *e = padded + even.sample, *o = padded + odd.sample;
+        S* __restrict h = filtered_.get() + row * n;
+#pragma omp simd
+        for (i64 i = 0; i < half; i++) {
+          h[2 * i] = e0 * e[i] + e1 * e[i + 1];
+          h[2 * i + 1] = o0 * o[i] + o1 * o[i + 1];
+        }
+        if (n % 2) h[n - 1] = e0 * e[n / 2] + e1 * e[n / 2 + 1];
+      }
+    });
+    for (i64 oy = first; oy < end; oy++) {
+      const Taps taps = plan_.vertical[oy];
+      const S* rows = filtered_.get() - top * n;
+      const S *h0 = row_or_zeros(rows, taps.sample, n), *h1 = row_or_zeros(rows, taps.sample + 1, n);
+      const S a0 = plan_.taps[taps.first], a1 = plan_.taps[taps.first + 2];
+      S* __restrict out = y + oy * n;
+      with_width(n, [&](auto size) {
+#pragma omp simd
+        for (i64 i = 0; i < size; i++) out[i] = a0 * h0[i] + a1 * h1[i];
+      });
+    }
+  }
+
+  const Plan<S>& plan_;
+  const UpFirDnArgs& a_;
+  const i64 before_, pitch_;  // of the padded rows: numbers before the image's, and from row to row
+  const i64 block_, held_;    // output rows of a block, and rows that it filters along one axis
+  Scratch<S> rows_;           // padded: UP 2 input rows, else what columns gave
+  Scratch<S> filtered_;       // UP 2: input rows, filtered along the row
+  Scratch<S> zeros_;          // a row outside of the image
+};
+
+// Calls W(plan).run() for all rows.
+template <typename W, typename S>
+void run_all(const Plan<S>& plan, int threads) {
+  const i64 height = plan.args.out_height, rows = plan.planes * height;
+  const i64 per_chunk = maximum<i64>(1, kChunkElements / (plan.args.out_width * plan.lanes));
   parallel(ceil_div(rows, per_chunk), threads, [&](i64 chunk) {
     const i64 end = minimum(rows, (chunk + 1) * per_chunk);
-    Worker<T> worker(plan);
+    W worker(plan);
     for (i64 row = chunk * per_chunk; row < end;) {
-      const i64 first = row % args.out_height, count = minimum(end - row, args.out_height - first);
-      worker.run(row / args.out_height, first, first + count);
+      const i64 first = row % height, count = minimum(end - row, height - first);
+      worker.run(row / height, first, first + count);
       row += count;
     }
   });
+}
+
+template <typename T>
+void filter(const UpFirDnArgs& args, int threads) {
+  using S = Compute<T>;
+  const Plan<S> plan(args);
+  if constexpr (std::is_same_v<T, S>)
+    if (args.separable && args.taps_x == 4 && plan.lanes == 1) {
+      if (args.up == 1 && args.down == 1) return run_all<FourTaps<S, 1, 1>>(plan, threads);
+      if (args.up == 1 && args.down == 2) return run_all<FourTaps<S, 1, 2>>(plan, threads);
+      if (args.up == 2 && args.down == 1) return run_all<FourTaps<S, 2, 1>>(plan, threads);
+    }
+  run_all<Worker<T>>(plan, threads);
 }
 
 }  // namespace

@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import plotting
 from .camera import cam2world_matrix, camera_rays, frustum_extent
 from .config import PRESETS, CameraConfig, preset, with_data_camera
 from .data import ImageDataset
-from .errors import UserError, one_line_errors
+from .errors import one_line_errors
 from .training.sampling import prior_angles
 
 DRAWN = 200  # cameras in the plot
@@ -66,14 +67,8 @@ def report(dataset: ImageDataset, camera: CameraConfig, stored: bool) -> Iterato
 
 def plot(dataset: ImageDataset, camera: CameraConfig, path: Path) -> None:
     """Draws yaw against pitch with both histograms, and cameras with a frustum and the cube."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("matplotlib is not installed: pip install 'epigraf_fast[tools]'") from None
     angles = dataset.angles[: len(dataset.files)]
-    figure = Figure(figsize=(12, 5.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = plotting.new_figure(12, 5.5)
     left, right = figure.subfigures(1, 2)
 
     axes = left.subplots(2, 2, width_ratios=(4, 1), height_ratios=(1, 4), sharex="col", sharey="row")
@@ -110,8 +105,7 @@ def plot(dataset: ImageDataset, camera: CameraConfig, path: Path) -> None:
                 space.plot(*draw(line), color="grey", linewidth=0.8)
     space.set(xlabel="x", ylabel="-z", zlabel="y", title="cameras, the mean pose's frustum, the cube")
     space.set_aspect("equal")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    plotting.save(figure, path, dpi=110)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -136,8 +130,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    if options.plot is not None and options.plot.suffix not in (".png", ".pdf", ".svg"):
-        raise UserError(f"--plot must end in .png, .pdf or .svg, got {options.plot}")
+    plotting.check_path("--plot", options.plot)
     dataset = ImageDataset(options.data, options.resolution, use_labels=options.labels)
     dataset.check_images(progress=sys.stderr.isatty())
     config: Any = with_data_camera(preset(options.preset), dataset.camera)

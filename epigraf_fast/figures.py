@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import plotting
 from .config import Config, PatchConfig
 from .errors import UserError, one_line_errors
 from .models.discriminator import Discriminator
@@ -91,9 +92,10 @@ def load_discriminator(path: Path) -> tuple[Config, Discriminator]:
     return config, discriminator.eval()
 
 
-def draw_scales(plt: Any, resolution: int, patch: int, anneal_kimg: float) -> Any:
+def draw_scales(resolution: int, patch: int, anneal_kimg: float) -> Any:
     """Fig. 3: uniform scales from 0.9 on, beta scales, and Beta(1, beta) itself."""
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.2), sharey=True, constrained_layout=True)
+    figure = plotting.new_figure(12, 3.2)
+    axes = figure.subplots(1, 3, sharey=True)
     scales, smallest = np.linspace(0, 1, 2001)[:-1], patch / resolution
     titles = {"uniform": "annealed uniform scales", "beta": "annealed beta scales"}
     for axis, (distribution, title) in zip(axes, titles.items(), strict=False):
@@ -115,9 +117,10 @@ def draw_scales(plt: Any, resolution: int, patch: int, anneal_kimg: float) -> An
     return figure
 
 
-def draw_schedules(plt: Any, resolution: int, patch: int, anneal_kimg: float, batch: int) -> Any:
+def draw_schedules(resolution: int, patch: int, anneal_kimg: float, batch: int) -> Any:
     """Fig. 8: the smallest scale over training."""
-    figure, axis = plt.subplots(figsize=(5, 3.4), constrained_layout=True)
+    figure = plotting.new_figure(5, 3.4)
+    axis = figure.subplots()
     kimg = np.linspace(0, 1.5 * anneal_kimg, 601)
     for distribution, name in (("graf", "GRAF"), ("gnerf", "GNeRF"), ("uniform", "linear")):
         config = PatchConfig(resolution=patch, distribution=distribution, anneal_kimg=anneal_kimg)
@@ -128,14 +131,13 @@ def draw_schedules(plt: Any, resolution: int, patch: int, anneal_kimg: float, ba
     return figure
 
 
-def draw_modulation(plt: Any, discriminator: Discriminator, smallest: float, seed: int) -> Any:
+def draw_modulation(discriminator: Discriminator, smallest: float, seed: int) -> Any:
     """Fig. 7: sigma of random filters over the patch scale, four layers."""
     scales = torch.linspace(smallest, 1, 128)
     sigmas = list(modulation(discriminator, scales).items())
     chosen = [sigmas[i] for i in sorted({round(x) for x in np.linspace(0, len(sigmas) - 1, LAYERS)})]
-    figure, axes = plt.subplots(
-        1, len(chosen), figsize=(3.2 * len(chosen), 3), sharey=True, squeeze=False, constrained_layout=True
-    )
+    figure = plotting.new_figure(3.2 * len(chosen), 3)
+    axes = figure.subplots(1, len(chosen), sharey=True, squeeze=False)
     rng = torch.Generator().manual_seed(seed)
     for axis, (name, sigma) in zip(axes[0], chosen, strict=True):
         filters = torch.randperm(sigma.shape[1], generator=rng)[:FILTERS]
@@ -145,7 +147,7 @@ def draw_modulation(plt: Any, discriminator: Discriminator, smallest: float, see
     return figure
 
 
-def draw_curves(plt: Any, run_dir: Path) -> Any:
+def draw_curves(run_dir: Path) -> Any:
     """Losses, logits, speed and the rest of stats.jsonl, one panel a group; distances of metrics.json in their own."""
     lines = read_stats(run_dir / "stats.jsonl")
     path = run_dir / "metrics.json"
@@ -159,9 +161,8 @@ def draw_curves(plt: Any, run_dir: Path) -> Any:
                 groups.setdefault(name.partition("/")[0], set()).add(name)
     if not groups:
         raise UserError(f"{run_dir} holds no stats.jsonl with a line in it: give the folder of a run")
-    figure, axes = plt.subplots(
-        len(groups), 1, figsize=(8, 2.4 * len(groups)), sharex=True, squeeze=False, constrained_layout=True
-    )
+    figure = plotting.new_figure(8, 2.4 * len(groups))
+    axes = figure.subplots(len(groups), 1, sharex=True, squeeze=False)
     for axis, (group, names) in zip(axes[:, 0], sorted(groups.items()), strict=True):
         for name in sorted(names):
             points = [(line["cur_nimg"] / 1000, line[name]) for line in lines if name in line]
@@ -197,29 +198,25 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
 
 def main(args: Sequence[str] | None = None) -> None:
     options = parse(args)
-    try:
-        import matplotlib
+    with one_line_errors():
+        run(options)
 
-        matplotlib.use("agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise UserError("matplotlib is not installed: pip install 'epigraf_fast[tools]'") from None
+
+def run(options: argparse.Namespace) -> None:
+    out = options.out or Path(f"{options.figure}.png")
+    plotting.check_path("--out", out)
     if options.figure == "scales":
-        figure = draw_scales(plt, options.resolution, options.patch, options.anneal_kimg)
+        figure = draw_scales(options.resolution, options.patch, options.anneal_kimg)
     elif options.figure == "schedules":
-        figure = draw_schedules(plt, options.resolution, options.patch, options.anneal_kimg, options.batch)
+        figure = draw_schedules(options.resolution, options.patch, options.anneal_kimg, options.batch)
     elif options.figure == "modulation":
         config, discriminator = load_discriminator(options.run)
-        figure = draw_modulation(plt, discriminator, config.patch.resolution / config.resolution, options.seed)
+        figure = draw_modulation(discriminator, config.patch.resolution / config.resolution, options.seed)
     else:
-        figure = draw_curves(plt, options.run)
-    out = options.out or Path(f"{options.figure}.png")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=120)
-    plt.close(figure)
+        figure = draw_curves(options.run)
+    plotting.save(figure, out, dpi=120)
     print(f"wrote {out}")
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main()
+    main()

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import plotting
 from .camera import cam2world_matrix, camera_rays
 from .config import CameraConfig, Config
 from .data import ImageDataset
@@ -139,21 +140,14 @@ class Distances:
 
 def plot(results: Sequence[dict], path: Path) -> None:
     """Draws every number against the images seen, as the names of the checkpoints tell."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("matplotlib is not installed: pip install 'epigraf_fast[tools]'") from None
     names = [name for name, value in results[0].items() if isinstance(value, float)]
     found = [NAME.fullmatch(Path(result["checkpoint"]).name) for result in results]
     kimg = [int(match[1]) / 1000 if match else float(number) for number, match in enumerate(found)]
-    figure = Figure(figsize=(3.2 * len(names), 2.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = plotting.new_figure(3.2 * len(names), 2.8)
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         axes.plot(kimg, [result[name] for result in results], marker="o")
         axes.set(title=name, xlabel="kimg" if all(found) else "checkpoint")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    plotting.save(figure, path, dpi=100)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -185,8 +179,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    if options.plot is not None and options.plot.suffix not in (".png", ".pdf", ".svg"):
-        raise UserError(f"--plot must end in .png, .pdf or .svg, got {options.plot}")
+    plotting.check_path("--plot", options.plot)
     check_range("images", options.images, 2)
     check_range("objects", options.objects, 0)
     check_range("turn", options.turn, -math.pi, math.pi)

@@ -24,6 +24,7 @@ TOOL = {
     "published",
     "render",
     "mesh",
+    "plotting",
     "config",
     "data",
     *BASE,

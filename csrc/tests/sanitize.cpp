@@ -129,6 +129,14 @@ void upfirdn2d_case(DType dtype, std::mt19937& generator) {
   args.taps_y = args.separable ? args.taps_x : pick(1, 7);
   args.up = pick(1, 3);
   args.down = pick(1, 3);
+  if (pick(0, 1)) {  // what has loops of its own
+    args.separable = true;
+    args.taps_x = args.taps_y = 4;
+    const i64 factor = pick(1, 2), direction = pick(0, 1);
+    args.up = direction ? factor : 1, args.down = direction ? 1 : factor;
+    const i64 sides[] = {8, 16, 32};
+    if (pick(0, 1)) args.in_width = sides[pick(0, 2)];
+  }
   args.pad_x = pick(-5, 9);
   args.pad_y = pick(-5, 9);
   args.out_height = pick(1, 24);

@@ -121,7 +121,7 @@ def _lacking(op: str, backend: str) -> str | None:
         return "not part of this release"
     if backend == "triton":
         return _lacking_triton()
-    # On the CPU the renderer's ops take torch's own kernels.
+    # On the CPU the renderer's ops have torch's grid sampler where the extension is missing.
     return native.lacking(backend) if op in IMPLEMENTED["cuda"] else None
 
 

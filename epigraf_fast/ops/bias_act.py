@@ -88,13 +88,13 @@ class _Settings(NamedTuple):
         count = x.numel()
         channels = 1 if self.dim is None else x.shape[self.dim]
         inner = 1 if count == 0 else count if channels == 1 else x.stride(self.dim)
-        return x.dtype, self.act, self.gain, self.clamp, count, channels, inner
+        return native.DTYPES[x.dtype], self.act, self.gain, self.clamp, count, channels, inner
 
 
 def _launch(x: Tensor, bias: Tensor | None, settings: _Settings) -> Tensor:
     """x is dense; the bias, as everything that belongs to it, has the dtype that is computed in."""
     y = torch.empty_like(x)
-    native.launch("bias_act_fwd", x, None if bias is None else bias.contiguous(), y, *settings.for_launch(x))
+    native.launch("bias_act_fwd", (x, None if bias is None else bias.contiguous(), y), *settings.for_launch(x))
     return y
 
 
@@ -127,7 +127,7 @@ class _BiasActBackward(torch.autograd.Function):
         grad_x = torch.empty_like(grad_y)
         grad_bias, partials = _sums(grad_y, settings) if wants_bias else (None, None)
         tensors = grad_y, x, bias, grad_x, grad_bias, partials
-        native.launch("bias_act_bwd", *tensors, *settings.for_launch(grad_y))
+        native.launch("bias_act_bwd", tensors, *settings.for_launch(grad_y))
         ctx.settings = settings
         ctx.save_for_backward(grad_y, x, bias)
         ctx.set_materialize_grads(False)
@@ -164,7 +164,7 @@ class _BiasActDoubleBackward(torch.autograd.Function):
         grad_bias, partials = _sums(grad_y, settings) if needed[2] and settings.curved else (None, None)
         grad_grad_bias = None if grad_grad_bias is None else grad_grad_bias.contiguous()
         tensors = grad_grad_x, grad_grad_bias, grad_y, x, bias, grad_grad_y, grad_x, grad_bias, partials
-        native.launch("bias_act_double_bwd", *tensors, *settings.for_launch(grad_y))
+        native.launch("bias_act_double_bwd", tensors, *settings.for_launch(grad_y))
         if needed[2] and grad_bias is None:
             # Not None: an optimizer's state moves with a gradient of 0, which is what the reference gives.
             grad_bias = torch.zeros_like(bias)

@@ -17,10 +17,10 @@ def check_shape(op: str, name: str, tensor: Tensor, expected: tuple[int | str, .
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
-    shape = tuple(tensor.shape)
-    fits = len(shape) == len(expected) and all(
-        isinstance(want, str) or got == want for got, want in zip(shape, expected, strict=True)
-    )
+    shape = tensor.shape
+    fits = len(shape) == len(expected)
+    for got, want in zip(shape, expected, strict=False):
+        fits = fits and (got == want or isinstance(want, str))
     if not fits:
         pattern = ", ".join(str(size) for size in expected)
         raise ValueError(f"{op}: {name} must have shape [{pattern}], got {list(shape)}")

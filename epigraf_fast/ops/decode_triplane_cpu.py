@@ -35,7 +35,7 @@ def fwd(
     """Raw colour and density of points [B, N, 3], or of the depths t [B, R, S] of rays [B, R, 3]."""
     y = planes.new_empty(*(origins.shape[:2] if t is None else t.shape), len(w1))
     tensors = _dense(planes, origins, directions, t, w0, b0, w1, b1)
-    native.launch("decode_triplane_fwd", *tensors, y, *_sizes(planes, origins, t, w0, w1, cube_scale))
+    native.launch("decode_triplane_fwd", (*tensors, y), *_sizes(planes, origins, t, w0, w1, cube_scale))
     return y
 
 
@@ -62,7 +62,7 @@ def bwd(
     tensors = _dense(planes, origins, directions, t, w0, b0, w1)
     results = grad_planes, *(network or (None,) * 4)
     sizes = _sizes(planes, origins, t, w0, w1, cube_scale)
-    native.launch("decode_triplane_bwd", *tensors, grad_y.contiguous(), *results, *sizes)
+    native.launch("decode_triplane_bwd", (*tensors, grad_y.contiguous(), *results), *sizes)
     return grad_planes, network
 
 
@@ -78,4 +78,4 @@ def _sizes(
     samples = 1 if t is None else t.shape[2]
     hidden, channels = w0.shape
     points = len(planes), origins.shape[1], samples
-    return planes.dtype, *points, channels, *planes.shape[2:], hidden, len(w1), float(cube_scale)
+    return native.DTYPES[planes.dtype], *points, channels, *planes.shape[2:], hidden, len(w1), float(cube_scale)

@@ -339,7 +339,7 @@ class _Epilogue(NamedTuple):
         height, width = height - blur, width - blur
         stride = height * width if noise is not None and len(noise) == batch else 0
         numbers = self.slope, self.gain, self.clamp
-        return x.dtype, _is_channels_last(x), *numbers, batch, channels, height, width, stride
+        return native.DTYPES[x.dtype], _is_channels_last(x), *numbers, batch, channels, height, width, stride
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -366,7 +366,7 @@ class _LayerEpilogue(torch.autograd.Function):
         tensors = x, blur, demod, bias, noise, strength, style0, style1
         out1 = outputs[1] if settings.outputs == 2 else None
         sizes = settings.for_launch(x, noise, blur is not None)
-        native.launch("layer_epilogue_fwd", *tensors, outputs[0], out1, *sizes)
+        native.launch("layer_epilogue_fwd", (*tensors, outputs[0], out1), *sizes)
         ctx.settings = settings
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
@@ -403,7 +403,7 @@ class _LayerEpilogueBackward(torch.autograd.Function):
         grads = _Sums(x, blur, demod, bias, noise, strength, style0, style1 if grad1 is not None else None, needs)
         tensors = x, blur, demod, bias, noise, strength, style0, style1
         sizes = settings.for_launch(x, noise, blur is not None)
-        native.launch("layer_epilogue_bwd", *tensors, grad0, grad1, grad_x, *grads.for_launch(), *sizes)
+        native.launch("layer_epilogue_bwd", (*tensors, grad0, grad1, grad_x, *grads.for_launch()), *sizes)
         ctx.settings = settings
         ctx.save_for_backward(grad0, grad1, *tensors)
         ctx.set_materialize_grads(False)
@@ -447,13 +447,11 @@ class _LayerEpilogueDoubleBackward(torch.autograd.Function):
         style1 = None if grad1 is None else style1
         sums = _Sums(x, None, demod, bias, noise, strength, style0, style1, (True,) * 8)
         gradient_map = None if along_noise is None else torch.empty_like(along_noise)
-        native.launch(
-            "layer_epilogue_double_bwd",
-            *(x, demod, bias, noise, strength, style0, style1, grad0, grad1),
-            *(dot_x, dot_demod, dot_bias, along_noise, dot_style0, dot_style1),
-            *(*grad_grads, grad_x, *sums.for_launch(gradient_map)),
-            *settings.for_launch(x, noise, False),
-        )
+        tensors = x, demod, bias, noise, strength, style0, style1, grad0, grad1
+        incoming = dot_x, dot_demod, dot_bias, along_noise, dot_style0, dot_style1
+        results = *grad_grads, grad_x, *sums.for_launch(gradient_map)
+        sizes = settings.for_launch(x, noise, False)
+        native.launch("layer_epilogue_double_bwd", (*tensors, *incoming, *results), *sizes)
         grad_noise, grad_strength = sums.map, sums.strength
         if grad_noise is not None:
             if strength is not None:
@@ -526,7 +524,7 @@ class _Demodulation(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, style: Tensor) -> tuple[Tensor, Tensor]:
         flat, style = weight.contiguous(), style.contiguous()
         energy, demod = style.new_empty(weight.shape[:2]), style.new_empty(len(style), len(weight))
-        native.launch("demodulation_fwd", flat, style, energy, demod, *_demodulation_sizes(flat, style))
+        native.launch("demodulation_fwd", (flat, style, energy, demod), *_demodulation_sizes(flat, style))
         ctx.save_for_backward(flat, style, energy, demod)
         ctx.set_materialize_grads(False)
         return weight, demod
@@ -550,8 +548,8 @@ class _DemodulationBackward(torch.autograd.Function):
             strides = grad_weight.stride(0), grad_weight.stride(1), grad_weight.stride(3)
         grad_weight_out = torch.empty_like(weight) if needs[0] else None
         grad_style = torch.empty_like(style) if needs[1] else None
-        tensors = weight, style, energy, demod, grad_demod, grad_weight, *strides, grad_weight_out, grad_style
-        native.launch("demodulation_bwd", *tensors, *_demodulation_sizes(weight, style))
+        tensors = weight, style, energy, demod, grad_demod, grad_weight, grad_weight_out, grad_style
+        native.launch("demodulation_bwd", tensors, *strides, *_demodulation_sizes(weight, style))
         ctx.save_for_backward(grad_weight, grad_demod, weight, style)
         return grad_weight_out, grad_style
 
@@ -563,7 +561,7 @@ class _DemodulationBackward(torch.autograd.Function):
 
 def _demodulation_sizes(weight: Tensor, style: Tensor) -> tuple[Any, ...]:
     c_out, c_in, *taps = weight.shape
-    return weight.dtype, DEMODULATION_EPSILON, len(style), c_out, c_in, math.prod(taps)
+    return native.DTYPES[weight.dtype], DEMODULATION_EPSILON, len(style), c_out, c_in, math.prod(taps)
 
 
 def _demodulation_backward(

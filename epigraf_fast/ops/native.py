@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,35 +53,26 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def launch(name: str, *args: Any) -> None:
+def launch(name: str, tensors: Sequence[Tensor | None], *numbers: float) -> None:
     """Calls the launcher of the tensors' device.
 
     Args:
-        args: Tensors are passed as their address, None as a null pointer, dtypes as their code, the rest as it is.
+        tensors: Passed as their addresses, None as a null pointer.
+        numbers: What follows them, a dtype by its code in `DTYPES`.
     """
-    device, values = None, []
-    for arg in args:  # calls on small tensors cost what this loop does
-        if isinstance(arg, _NUMBERS):
-            values.append(arg)
-        elif isinstance(arg, Tensor):
-            device = arg.device if device is None else device
-            values.append(arg.data_ptr())
-        else:
-            values.append(0 if arg is None else DTYPES[arg])
+    addresses = [0 if x is None else x.data_ptr() for x in tensors]
+    device = next(x.device for x in tensors if x is not None)
     if device.type == "cpu":
         with annotate(name):
-            _launcher(f"{name}_cpu")(*values, torch.get_num_threads())
+            _launcher(name, "cpu")(*addresses, *numbers, torch.get_num_threads())
     else:
         with annotate(name), torch.cuda.device(device):
-            _launcher(f"{name}_cuda")(*values, torch.cuda.current_stream(device).cuda_stream)
-
-
-_NUMBERS = int, float  # and bool
+            _launcher(name, "cuda")(*addresses, *numbers, torch.cuda.current_stream(device).cuda_stream)
 
 
 @functools.cache
-def _launcher(name: str) -> Callable[..., None]:
-    return getattr(extension(), name)
+def _launcher(name: str, device_type: str) -> Callable[..., None]:
+    return getattr(extension(), f"{name}_{device_type}")
 
 
 def records(*tensors: Tensor | None) -> bool:

@@ -105,7 +105,7 @@ def _launch(x: Tensor, kernel: Tensor, settings: _Settings) -> Tensor:
     flags = kernel.ndim == 1, channels_last, settings.flip
     sizes = *x.shape, *settings.size, *taps
     factors = settings.up, settings.down, *settings.padding, settings.gain
-    native.launch("upfirdn2d", x, kernel, y, x.dtype, *sizes, *flags, *factors)
+    native.launch("upfirdn2d", (x, kernel, y), native.DTYPES[x.dtype], *sizes, *flags, *factors)
     return y
 
 

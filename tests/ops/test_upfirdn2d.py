@@ -280,6 +280,21 @@ def test_error_is_that_of_the_reference(upfirdn2d, backend, name, dtype, shape):
             assert_error_within_reference(actual, expected[what], truth[what], what)
 
 
+@pytest.mark.parametrize("width", [8, 16, 32, 33, 130])
+@pytest.mark.parametrize("padding", [(0, 0, 0, 0), (2, 1, 1, 2), (5, 9, 7, 6), (-3, 2, 1, -2)])
+@pytest.mark.parametrize("factors", [{}, {"up": 2}, {"down": 2}], ids=["same", "up", "down"])
+def test_four_taps_at_every_width(upfirdn2d, factors, padding, width):
+    """Rows and blocks of rows that fill vectors and those that do not; more than a thread takes at once."""
+    x = draw(3, 5, 70, width, dtype=torch.float32).requires_grad_()
+    taps = draw(4, seed=1, dtype=torch.float32)
+    expected = ops.upfirdn2d(x.double(), taps.double(), padding=padding, backend="reference", **factors)
+    actual = upfirdn2d(x, taps, padding=padding, **factors)
+    assert_close(actual, expected.float(), "y")
+    grad_y = draw(*actual.shape, seed=2, dtype=torch.float32)
+    grads = [torch.autograd.grad(y, x, grad_y.to(y.dtype))[0] for y in (actual, expected)]
+    assert_close(*grads, "gradient")
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_levels_and_threads_agree(name, cpu_level, threads):
     kernel_shape, settings = CALLS[name]

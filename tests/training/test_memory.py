@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -59,3 +62,28 @@ def test_the_step_is_what_autograd_keeps(
     measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     _, estimate = step_bytes(config, *meta_networks(config, 3))
     assert 0.9 * measured <= estimate <= 1.1 * measured
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep memory")
+def test_freed_memory_is_kept() -> None:
+    """64 MiB that are freed still belong to the process, and only once it has been told so."""
+    program = """
+import resource, sys, torch
+from epigraf_fast.training.memory import keep_freed_memory
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+if "keep" in sys.argv:
+    keep_freed_memory()
+x = torch.ones(2**24)
+held = resident()
+del x
+print(held - resident())
+"""
+
+    def given_back(*arguments: str) -> int:
+        command = [sys.executable, "-c", program, *arguments]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    assert given_back() > 2**25
+    assert given_back("keep") < 2**25
