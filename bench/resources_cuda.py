@@ -124,7 +124,7 @@ def _row(arch: int, case: str, numbers: str, ptx: str) -> Row:
 def problems(row: Row) -> list[str]:
     """Where a kernel falls short: it spills, or what it loads is narrower than its template says."""
     found = [f"spills {row['spill']} bytes"] if row["spill"] else []
-    vector = re.match(r"(?:bias_act|upfirdn2d|layer_epilogue|demodulation)\w*<(\w+), (\d+)", row["case"])
+    vector = re.match(r"(?:bias_act|upfirdn2d|layer_epilogue|modulation)\w*<(\w+), (\d+)", row["case"])
     if vector and row["load_bits"] < min(8 * SIZES[vector[1]] * int(vector[2]), 128):
         found.append(f"loads at most {row['load_bits']} bits at once")
     return found

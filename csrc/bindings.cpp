@@ -317,45 +317,60 @@ epigraf::LayerEpilogueArgs layer_epilogue_double_bwd(
   return args;
 }
 
-epigraf::DemodulationArgs demodulation_common(const Check& check, Pointer weight, Pointer style, Pointer energy,
-                                              Pointer demod, int dtype, double epsilon, i64 batch, i64 c_out, i64 c_in,
-                                              i64 taps) {
-  epigraf::DemodulationArgs args{};
+epigraf::ModulationArgs modulation_common(const Check& check, Pointer weight, Pointer style, Pointer scale,
+                                          Pointer energy, Pointer demod, int dtype, i64 batch, i64 c_out, i64 c_in,
+                                          i64 taps) {
+  epigraf::ModulationArgs args{};
   args.dtype = check.dtype(dtype);
   require(args.dtype == DType::f32 || args.dtype == DType::f64, check.op, "dtype must be that of fp32 or fp64");
-  require(epsilon > 0, check.op, "epsilon must be positive, got " + std::to_string(epsilon));
-  args.epsilon = epsilon;
   args.batch = check.side("batch", batch);
   args.c_out = check.side("c_out", c_out);
-  args.c_in = check.side("c_in", c_in);
+  args.c_in = check.side("c_in", c_in, 1);
   args.taps = check.side("taps", taps);
   const i64 size = epigraf::size_of(args.dtype);
   args.weight = check.pointer("weight", weight, size, check.product("weight", check.product("channels", c_out, c_in), taps));
   args.style = check.pointer("style", style, size, check.product("style", batch, c_in));
+  args.scale = check.pointer("scale", scale, size, batch, true);
   args.energy = check.pointer("energy", energy, size, c_out * c_in);
   args.demod = check.pointer("demod", demod, size, check.product("demod", batch, c_out));
   return args;
 }
 
-epigraf::DemodulationArgs demodulation_fwd(const Check& check, Pointer weight, Pointer style, Pointer energy,
-                                           Pointer demod, int dtype, double epsilon, i64 batch, i64 c_out, i64 c_in,
-                                           i64 taps) {
-  return demodulation_common(check, weight, style, energy, demod, dtype, epsilon, batch, c_out, c_in, taps);
+epigraf::ModulationArgs modulation_fwd(const Check& check, Pointer weight, Pointer w, Pointer affine,
+                                       Pointer affine_bias, Pointer style, Pointer scale, Pointer energy, Pointer demod,
+                                       Pointer partials, int dtype, i64 batch, i64 c_out, i64 c_in, i64 taps,
+                                       double epsilon, double factor, double tiny, i64 w_dim, i64 w_stride) {
+  auto args = modulation_common(check, weight, style, scale, energy, demod, dtype, batch, c_out, c_in, taps);
+  require(epsilon > 0, check.op, "epsilon must be positive, got " + std::to_string(epsilon));
+  require(tiny > 0, check.op, "tiny must be positive");
+  args.epsilon = epsilon;
+  args.factor = factor;
+  args.tiny = tiny;
+  args.w_dim = check.side("w_dim", w_dim);
+  args.w_stride = check.size("w_stride", w_stride);
+  const i64 size = epigraf::size_of(args.dtype);
+  args.affine = check.pointer("affine", affine, size, c_in * w_dim, true);
+  args.w = check.pointer("w", w, size, batch * w_dim, affine == 0);
+  args.affine_bias = check.pointer("affine_bias", affine_bias, size, c_in, affine == 0);
+  const i64 count = epigraf::base::modulation_partials(batch, c_out, c_in);
+  args.partials = check.pointer("partials", partials, size, count, true);
+  return args;
 }
 
-epigraf::DemodulationArgs demodulation_bwd(const Check& check, Pointer weight, Pointer style, Pointer energy,
-                                           Pointer demod, Pointer grad_demod, Pointer grad_weight,
-                                           Pointer grad_weight_out, Pointer grad_style, i64 stride_out, i64 stride_in,
-                                           i64 stride_tap, int dtype, double epsilon, i64 batch, i64 c_out, i64 c_in, i64 taps) {
-  auto args = demodulation_common(check, weight, style, energy, demod, dtype, epsilon, batch, c_out, c_in, taps);
+epigraf::ModulationArgs modulation_bwd(const Check& check, Pointer weight, Pointer style, Pointer scale, Pointer energy,
+                                       Pointer demod, Pointer grad_demod, Pointer grad_weight, Pointer grad_style,
+                                       Pointer grad_weight_out, Pointer grad_style_out, int dtype, i64 batch, i64 c_out,
+                                       i64 c_in, i64 taps, i64 stride_out, i64 stride_in, i64 stride_tap) {
+  auto args = modulation_common(check, weight, style, scale, energy, demod, dtype, batch, c_out, c_in, taps);
   const i64 size = epigraf::size_of(args.dtype), weights = c_out * c_in * taps;
   args.grad_demod = check.pointer("grad_demod", grad_demod, size, batch * c_out);
   args.grad_weight = check.pointer("grad_weight", grad_weight, size, weights, true);
+  args.grad_style = check.pointer("grad_style", grad_style, size, batch * c_in, true);
+  args.grad_weight_out = check.pointer("grad_weight_out", grad_weight_out, size, weights, true);
+  args.grad_style_out = check.pointer("grad_style_out", grad_style_out, size, batch * c_in, true);
   args.stride_out = check.size("stride_out", stride_out);
   args.stride_in = check.size("stride_in", stride_in);
   args.stride_tap = check.size("stride_tap", stride_tap);
-  args.grad_weight_out = check.pointer("grad_weight_out", grad_weight_out, size, weights, true);
-  args.grad_style = check.pointer("grad_style", grad_style, size, batch * c_in, true);
   return args;
 }
 
@@ -369,8 +384,11 @@ void bind_modulated_conv2d(py::module_& m) {
   EPIGRAF_DEFINE(m, layer_epilogue_fwd);
   EPIGRAF_DEFINE(m, layer_epilogue_bwd);
   EPIGRAF_DEFINE(m, layer_epilogue_double_bwd);
-  EPIGRAF_DEFINE(m, demodulation_fwd);
-  EPIGRAF_DEFINE(m, demodulation_bwd);
+  m.def("modulation_partials", [](i64 batch, i64 c_out, i64 c_in) {
+    return epigraf::base::modulation_partials(batch, c_out, c_in);
+  });
+  EPIGRAF_DEFINE(m, modulation_fwd);
+  EPIGRAF_DEFINE(m, modulation_bwd);
 }
 
 // ---- decode_triplane

@@ -544,8 +544,35 @@ LayerEpilogueArgs merged(const LayerEpilogueArgs& args) {
                      }))                                                                                            \
   } while (0)
 
+// style = factor w affine^T + bias; a chunk of its channels goes over all images while their rows of `affine` are near.
 template <typename S>
-void demodulation_fwd_of(const DemodulationArgs& a, int threads) {
+void affine_of(const ModulationArgs& a, int threads) {
+  constexpr i64 kChannels = 16;
+  parallel(ceil_div(a.c_in, kChannels), threads, [&](i64 chunk) {
+    for (i64 i = chunk * kChannels; i < minimum(a.c_in, (chunk + 1) * kChannels); i++) {
+      const S* __restrict row = static_cast<const S*>(a.affine) + i * a.w_dim;
+      for (i64 b = 0; b < a.batch; b++) {
+        const S* __restrict w = static_cast<const S*>(a.w) + b * a.w_stride;
+        S sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (i64 d = 0; d < a.w_dim; d++) sum += row[d] * w[d];
+        static_cast<S*>(a.style)[b * a.c_in + i] = S(a.factor) * sum + static_cast<const S*>(a.affine_bias)[i];
+      }
+    }
+  });
+}
+
+template <typename S>
+void modulation_fwd_of(const ModulationArgs& a, int threads) {
+  if (a.affine) affine_of<S>(a, threads);
+  for (i64 b = 0; a.scale && b < a.batch; b++) {
+    S* style = static_cast<S*>(a.style) + b * a.c_in;
+    S largest = S(a.tiny);
+    for (i64 i = 0; i < a.c_in; i++) largest = maximum(largest, style[i] < 0 ? -style[i] : style[i]);
+    const S scale = S(1) / largest;
+    for (i64 i = 0; i < a.c_in; i++) style[i] *= scale;
+    static_cast<S*>(a.scale)[b] = scale;
+  }
   const S *weight = static_cast<const S*>(a.weight), *style = static_cast<const S*>(a.style);
   S *energy = static_cast<S*>(a.energy), *demod = static_cast<S*>(a.demod);
   parallel(a.c_out, threads, [&](i64 o) {
@@ -567,22 +594,23 @@ void demodulation_fwd_of(const DemodulationArgs& a, int threads) {
 }
 
 template <typename S>
-void demodulation_bwd_of(const DemodulationArgs& a, int threads) {
+void modulation_bwd_of(const ModulationArgs& a, int threads) {
   const S *weight = static_cast<const S*>(a.weight), *style = static_cast<const S*>(a.style);
   const S *energy = static_cast<const S*>(a.energy), *demod = static_cast<const S*>(a.demod);
   const S *grad_demod = static_cast<const S*>(a.grad_demod), *grad_weight = static_cast<const S*>(a.grad_weight);
-  S *weight_out = static_cast<S*>(a.grad_weight_out), *style_out = static_cast<S*>(a.grad_style);
-  // The gradient to demod^-2, halved: demod = (...)^(-1/2).
+  const S *grad_style = static_cast<const S*>(a.grad_style), *scale = static_cast<const S*>(a.scale);
+  S *weight_out = static_cast<S*>(a.grad_weight_out), *style_out = static_cast<S*>(a.grad_style_out);
+  // Twice the gradient to demod^-2: demod = (...)^(-1/2).
   auto inner = [&](i64 b, i64 o) {
     const S d = demod[b * a.c_out + o];
-    return S(-0.5) * grad_demod[b * a.c_out + o] * d * d * d;
+    return -grad_demod[b * a.c_out + o] * d * d * d;
   };
   if (weight_out)
     parallel(a.c_out, threads, [&](i64 o) {
       Scratch<S> factor(a.c_in);
       for (i64 i = 0; i < a.c_in; i++) factor[i] = 0;
       for (i64 b = 0; b < a.batch; b++) {
-        const S q = 2 * inner(b, o);
+        const S q = inner(b, o);
         const S* s = style + b * a.c_in;
         for (i64 i = 0; i < a.c_in; i++) factor[i] += q * s[i] * s[i];
       }
@@ -599,11 +627,13 @@ void demodulation_bwd_of(const DemodulationArgs& a, int threads) {
       S* out = style_out + b * a.c_in;
       for (i64 i = 0; i < a.c_in; i++) out[i] = 0;
       for (i64 o = 0; o < a.c_out; o++) {
-        const S q = 2 * inner(b, o);
+        const S q = inner(b, o);
         const S* e = energy + o * a.c_in;
         for (i64 i = 0; i < a.c_in; i++) out[i] += q * e[i];
       }
-      for (i64 i = 0; i < a.c_in; i++) out[i] *= style[b * a.c_in + i];
+      const S s = scale ? scale[b] : S(1);
+      for (i64 i = 0; i < a.c_in; i++)
+        out[i] = s * (out[i] * style[b * a.c_in + i] + (grad_style ? grad_style[b * a.c_in + i] : S(0)));
     });
 }
 
@@ -629,12 +659,12 @@ void layer_epilogue_double_bwd(const LayerEpilogueArgs& args, int threads) {
   a.dtype == DType::f64 ? finish_sums<double>(a) : finish_sums<float>(a);
 }
 
-void demodulation_fwd(const DemodulationArgs& args, int threads) {
-  args.dtype == DType::f64 ? demodulation_fwd_of<double>(args, threads) : demodulation_fwd_of<float>(args, threads);
+void modulation_fwd(const ModulationArgs& args, int threads) {
+  args.dtype == DType::f64 ? modulation_fwd_of<double>(args, threads) : modulation_fwd_of<float>(args, threads);
 }
 
-void demodulation_bwd(const DemodulationArgs& args, int threads) {
-  args.dtype == DType::f64 ? demodulation_bwd_of<double>(args, threads) : demodulation_bwd_of<float>(args, threads);
+void modulation_bwd(const ModulationArgs& args, int threads) {
+  args.dtype == DType::f64 ? modulation_bwd_of<double>(args, threads) : modulation_bwd_of<float>(args, threads);
 }
 
 }  // namespace EPIGRAF_ISA

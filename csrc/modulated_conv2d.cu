@@ -452,38 +452,121 @@ __global__ void __launch_bounds__(kThreads) layer_sums_kernel(const LayerEpilogu
   }
 }
 
-// One warp: an output channel.
+// ---- modulation
+
+constexpr int kImages = 8;                     // whose styles a block holds
+constexpr int kOutputs = kThreads / kImages;   // output channels that it treats at once
+constexpr int kSlice = static_cast<int>(kModulationSlice);
+static_assert(kSlice == 32, "a warp's lanes are the input channels of a slice");
+
 template <typename S>
-__global__ void __launch_bounds__(kThreads) demodulation_fwd_kernel(const DemodulationArgs a) {
-  const i64 o = static_cast<i64>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
-  const int side = threadIdx.x % 32;
-  if (o >= a.c_out) return;
-  const S* weight = static_cast<const S*>(a.weight) + o * a.c_in * a.taps;
-  S* energy = static_cast<S*>(a.energy) + o * a.c_in;
-  for (i64 i = side; i < a.c_in; i += 32) {
-    S sum = 0;
-    for (i64 k = 0; k < a.taps; k++) sum += weight[i * a.taps + k] * weight[i * a.taps + k];
-    energy[i] = sum;
+__device__ __forceinline__ S sum_of_warp(S value) {
+  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
+  return value;
+}
+
+// How many blocks are done: behind the partial sums, 0 before the launch.
+template <typename S>
+__device__ __forceinline__ unsigned* arrivals_of(const ModulationArgs& a) {
+  return reinterpret_cast<unsigned*>(static_cast<S*>(a.partials) + modulation_slices(a.c_in) * a.batch * a.c_out);
+}
+
+// Styles b0 .. b0 + kImages of the block's slice, one dot product a warp.
+template <typename S>
+__device__ __forceinline__ void styles_of_slice(const ModulationArgs& a, i64 b0, S (&styles)[kImages][kSlice]) {
+  const int lane = threadIdx.x % 32;
+  const i64 first = static_cast<i64>(blockIdx.x) * kSlice;
+  for (int j = threadIdx.x / 32; j < kImages * kSlice; j += kThreads / 32) {
+    const int image = j % kImages;
+    const i64 b = b0 + image, i = first + j / kImages;
+    S value = 0;
+    if (b < a.batch && i < a.c_in) {
+      S* style = static_cast<S*>(a.style) + b * a.c_in + i;
+      if (a.affine) {
+        const S* row = static_cast<const S*>(a.affine) + i * a.w_dim;
+        const S* w = static_cast<const S*>(a.w) + b * a.w_stride;
+        for (i64 d = lane; d < a.w_dim; d += 32) value += row[d] * w[d];
+        value = static_cast<S>(a.factor) * sum_of_warp(value) + static_cast<const S*>(a.affine_bias)[i];
+        if (lane == 0) *style = value;
+      } else {
+        value = *style;
+      }
+    }
+    if (lane == 0) styles[image][j / kImages] = value;
   }
-  for (i64 b = 0; b < a.batch; b++) {
-    const S* style = static_cast<const S*>(a.style) + b * a.c_in;
+}
+
+// One block: a slice of the input channels, their part of every sum. The block that comes last adds the parts up, slice by
+// slice, and normalizes.
+template <typename S>
+__global__ void __launch_bounds__(kThreads) modulation_fwd_kernel(const ModulationArgs a) {
+  __shared__ S styles[kImages][kSlice], energies[kOutputs][kSlice + 1];
+  __shared__ bool last;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const i64 in = static_cast<i64>(blockIdx.x) * kSlice + lane;
+  for (i64 b0 = 0; b0 < a.batch; b0 += kImages) {
+    styles_of_slice(a, b0, styles);
+    for (i64 o0 = 0; o0 < a.c_out; o0 += kOutputs) {
+      for (int r = warp; r < kOutputs; r += kThreads / 32) {
+        const i64 o = o0 + r;
+        S energy = 0;
+        if (o < a.c_out && in < a.c_in) {
+          const S* weight = static_cast<const S*>(a.weight) + (o * a.c_in + in) * a.taps;
+          for (i64 k = 0; k < a.taps; k++) energy += weight[k] * weight[k];
+          if (b0 == 0) static_cast<S*>(a.energy)[o * a.c_in + in] = energy;
+        }
+        energies[r][lane] = energy;
+      }
+      __syncthreads();
+      const int image = threadIdx.x / kOutputs, r = threadIdx.x % kOutputs;
+      S sum = 0;
+#pragma unroll 8
+      for (int i = 0; i < kSlice; i++) sum += styles[image][i] * styles[image][i] * energies[r][i];
+      if (b0 + image < a.batch && o0 + r < a.c_out)
+        static_cast<S*>(a.partials)[(blockIdx.x * a.batch + b0 + image) * a.c_out + o0 + r] = sum;
+      __syncthreads();
+    }
+    __syncthreads();
+  }
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicAdd(arrivals_of<S>(a), 1u) + 1 == gridDim.x;
+  __syncthreads();
+  if (!last) return;
+  __threadfence();
+  for (i64 b = warp; a.scale && b < a.batch; b += kThreads / 32) {
+    S* style = static_cast<S*>(a.style) + b * a.c_in;
+    S largest = static_cast<S>(a.tiny);
+    for (i64 i = lane; i < a.c_in; i += 32) {
+      const S value = __ldcg(style + i);
+      largest = maximum(largest, value < S(0) ? -value : value);
+    }
+    for (int distance = 16; distance > 0; distance /= 2)
+      largest = maximum(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
+    const S scale = S(1) / largest;
+    for (i64 i = lane; i < a.c_in; i += 32) style[i] = scale * __ldcg(style + i);
+    if (lane == 0) static_cast<S*>(a.scale)[b] = scale;
+  }
+  __syncthreads();
+  for (i64 e = threadIdx.x; e < a.batch * a.c_out; e += kThreads) {
     S sum = 0;
-    for (i64 i = side; i < a.c_in; i += 32) sum += style[i] * style[i] * energy[i];  // which this thread has written
-    for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
-    if (side == 0) static_cast<S*>(a.demod)[b * a.c_out + o] = S(1) / sqrt(sum + static_cast<S>(a.epsilon));
+    for (i64 slice = 0; slice < gridDim.x; slice++)
+      sum += __ldcg(static_cast<const S*>(a.partials) + slice * a.batch * a.c_out + e);
+    const S scale = a.scale ? static_cast<const S*>(a.scale)[divide(e, a.c_out).quotient] : S(1);
+    static_cast<S*>(a.demod)[e] = S(1) / sqrt(scale * scale * sum + static_cast<S>(a.epsilon));
   }
 }
 
 // Twice the gradient to demod^-2: demod = (...)^(-1/2).
 template <typename S>
-__device__ __forceinline__ S demodulation_inner(const DemodulationArgs& a, i64 b, i64 o) {
+__device__ __forceinline__ S demodulation_inner(const ModulationArgs& a, i64 b, i64 o) {
   const S d = static_cast<const S*>(a.demod)[b * a.c_out + o];
   return -static_cast<const S*>(a.grad_demod)[b * a.c_out + o] * d * d * d;
 }
 
 // One thread: an element of the weight.
 template <typename S>
-__global__ void __launch_bounds__(kThreads) demodulation_weight_kernel(const DemodulationArgs a, i64 count) {
+__global__ void __launch_bounds__(kThreads) modulation_bwd_weight_kernel(const ModulationArgs a, i64 count) {
   const i64 index = static_cast<i64>(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= count) return;
   const Quotient tap = divide(index, a.taps), in = divide(tap.quotient, a.c_in);
@@ -501,7 +584,7 @@ __global__ void __launch_bounds__(kThreads) demodulation_weight_kernel(const Dem
 
 // One block: 32 input channels of image blockIdx.y.
 template <typename S>
-__global__ void __launch_bounds__(kThreads) demodulation_style_kernel(const DemodulationArgs a) {
+__global__ void __launch_bounds__(kThreads) modulation_bwd_style_kernel(const ModulationArgs a) {
   __shared__ S shared[kThreads];
   const i64 i = static_cast<i64>(blockIdx.x) * 32 + threadIdx.x % 32, b = blockIdx.y;
   S sum = 0;
@@ -513,8 +596,11 @@ __global__ void __launch_bounds__(kThreads) demodulation_style_kernel(const Demo
     __syncthreads();
     if (static_cast<int>(threadIdx.x) < half) shared[threadIdx.x] += shared[threadIdx.x + half];
   }
-  if (threadIdx.x < 32 && i < a.c_in)
-    static_cast<S*>(a.grad_style)[b * a.c_in + i] = shared[threadIdx.x] * static_cast<const S*>(a.style)[b * a.c_in + i];
+  if (threadIdx.x >= 32 || i >= a.c_in) return;
+  S grad = shared[threadIdx.x] * static_cast<const S*>(a.style)[b * a.c_in + i];
+  if (a.grad_style) grad += static_cast<const S*>(a.grad_style)[b * a.c_in + i];
+  if (a.scale) grad *= static_cast<const S*>(a.scale)[b];
+  static_cast<S*>(a.grad_style_out)[b * a.c_in + i] = grad;
 }
 
 }  // namespace EPIGRAF_ISA
@@ -530,7 +616,7 @@ std::string sizes_of(const LayerEpilogueArgs& a) {
          std::to_string(a.height) + ", " + std::to_string(a.width) + "]";
 }
 
-std::string sizes_of(const DemodulationArgs& a) {
+std::string sizes_of(const ModulationArgs& a) {
   return "batch " + std::to_string(a.batch) + ", a weight of [" + std::to_string(a.c_out) + ", " +
          std::to_string(a.c_in) + "] x " + std::to_string(a.taps);
 }
@@ -635,35 +721,39 @@ void layer_epilogue_double_bwd_cuda(const LayerEpilogueArgs& a, uintptr_t stream
   check_launch("layer_epilogue_double_bwd, its sums", sizes_of(a));
 }
 
-void demodulation_fwd_cuda(const DemodulationArgs& a, uintptr_t stream) {
-  if (a.c_out == 0) return;
+void modulation_fwd_cuda(const ModulationArgs& a, uintptr_t stream) {
+  if (a.partials == nullptr) throw std::runtime_error("modulation_fwd: the GPU needs partials");
   const auto cuda_stream = reinterpret_cast<cudaStream_t>(stream);
-  const unsigned grid = grid_size("demodulation_fwd", ceil_div(a.c_out, kThreads / 32));
-  if (a.dtype == DType::f64)
-    demodulation_fwd_kernel<double><<<grid, kThreads, 0, cuda_stream>>>(a);
-  else
-    demodulation_fwd_kernel<float><<<grid, kThreads, 0, cuda_stream>>>(a);
-  check_launch("demodulation_fwd", sizes_of(a));
+  const i64 slices = modulation_slices(a.c_in), size = size_of(a.dtype);
+  char* arrivals = static_cast<char*>(a.partials) + slices * a.batch * a.c_out * size;
+  if (cudaMemsetAsync(arrivals, 0, sizeof(unsigned), cuda_stream) == cudaSuccess) {
+    const unsigned grid = grid_size("modulation_fwd", slices);
+    if (a.dtype == DType::f64)
+      modulation_fwd_kernel<double><<<grid, kThreads, 0, cuda_stream>>>(a);
+    else
+      modulation_fwd_kernel<float><<<grid, kThreads, 0, cuda_stream>>>(a);
+  }
+  check_launch("modulation_fwd", sizes_of(a));
 }
 
-void demodulation_bwd_cuda(const DemodulationArgs& a, uintptr_t stream) {
+void modulation_bwd_cuda(const ModulationArgs& a, uintptr_t stream) {
   const auto cuda_stream = reinterpret_cast<cudaStream_t>(stream);
   const i64 count = a.c_out * a.c_in * a.taps;
   if (a.grad_weight_out && count > 0) {
-    const unsigned grid = grid_size("demodulation_bwd", ceil_div(count, kThreads));
+    const unsigned grid = grid_size("modulation_bwd", ceil_div(count, kThreads));
     if (a.dtype == DType::f64)
-      demodulation_weight_kernel<double><<<grid, kThreads, 0, cuda_stream>>>(a, count);
+      modulation_bwd_weight_kernel<double><<<grid, kThreads, 0, cuda_stream>>>(a, count);
     else
-      demodulation_weight_kernel<float><<<grid, kThreads, 0, cuda_stream>>>(a, count);
-    check_launch("demodulation_bwd", sizes_of(a));
+      modulation_bwd_weight_kernel<float><<<grid, kThreads, 0, cuda_stream>>>(a, count);
+    check_launch("modulation_bwd", sizes_of(a));
   }
-  if (a.grad_style && a.batch * a.c_in > 0) {
-    const dim3 grid(grid_size("demodulation_bwd", ceil_div(a.c_in, 32)), grid_size("demodulation_bwd", a.batch, 65535));
+  if (a.grad_style_out && a.batch > 0) {
+    const dim3 grid(grid_size("modulation_bwd", ceil_div(a.c_in, 32)), grid_size("modulation_bwd", a.batch, 65535));
     if (a.dtype == DType::f64)
-      demodulation_style_kernel<double><<<grid, kThreads, 0, cuda_stream>>>(a);
+      modulation_bwd_style_kernel<double><<<grid, kThreads, 0, cuda_stream>>>(a);
     else
-      demodulation_style_kernel<float><<<grid, kThreads, 0, cuda_stream>>>(a);
-    check_launch("demodulation_bwd, of styles", sizes_of(a));
+      modulation_bwd_style_kernel<float><<<grid, kThreads, 0, cuda_stream>>>(a);
+    check_launch("modulation_bwd, of styles", sizes_of(a));
   }
 }
 

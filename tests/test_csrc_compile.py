@@ -32,7 +32,7 @@ def test_every_kernel_compiles_and_fits(source: Path, arch: int) -> None:
         ({"load_bits": 16}, ["loads at most 16 bits at once"]),
         ({"load_bits": 16, "case": "bias_act_runs_kernel<Half, 1, true, (Order)1>"}, []),
         ({"load_bits": 32, "case": "layer_epilogue_bwd_kernel<float, 4, 3>"}, ["loads at most 32 bits at once"]),
-        ({"load_bits": 32, "case": "demodulation_fwd_kernel<float>"}, []),
+        ({"load_bits": 32, "case": "modulation_fwd_kernel<float>"}, []),
         ({"load_bits": 0, "case": "bias_act_sum_parts_kernel<float>"}, []),
     ],
     ids=str,

@@ -282,41 +282,65 @@ void layer_epilogue_case(DType dtype, std::mt19937& generator) {
 }
 
 template <typename S>
-void demodulation_case(DType dtype, std::mt19937& generator) {
+void modulation_case(DType dtype, std::mt19937& generator) {
   auto pick = [&](i64 low, i64 high) { return std::uniform_int_distribution<i64>(low, high)(generator); };
-  DemodulationArgs args{};
+  ModulationArgs args{};
   args.dtype = dtype;
-  args.epsilon = 1e-8;
-  args.batch = pick(0, 4), args.c_out = pick(1, 20), args.c_in = pick(1, 20), args.taps = pick(1, 9);
-  const i64 weights = args.c_out * args.c_in * args.taps;
-  const auto weight = numbers<S>(weights, 1), style = numbers<S>(args.batch * args.c_in, 2);
-  const auto grad_demod = numbers<S>(args.batch * args.c_out, 3), grad_weight = numbers<S>(weights, 4);
-  args.weight = weight.data(), args.style = style.data(), args.grad_demod = grad_demod.data();
+  args.epsilon = 1e-8, args.factor = 0.5, args.tiny = 1e-30;
+  args.batch = pick(0, 4), args.c_out = pick(1, 20), args.c_in = pick(1, 40), args.taps = pick(1, 9);
+  args.w_dim = pick(1, 40), args.w_stride = args.w_dim + pick(0, 3);
+  const bool affine = pick(0, 1), normalized = pick(0, 1);
+  const i64 weights = args.c_out * args.c_in * args.taps, styles = args.batch * args.c_in;
+  const auto weight = numbers<S>(weights, 1), style = numbers<S>(styles, 2), w = numbers<S>(args.batch * args.w_stride, 3);
+  const auto matrix = numbers<S>(args.c_in * args.w_dim, 4), bias = numbers<S>(args.c_in, 5);
+  const auto grad_demod = numbers<S>(args.batch * args.c_out, 6), grad_weight = numbers<S>(weights, 7);
+  const auto grad_style = numbers<S>(styles, 8);
+  args.weight = weight.data(), args.grad_demod = grad_demod.data();
+  if (affine) args.w = w.data(), args.affine = matrix.data(), args.affine_bias = bias.data();
   args.grad_weight = pick(0, 1) ? grad_weight.data() : nullptr;
+  args.grad_style = pick(0, 1) ? grad_style.data() : nullptr;
   args.stride_out = args.c_in * args.taps, args.stride_in = 1, args.stride_tap = args.c_in;
   Outputs<S> first;
   for (int threads : {1, 3}) {
     auto memory = [](i64 n) { return std::vector<S>(static_cast<size_t>(n)); };
-    Outputs<S> now = {memory(args.c_out * args.c_in), memory(args.batch * args.c_out), memory(weights),
-                      memory(args.batch * args.c_in)};
-    args.energy = now[0].data(), args.demod = now[1].data();
-    args.grad_weight_out = now[2].data(), args.grad_style = now[3].data();
-    demodulation_fwd(args, threads);
-    demodulation_bwd(args, threads);
+    Outputs<S> now = {style, memory(args.batch * args.c_out), memory(args.c_out * args.c_in), memory(weights),
+                      memory(styles), memory(args.batch)};
+    args.style = now[0].data(), args.demod = now[1].data(), args.energy = now[2].data();
+    args.grad_weight_out = now[3].data(), args.grad_style_out = now[4].data();
+    args.scale = normalized ? now[5].data() : nullptr;
+    modulation_fwd(args, threads);
+    modulation_bwd(args, threads);
     if (threads == 1) first = now;
-    else expect_same(now, first, "demodulation by threads");
+    else expect_same(now, first, "modulation by threads");
   }
-  for (i64 b = 0; b < args.batch; b++)
+  for (i64 b = 0; b < args.batch; b++) {
+    std::vector<double> expected;
+    double largest = 1;
+    for (i64 i = 0; i < args.c_in; i++) {
+      double value = style[static_cast<size_t>(b * args.c_in + i)];
+      if (affine) {
+        value = bias[static_cast<size_t>(i)];
+        for (i64 d = 0; d < args.w_dim; d++)
+          value += 0.5 * matrix[static_cast<size_t>(i * args.w_dim + d)] * w[static_cast<size_t>(b * args.w_stride + d)];
+      }
+      expected.push_back(value);
+      largest = normalized && (i == 0 || fabs(value) > largest) ? fabs(value) : largest;
+    }
+    for (i64 i = 0; i < args.c_in; i++) {
+      expected[static_cast<size_t>(i)] /= largest;
+      expect(fabs(loaded(first[0], b * args.c_in + i) - expected[static_cast<size_t>(i)]) < 1e-4, "modulation_fwd", i);
+    }
     for (i64 o = 0; o < args.c_out; o++) {
       double sum = 1e-8;
       for (i64 i = 0; i < args.c_in; i++)
         for (i64 k = 0; k < args.taps; k++) {
-          const double w = weight[static_cast<size_t>((o * args.c_in + i) * args.taps + k)];
-          sum += w * w * style[static_cast<size_t>(b * args.c_in + i)] * style[static_cast<size_t>(b * args.c_in + i)];
+          const double scaled = weight[static_cast<size_t>((o * args.c_in + i) * args.taps + k)] * expected[static_cast<size_t>(i)];
+          sum += scaled * scaled;
         }
       const i64 at = b * args.c_out + o;
-      expect(fabs(loaded(first[1], at) * sqrt(sum) - 1) < 1e-4, "demodulation_fwd", at);
+      expect(fabs(loaded(first[1], at) * sqrt(sum) - 1) < 1e-3, "modulation_fwd, demod", at);
     }
+  }
 }
 
 template <typename S>
@@ -411,7 +435,7 @@ void all(DType dtype) {
 template <typename S>
 void of_full_precision(DType dtype) {
   std::mt19937 generator(8);
-  for (int i = 0; i < 20; i++) demodulation_case<S>(dtype, generator);
+  for (int i = 0; i < 20; i++) modulation_case<S>(dtype, generator);
   for (int i = 0; i < 12; i++) decode_triplane_case<S>(dtype, generator);
 }
 

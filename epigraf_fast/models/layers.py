@@ -43,17 +43,21 @@ class FullyConnected(nn.Module):
         self.weight = nn.Parameter(torch.randn(n_out, n_in) / lr_multiplier)
         self.bias = nn.Parameter(torch.full((n_out,), bias_init / lr_multiplier))
 
+    @property
+    def factor(self) -> float:
+        """m / sqrt(n_in)."""
+        return self.lr_multiplier / math.sqrt(self.weight.shape[1])
+
     def effective(self) -> tuple[Tensor, Tensor]:
         """Weight [n_out, n_in] and bias [n_out] with the equalized learning rate folded in."""
-        return self.weight * (self.lr_multiplier / math.sqrt(self.weight.shape[1])), self.bias * self.lr_multiplier
+        return self.weight * self.factor, self.bias * self.lr_multiplier
 
     def forward(self, x: Tensor) -> Tensor:  # [B, n_in] -> [B, n_out]
         # As `effective` has it, the factor applied inside of the product: the weight is not copied.
-        factor = self.lr_multiplier / math.sqrt(self.weight.shape[1])
         bias = self.bias if self.lr_multiplier == 1 else self.bias * self.lr_multiplier
         if self.act == "linear":
-            return torch.addmm(bias, x, self.weight.t(), alpha=factor)
-        y = (x * factor) @ self.weight.t()
+            return torch.addmm(bias, x, self.weight.t(), alpha=self.factor)
+        y = (x * self.factor) @ self.weight.t()
         return ops.bias_act(y, bias, act=self.act, backend=self.backend)
 
 

@@ -40,7 +40,8 @@ class SynthesisLayer(nn.Module):
 
     def modulation(self, w: Tensor, dtype: torch.dtype) -> ops.Modulation:
         """Weight, style and demodulation coefficients for style vectors w [B, w_dim]."""
-        return ops.modulation(self.weight, self.affine(w), dtype, backend=self.backend)
+        affine = self.affine.weight, self.affine.bias, self.affine.factor
+        return ops.modulation(self.weight, w, dtype, affine=affine, backend=self.backend)
 
     def forward(self, x: Tensor, w: Tensor, noise_mode: str = "random") -> Tensor:
         noise = self.noise(x, noise_mode)

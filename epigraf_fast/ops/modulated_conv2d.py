@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..reference.bias_act import ACTIVATIONS
-from ..reference.modulated_conv2d import DEMODULATION_EPSILON, normalize_for_half
+from ..reference.modulated_conv2d import DEMODULATION_EPSILON, normalize_weight
 from ..reference.modulated_conv2d import conv2d_resample as _reference_conv2d_resample
 from ..reference.modulated_conv2d import layer_epilogue as _reference_layer_epilogue
 from ..reference.modulated_conv2d import modulated_conv2d as _reference
@@ -172,17 +172,26 @@ class Modulation(NamedTuple):
 
 
 def modulation(
-    weight: Tensor, style: Tensor, dtype: torch.dtype, *, demodulate: bool = True, backend: str | None = None
+    weight: Tensor,
+    style: Tensor,
+    dtype: torch.dtype,
+    *,
+    affine: tuple[Tensor, Tensor, float] | None = None,
+    demodulate: bool = True,
+    backend: str | None = None,
 ) -> Modulation:
     """demod[b, o] = 1 / sqrt(sum_{i, k} (weight[o, i, k] style[b, i])^2 + 1e-8), and its factors for a convolution.
 
     In fp16 weight and style are first scaled to keep products in range (weight to a maximum of 1 / sqrt(C_in k k) per
-    output, style to 1 per image), which demodulation makes up for.
+    output, style to 1 per image), which demodulation makes up for. cpu and cuda compute styles and demod in one launch,
+    their derivatives take the style's scale for a constant (it matters as much as the 1e-8 does), and to the matrix and
+    the style vectors they are plain products.
 
     Args:
         weight: [C_out, C_in, k, k].
-        style: [B, C_in].
+        style: [B, C_in], or with `affine` the style vectors w [B, D].
         dtype: That of the convolution.
+        affine: Matrix [C_in, D], bias [C_in] and factor: style = factor w matrix^T + bias.
         demodulate: Without it weight and style come back as they are, with demod None.
 
     Returns:
@@ -193,16 +202,28 @@ def modulation(
     Raises:
         ValueError, TypeError: Wrong ranks, shapes, dtypes or devices; unknown or missing backend.
     """
-    check_together("modulation", weight=weight, style=style)
+    matrix, bias, factor = (None, None, 1.0) if affine is None else affine
+    check_together("modulation", weight=weight, style=style, matrix=matrix, bias=bias)
     check_shape("modulation", "weight", weight, ("C_out", "C_in", "k", "k"))
-    check_shape("modulation", "style", style, ("B", weight.shape[1]))
+    if affine is None:
+        check_shape("modulation", "style", style, ("B", weight.shape[1]))
+    else:
+        check_shape("modulation", "matrix", matrix, (weight.shape[1], "D"))
+        check_shape("modulation", "bias", bias, (weight.shape[1],))
+        check_shape("modulation", "style", style, ("B", matrix.shape[1]))
     chosen = resolve("modulated_conv2d", backend, weight.device.type)
-    if chosen == "reference" or not demodulate:
-        return Modulation(*_reference_modulation(weight, style, dtype, demodulate=demodulate))
-    if dtype == torch.float16:
-        weight, style = normalize_for_half(weight, style)
-    weight = weight.to(native.compute_dtype(weight.dtype))
-    weight, demod = _Demodulation.apply(weight, style.to(weight.dtype))
+    if chosen == "reference" or not demodulate or weight.shape[1] == 0:
+        return Modulation(*_reference_modulation(weight, style, dtype, affine=affine, demodulate=demodulate))
+    half = dtype == torch.float16
+    if half:
+        weight = normalize_weight(weight)
+    weight = weight.to(native.compute_dtype(weight.dtype)).contiguous()
+    style, matrix, bias = (None if x is None else x.to(weight.dtype) for x in (style, matrix, bias))
+    if style.stride(1) != 1 or affine is None:
+        style = style.contiguous()
+    if affine is not None:
+        matrix, bias = matrix.contiguous(), bias.contiguous()
+    weight, style, demod = _Modulation.apply(weight, style, matrix, bias, float(factor), half)
     return Modulation(weight.to(dtype), style, demod)
 
 
@@ -517,62 +538,107 @@ def _blur(x: Tensor, kernel: Tensor, *, adjoint: bool = False) -> Tensor:
     return upfirdn2d(x, kernel, padding=padding, flip=adjoint, gain=4, backend=x.device.type)
 
 
-class _Demodulation(torch.autograd.Function):
-    """weight and demod: the weight passes through, so that its two gradients meet in the backward kernel."""
+class _Modulation(torch.autograd.Function):
+    """Weight, style and demod: the weight passes through, so that its two gradients meet in the backward kernel."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, style: Tensor) -> tuple[Tensor, Tensor]:
-        flat, style = weight.contiguous(), style.contiguous()
-        energy, demod = style.new_empty(weight.shape[:2]), style.new_empty(len(style), len(weight))
-        native.launch("demodulation_fwd", (flat, style, energy, demod), *_demodulation_sizes(flat, style))
-        ctx.save_for_backward(flat, style, energy, demod)
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        source: Tensor,
+        matrix: Tensor | None,
+        bias: Tensor | None,
+        factor: float,
+        normalize: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`source` is the style, or with a matrix what it is computed from; all is contiguous, source in its rows."""
+        batch, (c_out, c_in) = len(source), weight.shape[:2]
+        if matrix is not None:
+            style = source.new_empty(batch, c_in)
+        else:
+            style = source.clone() if normalize else source
+        scale = source.new_empty(batch) if normalize else None
+        energy, demod = source.new_empty(c_out, c_in), source.new_empty(batch, c_out)
+        partials = None
+        if weight.is_cuda:
+            partials = source.new_empty(native.extension().modulation_partials(batch, c_out, c_in))
+        tensors = weight, source if matrix is not None else None, matrix, bias, style, scale, energy, demod, partials
+        numbers = DEMODULATION_EPSILON, factor, torch.finfo(weight.dtype).tiny, source.shape[1], source.stride(0)
+        native.launch("modulation_fwd", tensors, *_modulation_sizes(weight, batch), *numbers)
+        ctx.factor = factor
+        ctx.save_for_backward(weight, style, scale, energy, demod, *(() if matrix is None else (source, matrix)))
         ctx.set_materialize_grads(False)
-        return weight, demod
+        return weight, style, demod
 
     @staticmethod
-    def backward(ctx: Any, grad_weight: Tensor | None, grad_demod: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grad_demod is None:
-            return grad_weight, None
-        return _DemodulationBackward.apply(grad_weight, grad_demod, *ctx.saved_tensors, ctx.needs_input_grad)
+    def backward(
+        ctx: Any, grad_weight: Tensor | None, grad_style: Tensor | None, grad_demod: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        weight, style, scale, energy, demod, *affine = ctx.saved_tensors
+        if grad_demod is not None:
+            needs = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:4])
+            grads = grad_weight, grad_style, grad_demod
+            grad_weight, grad_style = _ModulationBackward.apply(*grads, weight, style, scale, energy, demod, needs)
+        elif grad_style is not None and scale is not None:
+            grad_style = grad_style * scale[:, None]
+        if not affine or grad_style is None:
+            return grad_weight, grad_style, None, None, None, None
+        w, matrix = affine
+        grad_w = ctx.factor * (grad_style @ matrix) if ctx.needs_input_grad[1] else None
+        grad_matrix = ctx.factor * (grad_style.t() @ w) if ctx.needs_input_grad[2] else None
+        grad_bias = grad_style.sum(0) if ctx.needs_input_grad[3] else None
+        return grad_weight, grad_w, grad_matrix, grad_bias, None, None
 
 
-class _DemodulationBackward(torch.autograd.Function):
+class _ModulationBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, grad_weight: Tensor | None, grad_demod: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
-        weight, style, energy, demod, needs = args
+    def forward(
+        ctx: Any, grad_weight: Tensor | None, grad_style: Tensor | None, grad_demod: Tensor, *args: Any
+    ) -> tuple[Tensor | None, ...]:
+        weight, style, scale, energy, demod, needs = args
         grad_demod = grad_demod.contiguous()
+        grad_style = None if grad_style is None else grad_style.contiguous()
         strides = 0, 0, 0
         if grad_weight is not None:
             if grad_weight.stride(2) != grad_weight.stride(3) * grad_weight.shape[3]:
                 grad_weight = grad_weight.contiguous()
             strides = grad_weight.stride(0), grad_weight.stride(1), grad_weight.stride(3)
         grad_weight_out = torch.empty_like(weight) if needs[0] else None
-        grad_style = torch.empty_like(style) if needs[1] else None
-        tensors = weight, style, energy, demod, grad_demod, grad_weight, grad_weight_out, grad_style
-        native.launch("demodulation_bwd", tensors, *strides, *_demodulation_sizes(weight, style))
-        ctx.save_for_backward(grad_weight, grad_demod, weight, style)
-        return grad_weight_out, grad_style
+        grad_style_out = torch.empty_like(style) if needs[1] else None
+        tensors = weight, style, scale, energy, demod, grad_demod, grad_weight, grad_style
+        results = grad_weight_out, grad_style_out
+        native.launch("modulation_bwd", (*tensors, *results), *_modulation_sizes(weight, len(style)), *strides)
+        ctx.save_for_backward(grad_weight, grad_style, grad_demod, weight, style, scale)
+        return results
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        gradients = _differentiate(_demodulation_backward, ctx.saved_tensors, grads)
-        return *gradients, None, None, None
+        *gradients, _ = _differentiate(_modulation_backward, ctx.saved_tensors, grads)
+        return *gradients, None, None, None, None
 
 
-def _demodulation_sizes(weight: Tensor, style: Tensor) -> tuple[Any, ...]:
+def _modulation_sizes(weight: Tensor, batch: int) -> tuple[Any, ...]:
     c_out, c_in, *taps = weight.shape
-    return native.DTYPES[weight.dtype], DEMODULATION_EPSILON, len(style), c_out, c_in, math.prod(taps)
+    return native.DTYPES[weight.dtype], batch, c_out, c_in, math.prod(taps)
 
 
-def _demodulation_backward(
-    grad_weight: Tensor | None, grad_demod: Tensor, weight: Tensor, style: Tensor
+def _modulation_backward(
+    grad_weight: Tensor | None,
+    grad_style: Tensor | None,
+    grad_demod: Tensor,
+    weight: Tensor,
+    style: Tensor,
+    scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """What `_DemodulationBackward` computes, in operations that torch differentiates."""
+    """What `_ModulationBackward` computes, in operations that torch differentiates."""
     energy = weight.square().sum(dim=(2, 3))
     demod = (style.square() @ energy.t() + DEMODULATION_EPSILON).rsqrt()
     inner = -grad_demod * demod.pow(3)  # [B, C_out]
     to_weight = (inner.t() @ style.square())[:, :, None, None] * weight
-    return to_weight if grad_weight is None else grad_weight + to_weight, style * (inner @ energy)
+    to_style = style * (inner @ energy)
+    to_weight = to_weight if grad_weight is None else grad_weight + to_weight
+    to_style = to_style if grad_style is None else grad_style + to_style
+    return to_weight, to_style if scale is None else to_style * scale[:, None]
 
 
 def _differentiate(

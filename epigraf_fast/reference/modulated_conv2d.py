@@ -102,38 +102,42 @@ def modulated_conv2d(
     return bias_act(y, bias, act=act, gain=gain, clamp=clamp)
 
 
-def normalize_for_half(weight: Tensor, style: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales weight and style so that products stay in fp16's range; demodulation makes the result independent of it.
-
-    Returns:
-        Weight of max-norm 1 / sqrt(C_in k k) per output, style of max-norm 1 per sample.
-    """
-    largest_weight, largest_style = (
-        weight.abs().amax(dim=(1, 2, 3), keepdim=True),
-        style.abs().amax(1, keepdim=True),
-    )
-    weight = weight / (weight[0].numel() ** 0.5 * largest_weight.clamp(min=torch.finfo(weight.dtype).tiny))
-    style = style / largest_style.clamp(min=torch.finfo(style.dtype).tiny)
-    return weight, style
+def normalize_weight(weight: Tensor) -> Tensor:
+    """Weight [C_out, C_in, k, k] scaled to a maximum of 1 / sqrt(C_in k k) per output, which fp16's products need."""
+    largest = weight.abs().amax(dim=(1, 2, 3), keepdim=True)
+    return weight / (weight[0].numel() ** 0.5 * largest.clamp(min=torch.finfo(weight.dtype).tiny))
 
 
 def modulation(
-    weight: Tensor, style: Tensor, dtype: torch.dtype, *, demodulate: bool = True
+    weight: Tensor,
+    style: Tensor,
+    dtype: torch.dtype,
+    *,
+    affine: tuple[Tensor, Tensor, float] | None = None,
+    demodulate: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Weight, style and demod[b, o] = 1 / sqrt(sum_{i, k} (weight[o, i, k] style[b, i])^2 + 1e-8) of a convolution.
 
     Args:
         weight: [C_out, C_in, k, k].
-        style: [B, C_in].
+        style: [B, C_in], or with `affine` the style vectors w [B, D].
         dtype: That of the convolution; fp16 normalizes first.
+        affine: Matrix [C_in, D], bias [C_in] and factor: style = factor w matrix^T + bias.
 
     Returns:
         weight in `dtype`; style [B, C_in]; demod [B, C_out], None without demodulation.
     """
+    if affine is not None:
+        matrix, bias, factor = affine
+        style = torch.addmm(bias, style, matrix.t(), alpha=factor)
     if not demodulate:
         return weight.to(dtype), style, None
     if dtype == torch.float16:
-        weight, style = normalize_for_half(weight, style)
+        # Products stay in range; demodulation makes the result independent of either scale.
+        weight, style = (
+            normalize_weight(weight),
+            style / style.abs().amax(1, keepdim=True).clamp(min=torch.finfo(style.dtype).tiny),
+        )
     energy = style.square() @ weight.square().sum(dim=(2, 3)).t()  # [B, C_out]
     return weight.to(dtype), style, (energy + DEMODULATION_EPSILON).rsqrt()
 
