@@ -12,7 +12,7 @@ EPIGRAF_HD double expm1_of(double x) { return expm1(x); }
 EPIGRAF_HD double log1p_of(double x) { return log1p(x); }
 EPIGRAF_HD double tanh_of(double x) { return tanh(x); }
 
-#if defined(__CUDACC__)
+#if defined(__CUDACC__) || defined(EPIGRAF_EMULATED)
 
 EPIGRAF_HD float exp_of(float x) { return expf(x); }
 EPIGRAF_HD float expm1_of(float x) { return expm1f(x); }

@@ -553,7 +553,7 @@ __global__ void __launch_bounds__(kThreads) modulation_fwd_kernel(const Modulati
     for (i64 slice = 0; slice < gridDim.x; slice++)
       sum += __ldcg(static_cast<const S*>(a.partials) + slice * a.batch * a.c_out + e);
     const S scale = a.scale ? static_cast<const S*>(a.scale)[divide(e, a.c_out).quotient] : S(1);
-    static_cast<S*>(a.demod)[e] = S(1) / sqrt(scale * scale * sum + static_cast<S>(a.epsilon));
+    static_cast<S*>(a.demod)[e] = S(1) / sqrt(scale * sum * scale + static_cast<S>(a.epsilon));
   }
 }
 
@@ -693,6 +693,15 @@ void launch_sums(const LayerEpilogueArgs& a, cudaStream_t stream) {
 
 bool is_empty(const LayerEpilogueArgs& a) { return a.batch * a.channels * a.height * a.width == 0; }
 
+// What is summed over channels, of which there are none.
+void clear_sums(const LayerEpilogueArgs& a, cudaStream_t stream) {
+  const auto size = static_cast<size_t>(a.dtype == DType::f64 ? 8 : 4);
+  const auto pixels = static_cast<size_t>(a.batch * a.height * a.width);
+  for (void* map : {a.map, a.gradient_map})
+    if (map) cudaMemsetAsync(map, 0, pixels * size, stream);
+  if (a.grad_strength) cudaMemsetAsync(a.grad_strength, 0, size, stream);
+}
+
 }  // namespace
 
 void layer_epilogue_fwd_cuda(const LayerEpilogueArgs& a, uintptr_t stream) {
@@ -706,7 +715,10 @@ void layer_epilogue_fwd_cuda(const LayerEpilogueArgs& a, uintptr_t stream) {
 void layer_epilogue_bwd_cuda(const LayerEpilogueArgs& a, uintptr_t stream) {
   require_channels_last("layer_epilogue_bwd", a);
   const auto cuda_stream = reinterpret_cast<cudaStream_t>(stream);
-  if (!is_empty(a)) EPIGRAF_LAYER_LAUNCH(launch_bwd, kShortVector, a.grad_out[1] ? 2 : 1, a, cuda_stream)
+  if (is_empty(a))
+    clear_sums(a, cuda_stream);
+  else
+    EPIGRAF_LAYER_LAUNCH(launch_bwd, kShortVector, a.grad_out[1] ? 2 : 1, a, cuda_stream)
   check_launch("layer_epilogue_bwd", sizes_of(a));
   launch_sums(a, cuda_stream);
   check_launch("layer_epilogue_bwd, its sums", sizes_of(a));
@@ -715,7 +727,10 @@ void layer_epilogue_bwd_cuda(const LayerEpilogueArgs& a, uintptr_t stream) {
 void layer_epilogue_double_bwd_cuda(const LayerEpilogueArgs& a, uintptr_t stream) {
   require_channels_last("layer_epilogue_double_bwd", a);
   const auto cuda_stream = reinterpret_cast<cudaStream_t>(stream);
-  if (!is_empty(a)) EPIGRAF_LAYER_LAUNCH(launch_double_bwd, kShortVector, a.grad_out[1] ? 2 : 1, a, cuda_stream)
+  if (is_empty(a))
+    clear_sums(a, cuda_stream);
+  else
+    EPIGRAF_LAYER_LAUNCH(launch_double_bwd, kShortVector, a.grad_out[1] ? 2 : 1, a, cuda_stream)
   check_launch("layer_epilogue_double_bwd", sizes_of(a));
   launch_sums(a, cuda_stream);
   check_launch("layer_epilogue_double_bwd, its sums", sizes_of(a));

@@ -344,7 +344,7 @@ def layer_epilogue(
     )
     if len(styles) == 1:
         vectors.append(None)
-    x = native.dense(x) if chosen == "cpu" else x.contiguous(memory_format=torch.channels_last)
+    x = x.contiguous(memory_format=torch.channels_last) if native.on_gpu(x) else native.dense(x)
     return _LayerEpilogue.apply(x, *vectors, settings)
 
 
@@ -517,7 +517,7 @@ class _Sums:
             self.map = noise.new_empty((len(x), *noise.shape[1:]))
         batch, channels, height, width = x.shape
         blurred = blur is not None
-        sizes = batch, channels, height - blurred, width - blurred, blurred, x.is_cuda
+        sizes = batch, channels, height - blurred, width - blurred, blurred, native.on_gpu(x)
         count = native.extension().layer_epilogue_partials(*sizes)
         self.partials = x.new_empty(count, dtype=native.compute_dtype(x.dtype))
 
@@ -560,7 +560,7 @@ class _Modulation(torch.autograd.Function):
         scale = source.new_empty(batch) if normalize else None
         energy, demod = source.new_empty(c_out, c_in), source.new_empty(batch, c_out)
         partials = None
-        if weight.is_cuda:
+        if native.on_gpu(weight):
             partials = source.new_empty(native.extension().modulation_partials(batch, c_out, c_in))
         tensors = weight, source if matrix is not None else None, matrix, bias, style, scale, energy, demod, partials
         numbers = DEMODULATION_EPSILON, factor, torch.finfo(weight.dtype).tiny, source.shape[1], source.stride(0)

@@ -75,6 +75,11 @@ def _launcher(name: str, device_type: str) -> Callable[..., None]:
     return getattr(extension(), f"{name}_{device_type}")
 
 
+def on_gpu(x: Tensor) -> bool:
+    """Whether a launcher of the GPU gets the tensor: some of them want another layout, or scratch memory."""
+    return x.is_cuda
+
+
 def records(*tensors: Tensor | None) -> bool:
     """Whether autograd records what is done with them: else a launch needs no Function around it."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from emulated import emulate
 
 from checks import assert_close, assert_error_within_reference, assert_finite, draw, gradgradcheck
 from epigraf_fast.config import DiscriminatorConfig, preset
@@ -338,10 +339,20 @@ def r1_gradients(discriminator, dtype):
     return {"penalty": penalty.detach(), **reached}
 
 
-@pytest.mark.parametrize("modulate", ["input", "output", "none"])
-@pytest.mark.parametrize("resolution", [16, 32])
-def test_r1_on_the_backends_equals_the_reference(tiny_discriminator, modulate, resolution, poisoned):
+@pytest.mark.parametrize(
+    ("modulate", "resolution", "kernels"),
+    [
+        *((modulate, resolution, "here") for modulate in ("input", "output", "none") for resolution in (16, 32)),
+        ("input", 16, "emulated"),
+        ("output", 16, "emulated"),
+    ],
+)
+def test_r1_on_the_backends_equals_the_reference(
+    tiny_discriminator, modulate, resolution, kernels, poisoned, monkeypatch
+):
     """Every parameter's second derivative, in float64 to rounding, in float32 as near as the reference."""
+    if kernels == "emulated":
+        emulate(monkeypatch)
     settings = {"modulate": modulate, "resolution": resolution, "label_dim": 3, "camera_conditioning": True}
 
     def run(backend, dtype):

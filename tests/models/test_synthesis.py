@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from emulated import emulate
 
 from checks import assert_close, assert_error_within_reference, assert_finite, draw
 from epigraf_fast.models.synthesis import NOISE_MODES, Synthesis, SynthesisLayer, ToPlanes
@@ -246,11 +247,14 @@ def derivatives(synthesis, noise_mode, order):
     return planes.detach(), dict(zip(inputs, gradients, strict=True))
 
 
-@pytest.mark.parametrize("backend", available("modulated_conv2d"))
+@pytest.mark.parametrize("backend", [*available("modulated_conv2d"), "emulated"])
 @pytest.mark.parametrize("noise_mode", NOISE_MODES)
 @pytest.mark.parametrize("order", [1, 2])
-def test_the_chain_equals_the_reference(backend, noise_mode, order, poisoned):
+def test_the_chain_equals_the_reference(backend, noise_mode, order, poisoned, monkeypatch):
     """Path length needs the second order."""
+    if backend == "emulated":
+        emulate(monkeypatch)
+        backend = None
     truth, true_gradients = derivatives(everything_on(make()), noise_mode, order)
     planes, gradients = derivatives(everything_on(make(backend=backend)), noise_mode, order)
     assert_close(planes, truth, "planes")

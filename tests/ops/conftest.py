@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from emulated import emulate
 from torch import Tensor
 
 from csrc_backends import here
@@ -16,8 +17,11 @@ from epigraf_fast.ops import backends
 
 
 @pytest.fixture(params=here("bias_act"))
-def backend(request: pytest.FixtureRequest) -> str:
-    return request.param
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param != "emulated":
+        return request.param
+    emulate(monkeypatch)
+    return "cpu"
 
 
 def on_backend(op: Callable[..., Tensor], backend: str) -> Callable[..., Tensor]:
