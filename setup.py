@@ -210,6 +210,7 @@ setup(
             *TOOLS,
             *VIEWER,
             *BENCHMARKS,
+            "nvidia-cuda-nvrtc-cu12; platform_system == 'Linux'",  # compiles csrc for the V100, which nvcc 13 cannot
             "playwright>=1.40",
             "pytest>=8",
             "pytest-xdist>=3.5",

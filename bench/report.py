@@ -175,6 +175,13 @@ def _range(values: list[float]) -> str:
     return f"{low:.1f}x" if f"{low:.1f}" == f"{high:.1f}" else f"{low:.1f}x to {high:.1f}x"
 
 
+SHAPES = {
+    "real": "shapes of `ffhq` at 512^2",
+    "small": "shapes of `ffhq` at a quarter of its resolution",
+    "tiny": "tiny shapes",
+}
+
+
 def ops_cpu(result: Result) -> str:
     found: dict[tuple[str, str, str], dict[str, list[float]]] = {}
     for row in result["cases"]:
@@ -186,10 +193,8 @@ def ops_cpu(result: Result) -> str:
         [f"`{op}`", backend, against, *(_range(values[m]) if m in values else "-" for m in modes)]
         for (op, backend, against), values in found.items()
     ]
-    title = (
-        f"How many times as fast a backend is as another on a CPU, both run in turn, {result['config']['size']} shapes "
-        f"({source(result)}):"
-    )
+    shapes = SHAPES[result["config"]["size"]]
+    title = f"How many times as fast a backend is as another on a CPU, both run in turn, {shapes} ({source(result)}):"
     return f"{title}\n\n{table(['op', 'backend', 'against', *(MODES[m] for m in modes)], lines)}"
 
 

@@ -35,8 +35,8 @@ EXTRAS = {
 # Kernels that are opt-in as long as no GPU has passed their tests, see `backends.VERIFIED`.
 KERNELS = {
     "triton": "--backend triton, the renderer on Triton kernels: not yet run on a GPU, only in Triton's interpreter",
-    "cuda": "--backend cuda, the convolutions on the extension: not yet run on a GPU, only compiled; the same maths is "
-    "tested on the CPU",
+    "cuda": "--backend cuda, the convolutions on the extension: not yet run on a GPU, only compiled, and in "
+    "an emulation of its threads on the CPU",
 }
 # Code that only a GPU can run and that no GPU has run yet. It is never on by default.
 OPT_IN = (
