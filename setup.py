@@ -100,14 +100,19 @@ class BuildExt(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).absolute()
         target.parent.mkdir(parents=True, exist_ok=True)
+        nvcc = find_nvcc()
         cxx = shlex.split(os.environ.get("CXX", "c++"))
         if not compiles(cxx, "-std=c++17"):
-            raise CompileError(f"no C++17 compiler ({shlex.join(cxx)} does not work; CXX names another)")
-        nvcc = find_nvcc()
+            fault = f"no C++17 compiler ({shlex.join(cxx)} does not work; CXX names another)"
+            if os.environ.get("EPIGRAF_FAST_CUDA") == "1":
+                raise SystemExit(f"epigraf_fast: EPIGRAF_FAST_CUDA=1, but there is {fault}")
+            raise CompileError(fault)
         try:
             self.run_ninja(cxx, nvcc, target)
         except CompileError as error:
-            if nvcc is None or os.environ.get("EPIGRAF_FAST_CUDA") == "1":
+            if os.environ.get("EPIGRAF_FAST_CUDA") == "1":
+                raise SystemExit(f"epigraf_fast: EPIGRAF_FAST_CUDA=1, but {error}") from None
+            if nvcc is None:
                 raise
             print(f"epigraf_fast: {error}; once more without CUDA", file=sys.stderr)
             self.run_ninja(cxx, None, target)

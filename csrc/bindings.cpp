@@ -168,12 +168,18 @@ void bind_bias_act(py::module_& m) {
 
 // ---- upfirdn2d
 
-epigraf::UpFirDnArgs upfirdn2d(const Check& check, Pointer x, Pointer taps, Pointer y, int dtype, i64 batch,
-                               i64 channels, i64 in_height, i64 in_width, i64 out_height, i64 out_width, i64 taps_y,
-                               i64 taps_x, bool separable, bool channels_last, bool flip, i64 up, i64 down, i64 pad_x,
-                               i64 pad_y, double gain) {
+epigraf::UpFirDnArgs upfirdn2d(const Check& check, Pointer x, Pointer taps, Pointer added, Pointer bias, Pointer y,
+                               int dtype, int added_dtype, i64 batch, i64 channels, i64 in_height, i64 in_width,
+                               i64 out_height, i64 out_width, i64 taps_y, i64 taps_x, bool separable,
+                               bool channels_last, bool flip, i64 up, i64 down, i64 pad_x, i64 pad_y, double gain,
+                               double clamp) {
   epigraf::UpFirDnArgs args{};
   args.dtype = check.dtype(dtype);
+  args.added_dtype = check.dtype(added_dtype);
+  require(added == 0 || added_dtype == dtype || args.added_dtype == DType::f16, check.op,
+          "added_dtype must be dtype or that of fp16, got " + std::to_string(added_dtype));
+  require(clamp > 0, check.op, "clamp must be positive, got " + std::to_string(clamp));
+  args.clamp = clamp;
   args.batch = check.size("batch", batch);
   args.channels = check.size("channels", channels);
   args.in_height = check.side("in_height", in_height);
@@ -199,6 +205,8 @@ epigraf::UpFirDnArgs upfirdn2d(const Check& check, Pointer x, Pointer taps, Poin
   const i64 outputs = check.product("elements of y", images, out_height * out_width);
   args.x = check.pointer("x", x, size, inputs);
   args.taps = check.pointer("taps", taps, compute_size(args.dtype), taps_x);
+  args.added = check.pointer("added", added, epigraf::size_of(args.added_dtype), outputs, true);
+  args.bias = check.pointer("bias", bias, compute_size(args.dtype), channels, true);
   args.y = check.pointer("y", y, size, outputs);
   return args;
 }

@@ -117,6 +117,56 @@ struct Plan {
   }
 };
 
+// Adds to output rows what is to be added.
+template <typename T>
+class Adder {
+ public:
+  using S = Compute<T>;
+
+  Adder(const UpFirDnArgs& a, i64 lanes)
+      : a_(a),
+        lanes_(lanes),
+        row_(a.out_width * lanes),
+        converted_(a.added && (sizeof(T) != sizeof(S) || a.added_dtype != a.dtype) ? row_ : 0) {}
+
+  // `out` is output row oy of the plane, in the type that is computed with.
+  void add(S* __restrict out, i64 plane, i64 oy) const {
+    if (!a_.added) return;
+    const i64 first = (plane * a_.out_height + oy) * row_;
+    const S* __restrict more = read(first);
+    const S clamp = static_cast<S>(a_.clamp);
+    const S* bias = static_cast<const S*>(a_.bias);
+    if (lanes_ == 1) {
+      const S b = bias ? bias[plane % a_.channels] : S(0);
+#pragma omp simd
+      for (i64 i = 0; i < row_; i++) out[i] += upfirdn2d_added(more[i], b, clamp);
+    } else {
+      for (i64 i = 0; i < row_; i += lanes_)
+#pragma omp simd
+        for (i64 c = 0; c < lanes_; c++) out[i + c] += upfirdn2d_added(more[i + c], bias ? bias[c] : S(0), clamp);
+    }
+  }
+
+ private:
+  // The row that begins at element `first`, in the type that is computed with.
+  const S* read(i64 first) const {
+    const Half* halves = static_cast<const Half*>(a_.added) + first;
+    if (a_.added_dtype != DType::f16) {
+      if constexpr (sizeof(T) == sizeof(S)) return static_cast<const S*>(a_.added) + first;
+      load_row<T>(static_cast<const T*>(a_.added) + first, converted_.get(), row_);
+    } else if constexpr (std::is_same_v<S, float>) {
+      load_row<Half>(halves, converted_.get(), row_);
+    } else {
+      for (i64 i = 0; i < row_; i++) converted_[i] = half_to_float(halves[i]);
+    }
+    return converted_.get();
+  }
+
+  const UpFirDnArgs& a_;
+  const i64 lanes_, row_;
+  Scratch<S> converted_;
+};
+
 // What a thread needs to compute rows.
 template <typename T>
 class Worker {
@@ -141,7 +191,8 @@ class Worker {
         vertical_(a_.separable ? plan.padded * lanes_ : 0),
         split_(lanes_ == 1 && plan.step > 1 ? part_ * plan.step * (a_.separable ? 1 : plan.meeting_rows) : 0),
         phases_(lanes_ == 1 && plan.period > 1 ? phase_ * plan.period : 0),
-        out_(kPlain ? 0 : out_row_) {
+        out_(kPlain ? 0 : out_row_),
+        adder_(a_, lanes_) {
     for (i64 i = 0; has_ring_ && i < ring_row_ * plan.meeting_rows; i++) ring_[i] = S(0);
     for (i64 i = 0; a_.separable && i < plan.padded * lanes_; i++) vertical_[i] = S(0);
     terms_.reserve(a_.taps_y * a_.taps_x);
@@ -178,8 +229,10 @@ class Worker {
       }
       if constexpr (kPlain) {
         horizontal(y);
+        adder_.add(y, plane, oy);
       } else {
         horizontal(out_.get());
+        adder_.add(out_.get(), plane, oy);
         store_row<T>(out_.get(), y, out_row_);
       }
     }
@@ -295,6 +348,7 @@ class Worker {
   Scratch<S> ring_;    // input rows, converted or padded
   Scratch<i64> held_;  // which input row lies in each place of the ring, or -1
   Scratch<S> vertical_, split_, phases_, out_;
+  const Adder<T> adder_;
 };
 
 // Calls f(n) with n a constant if it is the width of a small image: loops of so few elements then have no ends to treat.
@@ -323,7 +377,8 @@ class FourTaps {
         held_(UP == 2 ? block_ / 2 + 2 : kRows),
         rows_(held_ * pitch_),
         filtered_(UP == 2 ? held_ * a_.out_width : 0),
-        zeros_(maximum(a_.in_width, a_.out_width)) {
+        zeros_(maximum(a_.in_width, a_.out_width)),
+        adder_(a_, 1) {
     for (i64 i = 0; i < held_ * pitch_; i++) rows_[i] = S(0);
     for (i64 i = 0; i < maximum(a_.in_width, a_.out_width); i++) zeros_[i] = S(0);
   }
@@ -335,9 +390,9 @@ class FourTaps {
     for (i64 row = first; row < end; row += block_) {
       const i64 last = minimum(end, row + block_);
       if constexpr (UP == 2)
-        with_width(a_.in_width, [&](auto width) { up(width, x, y, row, last); });
+        with_width(a_.in_width, [&](auto width) { up(width, x, y, plane, row, last); });
       else
-        with_width(a_.in_width, [&](auto width) { down(width, x, y, row, last); });
+        with_width(a_.in_width, [&](auto width) { down(width, x, y, plane, row, last); });
     }
   }
 
@@ -353,7 +408,7 @@ class FourTaps {
 
   // Along columns, then along rows.
   template <typename N>
-  void down(N width, const S* x, S* y, i64 first, i64 end) {
+  void down(N width, const S* x, S* y, i64 plane, i64 first, i64 end) {
     const S *a = plan_.taps.get(), *b = a + 4;
     const S a0 = a[0], a1 = a[1], a2 = a[2], a3 = a[3], b0 = b[0], b1 = b[1], b2 = b[2], b3 = b[3];
     const S* src[DOWN * (kRows - 1) + 4];
@@ -373,13 +428,14 @@ class FourTaps {
 #pragma omp simd
         for (i64 i = 0; i < n; i++)
           out[i] = b0 * v[DOWN * i] + b1 * v[DOWN * i + 1] + b2 * v[DOWN * i + 2] + b3 * v[DOWN * i + 3];
+        adder_.add(out, plane, oy);
       }
     });
   }
 
   // Along rows, then along columns: an output meets two samples of each axis.
   template <typename N>
-  void up(N width, const S* x, S* y, i64 first, i64 end) {
+  void up(N width, const S* x, S* y, i64 plane, i64 first, i64 end) {
     const i64 n = a_.out_width;
     const i64 top = maximum<i64>(plan_.vertical[first].sample, 0);
     const i64 bottom = minimum(plan_.vertical[end - 1].sample + 2, a_.in_height);
@@ -414,6 +470,7 @@ class FourTaps {
 #pragma omp simd
         for (i64 i = 0; i < size; i++) out[i] = a0 * h0[i] + a1 * h1[i];
       });
+      adder_.add(out, plane, oy);
     }
   }
 
@@ -424,6 +481,7 @@ class FourTaps {
   Scratch<S> rows_;           // padded: UP 2 input rows, else what columns gave
   Scratch<S> filtered_;       // UP 2: input rows, filtered along the row
   Scratch<S> zeros_;          // a row outside of the image
+  const Adder<S> adder_;
 };
 
 // Calls W(plan).run() for all rows.

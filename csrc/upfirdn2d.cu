@@ -23,6 +23,28 @@ __device__ __forceinline__ Place place_of(const UpFirDnArgs& args, i64 index, i6
 
 __device__ __forceinline__ i64 thread_index() { return static_cast<i64>(blockIdx.x) * kThreads + threadIdx.x; }
 
+// Adds to V outputs, the first of them number `first`, what is to be added.
+template <typename T, int V>
+__device__ __forceinline__ void add_to(const UpFirDnArgs& args, const Place& at, i64 first, Compute<T> (&sum)[V]) {
+  using S = Compute<T>;
+  if (!args.added) return;
+  S more[V];
+  if (args.added_dtype == DType::f16) {
+    float halves[V];
+    load_vector<Half, V>(args.added, first, halves);
+#pragma unroll
+    for (int k = 0; k < V; k++) more[k] = halves[k];
+  } else {
+    load_vector<T, V>(args.added, first, more);
+  }
+  const i64 channel = args.channels_last ? at.lane : divide(at.plane, args.channels).remainder;
+#pragma unroll
+  for (int k = 0; k < V; k++) {
+    const S bias = args.bias ? static_cast<const S*>(args.bias)[channel + k] : S(0);
+    sum[k] += upfirdn2d_added(more[k], bias, static_cast<S>(args.clamp));
+  }
+}
+
 // Any filter. One thread: V lanes of one output.
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads) upfirdn2d_kernel(const UpFirDnArgs args, i64 lanes, i64 threads) {
@@ -50,7 +72,9 @@ __global__ void __launch_bounds__(kThreads) upfirdn2d_kernel(const UpFirDnArgs a
   }
 #pragma unroll
   for (int k = 0; k < V; k++) sum[k] *= static_cast<S>(args.gain);
-  store_vector<T, V>(args.y, ((at.plane * args.out_height + at.oy) * args.out_width + at.ox) * lanes + at.lane, sum);
+  const i64 first = ((at.plane * args.out_height + at.oy) * args.out_width + at.ox) * lanes + at.lane;
+  add_to<T, V>(args, at, first, sum);
+  store_vector<T, V>(args.y, first, sum);
 }
 
 // Four separable taps. One thread: V lanes of kRun outputs of a column; every input row is filtered along x once.
@@ -101,8 +125,10 @@ __global__ void __launch_bounds__(kThreads) upfirdn2d_four_taps_kernel(const UpF
 #pragma unroll
   for (int r = 0; r < kRun; r++) {
     const i64 oy = at.oy + r;
-    if (oy < args.out_height)
-      store_vector<T, V>(args.y, ((at.plane * args.out_height + oy) * args.out_width + at.ox) * lanes + at.lane, sum[r]);
+    if (oy >= args.out_height) break;
+    const i64 first = ((at.plane * args.out_height + oy) * args.out_width + at.ox) * lanes + at.lane;
+    add_to<T, V>(args, at, first, sum[r]);
+    store_vector<T, V>(args.y, first, sum[r]);
   }
 }
 
@@ -141,7 +167,8 @@ void upfirdn2d_cuda(const UpFirDnArgs& args, uintptr_t stream) {
   if (args.batch * args.channels * args.out_height * args.out_width == 0) return;
   const auto cuda_stream = reinterpret_cast<cudaStream_t>(stream);
   EPIGRAF_BY_DTYPE(args.dtype, T, {
-    if (args.channels_last && args.channels % kVector<T> == 0 && aligned(args.x) && aligned(args.y))
+    if (args.channels_last && args.channels % kVector<T> == 0 && aligned(args.x) && aligned(args.y) &&
+        aligned(args.added))
       launch<T, kVector<T>>(args, cuda_stream);
     else
       launch<T, 1>(args, cuda_stream);

@@ -110,6 +110,20 @@ def test_without_a_compiler_the_package_builds_and_says_so_once(tmp_path: Path) 
     assert not list(tmp_path.rglob("*.so"))
 
 
+def test_cuda_that_is_asked_for_ends_the_build_without_a_compiler(tmp_path: Path) -> None:
+    """The extension is optional, so a failed build is a warning; but not what was asked for by name."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\n")
+    nvcc.chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    result = build_extension(tmp_path, CXX="/nowhere/c++", EPIGRAF_FAST_CUDA="1", PATH=path)
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("epigraf_fast: EPIGRAF_FAST_CUDA=1, but there is no C++17 compiler (/nowhere/c++"), (
+        result.stderr
+    )
+
+
 def test_cuda_that_is_asked_for_and_missing_ends_the_build(tmp_path: Path) -> None:
     folder = tmp_path / "bin"
     folder.mkdir()
@@ -117,7 +131,7 @@ def test_cuda_that_is_asked_for_and_missing_ends_the_build(tmp_path: Path) -> No
         if (path := shutil.which(tool)) is None:
             pytest.skip(f"there is no {tool}")
         (folder / tool).symlink_to(path)
-    result = build_extension(tmp_path, EPIGRAF_FAST_CUDA="1", PATH=str(folder), CUDA_HOME=str(tmp_path))
+    result = build_extension(tmp_path, CXX="c++", EPIGRAF_FAST_CUDA="1", PATH=str(folder), CUDA_HOME=str(tmp_path))
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("epigraf_fast: EPIGRAF_FAST_CUDA=1, but there is no nvcc in PATH"), result.stderr

@@ -141,8 +141,17 @@ void upfirdn2d_case(DType dtype, std::mt19937& generator) {
   args.pad_y = pick(-5, 9);
   args.out_height = pick(1, 24);
   args.out_width = pick(1, 48);
-  args.gain = 0.75;
+  args.gain = 0.75, args.clamp = 0.5;
+  args.added_dtype = pick(0, 1) ? dtype : DType::f16;
   const i64 images = args.batch * args.channels, outputs = images * args.out_height * args.out_width;
+  const bool adds = pick(0, 1);
+  const auto added = stored<T>(numbers<S>(outputs, 3));
+  const auto added_halves = stored<Half>(numbers<float>(outputs, 3));
+  const auto bias = numbers<S>(args.channels, 4);
+  if (adds) {
+    args.added = args.added_dtype == dtype ? static_cast<const void*>(added.data()) : added_halves.data();
+    args.bias = bias.data();
+  }
   const auto x = stored<T>(numbers<S>(images * args.in_height * args.in_width, 1));
   const auto taps = numbers<S>(args.separable ? args.taps_x : args.taps_x * args.taps_y, 2);
   std::vector<T> first;
@@ -177,8 +186,11 @@ void upfirdn2d_case(DType dtype, std::mt19937& generator) {
             sum += tap * loaded(x, offset(image, py / args.up, px / args.up, args.in_height, args.in_width));
           }
         const i64 at = offset(image, oy, ox, args.out_height, args.out_width);
-        const double rounding = sizeof(T) == 2 ? 1e-2 : 1e-4;
-        expect(fabs(loaded(first, at) - 0.75 * sum) < rounding * (1 + fabs(sum)), "upfirdn2d", at);
+        const double rounding = sizeof(T) == 2 || args.added_dtype == DType::f16 ? 1e-2 : 1e-4;
+        double more = 0;
+        if (adds) more = loaded(added, at) + static_cast<double>(bias[static_cast<size_t>(image % args.channels)]);
+        const double expected = 0.75 * sum + fmin(fmax(more, -0.5), 0.5);
+        expect(fabs(loaded(first, at) - expected) < rounding * (1 + fabs(sum)), "upfirdn2d", at);
       }
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,13 +96,12 @@ class ToPlanes(nn.Module):
             x, self.weight, style, demodulate=False, bias=self.bias, clamp=CLAMP, backend=self.backend
         )
 
-    def chained(self, x: Tensor, w: Tensor) -> Tensor:
-        """`forward` as one matrix product for every image, its weights times the style: x is read, and never scaled."""
+    def product(self, x: Tensor, w: Tensor) -> Tensor:
+        """`forward` without bias and clamp, as one matrix product for every image: x is read, and never scaled."""
         style = self.affine(w) / math.sqrt(self.weight.shape[1])
         weight = (self.weight.flatten(1) * style[:, None]).to(x.dtype)  # [B, c_out, c_in]
         pixels = x.permute(0, 2, 3, 1).flatten(1, 2)  # [B, H*W, c_in], a view of channels_last memory
-        y = (pixels @ weight.transpose(1, 2)).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
-        return ops.bias_act(y, self.bias, clamp=CLAMP, backend=self.backend)
+        return (pixels @ weight.transpose(1, 2)).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
 
 class SynthesisBlock(nn.Module):
@@ -134,7 +134,8 @@ class SynthesisBlock(nn.Module):
         else:
             x = self.conv0(x.to(dtype), ws[:, 0], noise_mode)
         x = self.conv1(x, ws[:, self.num_convs - 1], noise_mode)
-        return x, self.add(planes, self.to_planes(x, ws[:, self.num_convs]).to(ws.dtype))
+        added = self.to_planes(x, ws[:, self.num_convs]).to(ws.dtype)
+        return x, added if planes is None else self.upsample(planes) + added
 
     def chained(
         self,
@@ -158,16 +159,18 @@ class SynthesisBlock(nn.Module):
         else:
             (x,) = self.conv0.chained(x, modulations[0], noise_mode, (last.style,))
         y, *following = self.conv1.chained(x, last, noise_mode, (None,) if next_style is None else (None, next_style))
-        added = self.to_planes.chained(y, ws[:, self.num_convs]).to(ws.dtype)
-        return following[0] if following else None, self.add(planes, added)
-
-    def add(self, planes: Tensor | None, added: Tensor) -> Tensor:
-        """The running sum, upsampled by 2, plus what this block adds."""
+        product, bias = self.to_planes.product(y, ws[:, self.num_convs]), self.to_planes.bias
         if planes is None:
-            return added
+            planes = ops.bias_act(product, bias, clamp=CLAMP, backend=self.backend).to(ws.dtype)
+        else:
+            planes = self.upsample(planes, added=product, bias=bias, clamp=CLAMP)
+        return following[0] if following else None, planes
+
+    def upsample(self, planes: Tensor, **added: Any) -> Tensor:
+        """The running sum times 2; see `ops.upfirdn2d` for what may be added to it."""
         # "Same size" padding of an up-2 filter: (n + 1) // 2 before, (n - 2) // 2 after.
         pads = ((len(LOW_PASS) + 1) // 2, (len(LOW_PASS) - 2) // 2)
-        return ops.upfirdn2d(planes, self.low_pass, up=2, padding=pads * 2, gain=4, backend=self.backend) + added
+        return ops.upfirdn2d(planes, self.low_pass, up=2, padding=pads * 2, gain=4, backend=self.backend, **added)
 
 
 class Synthesis(nn.Module):

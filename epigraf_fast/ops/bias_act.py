@@ -55,7 +55,7 @@ def bias_act(
     if chosen == "reference":
         return _reference(x, bias, dim=dim, act=act, gain=gain, clamp=clamp)
     check_dtype("bias_act", "x", x, tuple(native.DTYPES), f'backend is "{chosen}"')
-    settings = _Settings(
+    settings = BiasActSettings(
         dim=dim if bias is not None else None,
         act=list(ACTIVATIONS).index(act),
         gain=ACTIVATIONS[act][1] if gain is None else float(gain),
@@ -67,11 +67,11 @@ def bias_act(
     return _BiasAct.apply(x, bias, settings) if native.records(x, bias) else _launch(x, bias, settings)
 
 
-class _Settings(NamedTuple):
+class BiasActSettings(NamedTuple):
     dim: int | None  # None without bias
-    act: int
+    act: int  # number of the activation in ACTIVATIONS
     gain: float
-    clamp: float
+    clamp: float  # infinite where there is none
 
     @property
     def constant(self) -> bool:
@@ -91,7 +91,7 @@ class _Settings(NamedTuple):
         return native.DTYPES[x.dtype], self.act, self.gain, self.clamp, count, channels, inner
 
 
-def _launch(x: Tensor, bias: Tensor | None, settings: _Settings) -> Tensor:
+def _launch(x: Tensor, bias: Tensor | None, settings: BiasActSettings) -> Tensor:
     """x is dense; the bias, as everything that belongs to it, has the dtype that is computed in."""
     y = torch.empty_like(x)
     native.launch("bias_act_fwd", (x, None if bias is None else bias.contiguous(), y), *settings.for_launch(x))
@@ -102,7 +102,7 @@ class _BiasAct(torch.autograd.Function):
     """Takes what `_launch` does."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, settings: _Settings) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, settings: BiasActSettings) -> Tensor:
         bias = None if bias is None else bias.contiguous()
         y = _launch(x, bias, settings)
         ctx.settings = settings
@@ -111,10 +111,15 @@ class _BiasAct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        x, bias = ctx.saved_tensors
-        grad_y = native.dense(grad_y) if x is None else native.dense_as(grad_y, x)
-        grad_x, grad_bias = _BiasActBackward.apply(grad_y, x, bias, ctx.settings, ctx.needs_input_grad[1])
-        return grad_x, grad_bias, None
+        return *bias_act_backward(grad_y, *ctx.saved_tensors, ctx.settings, ctx.needs_input_grad[1]), None
+
+
+def bias_act_backward(
+    grad_y: Tensor, x: Tensor | None, bias: Tensor | None, settings: BiasActSettings, wants_bias: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients to x and the bias, differentiable once; these are None where the derivative does not depend on them."""
+    grad_y = native.dense(grad_y) if x is None else native.dense_as(grad_y, x)
+    return _BiasActBackward.apply(grad_y, x, bias, settings, wants_bias)
 
 
 class _BiasActBackward(torch.autograd.Function):
@@ -122,7 +127,7 @@ class _BiasActBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, grad_y: Tensor, x: Tensor | None, bias: Tensor | None, settings: _Settings, wants_bias: bool
+        ctx: Any, grad_y: Tensor, x: Tensor | None, bias: Tensor | None, settings: BiasActSettings, wants_bias: bool
     ) -> tuple[Tensor, Tensor | None]:
         grad_x = torch.empty_like(grad_y)
         grad_bias, partials = _sums(grad_y, settings) if wants_bias else (None, None)
@@ -156,7 +161,7 @@ class _BiasActDoubleBackward(torch.autograd.Function):
         grad_y: Tensor,
         x: Tensor | None,
         bias: Tensor | None,
-        settings: _Settings,
+        settings: BiasActSettings,
         needed: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         grad_grad_y = torch.empty_like(grad_y) if needed[0] else None
@@ -175,7 +180,7 @@ class _BiasActDoubleBackward(torch.autograd.Function):
         raise NotImplementedError('bias_act: only backend="reference" has a third derivative')
 
 
-def _sums(grad_y: Tensor, settings: _Settings) -> tuple[Tensor, Tensor]:
+def _sums(grad_y: Tensor, settings: BiasActSettings) -> tuple[Tensor, Tensor]:
     """Where the gradient of the bias goes, and the scratch memory of its parts."""
     grad_bias = grad_y.new_empty(grad_y.shape[settings.dim], dtype=native.compute_dtype(grad_y.dtype))
     parts = native.extension().bias_act_parts(*settings.for_launch(grad_y)[-3:])

@@ -7,6 +7,7 @@ then takes a number of threads, the second a stream.
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -28,12 +29,11 @@ def extension() -> ModuleType | str:
         return "EPIGRAF_FAST_EXTENSION=0 in the environment hides the extension"
     # torch is imported by now: the extension then takes torch's OpenMP threads and makes none of its own.
     try:
-        from .. import _C
+        return importlib.import_module("epigraf_fast._C")
     except ModuleNotFoundError:
         return f"the extension is not built: {BUILD}"
     except ImportError as error:
         return f"the extension does not load ({error}): {BUILD}"
-    return _C
 
 
 def lacking(backend: str) -> str | None:

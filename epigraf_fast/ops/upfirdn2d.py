@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +12,8 @@ from torch import Tensor
 from ..reference.upfirdn2d import upfirdn2d as _reference
 from . import native
 from .backends import resolve
-from .checks import check_dtype, check_shape, check_together
+from .bias_act import BiasActSettings, bias_act_backward
+from .checks import check_clamp, check_dtype, check_shape, check_together
 
 
 def upfirdn2d(
@@ -23,9 +25,14 @@ def upfirdn2d(
     padding: int | Sequence[int] = 0,
     flip: bool = False,
     gain: float = 1.0,
+    added: Tensor | None = None,
+    bias: Tensor | None = None,
+    clamp: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Inserts up-1 zeros after every sample, pads, filters, keeps samples 0, down, 2 down, ... (SPEC section 16).
+
+    With `added` the same pass adds clamp(added + bias, -clamp, clamp) to that, as the running sum of planes does.
 
     Args:
         x: [B, C, H, W]; every channel is filtered alike.
@@ -34,19 +41,22 @@ def upfirdn2d(
         padding: One number, or (x before, x after, y before, y after), in upsampled samples; negative numbers crop.
         flip: False convolves, True correlates.
         gain: Multiplies the 2-D filter.
+        added: [B, C, H', W'], of the dtype of x, or fp16.
+        bias: [C], of `added`.
+        clamp: Positive, or None, of `added`. The gradient is 0 where clipped.
 
     Returns:
-        [B, C, H', W'], W' = (W up + x before + x after - kw) // down + 1.
+        [B, C, H', W'], W' = (W up + x before + x after - kw) // down + 1, in the dtype of x.
 
-    Derivatives: any order; cpu and cuda to x only. A call without a named backend takes the reference where a gradient
-        to the kernel is asked for.
+    Derivatives: reference any order; cpu and cuda any order to x, the second to `added` and its bias, none to the
+        kernel. A call without a named backend takes the reference where a gradient to the kernel is asked for.
 
     Raises:
         ValueError, TypeError: Wrong ranks, dtypes, devices, factors; nothing left to filter; unknown or missing
             backend.
         NotImplementedError: cpu, cuda: a gradient to the kernel is asked for.
     """
-    check_together("upfirdn2d", x=x, kernel=kernel)
+    check_together("upfirdn2d", x=x, kernel=kernel, added=added, bias=bias)
     check_shape("upfirdn2d", "x", x, ("B", "C", "H", "W"))
     if kernel.ndim not in (1, 2) or kernel.numel() == 0:
         raise ValueError(f"upfirdn2d: kernel must have shape [k] or [kh, kw], got {list(kernel.shape)}")
@@ -62,6 +72,16 @@ def upfirdn2d(
             f"upfirdn2d: the padded image must be at least as large as the kernel {list(kernel.shape)}, "
             f"got x {list(x.shape)}, up {up}, padding {padding}"
         )
+    size = height // down + 1, width // down + 1
+    if added is not None:
+        check_shape("upfirdn2d", "added", added, (*x.shape[:2], *size))
+        if added.dtype not in (x.dtype, torch.float16):
+            raise TypeError(f"upfirdn2d: added must be {x.dtype}, as x is, or torch.float16, got {added.dtype}")
+    elif bias is not None or clamp is not None:
+        raise ValueError("upfirdn2d: added must be given where bias or clamp is, got None")
+    if bias is not None:
+        check_shape("upfirdn2d", "bias", bias, (x.shape[1],))
+    check_clamp("upfirdn2d", clamp)
     chosen = resolve("upfirdn2d", backend, x.device.type)
     if kernel.requires_grad and torch.is_grad_enabled() and chosen != "reference":
         if backend is not None:
@@ -70,12 +90,19 @@ def upfirdn2d(
             )
         chosen = "reference"
     if chosen == "reference":
-        return _reference(x, kernel, up=up, down=down, padding=padding, flip=flip, gain=gain)
+        added_too = {"added": added, "bias": bias, "clamp": clamp}
+        return _reference(x, kernel, up=up, down=down, padding=padding, flip=flip, gain=gain, **added_too)
     check_dtype("upfirdn2d", "x", x, tuple(native.DTYPES), f'backend is "{chosen}"')
     kernel = kernel.detach().to(native.compute_dtype(x.dtype)).contiguous()
-    settings = _Settings((height // down + 1, width // down + 1), up, down, (padding[0], padding[2]), flip, float(gain))
+    settings = _Settings(size, up, down, (padding[0], padding[2]), flip, float(gain))
     x = native.dense(x)
-    return _UpFirDn2d.apply(x, kernel, settings) if native.records(x) else _launch(x, kernel, settings)
+    if added is None:
+        return _UpFirDn2d.apply(x, kernel, settings) if native.records(x) else _launch(x, kernel, settings)
+    bias = None if bias is None else bias.to(native.compute_dtype(x.dtype)).contiguous()
+    of_added = BiasActSettings(None if bias is None else 1, 0, 1.0, math.inf if clamp is None else float(clamp))
+    if native.records(x, added, bias):
+        return _UpFirDn2dAndAdd.apply(x, kernel, added, bias, settings, of_added)
+    return _launch(x, kernel, settings, added, bias, of_added.clamp)
 
 
 class _Settings(NamedTuple):
@@ -92,8 +119,15 @@ class _Settings(NamedTuple):
         return _Settings(size, self.down, self.up, padding, not self.flip, self.gain)
 
 
-def _launch(x: Tensor, kernel: Tensor, settings: _Settings) -> Tensor:
-    """x is dense; the kernel is contiguous, and of the dtype that is computed in."""
+def _launch(
+    x: Tensor,
+    kernel: Tensor,
+    settings: _Settings,
+    added: Tensor | None = None,
+    bias: Tensor | None = None,
+    clamp: float = math.inf,
+) -> Tensor:
+    """x is dense; kernel and bias are contiguous, and of the dtype that is computed in."""
     channels_last = not x.is_contiguous()
     y = torch.empty(
         (*x.shape[:2], *settings.size),
@@ -101,11 +135,13 @@ def _launch(x: Tensor, kernel: Tensor, settings: _Settings) -> Tensor:
         device=x.device,
         memory_format=torch.channels_last if channels_last else torch.contiguous_format,
     )
+    added = None if added is None else native.dense_as(added, y)
+    dtypes = native.DTYPES[x.dtype], native.DTYPES[x.dtype if added is None else added.dtype]
     taps = kernel.shape[0], kernel.shape[-1]
     flags = kernel.ndim == 1, channels_last, settings.flip
     sizes = *x.shape, *settings.size, *taps
     factors = settings.up, settings.down, *settings.padding, settings.gain
-    native.launch("upfirdn2d", (x, kernel, y), native.DTYPES[x.dtype], *sizes, *flags, *factors)
+    native.launch("upfirdn2d", (x, kernel, added, bias, y), *dtypes, *sizes, *flags, *factors, clamp)
     return y
 
 
@@ -122,3 +158,33 @@ class _UpFirDn2d(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None]:
         (kernel,) = ctx.saved_tensors
         return _UpFirDn2d.apply(native.dense(grad_y), kernel, ctx.settings.adjoint(ctx.size, kernel)), None, None
+
+
+class _UpFirDn2dAndAdd(torch.autograd.Function):
+    """What is added has the derivatives of `bias_act`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        kernel: Tensor,
+        added: Tensor,
+        bias: Tensor | None,
+        settings: _Settings,
+        of_added: BiasActSettings,
+    ) -> Tensor:
+        y = _launch(x, kernel, settings, added, bias, of_added.clamp)
+        ctx.settings, ctx.of_added, ctx.size, ctx.dtype = settings, of_added, x.shape[2:], added.dtype
+        ctx.save_for_backward(kernel, *((None, None) if of_added.constant else (added, bias)))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        kernel, added, bias = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        grad_x = grad_added = grad_bias = None
+        if needs[0]:
+            grad_x = _UpFirDn2d.apply(native.dense(grad_y), kernel, ctx.settings.adjoint(ctx.size, kernel))
+        if needs[2] or needs[3]:
+            grad_added, grad_bias = bias_act_backward(grad_y.to(ctx.dtype), added, bias, ctx.of_added, needs[3])
+        return grad_x, None, grad_added, grad_bias, None, None

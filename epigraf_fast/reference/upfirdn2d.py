@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .bias_act import bias_act
+
 
 def upfirdn2d(
     x: Tensor,
@@ -17,6 +19,9 @@ def upfirdn2d(
     padding: Sequence[int] = (0, 0, 0, 0),
     flip: bool = False,
     gain: float = 1.0,
+    added: Tensor | None = None,
+    bias: Tensor | None = None,
+    clamp: float | None = None,
 ) -> Tensor:
     """Inserts up-1 zeros after every sample, pads with zeros, filters, keeps samples 0, down, 2 down, ...
 
@@ -26,6 +31,7 @@ def upfirdn2d(
         padding: x before, x after, y before, y after, in upsampled samples; negative numbers crop.
         flip: False convolves, True correlates.
         gain: Multiplies the 2-D filter.
+        added, bias, clamp: Its `bias_act` is added to what comes out.
 
     Returns:
         [B, C, (H up + pads - kh) // down + 1, (W up + pads - kw) // down + 1].
@@ -44,4 +50,5 @@ def upfirdn2d(
         pads = [limit(pad, 0) for pad in padding]
         x = torch.nn.functional.pad(x, pads) if any(pads) else x
     kernel = (kernel * gain).to(x.dtype).expand(channels, 1, *kernel.shape)
-    return torch.nn.functional.conv2d(x, kernel, stride=down, groups=channels)
+    y = torch.nn.functional.conv2d(x, kernel, stride=down, groups=channels)
+    return y if added is None else y + bias_act(added, bias, clamp=clamp).to(y.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 
 import pytest
@@ -228,6 +229,11 @@ def test_result_has_the_dtype_of_x(upfirdn2d, dtype):
         ({"padding": (1, 2)}, ValueError, "padding must be one number or four (x, x, y, y), got 2"),
         ({"padding": (-1, 0, 0, 0)}, ValueError, "the padded image must be at least as large as the kernel [4]"),
         ({"padding": (0, 0, -3, 2)}, ValueError, "the padded image must be at least as large as the kernel [4]"),
+        ({"added": draw(1, 1, 4, 4)}, ValueError, "added must have shape [1, 1, 1, 1], got [1, 1, 4, 4]"),
+        ({"added": draw(1, 1, 1, 1).float()}, TypeError, "added must be torch.float64, as x is, or torch.float16"),
+        ({"added": draw(1, 1, 1, 1), "bias": draw(2)}, ValueError, "bias must have shape [1], got [2]"),
+        ({"added": draw(1, 1, 1, 1), "clamp": 0.0}, ValueError, "clamp must be positive or None, got 0.0"),
+        ({"clamp": 1.0}, ValueError, "added must be given where bias or clamp is, got None"),
     ],
 )
 def test_errors(upfirdn2d, change, error, message):
@@ -296,6 +302,50 @@ def test_four_taps_at_every_width(upfirdn2d, factors, padding, width):
 
 
 @pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("clamp", [None, 0.5])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_something_may_be_added(upfirdn2d, backend, name, clamp, channels_last):
+    kernel_shape, settings = CALLS[name]
+    kernel = draw(*kernel_shape, seed=1)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    alone = upfirdn2d(draw(2, 3, 15, 16), kernel, **settings)
+
+    def function(x, added, bias):
+        x, added = x.contiguous(memory_format=layout), added if added is None else added * 1.0
+        return upfirdn2d(x, kernel, added=added, bias=bias, clamp=clamp, **settings)
+
+    inputs = {"x": draw(2, 3, 15, 16), "added": draw(*alone.shape, seed=2), "bias": draw(3, seed=3)}
+    bound = math.inf if clamp is None else clamp
+    expected = alone + (inputs["added"] + inputs["bias"][:, None, None]).clamp(-bound, bound)
+    assert_close(function(**inputs), expected, "sum")
+    assert_close(function(**{**inputs, "bias": None}), alone + inputs["added"].clamp(-bound, bound), "without bias")
+    if name in ("up", "general"):
+        small = {"x": draw(2, 2, 4, 4), "bias": draw(2, seed=3)}
+        small["added"] = draw(*upfirdn2d(small["x"], kernel, **settings).shape, seed=2)
+        small = {name: small[name] for name in ("x", "added", "bias")}
+        gradcheck(function, small, "upfirdn2d")
+        gradgradcheck(function, small, "upfirdn2d")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("channels", [3, 8])
+def test_what_is_added_may_be_fp16(upfirdn2d, dtype, channels):
+    """As the planes of half-precision blocks are; the sum is computed and given in the dtype of x."""
+    x, kernel = draw(2, channels, 5, 6).to(dtype), BLUR.to(torch.promote_types(dtype, torch.float32))
+    added = draw(2, channels, 10, 12, seed=1).half().requires_grad_()
+    settings = {"up": 2, "padding": (2, 1, 2, 1), "gain": 4.0}
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x, added = (v.detach().contiguous(memory_format=layout).requires_grad_() for v in (x, added))
+        y = upfirdn2d(x, kernel, added=added, clamp=1.0, **settings)
+        expected = ops.upfirdn2d(x.double(), BLUR, added=added.double(), clamp=1.0, backend="reference", **settings)
+        assert_close(y, expected.to(dtype), "sum", torch.float16 if dtype == torch.float32 else dtype)
+        grad_y = draw(*y.shape, seed=2).to(dtype)
+        (actual,) = torch.autograd.grad(y, added, grad_y)
+        assert actual.dtype == torch.float16
+        assert_close(actual, (grad_y * (added.abs() <= 1)).half(), "gradient", "exact")
+
+
+@pytest.mark.parametrize("name", CALLS)
 def test_levels_and_threads_agree(name, cpu_level, threads):
     kernel_shape, settings = CALLS[name]
     x, kernel = draw(4, 24, 32, 32, dtype=torch.float32), draw(*kernel_shape, seed=1, dtype=torch.float32)
@@ -332,6 +382,9 @@ def test_layout_is_kept(upfirdn2d, backend, dtype):
         ({"x": 6}, "x must be aligned to its elements of 4 bytes, got 6"),
         ({"taps": 0}, "taps must not be a null pointer"),
         ({"y": 2}, "y must be aligned"),
+        ({"added": 3}, "added must be aligned"),
+        ({"added": 4, "added_dtype": 2}, "added_dtype must be dtype or that of fp16, got 2"),
+        ({"clamp": 0.0}, "clamp must be positive"),
         ({"dtype": 4}, "dtype must be a code from 0 to 3, got 4"),
         ({"batch": -1}, "batch must be at least 0"),
         ({"in_width": -4}, "in_width must be at least 0"),
@@ -350,10 +403,11 @@ def test_binding_refuses_what_cannot_be_right(change, message):
     from epigraf_fast import _C
 
     x, taps, y = torch.ones(1, 1, 4, 4), torch.ones(4), torch.empty(1, 1, 4, 4)
-    arguments = {"x": x.data_ptr(), "taps": taps.data_ptr(), "y": y.data_ptr(), "dtype": 0, "batch": 1, "channels": 1}
+    arguments = {"x": x.data_ptr(), "taps": taps.data_ptr(), "added": 0, "bias": 0, "y": y.data_ptr()}
+    arguments |= {"dtype": 0, "added_dtype": 0, "batch": 1, "channels": 1}
     arguments |= {"in_height": 4, "in_width": 4, "out_height": 4, "out_width": 4, "taps_y": 4, "taps_x": 4}
     arguments |= {"separable": True, "channels_last": False, "flip": False, "up": 1, "down": 1, "pad_x": 2, "pad_y": 2}
-    arguments |= {"gain": 1.0, "threads": 1}
+    arguments |= {"gain": 1.0, "clamp": math.inf, "threads": 1}
     _C.upfirdn2d_cpu(*arguments.values())
     assert_close(y[0, 0, 2, 2], torch.tensor(16.0), "y")
     with pytest.raises(ValueError, match=re.escape(f"upfirdn2d: {message}")):
