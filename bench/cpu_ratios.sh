@@ -11,6 +11,6 @@ export PYTHONPATH=$PWD/bench/site:$PWD${PYTHONPATH:+:$PYTHONPATH}
 run() { "$PYTHON" -m bench.run --device cpu --backend cpu,reference "$@"; }
 
 run --size small --batch 8 --budget 2 --json "$OUT/cpu-ops.json"
-run --op bias_act,upfirdn2d,synthesis --size real --batch 1 --mode fwd,step --budget 40 --json "$OUT/cpu-ops-real.json"
+run --op bias_act,upfirdn2d,synthesis --size real --batch 1 --mode fwd,step --budget 20 --json "$OUT/cpu-ops-real.json"
 "$PYTHON" -m bench.step --device cpu --preset demo --size real --seconds 20 --variants ours-cpu,reference --json "$OUT/cpu-step.json"
 "$PYTHON" -m bench.report --results "$OUT"

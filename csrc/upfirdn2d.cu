@@ -167,9 +167,10 @@ void upfirdn2d_cuda(const UpFirDnArgs& args, uintptr_t stream) {
   if (args.batch * args.channels * args.out_height * args.out_width == 0) return;
   const auto cuda_stream = reinterpret_cast<cudaStream_t>(stream);
   EPIGRAF_BY_DTYPE(args.dtype, T, {
-    if (args.channels_last && args.channels % kVector<T> == 0 && aligned(args.x) && aligned(args.y) &&
-        aligned(args.added))
-      launch<T, kVector<T>>(args, cuda_stream);
+    constexpr int most = sizeof(T) == 8 ? 1 : kVector<T>;  // fp64 is for tests
+    const bool all_aligned = aligned(args.x) && aligned(args.y) && aligned(args.added);
+    if (args.channels_last && args.channels % most == 0 && all_aligned)
+      launch<T, most>(args, cuda_stream);
     else
       launch<T, 1>(args, cuda_stream);
   })
