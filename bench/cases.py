@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -365,8 +366,16 @@ def _channels(shapes: Size, resolution: int) -> int:
     return min(shapes.channel_base // resolution, shapes.channel_max)
 
 
-def _image(device: torch.device, seed: int, kind: torch.dtype, *shape: int) -> Tensor:
-    return _normal(device, seed, *shape, dtype=kind).contiguous(memory_format=torch.channels_last)
+def _image(
+    device: torch.device, seed: int, kind: torch.dtype, *shape: int, layout: torch.memory_format = torch.channels_last
+) -> Tensor:
+    return _normal(device, seed, *shape, dtype=kind).contiguous(memory_format=layout)
+
+
+def _layouts() -> dict[str, torch.memory_format]:
+    """Name -> memory layout of images: on a GPU the networks are channels-last, on a CPU they have both."""
+    layouts = {"": torch.channels_last}
+    return layouts if torch.cuda.is_available() else {**layouts, " contiguous": torch.contiguous_format}
 
 
 def _bias_act(shapes: Size, batch: int, dtype: str) -> Iterator[Case]:
@@ -374,14 +383,17 @@ def _bias_act(shapes: Size, batch: int, dtype: str) -> Iterator[Case]:
         return
     kind = DTYPES[dtype]
     top = shapes.plane_resolution
-    for where, channels, resolution in (
+    images = (
         ("G", _channels(shapes, top), top),
         ("G", _channels(shapes, top // 4), top // 4),
         ("D", _channels(shapes, top) // 2, shapes.patch),
-    ):
+    )
+    for (where, channels, resolution), layout in itertools.product(images, _layouts()):
 
-        def build(device: torch.device, channels: int = channels, resolution: int = resolution) -> Inputs:
-            x = _image(device, 20, kind, batch, channels, resolution, resolution)
+        def build(
+            device: torch.device, channels: int = channels, resolution: int = resolution, layout: str = layout
+        ) -> Inputs:
+            x = _image(device, 20, kind, batch, channels, resolution, resolution, layout=_layouts()[layout])
             return {"x": x, "bias": _normal(device, 21, channels, dtype=kind)}
 
         def call(inputs: Inputs, backend: str) -> tuple[Tensor, ...]:
@@ -389,7 +401,7 @@ def _bias_act(shapes: Size, batch: int, dtype: str) -> Iterator[Case]:
 
         one = batch * channels * resolution**2 * kind.itemsize
         work = {"fwd": Work(2 * one), "bwd": Work(3 * one), "step": Work(5 * one)}
-        name = f"batch={batch} {where} {channels}x{resolution}x{resolution}"
+        name = f"batch={batch} {where} {channels}x{resolution}x{resolution}{layout}"
         yield Case("bias_act", name, dtype, build, call, ("x", "bias"), frozenset({"bias"}), 2, work, batch)
 
 
@@ -399,14 +411,17 @@ def _upfirdn2d(shapes: Size, batch: int, dtype: str) -> Iterator[Case]:
     kind = DTYPES[dtype]
     top, patch = shapes.plane_resolution, shapes.patch
     planes = 3 * shapes.channels
-    for where, channels, resolution, settings in (
+    images = (
         ("planes up 2", planes, top // 2, {"up": 2, "padding": (2, 1, 2, 1), "gain": 4.0}),
         ("blur after an up-convolution", _channels(shapes, top), top + 1, {"padding": (1, 1, 1, 1), "gain": 4.0}),
         ("D down 2", _channels(shapes, patch) // 2, patch, {"down": 2, "padding": (1, 1, 1, 1)}),
-    ):
+    )
+    for (where, channels, resolution, settings), layout in itertools.product(images, _layouts()):
 
-        def build(device: torch.device, channels: int = channels, resolution: int = resolution) -> Inputs:
-            x = _image(device, 22, kind, batch, channels, resolution, resolution)
+        def build(
+            device: torch.device, channels: int = channels, resolution: int = resolution, layout: str = layout
+        ) -> Inputs:
+            x = _image(device, 22, kind, batch, channels, resolution, resolution, layout=_layouts()[layout])
             return {"x": x, "kernel": torch.tensor(LOW_PASS, device=device)}
 
         def call(inputs: Inputs, backend: str, settings: dict[str, Any] = settings) -> tuple[Tensor, ...]:
@@ -416,7 +431,7 @@ def _upfirdn2d(shapes: Size, batch: int, dtype: str) -> Iterator[Case]:
         size = (resolution * up + 2 * settings["padding"][1] + (up > 1) - 4) // down + 1
         moved = batch * channels * (resolution**2 + size**2) * kind.itemsize
         work = {"fwd": Work(moved), "bwd": Work(moved), "step": Work(2 * moved)}
-        name = f"batch={batch} {where} {channels}x{resolution}x{resolution}"
+        name = f"batch={batch} {where} {channels}x{resolution}x{resolution}{layout}"
         yield Case("upfirdn2d", name, dtype, build, call, ("x",), frozenset({"kernel"}), 2, work, batch)
 
 

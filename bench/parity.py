@@ -56,11 +56,11 @@ def leaves(case: Case, inputs: Inputs) -> Inputs:
 
 
 def draws_like(tensors: tuple[Tensor, ...], seed: int) -> tuple[Tensor, ...]:
-    """Incoming gradients: normal numbers in the shape and dtype of the tensors."""
+    """Incoming gradients: normal numbers in the shape, dtype and memory layout of the tensors, as a network's are."""
     out = []
     for i, x in enumerate(tensors):
         generator = torch.Generator(x.device).manual_seed(seed + i)
-        out.append(torch.randn(x.shape, generator=generator, device=x.device).to(x))
+        out.append(torch.empty_like(x).copy_(torch.randn(x.shape, generator=generator, device=x.device)))
     return tuple(out)
 
 

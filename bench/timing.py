@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import torch
 
 WARM_UP = 3  # calls that are not counted
 FLUSH_BYTES = 2**28  # written between two cold runs: more than any L2
+RUN_SECONDS = 5e-3  # of a run on a CPU, at least
 SLEEP_CYCLES = 2_000_000  # the GPU waits so long before a warm run, while the CPU queues its launches
 
 
@@ -69,7 +71,8 @@ def gpu_times(function: Callable[[], Any], *, cold: bool, budget: float = 0.3, m
 def cpu_ratios(functions: dict[str, Callable[[], Any]], *, budget: float = 1.0, most: int = 31) -> dict[str, Spread]:
     """How many times as long as the last function each of the others takes; all run in turn, round after round.
 
-    A ratio is of two neighbouring runs, so that what else the machine does falls on both alike.
+    A ratio is of two neighbouring runs, so that what else the machine does falls on both alike. A run is one call,
+    or of short functions as many calls as take 5 ms.
 
     Args:
         functions: Name -> what to run; the last is the one compared with.
@@ -77,13 +80,19 @@ def cpu_ratios(functions: dict[str, Callable[[], Any]], *, budget: float = 1.0, 
         most: Rounds at most; three at least.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
+    shortest = math.inf
     for function in functions.values():
         function()
+        start = time.perf_counter()
+        function()
+        shortest = min(shortest, time.perf_counter() - start)
+    calls = max(1, int(RUN_SECONDS / shortest))
     begun, rounds = time.perf_counter(), 0
     while rounds < 3 or (rounds < most and time.perf_counter() - begun < budget):
         for name, function in functions.items():
             start = time.perf_counter()
-            function()
+            for _ in range(calls):
+                function()
             times[name].append(time.perf_counter() - start)
         rounds += 1
     *others, last = functions

@@ -57,7 +57,7 @@ def bias_act(
     check_dtype("bias_act", "x", x, tuple(native.DTYPES), f'backend is "{chosen}"')
     settings = BiasActSettings(
         dim=dim if bias is not None else None,
-        act=list(ACTIVATIONS).index(act),
+        act=NUMBERS[act],
         gain=ACTIVATIONS[act][1] if gain is None else float(gain),
         clamp=math.inf if clamp is None else float(clamp),
     )
@@ -67,9 +67,12 @@ def bias_act(
     return _BiasAct.apply(x, bias, settings) if native.records(x, bias) else _launch(x, bias, settings)
 
 
+NUMBERS = {act: number for number, act in enumerate(ACTIVATIONS)}  # as the extension's
+
+
 class BiasActSettings(NamedTuple):
     dim: int | None  # None without bias
-    act: int  # number of the activation in ACTIVATIONS
+    act: int  # its number in NUMBERS
     gain: float
     clamp: float  # infinite where there is none
 
@@ -119,7 +122,7 @@ def bias_act_backward(
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients to x and the bias, differentiable once; these are None where the derivative does not depend on them."""
     grad_y = native.dense(grad_y) if x is None else native.dense_as(grad_y, x)
-    return _BiasActBackward.apply(grad_y, x, bias, settings, wants_bias)
+    return native.apply(_BiasActBackward, grad_y, x, bias, settings, wants_bias)
 
 
 class _BiasActBackward(torch.autograd.Function):

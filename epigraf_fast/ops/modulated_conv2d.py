@@ -402,8 +402,8 @@ class _LayerEpilogue(torch.autograd.Function):
         grads = [grads[k] for k in present] + [None] * (2 - len(present))
         of_outputs = [styles[k] for k in present] + [None] * (2 - len(present))
         needs = ctx.needs_input_grad[:8]
-        result = _LayerEpilogueBackward.apply(
-            *grads, x, blur, demod, bias, noise, strength, *of_outputs, ctx.settings, needs
+        result = native.apply(
+            _LayerEpilogueBackward, *grads, x, blur, demod, bias, noise, strength, *of_outputs, ctx.settings, needs
         )
         grad_styles = [None, None]
         for k, grad in zip(present, result[5:], strict=False):
@@ -578,7 +578,8 @@ class _Modulation(torch.autograd.Function):
         if grad_demod is not None:
             needs = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:4])
             grads = grad_weight, grad_style, grad_demod
-            grad_weight, grad_style = _ModulationBackward.apply(*grads, weight, style, scale, energy, demod, needs)
+            saved = weight, style, scale, energy, demod
+            grad_weight, grad_style = native.apply(_ModulationBackward, *grads, *saved, needs)
         elif grad_style is not None and scale is not None:
             grad_style = grad_style * scale[:, None]
         if not affine or grad_style is None:

@@ -11,6 +11,7 @@ import importlib
 import os
 from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,6 +84,21 @@ def on_gpu(x: Tensor) -> bool:
 def records(*tensors: Tensor | None) -> bool:
     """Whether autograd records what is done with them: else a launch needs no Function around it."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+class _Unrecorded:
+    """The `ctx` of a Function that autograd does not record: what is kept for a backward is kept nowhere."""
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        pass
+
+    def set_materialize_grads(self, value: bool) -> None:
+        pass
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """`function.apply`, and where autograd records nothing, as in most backwards, only what that computes."""
+    return function.apply(*args) if torch.is_grad_enabled() else function.forward(_Unrecorded(), *args)
 
 
 def dense(x: Tensor) -> Tensor:

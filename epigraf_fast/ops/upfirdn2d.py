@@ -157,7 +157,11 @@ class _UpFirDn2d(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None]:
         (kernel,) = ctx.saved_tensors
-        return _UpFirDn2d.apply(native.dense(grad_y), kernel, ctx.settings.adjoint(ctx.size, kernel)), None, None
+        return (
+            native.apply(_UpFirDn2d, native.dense(grad_y), kernel, ctx.settings.adjoint(ctx.size, kernel)),
+            None,
+            None,
+        )
 
 
 class _UpFirDn2dAndAdd(torch.autograd.Function):
@@ -184,7 +188,7 @@ class _UpFirDn2dAndAdd(torch.autograd.Function):
         needs = ctx.needs_input_grad
         grad_x = grad_added = grad_bias = None
         if needs[0]:
-            grad_x = _UpFirDn2d.apply(native.dense(grad_y), kernel, ctx.settings.adjoint(ctx.size, kernel))
+            grad_x = native.apply(_UpFirDn2d, native.dense(grad_y), kernel, ctx.settings.adjoint(ctx.size, kernel))
         if needs[2] or needs[3]:
             grad_added, grad_bias = bias_act_backward(grad_y.to(ctx.dtype), added, bias, ctx.of_added, needs[3])
         return grad_x, None, grad_added, grad_bias, None, None
