@@ -117,7 +117,7 @@ struct Plan {
   }
 };
 
-// Adds to output rows what is to be added.
+// Adds to parts of output rows what is to be added.
 template <typename T>
 class Adder {
  public:
@@ -126,44 +126,43 @@ class Adder {
   Adder(const UpFirDnArgs& a, i64 lanes)
       : a_(a),
         lanes_(lanes),
-        row_(a.out_width * lanes),
-        converted_(a.added && (sizeof(T) != sizeof(S) || a.added_dtype != a.dtype) ? row_ : 0) {}
+        converted_(a.added && (sizeof(T) != sizeof(S) || a.added_dtype != a.dtype) ? a.out_width * lanes : 0) {}
 
-  // `out` is output row oy of the plane, in the type that is computed with.
-  void add(S* __restrict out, i64 plane, i64 oy) const {
+  // `out` is output row oy of the plane, from column ox on so many, in the type that is computed with.
+  void add(S* __restrict out, i64 plane, i64 oy, i64 ox, i64 columns) const {
     if (!a_.added) return;
-    const i64 first = (plane * a_.out_height + oy) * row_;
-    const S* __restrict more = read(first);
+    const i64 n = columns * lanes_;
+    const S* __restrict more = read(((plane * a_.out_height + oy) * a_.out_width + ox) * lanes_, n);
     const S clamp = static_cast<S>(a_.clamp);
     const S* bias = static_cast<const S*>(a_.bias);
     if (lanes_ == 1) {
       const S b = bias ? bias[plane % a_.channels] : S(0);
 #pragma omp simd
-      for (i64 i = 0; i < row_; i++) out[i] += upfirdn2d_added(more[i], b, clamp);
+      for (i64 i = 0; i < n; i++) out[i] += upfirdn2d_added(more[i], b, clamp);
     } else {
-      for (i64 i = 0; i < row_; i += lanes_)
+      for (i64 i = 0; i < n; i += lanes_)
 #pragma omp simd
         for (i64 c = 0; c < lanes_; c++) out[i + c] += upfirdn2d_added(more[i + c], bias ? bias[c] : S(0), clamp);
     }
   }
 
  private:
-  // The row that begins at element `first`, in the type that is computed with.
-  const S* read(i64 first) const {
+  // Elements first .. first + n, in the type that is computed with.
+  const S* read(i64 first, i64 n) const {
     const Half* halves = static_cast<const Half*>(a_.added) + first;
     if (a_.added_dtype != DType::f16) {
       if constexpr (sizeof(T) == sizeof(S)) return static_cast<const S*>(a_.added) + first;
-      load_row<T>(static_cast<const T*>(a_.added) + first, converted_.get(), row_);
+      load_row<T>(static_cast<const T*>(a_.added) + first, converted_.get(), n);
     } else if constexpr (std::is_same_v<S, float>) {
-      load_row<Half>(halves, converted_.get(), row_);
+      load_row<Half>(halves, converted_.get(), n);
     } else {
-      for (i64 i = 0; i < row_; i++) converted_[i] = half_to_float(halves[i]);
+      for (i64 i = 0; i < n; i++) converted_[i] = half_to_float(halves[i]);
     }
     return converted_.get();
   }
 
   const UpFirDnArgs& a_;
-  const i64 lanes_, row_;
+  const i64 lanes_;
   Scratch<S> converted_;
 };
 
@@ -229,10 +228,10 @@ class Worker {
       }
       if constexpr (kPlain) {
         horizontal(y);
-        adder_.add(y, plane, oy);
+        adder_.add(y, plane, oy, 0, a_.out_width);
       } else {
         horizontal(out_.get());
-        adder_.add(out_.get(), plane, oy);
+        adder_.add(out_.get(), plane, oy, 0, a_.out_width);
         store_row<T>(out_.get(), y, out_row_);
       }
     }
@@ -428,7 +427,7 @@ class FourTaps {
 #pragma omp simd
         for (i64 i = 0; i < n; i++)
           out[i] = b0 * v[DOWN * i] + b1 * v[DOWN * i + 1] + b2 * v[DOWN * i + 2] + b3 * v[DOWN * i + 3];
-        adder_.add(out, plane, oy);
+        adder_.add(out, plane, oy, 0, n);
       }
     });
   }
@@ -470,7 +469,7 @@ class FourTaps {
 #pragma omp simd
         for (i64 i = 0; i < size; i++) out[i] = a0 * h0[i] + a1 * h1[i];
       });
-      adder_.add(out, plane, oy);
+      adder_.add(out, plane, oy, 0, n);
     }
   }
 
@@ -481,6 +480,98 @@ class FourTaps {
   Scratch<S> rows_;           // padded: UP 2 input rows, else what columns gave
   Scratch<S> filtered_;       // UP 2: input rows, filtered along the row
   Scratch<S> zeros_;          // a row outside of the image
+  const Adder<S> adder_;
+};
+
+// The same of pixels, whose lanes run fastest; in tiles of columns, for rows of pixels are longer than the nearest cache.
+// Few rows at once: they often lie so that all fall on one set of it.
+template <typename S, int UP, int DOWN>
+class FourTapsOfPixels {
+ public:
+  explicit FourTapsOfPixels(const Plan<S>& plan)
+      : plan_(plan),
+        a_(plan.args),
+        lanes_(plan.lanes),
+        tile_(minimum(a_.out_width, maximum<i64>(UP, kTileElements / lanes_ / UP * UP))),
+        pitch_((UP == 2 ? tile_ : (tile_ - 1) * DOWN + 4) * lanes_),
+        rows_((UP == 2 ? kBlock / 2 + 2 : 1) * pitch_),
+        zeros_(pitch_),
+        adder_(a_, lanes_) {
+    for (i64 i = 0; i < pitch_; i++) zeros_[i] = S(0);
+  }
+
+  // Output rows first .. end of a plane.
+  void run(i64 plane, i64 first, i64 end) {
+    const S* x = static_cast<const S*>(a_.x) + plane * a_.in_height * a_.in_width * lanes_;
+    S* y = static_cast<S*>(a_.y) + plane * a_.out_height * a_.out_width * lanes_;
+    constexpr i64 block = UP == 2 ? kBlock : 1;
+    for (i64 row = first; row < end; row += block)
+      for (i64 ox = 0; ox < a_.out_width; ox += tile_) {
+        const i64 last = minimum(end, row + block), right = minimum(ox + tile_, a_.out_width);
+        UP == 2 ? up(x, y, row, last, ox, right) : down(x, y, row, ox, right);
+        for (i64 oy = row; oy < last; oy++) adder_.add(y + (oy * a_.out_width + ox) * lanes_, plane, oy, ox, right - ox);
+      }
+  }
+
+ private:
+  static constexpr i64 kBlock = 8;  // rows of a block, UP 2
+  static constexpr i64 kTileElements = 1024;
+
+  const S* pixels(const S* x, i64 iy, i64 ix) const {
+    return iy >= 0 && iy < a_.in_height ? x + (iy * a_.in_width + ix) * lanes_ : zeros_.get();
+  }
+
+  // Along columns, then along rows. The tile meets input columns `left` on, of which lo .. hi are inside of the image.
+  void down(const S* x, S* y, i64 oy, i64 ox, i64 right) {
+    const S *a = plan_.taps.get(), *b = a + 4;
+    const i64 lanes = lanes_, left = ox * DOWN - a_.pad_x, columns = (right - ox - 1) * DOWN + 4;
+    const i64 lo = minimum(maximum<i64>(-left, 0), columns), hi = maximum(lo, minimum(a_.in_width - left, columns));
+    const S* src[4];
+    for (i64 i = 0; i < 4; i++) src[i] = pixels(x, oy * DOWN - a_.pad_y + i, left + lo);
+    S* row = rows_.get();
+    for (i64 i = 0; i < lo * lanes; i++) row[i] = S(0);
+    weigh<4, false>(row + lo * lanes, src, a, (hi - lo) * lanes);
+    for (i64 i = hi * lanes; i < columns * lanes; i++) row[i] = S(0);
+    S* out = y + (oy * a_.out_width + ox) * lanes;
+    auto across = [&](S* to, const S* from, i64 n) {
+      const S* neighbours[4] = {from, from + lanes, from + 2 * lanes, from + 3 * lanes};
+      weigh<4, false>(to, neighbours, b, n);
+    };
+    if (DOWN == 1)
+      across(out, row, (right - ox) * lanes);
+    else
+      for (i64 i = 0; i < right - ox; i++) across(out + i * lanes, row + DOWN * i * lanes, lanes);
+  }
+
+  // Along rows, then along columns: an output meets two samples of each axis.
+  void up(const S* x, S* y, i64 first, i64 end, i64 ox, i64 right) {
+    const i64 top = maximum<i64>(plan_.vertical[first].sample, 0), n = (right - ox) * lanes_;
+    const i64 bottom = minimum(plan_.vertical[end - 1].sample + 2, a_.in_height);
+    const S *a = plan_.taps.get(), *b = a + 4;
+    auto two = [](S* to, const S* from0, const S* from1, S w0, S w1, i64 n) {
+      const S *src[2] = {from0, from1}, w[2] = {w0, w1};
+      weigh<2, false>(to, src, w, n);
+    };
+    for (i64 iy = top; iy < bottom; iy++)
+      for (i64 column = ox; column < right; column++) {
+        const Taps taps = taps_of(column, 2, 1, a_.pad_x);
+        auto pixel = [&](i64 ix) { return ix >= 0 && ix < a_.in_width ? pixels(x, iy, ix) : zeros_.get(); };
+        two(rows_.get() + (iy - top) * pitch_ + (column - ox) * lanes_, pixel(taps.sample), pixel(taps.sample + 1),
+            b[taps.first], b[taps.first + 2], lanes_);
+      }
+    for (i64 oy = first; oy < end; oy++) {
+      const Taps taps = plan_.vertical[oy];
+      auto row = [&](i64 iy) { return iy >= 0 && iy < a_.in_height ? rows_.get() + (iy - top) * pitch_ : zeros_.get(); };
+      two(y + (oy * a_.out_width + ox) * lanes_, row(taps.sample), row(taps.sample + 1), a[taps.first], a[taps.first + 2],
+          n);
+    }
+  }
+
+  const Plan<S>& plan_;
+  const UpFirDnArgs& a_;
+  const i64 lanes_, tile_, pitch_;  // output columns of a tile; from row to row of what lies between the axes
+  Scratch<S> rows_;   // what the first axis gave: UP 2 of input rows, else of an output row
+  Scratch<S> zeros_;  // a row, or a pixel, outside of the image
   const Adder<S> adder_;
 };
 
@@ -500,15 +591,23 @@ void run_all(const Plan<S>& plan, int threads) {
   });
 }
 
+template <typename S, int UP, int DOWN>
+void run_four_taps(const Plan<S>& plan, int threads) {
+  if (plan.lanes == 1)
+    run_all<FourTaps<S, UP, DOWN>>(plan, threads);
+  else
+    run_all<FourTapsOfPixels<S, UP, DOWN>>(plan, threads);
+}
+
 template <typename T>
 void filter(const UpFirDnArgs& args, int threads) {
   using S = Compute<T>;
   const Plan<S> plan(args);
   if constexpr (std::is_same_v<T, S>)
-    if (args.separable && args.taps_x == 4 && plan.lanes == 1) {
-      if (args.up == 1 && args.down == 1) return run_all<FourTaps<S, 1, 1>>(plan, threads);
-      if (args.up == 1 && args.down == 2) return run_all<FourTaps<S, 1, 2>>(plan, threads);
-      if (args.up == 2 && args.down == 1) return run_all<FourTaps<S, 2, 1>>(plan, threads);
+    if (args.separable && args.taps_x == 4) {
+      if (args.up == 1 && args.down == 1) return run_four_taps<S, 1, 1>(plan, threads);
+      if (args.up == 1 && args.down == 2) return run_four_taps<S, 1, 2>(plan, threads);
+      if (args.up == 2 && args.down == 1) return run_four_taps<S, 2, 1>(plan, threads);
     }
   run_all<Worker<T>>(plan, threads);
 }
