@@ -133,16 +133,16 @@ class Adder {
     if (!a_.added) return;
     const i64 n = columns * lanes_;
     const S* __restrict more = read(((plane * a_.out_height + oy) * a_.out_width + ox) * lanes_, n);
-    const S clamp = static_cast<S>(a_.clamp);
+    const BiasAct<kLinear, S> f{S(1), static_cast<S>(a_.clamp)};
     const S* bias = static_cast<const S*>(a_.bias);
     if (lanes_ == 1) {
       const S b = bias ? bias[plane % a_.channels] : S(0);
 #pragma omp simd
-      for (i64 i = 0; i < n; i++) out[i] += upfirdn2d_added(more[i], b, clamp);
+      for (i64 i = 0; i < n; i++) out[i] += f.value(more[i] + b);
     } else {
       for (i64 i = 0; i < n; i += lanes_)
 #pragma omp simd
-        for (i64 c = 0; c < lanes_; c++) out[i + c] += upfirdn2d_added(more[i + c], bias ? bias[c] : S(0), clamp);
+        for (i64 c = 0; c < lanes_; c++) out[i + c] += f.value(more[i + c] + (bias ? bias[c] : S(0)));
     }
   }
 

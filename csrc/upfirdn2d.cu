@@ -41,7 +41,7 @@ __device__ __forceinline__ void add_to(const UpFirDnArgs& args, const Place& at,
 #pragma unroll
   for (int k = 0; k < V; k++) {
     const S bias = args.bias ? static_cast<const S*>(args.bias)[channel + k] : S(0);
-    sum[k] += upfirdn2d_added(more[k], bias, static_cast<S>(args.clamp));
+    sum[k] += BiasAct<kLinear, S>{S(1), static_cast<S>(args.clamp)}.value(more[k] + bias);
   }
 }
 

@@ -2,9 +2,10 @@
 //   y[oy, ox] = gain sum_ij taps[i, j] x[(oy down + i - pad_y) / up, (ox down + j - pad_x) / up],
 // over the taps whose quotients are whole and inside the image. `taps` correlate; flip = false reverses them. Then
 //   y[oy, ox] += clamp(added[oy, ox] + bias),
-// where there is something to add.
+// where there is something to add: bias_act's linear case, which its derivatives come from, too.
 #pragma once
 
+#include "bias_act.h"
 #include "common.h"
 
 namespace epigraf {
@@ -34,13 +35,6 @@ struct Taps {
 EPIGRAF_HD Taps taps_of(i64 o, i64 up, i64 down, i64 pad) {
   const i64 start = o * down - pad, sample = -floor_div(-start, up);
   return Taps{sample * up - start, sample};
-}
-
-// What is added to an output.
-template <typename S>
-EPIGRAF_HD S upfirdn2d_added(S added, S bias, S clamp) {
-  const S u = added + bias;
-  return u > clamp ? clamp : u < -clamp ? -clamp : u;
 }
 
 }  // namespace EPIGRAF_ISA

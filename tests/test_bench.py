@@ -20,7 +20,7 @@ from bench import demo, parity, published, report, results, run, step, timing, v
 from bench.cases import SIZES, Work
 from checks import assert_error_within_reference
 from epigraf_fast import ops
-from epigraf_fast.ops import backends
+from epigraf_fast.ops import backends, ranges
 from epigraf_fast.training import profile
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -390,6 +390,23 @@ def test_the_report_writes_between_the_markers_and_checks(tmp_path, capsys):
     assert text.endswith(f"{report.END}\nafter\n")
     with pytest.raises(ValueError, match="must hold the line"):
         report.split("no markers")
+
+
+def test_decorated_ranges_may_be_nested():
+    @ranges.annotate("even")
+    def even(n):
+        return odd(n - 1) if n else True
+
+    @ranges.annotate("odd")
+    def odd(n):
+        return even(n - 1) if n else False
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        assert even(3) is False
+    events = sorted(profiler.events(), key=lambda event: (event.time_range.start, -event.time_range.end))
+    assert [event.name for event in events] == ["even", "odd", "even", "odd"]
+    ends = [event.time_range.end for event in events]
+    assert ends == sorted(ends, reverse=True)  # every range lies in the one before
 
 
 def test_ranges_reach_listeners_and_cost_nothing_without():

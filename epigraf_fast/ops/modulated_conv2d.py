@@ -585,8 +585,9 @@ class _Modulation(torch.autograd.Function):
         if not affine or grad_style is None:
             return grad_weight, grad_style, None, None, None, None
         w, matrix = affine
-        grad_w = ctx.factor * (grad_style @ matrix) if ctx.needs_input_grad[1] else None
-        grad_matrix = ctx.factor * (grad_style.t() @ w) if ctx.needs_input_grad[2] else None
+        scaled = ctx.factor * grad_style
+        grad_w = scaled @ matrix if ctx.needs_input_grad[1] else None
+        grad_matrix = scaled.t() @ w if ctx.needs_input_grad[2] else None
         grad_bias = grad_style.sum(0) if ctx.needs_input_grad[3] else None
         return grad_weight, grad_w, grad_matrix, grad_bias, None, None
 

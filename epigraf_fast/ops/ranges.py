@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
 
-class annotate(contextlib.ContextDecorator):
+class annotate:
     """A range, or of a function it decorates one a call, that profilers show under this name.
 
     NVTX by the package nvtx, on any machine and at no cost while nothing is attached, or without it by torch on a GPU;
@@ -19,24 +19,29 @@ class annotate(contextlib.ContextDecorator):
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._entered: list[tuple[AbstractContextManager[Any], ...]] = []  # calls of what it decorates may be nested
+        self.ranges: tuple[AbstractContextManager[Any], ...] = ()
 
-    def __enter__(self) -> annotate:
-        ranges: tuple[AbstractContextManager[Any], ...] = ()
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def annotated(*args: Any, **kwargs: Any) -> Any:
+            with annotate(self.name):  # one of its own: calls may be nested, or those of several threads
+                return function(*args, **kwargs)
+
+        return annotated
+
+    def __enter__(self) -> None:
         nvtx = _nvtx()
         if nvtx is not None:
-            ranges = (nvtx.annotate(self.name, domain="epigraf_fast"),)
+            self.ranges = (nvtx.annotate(self.name, domain="epigraf_fast"),)
         elif torch.cuda.is_initialized():
-            ranges = (torch.cuda.nvtx.range(self.name),)
+            self.ranges = (torch.cuda.nvtx.range(self.name),)
         if torch.autograd.profiler._is_profiler_enabled:
-            ranges = (*ranges, torch.profiler.record_function(self.name))
-        for range_ in ranges:
+            self.ranges = (*self.ranges, torch.profiler.record_function(self.name))
+        for range_ in self.ranges:
             range_.__enter__()
-        self._entered.append(ranges)
-        return self
 
     def __exit__(self, *error: Any) -> None:
-        for range_ in reversed(self._entered.pop()):
+        for range_ in reversed(self.ranges):
             range_.__exit__(*error)
 
 

@@ -157,11 +157,8 @@ class _UpFirDn2d(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None]:
         (kernel,) = ctx.saved_tensors
-        return (
-            native.apply(_UpFirDn2d, native.dense(grad_y), kernel, ctx.settings.adjoint(ctx.size, kernel)),
-            None,
-            None,
-        )
+        grad_x = native.apply(_UpFirDn2d, native.dense(grad_y), kernel, ctx.settings.adjoint(ctx.size, kernel))
+        return grad_x, None, None
 
 
 class _UpFirDn2dAndAdd(torch.autograd.Function):

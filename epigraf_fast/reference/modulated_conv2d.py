@@ -134,10 +134,8 @@ def modulation(
         return weight.to(dtype), style, None
     if dtype == torch.float16:
         # Products stay in range; demodulation makes the result independent of either scale.
-        weight, style = (
-            normalize_weight(weight),
-            style / style.abs().amax(1, keepdim=True).clamp(min=torch.finfo(style.dtype).tiny),
-        )
+        weight = normalize_weight(weight)
+        style = style / style.abs().amax(1, keepdim=True).clamp(min=torch.finfo(style.dtype).tiny)
     energy = style.square() @ weight.square().sum(dim=(2, 3)).t()  # [B, C_out]
     return weight.to(dtype), style, (energy + DEMODULATION_EPSILON).rsqrt()
 
