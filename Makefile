@@ -61,13 +61,15 @@ bench: $(READY)
 
 # A program of its own over the same launchers, so that no sanitizer has to be loaded into Python.
 SANITIZED := bias_act decode_triplane modulated_conv2d upfirdn2d launchers tests/sanitize
+SANITIZE = $(CXX) -std=c++17 -O1 -g -Wall -Wno-unknown-pragmas -DEPIGRAF_ISA=base -DEPIGRAF_STD_THREADS -Icsrc \
+	$(SANITIZED:%=csrc/%.cpp) -pthread
 sanitize:
 	@mkdir -p build
-	$(CXX) -std=c++17 -O1 -g -Wall -Wno-unknown-pragmas -DEPIGRAF_ISA=base -DEPIGRAF_STD_THREADS -Icsrc $(SANITIZED:%=csrc/%.cpp) -pthread \
-		-fsanitize=address,undefined -fno-sanitize-recover=all -o build/sanitize-address
+	$(SANITIZE) -fsanitize=address,undefined -fno-sanitize-recover=all -o build/sanitize-address
 	build/sanitize-address
-	$(CXX) -std=c++17 -O1 -g -Wall -Wno-unknown-pragmas -DEPIGRAF_ISA=base -DEPIGRAF_STD_THREADS -Icsrc $(SANITIZED:%=csrc/%.cpp) -pthread \
-		-fsanitize=thread -o build/sanitize-thread
+	$(SANITIZE) -march=native -fsanitize=address,undefined -fno-sanitize-recover=all -o build/sanitize-native
+	build/sanitize-native
+	$(SANITIZE) -fsanitize=thread -o build/sanitize-thread
 	build/sanitize-thread
 
 clean:

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "cpu.h"
+#include "four_taps.h"
 
 namespace epigraf {
 namespace EPIGRAF_ISA {
@@ -15,6 +16,7 @@ namespace {
 
 constexpr i64 kChunkElements = 32768;  // outputs that are worth a thread's attention
 constexpr i64 kBlock = 2048;           // elements that stay in the nearest cache while many taps go over them
+constexpr i64 kCaches = i64(4) << 20;  // bytes of input and output that stay in nearer caches from call to call
 
 template <int N, bool ADD, typename S>
 inline void weigh(S* __restrict out, const S* const* src, const S* w, i64 n) {
@@ -350,266 +352,123 @@ class Worker {
   const Adder<T> adder_;
 };
 
-// Calls f(n) with n a constant if it is the width of a small image: loops of so few elements then have no ends to treat.
-template <typename F>
-inline void with_width(i64 n, const F& f) {
-  switch (n) {
-    case 8: return f(std::integral_constant<i64, 8>());
-    case 16: return f(std::integral_constant<i64, 16>());
-    case 32: return f(std::integral_constant<i64, 32>());
-    default: return f(n);
+template <typename S>
+struct FourTapsPlan : Plan<S> {
+  Scratch<S> zeros;    // a row outside of the image
+  bool beyond_caches;  // more input and output than the nearer caches hold
+
+  explicit FourTapsPlan(const UpFirDnArgs& a) : Plan<S>(a), zeros(a.in_width * this->lanes) {
+    for (i64 i = 0; i < a.in_width * this->lanes; i++) zeros[i] = S(0);
+    const i64 numbers = a.batch * a.channels * (a.in_height * a.in_width + a.out_height * a.out_width);
+    beyond_caches = numbers * static_cast<i64>(sizeof(S)) > kCaches;
   }
-}
-
-// Four separable taps on one lane, up 2, down 2 or neither: what the networks ask for. Blocks of rows are filtered along
-// one axis into memory that stays in the nearest cache, and from there along the other; the axis that makes the fewer
-// numbers comes first.
-template <typename S, int UP, int DOWN>
-class FourTaps {
- public:
-  explicit FourTaps(const Plan<S>& plan)
-      : plan_(plan),
-        a_(plan.args),
-        before_(round_up(plan.before)),
-        pitch_(before_ + round_up(plan.padded - plan.before)),
-        block_(UP == 2 ? minimum(a_.out_height, maximum<i64>(8, kBlockElements / a_.out_width)) : kRows),
-        held_(UP == 2 ? block_ / 2 + 2 : kRows),
-        rows_(held_ * pitch_),
-        filtered_(UP == 2 ? held_ * a_.out_width : 0),
-        zeros_(maximum(a_.in_width, a_.out_width)),
-        adder_(a_, 1) {
-    for (i64 i = 0; i < held_ * pitch_; i++) rows_[i] = S(0);
-    for (i64 i = 0; i < maximum(a_.in_width, a_.out_width); i++) zeros_[i] = S(0);
-  }
-
-  // Output rows first .. end of a plane.
-  void run(i64 plane, i64 first, i64 end) {
-    const S* x = static_cast<const S*>(a_.x) + plane * a_.in_height * a_.in_width;
-    S* y = static_cast<S*>(a_.y) + plane * a_.out_height * a_.out_width;
-    for (i64 row = first; row < end; row += block_) {
-      const i64 last = minimum(end, row + block_);
-      if constexpr (UP == 2)
-        with_width(a_.in_width, [&](auto width) { up(width, x, y, plane, row, last); });
-      else
-        with_width(a_.in_width, [&](auto width) { down(width, x, y, plane, row, last); });
-    }
-  }
-
- private:
-  static constexpr i64 kRows = 4;  // of a block, UP 1: they share loads
-  static constexpr i64 kBlockElements = 4096;
-
-  static i64 round_up(i64 n) { return ceil_div(n, 16) * 16; }
-
-  const S* row_or_zeros(const S* rows, i64 row, i64 width) const {
-    return row >= 0 && row < a_.in_height ? rows + row * width : zeros_.get();
-  }
-
-  // Along columns, then along rows.
-  template <typename N>
-  void down(N width, const S* x, S* y, i64 plane, i64 first, i64 end) {
-    const S *a = plan_.taps.get(), *b = a + 4;
-    const S a0 = a[0], a1 = a[1], a2 = a[2], a3 = a[3], b0 = b[0], b1 = b[1], b2 = b[2], b3 = b[3];
-    const S* src[DOWN * (kRows - 1) + 4];
-    for (i64 i = 0; i < DOWN * (kRows - 1) + 4; i++) src[i] = row_or_zeros(x, first * DOWN - a_.pad_y + i, width);
-    S* __restrict filtered = rows_.get() + before_;
-    const i64 pitch = pitch_;
-#pragma omp simd
-    for (i64 i = 0; i < width; i++)
-      for (int r = 0; r < kRows; r++) {
-        const S* const* s = src + DOWN * r;
-        filtered[r * pitch + i] = a0 * s[0][i] + a1 * s[1][i] + a2 * s[2][i] + a3 * s[3][i];
-      }
-    with_width(a_.out_width, [&](auto n) {
-      for (i64 oy = first; oy < end; oy++) {
-        const S* __restrict v = rows_.get() + (oy - first) * pitch_ + before_ - a_.pad_x;
-        S* __restrict out = y + oy * n;
-#pragma omp simd
-        for (i64 i = 0; i < n; i++)
-          out[i] = b0 * v[DOWN * i] + b1 * v[DOWN * i + 1] + b2 * v[DOWN * i + 2] + b3 * v[DOWN * i + 3];
-        adder_.add(out, plane, oy, 0, n);
-      }
-    });
-  }
-
-  // Along rows, then along columns: an output meets two samples of each axis.
-  template <typename N>
-  void up(N width, const S* x, S* y, i64 plane, i64 first, i64 end) {
-    const i64 n = a_.out_width;
-    const i64 top = maximum<i64>(plan_.vertical[first].sample, 0);
-    const i64 bottom = minimum(plan_.vertical[end - 1].sample + 2, a_.in_height);
-    const Taps even = taps_of(0, 2, 1, a_.pad_x), odd = taps_of(1, 2, 1, a_.pad_x);
-    const S* w = plan_.taps.get() + 4;
-    const S e0 = w[even.first], e1 = w[even.first + 2], o0 = w[odd.first], o1 = w[odd.first + 2];
-    for (i64 iy = top; iy < bottom; iy++) {
-      const S* __restrict src = x + iy * width;
-      S* __restrict padded = rows_.get() + (iy - top) * pitch_ + before_;
-      for (i64 i = 0; i < width; i++) padded[i] = src[i];
-    }
-    with_width(n / 2, [&](auto half) {
-      for (i64 row = 0; row < bottom - top; row++) {
-        const S* padded = rows_.get() + row * pitch_ + before_;
-        const S *e = padded + even.sample, *o = padded + odd.sample;
-        S* __restrict h = filtered_.get() + row * n;
-#pragma omp simd
-        for (i64 i = 0; i < half; i++) {
-          h[2 * i] = e0 * e[i] + e1 * e[i + 1];
-          h[2 * i + 1] = o0 * o[i] + o1 * o[i + 1];
-        }
-        if (n % 2) h[n - 1] = e0 * e[n / 2] + e1 * e[n / 2 + 1];
-      }
-    });
-    for (i64 oy = first; oy < end; oy++) {
-      const Taps taps = plan_.vertical[oy];
-      const S* rows = filtered_.get() - top * n;
-      const S *h0 = row_or_zeros(rows, taps.sample, n), *h1 = row_or_zeros(rows, taps.sample + 1, n);
-      const S a0 = plan_.taps[taps.first], a1 = plan_.taps[taps.first + 2];
-      S* __restrict out = y + oy * n;
-      with_width(n, [&](auto size) {
-#pragma omp simd
-        for (i64 i = 0; i < size; i++) out[i] = a0 * h0[i] + a1 * h1[i];
-      });
-      adder_.add(out, plane, oy, 0, n);
-    }
-  }
-
-  const Plan<S>& plan_;
-  const UpFirDnArgs& a_;
-  const i64 before_, pitch_;  // of the padded rows: numbers before the image's, and from row to row
-  const i64 block_, held_;    // output rows of a block, and rows that it filters along one axis
-  Scratch<S> rows_;           // padded: UP 2 input rows, else what columns gave
-  Scratch<S> filtered_;       // UP 2: input rows, filtered along the row
-  Scratch<S> zeros_;          // a row outside of the image
-  const Adder<S> adder_;
 };
 
-// The same of pixels, whose lanes run fastest; in tiles of columns, for rows of pixels are longer than the nearest cache.
-// Few rows at once: they often lie so that all fall on one set of it.
+// Rows by the loops of four_taps.h, several at once.
 template <typename S, int UP, int DOWN>
-class FourTapsOfPixels {
+class FourTapsWorker {
  public:
-  explicit FourTapsOfPixels(const Plan<S>& plan)
-      : plan_(plan),
-        a_(plan.args),
+  explicit FourTapsWorker(const FourTapsPlan<S>& plan)
+      : a_(plan.args),
         lanes_(plan.lanes),
-        tile_(minimum(a_.out_width, maximum<i64>(UP, kTileElements / lanes_ / UP * UP))),
-        pitch_((UP == 2 ? tile_ : (tile_ - 1) * DOWN + 4) * lanes_),
-        rows_((UP == 2 ? kBlock / 2 + 2 : 1) * pitch_),
-        zeros_(pitch_),
+        held_(a_.channels_last ? 4 * kRowsOfPixels * lanes_ : 0),
         adder_(a_, lanes_) {
-    for (i64 i = 0; i < pitch_; i++) zeros_[i] = S(0);
+    f_.columns = plan.taps.get();
+    f_.rows = f_.columns + 4;
+    f_.zeros = plan.zeros.get();
+    f_.in_height = a_.in_height;
+    f_.in_width = a_.in_width;
+    f_.out_width = a_.out_width;
+    f_.pad_x = a_.pad_x;
+    f_.pad_y = a_.pad_y;
+    f_.lanes = lanes_;
+    // Rows are read along far stretches of memory, pixels of several rows at once.
+    f_.ahead = plan.beyond_caches ? a_.channels_last ? 1024 : 4096 : 0;
+    f_.stream = plan.beyond_caches && !a_.added && reinterpret_cast<uintptr_t>(a_.y) % kRegisterBytes == 0 &&
+                (a_.channels_last ? lanes_ : a_.out_width) % Register<S>::kSize == 0;
   }
 
   // Output rows first .. end of a plane.
   void run(i64 plane, i64 first, i64 end) {
-    const S* x = static_cast<const S*>(a_.x) + plane * a_.in_height * a_.in_width * lanes_;
-    S* y = static_cast<S*>(a_.y) + plane * a_.out_height * a_.out_width * lanes_;
-    constexpr i64 block = UP == 2 ? kBlock : 1;
-    for (i64 row = first; row < end; row += block)
-      for (i64 ox = 0; ox < a_.out_width; ox += tile_) {
-        const i64 last = minimum(end, row + block), right = minimum(ox + tile_, a_.out_width);
-        UP == 2 ? up(x, y, row, last, ox, right) : down(x, y, row, ox, right);
-        for (i64 oy = row; oy < last; oy++) adder_.add(y + (oy * a_.out_width + ox) * lanes_, plane, oy, ox, right - ox);
-      }
+    f_.x = static_cast<const S*>(a_.x) + plane * a_.in_height * a_.in_width * lanes_;
+    f_.y = static_cast<S*>(a_.y) + plane * a_.out_height * a_.out_width * lanes_;
+    a_.channels_last ? blocks_of_pixels<kRowsOfPixels>(first, end) : blocks<kRows>(first, end);
+    if (f_.stream) end_of_stores_past_caches();
+    for (i64 oy = first; oy < end; oy++) adder_.add(f_.y + oy * a_.out_width * lanes_, plane, oy, 0, a_.out_width);
   }
 
  private:
-  static constexpr i64 kBlock = 8;  // rows of a block, UP 2
-  static constexpr i64 kTileElements = 1024;
+  static constexpr int kRows = kRegisterBytes == 64 ? 4 : 2, kRowsOfPixels = UP == 1 && DOWN == 1 ? kRows : 2;
 
-  const S* pixels(const S* x, i64 iy, i64 ix) const {
-    return iy >= 0 && iy < a_.in_height ? x + (iy * a_.in_width + ix) * lanes_ : zeros_.get();
-  }
-
-  // Along columns, then along rows. The tile meets input columns `left` on, of which lo .. hi are inside of the image.
-  void down(const S* x, S* y, i64 oy, i64 ox, i64 right) {
-    const S *a = plan_.taps.get(), *b = a + 4;
-    const i64 lanes = lanes_, left = ox * DOWN - a_.pad_x, columns = (right - ox - 1) * DOWN + 4;
-    const i64 lo = minimum(maximum<i64>(-left, 0), columns), hi = maximum(lo, minimum(a_.in_width - left, columns));
-    const S* src[4];
-    for (i64 i = 0; i < 4; i++) src[i] = pixels(x, oy * DOWN - a_.pad_y + i, left + lo);
-    S* row = rows_.get();
-    for (i64 i = 0; i < lo * lanes; i++) row[i] = S(0);
-    weigh<4, false>(row + lo * lanes, src, a, (hi - lo) * lanes);
-    for (i64 i = hi * lanes; i < columns * lanes; i++) row[i] = S(0);
-    S* out = y + (oy * a_.out_width + ox) * lanes;
-    auto across = [&](S* to, const S* from, i64 n) {
-      const S* neighbours[4] = {from, from + lanes, from + 2 * lanes, from + 3 * lanes};
-      weigh<4, false>(to, neighbours, b, n);
-    };
-    if (DOWN == 1)
-      across(out, row, (right - ox) * lanes);
-    else
-      for (i64 i = 0; i < right - ox; i++) across(out + i * lanes, row + DOWN * i * lanes, lanes);
-  }
-
-  // Along rows, then along columns: an output meets two samples of each axis.
-  void up(const S* x, S* y, i64 first, i64 end, i64 ox, i64 right) {
-    const i64 top = maximum<i64>(plan_.vertical[first].sample, 0), n = (right - ox) * lanes_;
-    const i64 bottom = minimum(plan_.vertical[end - 1].sample + 2, a_.in_height);
-    const S *a = plan_.taps.get(), *b = a + 4;
-    auto two = [](S* to, const S* from0, const S* from1, S w0, S w1, i64 n) {
-      const S *src[2] = {from0, from1}, w[2] = {w0, w1};
-      weigh<2, false>(to, src, w, n);
-    };
-    for (i64 iy = top; iy < bottom; iy++)
-      for (i64 column = ox; column < right; column++) {
-        const Taps taps = taps_of(column, 2, 1, a_.pad_x);
-        auto pixel = [&](i64 ix) { return ix >= 0 && ix < a_.in_width ? pixels(x, iy, ix) : zeros_.get(); };
-        two(rows_.get() + (iy - top) * pitch_ + (column - ox) * lanes_, pixel(taps.sample), pixel(taps.sample + 1),
-            b[taps.first], b[taps.first + 2], lanes_);
-      }
-    for (i64 oy = first; oy < end; oy++) {
-      const Taps taps = plan_.vertical[oy];
-      auto row = [&](i64 iy) { return iy >= 0 && iy < a_.in_height ? rows_.get() + (iy - top) * pitch_ : zeros_.get(); };
-      two(y + (oy * a_.out_width + ox) * lanes_, row(taps.sample), row(taps.sample + 1), a[taps.first], a[taps.first + 2],
-          n);
+  template <int ROWS>
+  void blocks(i64 oy, i64 end) const {
+    for (; oy + ROWS <= end; oy += ROWS) {
+      if constexpr (UP == 2)
+        double_rows<ROWS>(f_, oy);
+      else if (DOWN == 1 && a_.pad_x == 2)
+        filter_rows<DOWN, 2, ROWS>(f_, oy);
+      else
+        filter_rows<DOWN, 1, ROWS>(f_, oy);
     }
+    if constexpr (ROWS > 1) blocks<1>(oy, end);
   }
 
-  const Plan<S>& plan_;
+  template <int ROWS>
+  void blocks_of_pixels(i64 oy, i64 end) const {
+    constexpr int kSize = Register<S>::kSize, kPart = kSize > 4 ? kSize / 4 : 1;
+    const i64 whole = lanes_ / kSize * kSize, parts = lanes_ / kPart * kPart;
+    for (; oy + ROWS <= end; oy += ROWS) {
+      pixels<Register<S>, ROWS>(oy, 0, whole);
+      pixels<Register<S, kPart>, ROWS>(oy, whole, parts);
+      pixels<Register<S, 1>, ROWS>(oy, parts, lanes_);
+    }
+    if constexpr (ROWS > 1) blocks_of_pixels<1>(oy, end);
+  }
+
+  template <typename R, int ROWS>
+  void pixels(i64 oy, i64 first, i64 end) const {
+    if (first >= end) return;
+    if constexpr (UP == 2)
+      double_pixels<R, ROWS>(f_, oy, first, end, held_.get());
+    else if constexpr (DOWN == 2)
+      halve_pixels<R, ROWS>(f_, oy, first, end, held_.get());
+    else
+      filter_pixels<R, ROWS>(f_, oy, first, end, held_.get());
+  }
+
   const UpFirDnArgs& a_;
-  const i64 lanes_, tile_, pitch_;  // output columns of a tile; from row to row of what lies between the axes
-  Scratch<S> rows_;   // what the first axis gave: UP 2 of input rows, else of an output row
-  Scratch<S> zeros_;  // a row, or a pixel, outside of the image
+  const i64 lanes_;
+  FourTaps<S> f_;
+  const Scratch<S> held_;  // what pixels wait for
   const Adder<S> adder_;
 };
 
-// Calls W(plan).run() for all rows.
-template <typename W, typename S>
-void run_all(const Plan<S>& plan, int threads) {
-  const i64 height = plan.args.out_height, rows = plan.planes * height;
-  const i64 per_chunk = maximum<i64>(1, kChunkElements / (plan.args.out_width * plan.lanes));
-  parallel(ceil_div(rows, per_chunk), threads, [&](i64 chunk) {
-    const i64 end = minimum(rows, (chunk + 1) * per_chunk);
+// Calls W(plan).run() for all rows: pieces of a plane, or several small planes, are a thread's work at once.
+template <typename W, typename P>
+void run_all(const P& plan, int threads) {
+  const i64 height = plan.args.out_height, row = plan.args.out_width * plan.lanes;
+  const i64 rows = minimum(height, ceil_div(kChunkElements, 4 * row) * 4), pieces = ceil_div(height, rows);
+  const i64 planes = pieces > 1 ? 1 : ceil_div(kChunkElements, height * row);
+  parallel(ceil_div(plan.planes, planes) * pieces, threads, [&](i64 chunk) {
+    const i64 first = chunk / pieces * planes, top = chunk % pieces * rows;
     W worker(plan);
-    for (i64 row = chunk * per_chunk; row < end;) {
-      const i64 first = row % height, count = minimum(end - row, height - first);
-      worker.run(row / height, first, first + count);
-      row += count;
-    }
+    for (i64 plane = first; plane < minimum(plan.planes, first + planes); plane++)
+      worker.run(plane, top, minimum(height, top + rows));
   });
-}
-
-template <typename S, int UP, int DOWN>
-void run_four_taps(const Plan<S>& plan, int threads) {
-  if (plan.lanes == 1)
-    run_all<FourTaps<S, UP, DOWN>>(plan, threads);
-  else
-    run_all<FourTapsOfPixels<S, UP, DOWN>>(plan, threads);
 }
 
 template <typename T>
 void filter(const UpFirDnArgs& args, int threads) {
   using S = Compute<T>;
-  const Plan<S> plan(args);
   if constexpr (std::is_same_v<T, S>)
     if (args.separable && args.taps_x == 4) {
-      if (args.up == 1 && args.down == 1) return run_four_taps<S, 1, 1>(plan, threads);
-      if (args.up == 1 && args.down == 2) return run_four_taps<S, 1, 2>(plan, threads);
-      if (args.up == 2 && args.down == 1) return run_four_taps<S, 2, 1>(plan, threads);
+      const FourTapsPlan<S> plan(args);
+      if (args.up == 1 && args.down == 1) return run_all<FourTapsWorker<S, 1, 1>>(plan, threads);
+      if (args.up == 1 && args.down == 2) return run_all<FourTapsWorker<S, 1, 2>>(plan, threads);
+      if (args.up == 2 && args.down == 1 && (args.channels_last || args.pad_x % 2 == 0))
+        return run_all<FourTapsWorker<S, 2, 1>>(plan, threads);
     }
-  run_all<Worker<T>>(plan, threads);
+  run_all<Worker<T>>(Plan<S>(args), threads);
 }
 
 }  // namespace

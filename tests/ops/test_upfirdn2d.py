@@ -286,19 +286,45 @@ def test_error_is_that_of_the_reference(upfirdn2d, backend, name, dtype, shape):
             assert_error_within_reference(actual, expected[what], truth[what], what)
 
 
-@pytest.mark.parametrize("width", [8, 16, 32, 33, 130])
-@pytest.mark.parametrize("padding", [(0, 0, 0, 0), (2, 1, 1, 2), (5, 9, 7, 6), (-3, 2, 1, -2)])
-@pytest.mark.parametrize("factors", [{}, {"up": 2}, {"down": 2}], ids=["same", "up", "down"])
-def test_four_taps_at_every_width(upfirdn2d, factors, padding, width):
-    """Rows and blocks of rows that fill vectors and those that do not; more than a thread takes at once."""
-    x = draw(3, 5, 70, width, dtype=torch.float32).requires_grad_()
+FACTORS = pytest.mark.parametrize("factors", [{}, {"up": 2}, {"down": 2}], ids=["same", "up", "down"])
+
+
+def assert_four_taps_are_right(upfirdn2d, x, padding, factors):
+    """y and its gradient, for one filter of four taps, against the reference in fp64."""
+    x.requires_grad_()
     taps = draw(4, seed=1, dtype=torch.float32)
     expected = ops.upfirdn2d(x.double(), taps.double(), padding=padding, backend="reference", **factors)
     actual = upfirdn2d(x, taps, padding=padding, **factors)
     assert_close(actual, expected.float(), "y")
-    grad_y = draw(*actual.shape, seed=2, dtype=torch.float32)
+    grad_y = torch.empty_like(actual).copy_(draw(*actual.shape, seed=2, dtype=torch.float32))  # in the layout of y
     grads = [torch.autograd.grad(y, x, grad_y.to(y.dtype))[0] for y in (actual, expected)]
     assert_close(*grads, "gradient")
+
+
+@pytest.mark.parametrize("width", [8, 16, 32, 33, 130])
+@pytest.mark.parametrize("padding", [(0, 0, 0, 0), (2, 1, 1, 2), (5, 9, 7, 6), (-3, 2, 1, -2)])
+@FACTORS
+def test_four_taps_at_every_width(upfirdn2d, factors, padding, width):
+    """Rows and blocks of rows that fill vectors and those that do not; more than a thread takes at once."""
+    assert_four_taps_are_right(upfirdn2d, draw(3, 5, 70, width, dtype=torch.float32), padding, factors)
+
+
+@pytest.mark.parametrize("channels", [2, 16, 23, 40])
+@pytest.mark.parametrize("padding", [(0, 0, 0, 0), (2, 1, 1, 2), (5, 9, 7, 6), (-3, 2, 1, -2)])
+@FACTORS
+def test_four_taps_with_every_number_of_channels(upfirdn2d, factors, padding, channels):
+    x = draw(3, channels, 19, 14, dtype=torch.float32).contiguous(memory_format=torch.channels_last)
+    assert_four_taps_are_right(upfirdn2d, x, padding, factors)
+
+
+@pytest.mark.parametrize("width", [255, 256])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels last"])
+@FACTORS
+def test_images_larger_than_the_caches(cpu_level, factors, layout, width):
+    """Whose memory is fetched ahead, and written past the caches where the processor can and rows are aligned."""
+    x = draw(1, 16, 280, width, dtype=torch.float32).contiguous(memory_format=layout)
+    upfirdn2d = functools.partial(ops.upfirdn2d, backend="cpu")
+    assert_four_taps_are_right(upfirdn2d, x, (2, 1, 2, 1), factors)
 
 
 @pytest.mark.parametrize("name", CALLS)
