@@ -171,8 +171,9 @@ def ops_gpu(result: Result) -> str:
 
 
 def _range(values: list[float]) -> str:
-    low, high = min(values), max(values)
-    return f"{low:.1f}x" if f"{low:.1f}" == f"{high:.1f}" else f"{low:.1f}x to {high:.1f}x"
+    """From the smallest to the largest, and the geometric mean."""
+    low, high, mean = min(values), max(values), statistics.geometric_mean(values)
+    return f"{low:.1f}x" if f"{low:.1f}" == f"{high:.1f}" else f"{low:.1f}x to {high:.1f}x, {mean:.1f}x"
 
 
 SHAPES = {
@@ -194,7 +195,10 @@ def ops_cpu(result: Result) -> str:
         for (op, backend, against), values in found.items()
     ]
     shapes = SHAPES[result["config"]["size"]]
-    title = f"How many times as fast a backend is as another on a CPU, both run in turn, {shapes} ({source(result)}):"
+    title = (
+        f"How many times as fast a backend is as another on a CPU, both run in turn, {shapes}; of "
+        f"several cases the slowest, the fastest and the geometric mean ({source(result)}):"
+    )
     return f"{title}\n\n{table(['op', 'backend', 'against', *(MODES[m] for m in modes)], lines)}"
 
 
