@@ -2,44 +2,18 @@
 // their gradients never reach memory, but for the gradient of the features, which is scattered plane by plane.
 #include "decode_triplane.h"
 
-#include "cpu.h"
+#include "registers.h"
 
 namespace epigraf {
 namespace EPIGRAF_ISA {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
-#elif defined(__AVX__)
-constexpr int kVectorBytes = 32;
-#else
-constexpr int kVectorBytes = 16;
-#endif
-
 constexpr i64 kPoints = 64;                            // of a block
 constexpr i64 kChunkPoints = 2048, kMostChunks = 256;  // what one thread takes at once; each keeps sums of its own
 
 template <typename S>
-struct Vector {
-  typedef S Type __attribute__((vector_size(kVectorBytes)));
-  static constexpr i64 lanes = kVectorBytes / sizeof(S);
-};
-
-template <typename S>
 i64 padded(i64 n) {
-  return ceil_div(n, Vector<S>::lanes) * Vector<S>::lanes;
-}
-
-template <typename S>
-inline __attribute__((always_inline)) typename Vector<S>::Type read(const S* src) {
-  typename Vector<S>::Type v;
-  __builtin_memcpy(&v, src, sizeof(v));
-  return v;
-}
-
-template <typename S>
-inline __attribute__((always_inline)) void write(S* dst, typename Vector<S>::Type v) {
-  __builtin_memcpy(dst, &v, sizeof(v));
+  return ceil_div(n, Register<S>::kSize) * Register<S>::kSize;
 }
 
 // A matrix by its element (row, step of the sum).
@@ -52,11 +26,11 @@ struct Left {
 // R rows by N vectors of a product, kept in registers.
 template <typename S, int R, int N, bool ADD>
 inline void tile(Left<S> a, const S* b, i64 b_row, S* out, i64 out_row, i64 depth) {
-  using V = typename Vector<S>::Type;
-  constexpr i64 L = Vector<S>::lanes;
+  using V = Register<S>;
+  constexpr i64 L = V::kSize;
   V c00{}, c01{}, c10{}, c11{}, c20{}, c21{}, c30{}, c31{};
   for (i64 k = 0; k < depth; k++) {
-    const V b0 = read(b + k * b_row), b1 = N > 1 ? read(b + k * b_row + L) : b0;
+    const V b0 = V::load(b + k * b_row), b1 = N > 1 ? V::load(b + k * b_row + L) : b0;
     const S* column = a.data + k * a.step;
     c00 += column[0] * b0;
     if (N > 1) c01 += column[0] * b1;
@@ -65,8 +39,8 @@ inline void tile(Left<S> a, const S* b, i64 b_row, S* out, i64 out_row, i64 dept
   }
   auto put = [&](i64 r, V first, V second) __attribute__((always_inline)) {
     S* dst = out + r * out_row;
-    write(dst, ADD ? read(dst) + first : first);
-    if (N > 1) write(dst + L, ADD ? read(dst + L) + second : second);
+    (ADD ? V::load(dst) + first : first).store(dst);
+    if (N > 1) (ADD ? V::load(dst + L) + second : second).store(dst + L);
   };
   put(0, c00, c01);
   if (R > 1) put(1, c10, c11), put(2, c20, c21), put(3, c30, c31);
@@ -75,7 +49,7 @@ inline void tile(Left<S> a, const S* b, i64 b_row, S* out, i64 out_row, i64 dept
 // out[rows, columns] = or += a[rows, depth] b[depth, columns]; columns fill vectors.
 template <bool ADD, typename S>
 void product(Left<S> a, const S* b, i64 b_row, S* out, i64 out_row, i64 rows, i64 depth, i64 columns) {
-  constexpr i64 L = Vector<S>::lanes;
+  constexpr i64 L = Register<S>::kSize;
   for (i64 r = 0; r < rows;) {
     const i64 height = rows - r >= 4 ? 4 : 1;
     const Left<S> part{a.data + r * a.row, a.row, a.step};
@@ -248,14 +222,14 @@ class Block {
     const Neighbours<S> x0 = neighbours(position[0], a.width), x1 = neighbours(position[1], a.width);
     const Neighbours<S> y1 = neighbours(position[1], a.height), y2 = neighbours(position[2], a.height);
     const Taps<S> taps[3] = {{a, x0, y1, 0}, {a, x0, y2, 1}, {a, x1, y2, 2}};
-    using V = typename Vector<S>::Type;
-    constexpr i64 L = Vector<S>::lanes;
+    using V = Register<S>;
+    constexpr i64 L = V::kSize;
     i64 c = 0;
     for (; c + L <= a.channels; c += L) {
       V sum{};
       for (const auto& of_plane : taps)
-        for (int k = 0; k < 4; k++) sum += of_plane.weight[k] * read(image + of_plane.offset[k] + c);
-      write(out + c, sum / S(3));
+        for (int k = 0; k < 4; k++) sum += of_plane.weight[k] * V::load(image + of_plane.offset[k] + c);
+      (sum / S(3)).store(out + c);
     }
     for (; c < a.channels; c++) {
       S sum = 0;

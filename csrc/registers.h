@@ -111,6 +111,9 @@ struct Register {
 
   friend EPIGRAF_HD Register operator+(Register a, Register b) { return Register{a.v + b.v}; }
   friend EPIGRAF_HD Register operator*(Register a, Register b) { return Register{a.v * b.v}; }
+  friend EPIGRAF_HD Register operator*(S a, Register b) { return Register{a * b.v}; }
+  friend EPIGRAF_HD Register operator/(Register a, S b) { return Register{a.v / b}; }
+  EPIGRAF_HD void operator+=(Register b) { v += b.v; }
 
  private:
   static EPIGRAF_HD Register load_some(const S* p, i64 first, i64 end) {
