@@ -355,7 +355,7 @@ class Worker {
 template <typename S>
 struct FourTapsPlan : Plan<S> {
   Scratch<S> zeros;    // a row outside of the image
-  bool beyond_caches;  // more input and output than the nearer caches hold
+  bool beyond_caches;  // more input and output than kCaches
 
   explicit FourTapsPlan(const UpFirDnArgs& a) : Plan<S>(a), zeros(a.in_width * this->lanes) {
     for (i64 i = 0; i < a.in_width * this->lanes; i++) zeros[i] = S(0);
@@ -462,11 +462,11 @@ void filter(const UpFirDnArgs& args, int threads) {
   using S = Compute<T>;
   if constexpr (std::is_same_v<T, S>)
     if (args.separable && args.taps_x == 4) {
-      const FourTapsPlan<S> plan(args);
-      if (args.up == 1 && args.down == 1) return run_all<FourTapsWorker<S, 1, 1>>(plan, threads);
-      if (args.up == 1 && args.down == 2) return run_all<FourTapsWorker<S, 1, 2>>(plan, threads);
-      if (args.up == 2 && args.down == 1 && (args.channels_last || args.pad_x % 2 == 0))
-        return run_all<FourTapsWorker<S, 2, 1>>(plan, threads);
+      const bool pairs = args.channels_last || args.pad_x % 2 == 0;  // as double_rows takes them
+      if (args.up == 1 && args.down == 1) return run_all<FourTapsWorker<S, 1, 1>>(FourTapsPlan<S>(args), threads);
+      if (args.up == 1 && args.down == 2) return run_all<FourTapsWorker<S, 1, 2>>(FourTapsPlan<S>(args), threads);
+      if (args.up == 2 && args.down == 1 && pairs)
+        return run_all<FourTapsWorker<S, 2, 1>>(FourTapsPlan<S>(args), threads);
     }
   run_all<Worker<T>>(Plan<S>(args), threads);
 }
