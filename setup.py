@@ -212,7 +212,7 @@ setup(
         "test": [
             *METRICS,
             *RENDERING,
-            "pybullet>=3.2.6; python_version < '3.12'",  # no wheels beyond: pip would compile it for a quarter of an hour
+            "pybullet>=3.2.6; python_version < '3.12'",  # beyond, pip would compile it for long
             *TOOLS,
             *VIEWER,
             *BENCHMARKS,
