@@ -22,13 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .arguments import Parser, check_effect, real, whole
 from .camera import PRIORS
+from .command import check_folder, output_folder, running, waiting
 from .config import PRESETS, Config, check, preset, to_dict
-from .errors import UserError, one_line_errors
+from .errors import UserError
 from .models.background import ENCODER_STEPS
 from .models.layers import LOW_PASS, ScalarEncoder, channels_at
 from .published import Optimizer, Snapshot, read_snapshot
-from .training.checkpoint import save_checkpoint
+from .training.checkpoint import checkpoint_path, save_checkpoint
 from .training.memory import meta_networks
 from .training.pretrained import check_finite, load_generator, save_safetensors
 
@@ -62,6 +64,7 @@ BACKGROUND_LAYERS = {
     "out1": "1.to_out",
 }
 BACKGROUND_STEPS = 8  # of the published code
+EXPORTS = {"ours": "G_ema.safetensors", "published": "G_ema-published.safetensors"}
 CAMERA_STEPS = "head_mapping.camera_scalar_enc"
 COEFFICIENTS = ".fourier_encoder.fourier_coefs"
 
@@ -389,9 +392,6 @@ def import_snapshot(
         raise UserError(f"{path}: {error}") from None
     report = [line for name, account in accounts.items() for line in account.lines(name)]
 
-    out.mkdir(parents=True, exist_ok=True)
-    save_safetensors(states["G_ema"], config, out / "G_ema.safetensors")
-    (out / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
     report += [f"wrote {out / 'G_ema.safetensors'}", f"wrote {out / 'config.json'}"]
     if {"G", "D"} <= states.keys():
         number = re.search(r"(\d{6,})", path.stem)
@@ -412,9 +412,15 @@ def import_snapshot(
             )
             report.append(f"Adam of {name}: {what}")
         report.append(f"augmentation strength: {snapshot.augment_p:.4f}; images seen: {images:,}")
-        report.append(f"wrote {save_checkpoint(out, config, trainer, keep=config.keep_checkpoints)}")
+        report.append(f"wrote {checkpoint_path(out, images)}")
     else:
+        trainer = None
         report.append("G or D is not in the file: no checkpoint to train on from was written")
+    with output_folder(out) as partial:
+        save_safetensors(states["G_ema"], config, partial / "G_ema.safetensors")
+        (partial / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
+        if trainer is not None:
+            save_checkpoint(partial, config, trainer, keep=config.keep_checkpoints)
     return report
 
 
@@ -425,50 +431,63 @@ def export_generator(path: Path, out: Path, names: str = "ours") -> list[str]:
         names: "ours", as every tool here reads it, or "published".
     """
     config, generator = load_generator(path, three_d=names == "published")
-    state, target = generator.state_dict(), out / "G_ema.safetensors"
+    state, target = generator.state_dict(), out / EXPORTS[names]
     if names == "published":
-        state, target = published_names(state), out / "G_ema-published.safetensors"
-    out.mkdir(parents=True, exist_ok=True)
-    save_safetensors(state, config, target)
+        state = published_names(state)
+    with output_folder(out) as partial:
+        save_safetensors(state, config, partial / target.name)
     whose = "the published" if names == "published" else "our"
     return [f"G_ema: {len(state)} tensors under {whose} names", f"wrote {target}"]
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m epigraf_fast.convert",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+# Flag -> the kind of checkpoint that it is for, and what holds without it.
+PICKLE, OURS = "a .pkl", "a checkpoint of ours"
+FOR_KINDS = {"preset": (PICKLE,), "patch_resolution": (PICKLE,), "kimg": (PICKLE,), "names": (OURS,)}
+
+
+def arguments() -> Parser:
+    parser = Parser("convert", __doc__)
     parser.add_argument("checkpoint", type=Path, help="a published .pkl, or a checkpoint or run folder of ours")
     parser.add_argument("out", type=Path, help="the folder to write")
     parser.add_argument(
         "--preset",
         choices=PRESETS[1:],
-        default="ffhq",
-        help="a .pkl: camera and training settings that it does not tell (default: %(default)s)",
+        help="a .pkl: camera and training settings that it does not tell (default: ffhq)",
     )
-    parser.add_argument("--patch-resolution", type=int, help="a .pkl: of the patches (default: as stored, else 64)")
+    parser.add_argument(
+        "--patch-resolution", type=whole(8, 4096), help="a .pkl: of the patches (default: as stored, else 64)"
+    )
     parser.add_argument(
         "--names",
-        choices=("ours", "published"),
-        default="ours",
-        help="of ours: names of the exported tensors (default: %(default)s)",
+        choices=EXPORTS,
+        help="of ours: names of the exported tensors (default: ours)",
     )
-    parser.add_argument("--kimg", type=float, help="a .pkl: thousands of images seen (default: as in its name)")
-    options = parser.parse_args(args)
-    with one_line_errors():
-        if options.checkpoint.suffix == ".pkl":
-            report = import_snapshot(
+    parser.add_argument("--kimg", type=real(0, 1e7), help="a .pkl: thousands of images seen (default: as in its name)")
+    parser.add_overwrite()
+    return parser
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    with running():
+        print(*run(arguments().parse_args(args)), sep="\n")
+
+
+def run(options: argparse.Namespace) -> list[str]:
+    pickled = options.checkpoint.suffix == ".pkl"
+    check_effect(vars(options), PICKLE if pickled else OURS, FOR_KINDS)
+    names = options.names or "ours"
+    written = ("G_ema.safetensors", "config.json", "checkpoints/*.pt") if pickled else (EXPORTS[names],)
+    check_folder("out", options.out, written, overwrite=options.overwrite)
+    with waiting(f"converting {options.checkpoint.name}"):
+        if pickled:
+            return import_snapshot(
                 options.checkpoint,
                 options.out,
-                preset_name=options.preset,
+                preset_name=options.preset or "ffhq",
                 patch_resolution=options.patch_resolution,
                 kimg=options.kimg,
             )
-        else:
-            report = export_generator(options.checkpoint, options.out, options.names)
-    print(*report, sep="\n")
+        return export_generator(options.checkpoint, options.out, names)
 
 
 if __name__ == "__main__":

@@ -28,13 +28,15 @@ import numpy as np
 import PIL.Image
 import torch
 
+from .arguments import Parser, check_effect, real, whole
 from .camera import cam2world_matrix, frustum_extent
+from .command import Progress, check_output, output, running
 from .data import IMAGE_SUFFIXES
-from .errors import UserError, one_line_errors
-from .render import check_range, progress_bar
+from .errors import UserError
 
 OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])  # right, down, forward <-> right, up, backward
 Z_UP = np.array([[1.0, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1]])  # (x, y, z) -> (x, z, -y)
+TOLERANCE = 10.0  # degrees that a camera may look beside the origin
 EG3D_YAW = 90.0  # degrees: there a face looks along +z, here yaw 0 is on +x
 
 
@@ -207,28 +209,23 @@ def opaque(image: PIL.Image.Image, resolution: int | None) -> PIL.Image.Image:
 
 def write(out: Path, metadata: dict[str, Any], source: Source, names: Sequence[str], resolution: int | None) -> None:
     """Writes a .json, or a .zip with the images too, whole or not at all."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f"{out.name}.partial")
-    try:
+    with output(out) as partial:
         if out.suffix == ".json":
             partial.write_text(json.dumps(metadata) + "\n")
-        else:
-            with zipfile.ZipFile(partial, "w") as archive:
-                for name in progress_bar(names, "images"):
-                    try:
-                        content = source.read(name)
-                        with PIL.Image.open(io.BytesIO(content)) as image:
-                            if resolution or "A" in image.mode or "transparency" in image.info:
-                                buffer = io.BytesIO()
-                                opaque(image, resolution).save(buffer, "png")
-                                content = buffer.getvalue()
-                    except (OSError, KeyError) as error:
-                        raise UserError(f"{source.path}: image {name} cannot be read ({error})") from None
-                    archive.writestr(zipfile.ZipInfo(name), content)
-                archive.writestr(zipfile.ZipInfo("dataset.json"), json.dumps(metadata), zipfile.ZIP_DEFLATED)
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
+            return
+        with zipfile.ZipFile(partial, "w") as archive:
+            for name in Progress(names, "images"):
+                try:
+                    content = source.read(name)
+                    with PIL.Image.open(io.BytesIO(content)) as image:
+                        if resolution or "A" in image.mode or "transparency" in image.info:
+                            buffer = io.BytesIO()
+                            opaque(image, resolution).save(buffer, "png")
+                            content = buffer.getvalue()
+                except (OSError, KeyError) as error:
+                    raise UserError(f"{source.path}: image {name} cannot be read ({error})") from None
+                archive.writestr(zipfile.ZipInfo(name), content)
+            archive.writestr(zipfile.ZipInfo("dataset.json"), json.dumps(metadata), zipfile.ZIP_DEFLATED)
 
 
 def from_others(options: argparse.Namespace, read: Callable[[Any], Poses], yaw_offset: float) -> list[str]:
@@ -293,53 +290,56 @@ def to_others(options: argparse.Namespace, eg3d: bool, yaw_offset: float) -> lis
         metadata = {"labels": [[name, row] for name, row in zip(names, labels.round(9).tolist(), strict=True)]}
     else:
         metadata = nerf_transforms(names, angles, fov, radius)
-        if options.out.suffix != ".json":
-            raise UserError(f"to-nerf writes a .json, got {options.out}")
     write(options.out, metadata, source, names, options.resolution)
     return [f"{len(names)} cameras", f"wrote {options.out}"]
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m epigraf_fast.convert_data",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("direction", choices=("from-eg3d", "from-nerf", "to-eg3d", "to-nerf"))
+FROM, TO = ("from-eg3d", "from-nerf"), ("to-eg3d", "to-nerf")
+# Flag -> the directions that it is for.
+FOR_DIRECTIONS = {"tolerance": FROM, "ray_start": FROM, "ray_end": FROM, "fov": TO, "radius": TO}
+
+
+def arguments() -> Parser:
+    parser = Parser("convert_data", __doc__)
+    parser.add_argument("direction", choices=(*FROM, *TO))
     parser.add_argument("source", type=Path, help="a zip or folder with dataset.json, or a .json with images beside it")
     parser.add_argument("out", type=Path, help=".json (the poses), or .zip (with the images)")
-    parser.add_argument("--resolution", type=int, help="resize the images (transparent ones go on white)")
+    parser.add_argument("--resolution", type=whole(4, 16384), help="resize the images (transparent ones go on white)")
     parser.add_argument(
-        "--yaw-offset", type=float, help="degrees between the worlds' yaws (default: 90 for EG3D, else 0)"
+        "--yaw-offset", type=real(-360, 360), help="degrees between the worlds' yaws (default: 90 for EG3D, else 0)"
     )
     parser.add_argument(
         "--tolerance",
-        type=float,
-        default=10.0,
-        help="degrees a camera may look beside the origin (default: %(default)s)",
+        type=real(0, 180),
+        help=f"degrees a camera may look beside the origin (default: {TOLERANCE:g})",
     )
-    parser.add_argument("--ray-start", type=float, help="from: where rays begin, in the units of the poses")
-    parser.add_argument("--ray-end", type=float, help="from: where they end")
-    parser.add_argument("--fov", type=float, help="to: degrees between outermost pixel centres, if none is stored")
-    parser.add_argument("--radius", type=float, help="to: distance of the cameras, if none is stored")
-    options = parser.parse_args(args)
-    with one_line_errors():
-        if options.out.suffix not in (".json", ".zip"):
-            raise UserError(f"the output must be a .json or a .zip, got {options.out}")
-        if options.resolution is not None:
-            check_range("resolution", options.resolution, 4)
-        for name in ("fov", "radius", "ray_start"):
-            if getattr(options, name) is not None:
-                check_range(name.replace("_", "-"), getattr(options, name), 1e-9)
-        if options.ray_start is not None and options.ray_end is not None:
-            check_range("ray-end", options.ray_end, options.ray_start * (1 + 1e-9))
-        eg3d = options.direction.endswith("eg3d")
-        yaw_offset = options.yaw_offset if options.yaw_offset is not None else EG3D_YAW if eg3d else 0.0
-        if options.direction.startswith("from"):
-            report = from_others(options, read_eg3d if eg3d else read_nerf, yaw_offset)
-        else:
-            report = to_others(options, eg3d, yaw_offset)
-    print(*report, sep="\n")
+    parser.add_argument("--ray-start", type=real(1e-9, 1e9), help="from: where rays begin, in the units of the poses")
+    parser.add_argument("--ray-end", type=real(1e-9, 1e9), help="from: where they end")
+    parser.add_argument(
+        "--fov", type=real(0.01, 179), help="to: degrees between outermost pixel centres, if none is stored"
+    )
+    parser.add_argument("--radius", type=real(1e-9, 1e9), help="to: distance of the cameras, if none is stored")
+    parser.add_overwrite()
+    return parser
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    with running():
+        print(*run(arguments().parse_args(args)), sep="\n")
+
+
+def run(options: argparse.Namespace) -> list[str]:
+    check_effect(vars(options), options.direction, FOR_DIRECTIONS)
+    options.tolerance = TOLERANCE if options.tolerance is None else options.tolerance
+    eg3d = options.direction.endswith("eg3d")
+    yaw_offset = options.yaw_offset if options.yaw_offset is not None else EG3D_YAW if eg3d else 0.0
+    suffixes = (".json",) if options.direction == "to-nerf" else (".json", ".zip")
+    check_output("out", options.out, suffixes, overwrite=options.overwrite)
+    if None not in (options.ray_start, options.ray_end) and options.ray_end <= options.ray_start:
+        raise UserError(f"--ray-end must be above --ray-start {options.ray_start:g}, got {options.ray_end:g}")
+    if options.direction in FROM:
+        return from_others(options, read_eg3d if eg3d else read_nerf, yaw_offset)
+    return to_others(options, eg3d, yaw_offset)
 
 
 if __name__ == "__main__":

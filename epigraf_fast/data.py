@@ -20,7 +20,7 @@ import math
 import os
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -109,10 +109,16 @@ class ImageDataset(torch.utils.data.Dataset):
         image = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
         return image, self.labels[index], self.angles[index]
 
-    def check_images(self, progress: bool = False) -> None:
-        """Reads every image. UserError names the first that cannot be read or differs from the others in size."""
+    def check_images(self, progress: bool | Callable[[list[str], str], Iterable[str]] = False) -> None:
+        """Reads every image. UserError names the first that cannot be read or differs from the others in size.
+
+        Args:
+            progress: Shows how far it is: tqdm, or a function of the files and a word for them.
+        """
         files = self.files
-        if progress:
+        if callable(progress):
+            files = progress(files, "images checked")
+        elif progress:
             from tqdm import tqdm
 
             files = tqdm(files, desc="checking images", unit="img", leave=False)

@@ -20,6 +20,8 @@ PACKAGE = ROOT / "epigraf_fast"
 # command-line tool, and takes what it needs.
 BASE = {"camera", "errors"}
 TOOL = {
+    "arguments",
+    "command",
     "doctor",
     "published",
     "render",
@@ -46,7 +48,9 @@ ALLOWED = {
     "config": BASE,
     "camera": {"errors"},
     "errors": set(),
-    "__init__": set(),
+    "command": {"errors"},
+    "arguments": {"errors"},
+    "__init__": {"command"},
 }
 # room -> what it may import besides Python's own modules, where that is a rule.
 ALLOWED_OUTSIDE = {
@@ -54,6 +58,9 @@ ALLOWED_OUTSIDE = {
     "ops": {"torch", "nvtx"},
     "kernels": {"torch", "triton"},
     "camera": {"torch"},
+    "command": {"tqdm"},
+    "arguments": set(),
+    "__init__": set(),
 }
 
 NEVER = {"bench", "tests", "checks", "kernels", "train"}  # under these names

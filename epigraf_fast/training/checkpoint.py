@@ -19,6 +19,7 @@ import torch
 
 from ..config import Config, differences, from_dict, to_dict
 from ..errors import SaveError, UserError
+from .identify import what_else
 
 FORMAT = "epigraf_fast"
 VERSION = 1
@@ -141,6 +142,9 @@ def load_checkpoint(path: Path) -> tuple[Config, dict[str, Any]]:
     """
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}: give a checkpoint file or a run folder")
+    other = what_else(path)
+    if other is not None:
+        raise UserError(f"{path} is no checkpoint but {other}")
     try:
         # The file is a zip whose checksums torch writes, but does not compare on reading: a flipped bit would pass.
         with zipfile.ZipFile(path) as archive:

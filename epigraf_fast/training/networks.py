@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import torch
 
@@ -20,9 +21,14 @@ HALF_BLOCKS = 4  # top resolutions of G and blocks of D in fp16, with precision 
 def find_device(name: str | None) -> torch.device:
     """The device of that name; default: a GPU if there is one."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
+        raise UserError(f"--device must be cpu, cuda or cuda:N, got {name}")
+    if name != "cpu" and not torch.cuda.is_available():
         raise UserError("device is cuda, but torch sees no GPU: see python -m epigraf_fast.doctor")
-    return torch.device(name)
+    device = torch.device(name)
+    if (device.index or 0) >= max(torch.cuda.device_count(), 1):
+        raise UserError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs, counted from cuda:0")
+    return device
 
 
 def set_arithmetic(config: Config) -> None:

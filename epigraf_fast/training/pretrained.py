@@ -15,6 +15,7 @@ from ..errors import UserError
 from ..models.generator import Generator
 from ..models.image_generator import ImageGenerator
 from .checkpoint import list_checkpoints, load_checkpoint
+from .identify import what_else
 from .networks import build_generator, find_device
 
 
@@ -58,7 +59,9 @@ def find_generator(path: Path) -> Path:
     if path.is_dir():
         found = list_checkpoints(path) or sorted(path.glob("checkpoint-*.pt")) or sorted(path.glob("G_ema.safetensors"))
         if not found:
-            raise UserError(f"{path} holds no checkpoint: give a checkpoint, a run folder or a converted one")
+            other = what_else(path)
+            hint = f"is {other}" if other else "holds no checkpoint: give a checkpoint, a run folder or a converted one"
+            raise UserError(f"{path} {hint}")
         return found[-1]
     return path
 
@@ -66,10 +69,11 @@ def find_generator(path: Path) -> Path:
 def save_safetensors(state: dict[str, Tensor], config: Config, path: Path) -> None:
     """Writes tensors, with the settings in the file's header."""
     _require_safetensors()
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    save_file(content, path, metadata={"config": json.dumps(to_dict(config))})
+    # Written here, since the package's own writer leaves a file that nobody else may read.
+    path.write_bytes(save(content, metadata={"config": json.dumps(to_dict(config))}))
 
 
 def load_safetensors(path: Path) -> tuple[Config, dict[str, Tensor]]:

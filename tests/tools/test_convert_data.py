@@ -198,7 +198,7 @@ def test_wrong_arguments_are_one_line(
         return one_error_line(convert_data.main, *arguments)
 
     assert "there is no" in fault("from-nerf", tmp_path / "none.json", tmp_path / "x.zip")
-    assert "a .json or a .zip" in fault("from-nerf", nerf, tmp_path / "x.tar")
+    assert "must end in .json or .zip" in fault("from-nerf", nerf, tmp_path / "x.tar")
     assert "camera_angle_x" in fault("from-nerf", eg3d, tmp_path / "x.zip")
     assert "cannot be read" in fault("from-eg3d", nerf.parent, tmp_path / "x.zip")
     assert "--ray-end must be" in fault("from-nerf", nerf, tmp_path / "x.zip", "--ray-start", 2, "--ray-end", 1)

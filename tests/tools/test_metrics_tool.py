@@ -144,7 +144,7 @@ def test_a_folder_of_checkpoints(
         assert result["fd_efficientnet"] > 0
         assert result["fid"] > 0
         assert f"fid {result['fid']:.4g}" in printed
-    metrics.main([results[1]["checkpoint"], *arguments, "--out", str(out)])
+    metrics.main([results[1]["checkpoint"], *arguments, "--out", str(out), "--overwrite"])
     assert json.loads(out.read_text()) == results[1:]
 
 
@@ -152,7 +152,7 @@ def test_a_folder_of_checkpoints(
     ("arguments", "words"),
     [
         (("RUN", "--plot", "x.txt"), "--plot must end in"),
-        (("RUN", "--images", "1"), "--images must be at least 2"),
+        (("RUN", "--images", "1"), "--images must be a whole number from 2 to 10000000, got 1"),
         (("RUN", "--data", "nowhere.zip"), "there is no such data set"),
         (("RUN", "--data", "builtin"), "but resolution 16 was asked for"),
         (("RUN", "--inception", "none.pt"), "there are no weights none.pt"),

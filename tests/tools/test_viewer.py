@@ -202,7 +202,7 @@ def test_the_page_is_served_here_alone(running: viewer.Viewer) -> None:
     assert running.server.get_host() == "127.0.0.1"
     port = running.server.get_port()
     with pytest.raises(UserError, match=f"port {port} of 127.0.0.1 cannot be used"):
-        viewer.check_port("127.0.0.1", port)
+        viewer.free_port("127.0.0.1", port)
 
 
 # A real browser
