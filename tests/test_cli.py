@@ -374,7 +374,9 @@ def test_faults_in_the_settings(
     ("extra", "words"),
     [
         (["--micro-batch", "3"], ["batch must be a positive multiple of micro_batch, got 8 and 3"]),
-        (["--batch", "6"], ["set --micro-batch 4"]),
+        (["--batch", "6"], ["set --micro-batch 3 or --batch 8"]),
+        (["--batch", "7"], ["set --micro-batch 1 or --batch 8"]),
+        (["--augment.p", "5"], ["augment.p must be in [0, 1], got 5"]),
         (["--patch.resolution", "32"], ["set --patch.resolution 16"]),
         (["--optim.g-lr", "nan"], ["optim.g_lr must be finite and positive"]),
         (["--device", "abacus"], ["device must be cpu or cuda, got 'abacus'"]),

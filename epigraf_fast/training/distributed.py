@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..config import Config
+from ..config import Config, micro_batch_for
 from ..errors import UserError
 
 # While rank 0 draws pictures or measures FID, the others wait. A dead process is noticed by torchrun, not by this.
@@ -151,12 +152,26 @@ class _Buckets:
 
 def check_world(config: Config, world: World) -> None:
     """Raises UserError unless the batch can be shared by the processes."""
-    if config.batch % world.size:
-        raise UserError(f"batch must be a multiple of the {world.size} processes, got {config.batch}")
-    share, group = config.batch // world.size, config.discriminator.minibatch_std_group
-    micro = min(config.micro, share)
-    if share % micro or micro % min(group, micro):
+    size, group = world.size, config.discriminator.minibatch_std_group
+
+    def fits(images: int, micro: int) -> bool:
+        return images % micro == 0 and micro % min(group, micro) == 0
+
+    def shared(batch: int) -> bool:
+        """Whether one process could train on so many images, and these processes, too."""
+        shares = [batch, batch // size]
+        return batch % size == 0 and all(fits(share, min(config.micro_batch or share, share)) for share in shares)
+
+    if config.batch % size:
+        whole = size * math.lcm(config.micro_batch or 1, group)  # in most settings multiples of this can be shared
+        batch = next((batch for batch in range(config.batch, config.batch + whole + 1) if shared(batch)), None)
+        advice = f"--batch {batch}" if batch else f"--batch {-(-config.batch // whole) * whole} --micro-batch {group}"
+        raise UserError(f"batch must be a multiple of the {size} processes, got {config.batch}: set {advice}")
+    if not shared(config.batch):
+        share = config.batch // size
+        micro = min(config.micro, share)
         raise UserError(
-            f"the share of a process, batch / {world.size} = {share}, must be a multiple of micro_batch = {micro}, and "
-            f"that of discriminator.minibatch_std_group = {group}: set --micro-batch {min(group, share)}"
+            f"the share of a process, batch / {size} = {share}, must be a multiple of micro_batch = {micro}, and "
+            f"that of discriminator.minibatch_std_group = {group}: set --micro-batch "
+            f"{micro_batch_for(share, micro, group)}"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 import signal
@@ -47,8 +48,13 @@ def require_finite(trainer: Trainer, run_dir: Path) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def explain_out_of_memory(config: Config, label_dim: int, device: torch.device) -> Iterator[None]:
-    """Turns an out-of-memory error into a UserError that names the micro-batch that would fit."""
+def explain_out_of_memory(config: Config, label_dim: int, device: torch.device, processes: int = 1) -> Iterator[None]:
+    """Turns an out-of-memory error into a UserError that names the micro-batch that would fit.
+
+    Args:
+        processes: That share a batch.
+    """
+    config = dataclasses.replace(config, batch=config.batch // processes)
     try:
         yield
     except (RuntimeError, MemoryError) as error:
