@@ -591,16 +591,28 @@ def test_signals(
     assert losses(run_dir) == expected
 
 
-def test_a_second_interrupt_does_not_wait(
-    tiny_config: TinyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def iteration(trainer: step.Trainer, *batch: torch.Tensor) -> None:
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
+TWICE = """
+import signal, sys, train
+from epigraf_fast.training import step
+def iteration(trainer, *batch):
+    signal.raise_signal(signal.SIGINT)
+    print("the step goes on", flush=True)
+    signal.raise_signal(signal.SIGINT)
+    print("it is still there", flush=True)
+step.Trainer.iteration = iteration
+sys.exit(train.main(sys.argv[1:]))
+"""
 
-    monkeypatch.setattr(step.Trainer, "iteration", iteration)
-    with pytest.raises(KeyboardInterrupt):
-        run(tiny_config())
+
+def test_a_second_interrupt_ends_at_once(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    """Whatever the process does; the first one is confirmed."""
+    line = [sys.executable, "-c", TWICE, *flags(tiny_config())]
+    process = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert process.returncode == -signal.SIGINT, process.stderr
+    assert "the step goes on" in process.stdout
+    assert "still there" not in process.stdout
+    assert "stopping after this step; Ctrl-C ends at once, without saving" in process.stderr
+    assert "Traceback" not in process.stderr
     assert list_checkpoints(tmp_path / "run") == []
 
 
