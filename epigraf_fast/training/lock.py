@@ -34,7 +34,7 @@ def locked(run_dir: Path, world: World) -> Iterator[None]:
         UserError: The folder cannot be written, or another run is in it.
     """
     job = world.exchange(uuid.uuid4().hex)[0]
-    made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
+    made = [folder for folder in (run_dir, *run_dir.parents) if not os.path.exists(folder)]
     file = None
     try:
         for rank in range(world.size):  # in turn: whoever is too late finds the name of the job in the file
