@@ -398,15 +398,22 @@ def check(config: Config) -> None:
             f"patch.resolution must be at most the resolution {c.resolution}, got {c.patch.resolution}: "
             f"set --patch.resolution {c.resolution}"
         )
-    if c.batch < 1 or c.micro < 1 or c.batch % c.micro:
+    if c.discriminator.minibatch_std_group < 1:
+        raise UserError(
+            f"discriminator.minibatch_std_group must be at least 1, got {c.discriminator.minibatch_std_group}"
+        )
+    if c.batch < 1 or c.micro < 1:
         raise UserError(f"batch must be a positive multiple of micro_batch, got {c.batch} and {c.micro}")
     group = min(c.discriminator.minibatch_std_group, c.micro)
-    if group < 1:
-        raise UserError(f"discriminator.minibatch_std_group must be at least 1, got {group}")
-    if c.micro % group:
+    if c.batch % c.micro or c.micro % group:
+        advice = f"set --micro-batch {micro_batch_for(c.batch, c.micro, group)}"
+        if c.batch % c.micro:
+            raise UserError(f"batch must be a positive multiple of micro_batch, got {c.batch} and {c.micro}: {advice}")
+        whole_groups = -(-c.batch // group) * group
+        if c.micro_batch is None or c.micro_batch >= whole_groups:
+            advice += f" or --batch {whole_groups}"
         raise UserError(
-            f"micro_batch must be a multiple of discriminator.minibatch_std_group = {group}, got {c.micro}: "
-            f"set --micro-batch {c.micro // group * group}"
+            f"micro_batch must be a multiple of discriminator.minibatch_std_group = {group}, got {c.micro}: {advice}"
         )
     positive = {
         "keep_checkpoints": c.keep_checkpoints,
@@ -453,7 +460,8 @@ def check(config: Config) -> None:
         "optim.blur_sigma": c.optim.blur_sigma,
         "optim.ema_rampup": c.optim.ema_rampup,
         "optim.ema_kimg": c.optim.ema_kimg or 0.0,
-        "augment.p": c.augment.p,
+        "camera.yaw_spread": c.camera.yaw_spread,
+        "camera.pitch_spread": c.camera.pitch_spread,
         "generator.decoder_fourier": c.generator.decoder_fourier,
         "patch.importance": c.patch.importance,
         "optim.path_length_weight": c.optim.path_length_weight,
@@ -473,6 +481,7 @@ def check(config: Config) -> None:
         ("discriminator.camera_dropout", c.discriminator.camera_dropout),
         ("generator.pose_swap_probability", c.generator.pose_swap_probability),
         ("generator.style_mixing", c.generator.style_mixing),
+        ("augment.p", c.augment.p),
     ):
         if not 0 <= value <= 1:
             raise UserError(f"{name} must be in [0, 1], got {value}")
@@ -528,7 +537,16 @@ def check(config: Config) -> None:
                 raise UserError(f"{name} belongs to generator.backbone triplane, image has no rays: leave it out")
     elif c.optim.path_length_weight:
         raise UserError("optim.path_length_weight must be 0 with generator.backbone triplane, as published")
+    for name, value in flat(c).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{name} must be finite, got {value}")
     check_camera(c.camera)
+
+
+def micro_batch_for(batch: int, at_most: int, group: int) -> int:
+    """The largest micro-batch of at most so many images that divides a batch, into whole groups of minibatch-std."""
+    sizes = range(min(batch, at_most, 2**16), 0, -1)
+    return next(micro for micro in sizes if batch % micro == 0 and micro % min(group, micro) == 0)
 
 
 def check_camera(camera: CameraConfig) -> None:
@@ -539,9 +557,12 @@ def check_camera(camera: CameraConfig) -> None:
         raise UserError(f"camera.ray_end must exceed ray_start = {camera.ray_start}, got {camera.ray_end}")
     extent = frustum_extent(camera.fov, camera.radius, camera.ray_start, camera.ray_end)
     if not extent <= camera.cube_scale:
+        advice = "narrow the rays"
+        if extent < 1e6:
+            advice = f"set --camera.cube-scale {math.ceil(extent * 1000 + 1e-6) / 1000} or {advice}"
         raise UserError(
-            f"the view frustum reaches {extent:.4f} from the origin, outside the cube of half size camera.cube_scale = "
-            f"{camera.cube_scale}: set --camera.cube-scale {math.ceil(extent * 1000) / 1000} or narrow the rays"
+            f"the view frustum reaches {extent:.4g} from the origin, outside the cube of half size camera.cube_scale = "
+            f"{camera.cube_scale}: {advice}"
         )
 
 
@@ -568,14 +589,15 @@ def from_dict(values: dict[str, Any]) -> Config:
         raise UserError(f"the stored settings do not fit this version: {error}") from None
 
 
+def flat(config: Config) -> dict[str, Any]:
+    """Every setting by its dotted name."""
+    values: dict[str, Any] = {}
+    for name, value in to_dict(config).items():
+        values |= {f"{name}.{key}": x for key, x in value.items()} if isinstance(value, dict) else {name: value}
+    return values
+
+
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """Settings that differ, as dotted name -> (old, new)."""
-
-    def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        out: dict[str, Any] = {}
-        for key, value in values.items():
-            out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        return out
-
-    a, b = flat(to_dict(old)), flat(to_dict(new))
+    a, b = flat(old), flat(new)
     return {key: (a[key], b[key]) for key in a if a[key] != b[key]}

@@ -17,3 +17,15 @@ class DivergenceError(RuntimeError):
 
 class SaveError(UserError):
     """A checkpoint could not be written; the ones before are as they were."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, damaged, or none."""
+
+
+class Stopped(BaseException):
+    """A signal of this number asks the program to stop; no `except Exception` is to catch it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by signal {number:d}")
+        self.signal = number

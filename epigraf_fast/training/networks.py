@@ -23,12 +23,16 @@ def find_device(name: str | None) -> torch.device:
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
         raise UserError(f"--device must be cpu, cuda or cuda:N, got {name}")
-    if name != "cpu" and not torch.cuda.is_available():
-        raise UserError("device is cuda, but torch sees no GPU: see python -m epigraf_fast.doctor")
-    device = torch.device(name)
-    if (device.index or 0) >= max(torch.cuda.device_count(), 1):
-        raise UserError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs, counted from cuda:0")
-    return device
+    if name.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise UserError("device is cuda, but torch sees no GPU: see python -m epigraf_fast.doctor")
+        gpus = torch.cuda.device_count()
+        if int(name.partition(":")[2] or 0) >= gpus:
+            raise UserError(
+                f"device is {name}, but torch sees {gpus} GPUs: name one up to cuda:{gpus - 1}, and start at most "
+                f"{gpus} processes on this machine"
+            )
+    return torch.device(name)
 
 
 def set_arithmetic(config: Config) -> None:

@@ -13,6 +13,7 @@ from ..config import CameraConfig
 from ..data import ImageDataset
 from ..errors import UserError
 from ..models.generator import Generator, Images
+from .progress import progress
 
 BATCH = 8  # images rendered at once
 
@@ -121,6 +122,7 @@ def render_turntable(generator: Generator, z: Tensor, label: Tensor, frames: int
     ws = generator.ws(z, label)
     planes = generator.synthesis(ws, noise_mode="const")
     views = [
-        generator.render(planes, angle.expand(len(z), -1), resolution, ws=ws, stochastic=False).rgb for angle in angles
+        generator.render(planes, angle.expand(len(z), -1), resolution, ws=ws, stochastic=False).rgb
+        for angle in progress(angles, frames, "drawing the turntable", "frame")
     ]
     return torch.stack(views)

@@ -294,8 +294,8 @@ def test_a_truncated_temporary_file_is_no_checkpoint(tmp_path: Path, tiny_config
         warnings.simplefilter("error")
         assert find_checkpoint("auto", tmp_path) == good
     save_tiny(tmp_path, tiny_config(), 16)
-    assert not left.exists()
     assert names(tmp_path) == [8, 16]
+    assert left.exists()  # another process may be writing it; see test_lock.py
 
 
 @pytest.mark.parametrize("resume", ["auto", "folder"])

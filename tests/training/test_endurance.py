@@ -83,6 +83,18 @@ def test_out_of_memory_in_the_first_step(
         run(tiny_config(), tiny_dataset)
 
 
+def test_the_micro_batch_that_fits_is_one_of_the_share(
+    tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes share 24 images: 12 each is what did not fit, so 8, which divides the batch, is no advice."""
+    monkeypatch.setattr(endurance, "device_bytes", lambda device: 2**40)
+    with (
+        pytest.raises(UserError, match=r"a micro-batch of 12 needs .*: set --micro-batch 4$"),
+        explain_out_of_memory(tiny_config(batch=24), 3, CPU, processes=2),
+    ):
+        raise MemoryError
+
+
 def test_other_errors_pass(tiny_config: TinyConfig) -> None:
     with pytest.raises(RuntimeError, match="shapes"), explain_out_of_memory(tiny_config(), 3, CPU):
         raise RuntimeError("shapes do not match")
