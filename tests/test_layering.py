@@ -22,6 +22,7 @@ BASE = {"camera", "errors"}
 TOOL = {
     "doctor",
     "published",
+    "published_settings",
     "render",
     "mesh",
     "plotting",

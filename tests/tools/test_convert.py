@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import collections
+import copy
 import dataclasses
 import io
 import json
@@ -69,7 +70,7 @@ def values(shapes: Shapes, seed: int = 0) -> dict[str, Tensor]:
         if name.endswith("resample_filter"):
             tensors[name] = convert.low_pass_filter()
         elif name.endswith("fourier_coefs"):
-            tensors[name] = math.pi * 2.0 ** torch.arange(len(tensors[name]))
+            tensors[name] = math.pi * 2.0 ** (torch.arange(len(tensors[name])) - len(tensors[name]))
     return tensors
 
 
@@ -149,34 +150,152 @@ def module_of(tensors: dict[str, Tensor], buffers: set[str], prefix: str, init: 
     return _Call(sys.modules[f"{package}torch_utils.persistence"]._reconstruct_persistent_obj, meta)
 
 
-def config_node(tree: dict[str, Any]) -> Any:
-    """Nested settings as omegaconf pickles them."""
-    node = stand_in("omegaconf.dictconfig", "DictConfig")()
-    metadata = stand_in("omegaconf.base", "ContainerMetadata")()
-    metadata.__dict__.update(object_type=dict, key_type=typing.Any, flags={})
-    content = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            content[key] = config_node(value)
-        else:
-            content[key] = stand_in("omegaconf.nodes", "AnyNode")()
-            content[key].__dict__.update(_val=value, _metadata=stand_in("omegaconf.base", "Metadata")())
-    node.__dict__.update(_content=content, _metadata=metadata, _parent=None)
+def config_node(value: Any, parent: Any = None) -> Any:
+    """Settings as omegaconf pickles them: every node knows the one that it stands in."""
+    if isinstance(value, dict):
+        node = stand_in("omegaconf.dictconfig", "DictConfig")()
+        held = {"_content": {key: config_node(part, node) for key, part in value.items()}}
+    elif isinstance(value, list):
+        node = stand_in("omegaconf.listconfig", "ListConfig")()
+        held = {"_content": [config_node(part, node) for part in value]}
+    else:
+        node = stand_in("omegaconf.nodes", "AnyNode")()
+        held = {"_val": value}
+    metadata = stand_in("omegaconf.base", "ContainerMetadata" if "_content" in held else "Metadata")()
+    metadata.__dict__.update(
+        object_type=dict, ref_type=typing.Any, flags={}, resolver_cache=collections.defaultdict(dict)
+    )
+    node.__dict__.update(_metadata=metadata, _parent=parent, **held)
     return node
 
 
-CONFIG = {
-    "num_ray_steps": 6,
-    "clamp_mode": "softplus",
-    "bg_model": {"num_steps": 5, "start": 1.0},
+# All settings of a run, as the published launcher stores them: the networks refer to the run.
+RUN: dict[str, Any] = {
+    "num_gpus": 4,
+    "env": {"name": "local", "datasets_dir": "${oc.env:DATASETS}"},
     "dataset": {
-        "white_back": True,
-        "cube_scale": 0.5,
+        "name": "tiny_${dataset.resolution}",
+        "resolution": 16,
+        "c_dim": 0,
+        "path": "data/${dataset.name}.zip",
+        "camera": {"dist_type": "spherical", "horizontal_mean": 0.0, "horizontal_stddev": 0.5},
         "sampling": {"fov": 20.0, "radius": 1.0, "ray_start": 0.75, "ray_end": 1.25, "dist": "normal"},
-        "camera": {"horizontal_stddev": 0.5},
+        "cube_scale": 0.5,
+        "white_back": True,
+        "last_back": False,
     },
-    "patch": {"resolution": 8},
+    "model": {
+        "name": "epigraf",
+        "generator": {
+            "backbone": "stylegan2",
+            "fmaps": 1.0,
+            "cbase": 32768,
+            "cmax": 512,
+            "optim": {"lr": 0.0025, "betas": [0.0, 0.99]},
+            "patch": "${training.patch}",
+            "dataset": "${dataset}",
+            "w_dim": 16,
+            "map_depth": 2,
+            "camera_cond": False,
+            "camera_cond_drop_p": 0.0,
+            "camera_cond_spoof_p": 0.5,
+            "num_ray_steps": 6,
+            "clamp_mode": "softplus",
+            "nerf_noise_std_init": 1.0,
+            "nerf_noise_kimg_growth": 5000,
+            "density_shift": 0.0,
+            "use_noise": True,
+            "tri_plane": {
+                "res": 8,
+                "feat_dim": 4,
+                "fp32": True,
+                "view_hid_dim": 0,
+                "posenc_period_len": 0,
+                "mlp": {"n_layers": 2, "hid_dim": 16},
+            },
+            "bg_model": {
+                "type": None,
+                "output_channels": 4,
+                "coord_dim": 4,
+                "num_blocks": 2,
+                "cbase": 32768,
+                "cmax": 128,
+                "num_fp16_blocks": 0,
+                "fmm": {"enabled": False, "rank": 3, "activation": "demod"},
+                "posenc_period_len": 64.0,
+                "num_steps": 5,
+                "start": 1.0,
+            },
+        },
+        "discriminator": {
+            "fmaps": 0.5,
+            "cbase": 32768,
+            "cmax": 512,
+            "patch": "${training.patch}",
+            "num_additional_start_blocks": 1,
+            "mbstd_group_size": 4,
+            "camera_cond": False,
+            "camera_cond_drop_p": 0.25,
+            "hyper_mod": True,
+            "optim": {"lr": 0.002, "betas": [0.0, 0.99]},
+        },
+        "loss_kwargs": {"pl_weight": 0.0, "blur_init_sigma": 10, "blur_fade_kimg": 200},
+    },
+    "training": {
+        "name": "patch_beta",
+        "batch_size": 64,
+        "batch_gpu": None,
+        "gamma": "auto",
+        "use_labels": False,
+        "mirror": True,
+        "resume": "latest",
+        "freezed": 0,
+        "p": 0.2,
+        "target": 0.6,
+        "kimg": 50000,
+        "seed": 3,
+        "fp32": False,
+        "metrics": "fid2k_full",
+        "patch": {
+            "enabled": True,
+            "patch_params_cond": True,
+            "min_scale_trg": 0.5,
+            "max_scale": 1.0,
+            "anneal_kimg": 10000,
+            "resolution": 8,
+            "mbstd_group_size": "${model.discriminator.mbstd_group_size}",
+            "distribution": "beta",
+            "alpha": 1.0,
+            "beta_val_start": 0.001,
+            "beta_val_end": 0.8,
+        },
+        "augment": {
+            "mode": "ada",
+            "probs": {"xflip": 0.0}
+            | dict.fromkeys(["rotate90", "xint", "scale", "rotate", "xfrac", "aniso", "brightness"], 1.0)
+            | dict.fromkeys(["contrast", "lumaflip", "hue", "saturation"], 1.0),
+        },
+    },
 }
+WITH_CAMERAS = {  # as in the second list of tensors
+    "model.generator.camera_cond": True,
+    "model.discriminator.camera_cond": True,
+    "model.generator.bg_model.type": "sphere",
+}
+
+
+def changed(changes: dict[str, Any], run: dict[str, Any] = RUN) -> dict[str, Any]:
+    """The settings of a run with others in place; ... takes one away."""
+    run = copy.deepcopy(run)
+    for name, value in changes.items():
+        *parts, last = name.split(".")
+        place = run
+        for part in parts:
+            place = place.setdefault(part, {})
+        place[last] = value
+        if value is ...:
+            del place[last]
+    return run
 
 
 def write_snapshot(
@@ -186,8 +305,15 @@ def write_snapshot(
     package: str = "src.",
     optimizers: bool = True,
     edit: Callable[[dict[str, Any]], None] | None = None,
+    changes: dict[str, Any] | None = None,
+    images: int | None = 128_000,
 ) -> dict[str, dict[str, Tensor]]:
-    """Writes a pickle of the published structure. Returns the tensors of every network."""
+    """Writes a pickle of the published structure. Returns the tensors of every network.
+
+    Args:
+        changes: Settings of the run, against `RUN`; G. and D. are other arguments of the networks.
+        images: As stored in stats.cur_nimg, with 64 an iteration.
+    """
 
     def _reconstruct_persistent_obj(meta: dict) -> None: ...
 
@@ -203,13 +329,24 @@ def write_snapshot(
     if d_shapes:
         networks["D"], shapes["D"] = values(d_shapes, 3), d_shapes
     content: dict[str, Any] = {
-        "training_set_kwargs": easy(class_name="dataset", resolution=16),
+        "training_set_kwargs": easy(class_name="dataset", resolution=16, use_labels=False, xflip=True),
         "vis": {"grid_z": torch.zeros(2, 3), "images": np.zeros((2, 2), np.float32)},
-        "stats": {"Loss/x": np.float64(1.0), "counts": collections.defaultdict(dict, {"a": {}})},
+        "stats": {"best_metric_value": np.float64(1.0), "counts": collections.defaultdict(dict, {"a": {}})},
     }
+    if images is not None:
+        content["stats"] |= {"cur_nimg": images, "batch_idx": images // 64 + 1}
+    changes = changes or {}
+    run = config_node(changed({name: value for name, value in changes.items() if name[:2] not in ("G.", "D.")}))
+    arguments = {
+        "G": {"img_resolution": 16, "img_channels": 3, "mapping_kwargs": easy(camera_cond_drop_p=0.0)},
+        "D": {"img_resolution": 8, "img_channels": 3, "epilogue_kwargs": easy(mbstd_group_size=4)},
+    }
+    arguments = changed({name: value for name, value in changes.items() if name[:2] in ("G.", "D.")}, arguments)
     for name, tensors in networks.items():
         buffers = {key for key, (_, buffer) in shapes[name].items() if buffer}
-        content[name] = module_of(tensors, buffers, "", {"cfg": config_node(CONFIG), "img_channels": 3}, package)
+        part = {"G": "generator", "D": "discriminator"}[name[0]]
+        config = run.__dict__["_content"]["model"].__dict__["_content"][part]
+        content[name] = module_of(tensors, buffers, "", {"cfg": config, **arguments[name[0]]}, package)
     content["augment_pipe"] = module_of({"p": torch.tensor(0.25)}, {"p"}, "", {}, package)
     if optimizers:
         for name in networks.keys() - {"G_ema"}:
@@ -241,7 +378,10 @@ def test_every_published_tensor_has_a_place_at_full_width(title: str) -> None:
         networks[letter] = {name: torch.empty(shape, device="meta") for name, (shape, _) in shapes.items()}
     networks["G_ema"] = networks["G"]
     snapshot = Snapshot(networks, {}, {}, 0.0, {})
-    config, label_dim = convert.config_of(snapshot, preset("ffhq"))
+    with pytest.raises(UserError, match=r"the snapshot does not tell camera\.fov, .*: give --preset NAME .* or --set"):
+        convert.config_of(snapshot, preset("ffhq"))
+    config, label_dim, report = convert.config_of(snapshot, preset("ffhq"), base_name="ffhq")
+    assert "as the preset ffhq has it: camera.fov = 12.0, camera.radius = 1.0" in report[0]
     camera = "camera" in title
     assert label_dim == 0
     assert (config.generator.pose_conditioning, config.discriminator.camera_conditioning) == (camera, camera)
@@ -253,7 +393,7 @@ def test_every_published_tensor_has_a_place_at_full_width(title: str) -> None:
             discriminator=dataclasses.replace(expected.discriminator, camera_conditioning=False),
         )
     else:
-        renderer = dataclasses.replace(expected.renderer, background="sphere", background_samples=8)
+        renderer = dataclasses.replace(expected.renderer, background="sphere")
         expected = dataclasses.replace(expected, renderer=renderer)
     assert config == expected
     generator, discriminator = meta_networks(config, label_dim)
@@ -283,7 +423,7 @@ def test_a_snapshot_becomes_a_checkpoint(
     """Values, settings, optimizers and counters arrive, and the run can be continued from there."""
     path, out = tmp_path / "network-snapshot-000128.pkl", tmp_path / "out"
     networks = write_snapshot(path, *shapes)
-    convert.main([str(path), str(out), "--preset", "plants"])
+    convert.main([str(path), str(out), "--preset", "plants"])  # for the pitches of the prior
     report = capsys.readouterr().out
     assert re.search(
         r"^G_ema: (\d+) tensors: \d+ taken, \d+ constants checked, 0 unused, 0 left$", report, re.MULTILINE
@@ -291,7 +431,12 @@ def test_a_snapshot_becomes_a_checkpoint(
     assert re.search(r"^D: .* 2 unused, 0 left$", report, re.MULTILINE)
     assert "b8.fromrgb.weight, b8.fromrgb.bias" in report
     assert re.search(r"^Adam of G: taken for \d+ parameters$", report, re.MULTILINE)
-    assert "images seen: 128,000" in report
+    assert "images seen: 128,000 (stats.cur_nimg)" in report
+    assert re.search(
+        r"^not told .* preset plants has it: camera.pitch_mean = 1.57\d+, camera.pitch_spread = 1.57\d+$",
+        report,
+        re.MULTILINE,
+    )
 
     config, content = load_checkpoint(find_checkpoint(str(out), tmp_path / "none"))
     assert json.loads((out / "config.json").read_text())["generator"]["w_dim"] == 16
@@ -300,7 +445,7 @@ def test_a_snapshot_becomes_a_checkpoint(
     assert (config.camera.yaw_spread, config.camera.pitch_spread) == (0.5, math.pi / 2)
     assert (config.renderer.coarse_samples, config.renderer.white_background) == (6, True)
     trainer = content["trainer"]
-    assert (trainer["cur_nimg"], trainer["iterations"], float(trainer["augment_p"])) == (128_000, 2_000, 0.25)
+    assert (trainer["cur_nimg"], trainer["iterations"], float(trainer["augment_p"])) == (128_000, 2_001, 0.25)
 
     average, discriminator = trainer["average"], trainer["discriminator"]
     same = {
@@ -340,8 +485,8 @@ def test_a_snapshot_becomes_a_checkpoint(
 def test_training_goes_on_from_a_snapshot(tmp_path: Path, shapes: tuple[Shapes, Shapes], tiny_data: Path) -> None:
     """The checkpoint fits a trainer of its settings, optimizers included, and takes a step."""
     path, out = tmp_path / "network-snapshot-000004.pkl", tmp_path / "out"
-    write_snapshot(path, *shapes)
-    convert.main([str(path), str(out)])
+    write_snapshot(path, *shapes, images=4000)
+    convert.main([str(path), str(out), "--preset", "ffhq"])
     config, content = load_checkpoint(find_checkpoint(str(out), tmp_path / "none"))
     config = dataclasses.replace(config, batch=4, micro_batch=4)
     dataset = ImageDataset(tiny_data, config.resolution)
@@ -362,7 +507,7 @@ def test_the_generator_is_the_same_from_every_file_and_back(tmp_path: Path, shap
     """Checkpoint and safetensors render equal images; back-conversion gives every published tensor."""
     path, out = tmp_path / "x.pkl", tmp_path / "out"
     networks = write_snapshot(path, *shapes, package="")
-    convert.main([str(path), str(out)])
+    convert.main([str(path), str(out), "--preset", "ffhq"])
     pictures = []
     for source in (out, out / "G_ema.safetensors"):
         config, generator = load_generator(source, "cpu")
@@ -398,8 +543,9 @@ def test_our_checkpoints_are_exported_under_our_names(tiny_run: Path, tmp_path: 
 def test_background_and_cameras(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Both are found in the shapes; every tensor of the background arrives, and goes back."""
     path, out = tmp_path / "x.pkl", tmp_path / "out"
-    networks = write_snapshot(path, *(tiny(published_list(f"{BACKGROUND}: {letter}")) for letter in "GD"))
-    convert.main([str(path), str(out)])
+    shapes = (tiny(published_list(f"{BACKGROUND}: {letter}")) for letter in "GD")
+    networks = write_snapshot(path, *shapes, changes=WITH_CAMERAS)
+    convert.main([str(path), str(out), "--preset", "ffhq"])
     assert "G_ema: " in capsys.readouterr().out
     config, generator = load_generator(out, "cpu")
     assert config.generator.pose_conditioning
@@ -425,19 +571,19 @@ def test_without_optimizers_or_discriminator(
 ) -> None:
     path = tmp_path / "x.pkl"
     write_snapshot(path, *shapes, optimizers=False)
-    convert.main([str(path), str(tmp_path / "a"), "--kimg", "1"])
+    convert.main([str(path), str(tmp_path / "a"), "--kimg", "1", "--preset", "ffhq"])
     assert "Adam of D: not there" in capsys.readouterr().out
     write_snapshot(path, shapes[0], None)
-    convert.main([str(path), str(tmp_path / "b")])
+    convert.main([str(path), str(tmp_path / "b"), "--preset", "ffhq"])
     assert "no checkpoint to train on from" in capsys.readouterr().out
     assert not (tmp_path / "b" / "checkpoints").exists()
     assert load_generator(tmp_path / "b", "cpu")[0].generator.w_dim == 16
 
 
-def refusal(path: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> str:
+def refusal(path: Path, out: Path, capsys: pytest.CaptureFixture[str], *options: str) -> str:
     """The one error line of a conversion, which leaves nothing behind."""
     with pytest.raises(SystemExit) as caught:
-        convert.main([str(path), str(out)])
+        convert.main([str(path), str(out), *options])
     assert caught.value.code == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -626,7 +772,7 @@ def test_another_network_is_one_line(
 ) -> None:
     change(*shapes)
     write_snapshot(tmp_path / "x.pkl", *shapes, optimizers=False)
-    assert re.search(words, refusal(tmp_path / "x.pkl", tmp_path / "out", capsys))
+    assert re.search(words, refusal(tmp_path / "x.pkl", tmp_path / "out", capsys, "--preset", "ffhq"))
 
 
 def test_wrong_values_are_named(
@@ -648,15 +794,7 @@ def test_wrong_values_are_named(
 
         monkeypatch.setattr(sys.modules[__name__], "values", spoiled)
         write_snapshot(tmp_path / "x.pkl", *shapes, optimizers=False)
-        assert words in refusal(tmp_path / "x.pkl", tmp_path / "out", capsys)
-
-
-def test_settings_are_read_through_every_kind_of_node(tmp_path: Path, shapes: tuple[Shapes, Shapes]) -> None:
-    write_snapshot(tmp_path / "x.pkl", *shapes)
-    settings = read_snapshot(tmp_path / "x.pkl").settings
-    assert settings["cfg.dataset.sampling.fov"] == 20.0
-    assert settings["cfg.num_ray_steps"] == 6
-    assert settings["img_channels"] == 3
+        assert words in refusal(tmp_path / "x.pkl", tmp_path / "out", capsys, "--preset", "ffhq")
 
 
 def test_our_checkpoints_are_no_pickles_of_theirs(tmp_path: Path) -> None:
