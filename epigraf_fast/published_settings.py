@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 import math
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,6 +25,9 @@ Kind = Literal["imported", "in the tensors", "refused", "no effect"]
 AUGMENTATIONS = ("rotate90", "xint", "scale", "rotate", "xfrac", "aniso", "brightness", "contrast", "hue", "saturation")
 LABEL_DIM = "label_dim"  # stands among our settings, and is none: how many numbers a label has
 ABSENT = object()
+# Beginnings of the names of our settings that matter to training alone.
+TRAINING = ("optim.", "patch.", "discriminator.", "augment.", "batch", "kimg", "loader.mirror")
+TRAINING += ("generator.pose_swap", "generator.pose_dropout", "renderer.density_noise")
 
 
 class Stored:
@@ -51,7 +55,10 @@ class Stored:
             short = next((to + f"{name}."[len(at) :] for at, to in self.REFERENCES if f"{name}.".startswith(at)), name)
             short = short.removesuffix(".")
             parent, _, last = short.rpartition(".")
-            self.sections.add(parent)
+            above = parent
+            while above:
+                self.sections.add(above)
+                above = above.rpartition(".")[0]
             if last.isdecimal():
                 lists.setdefault(parent, {}).setdefault(int(last), value)
                 continue
@@ -63,19 +70,17 @@ class Stored:
             self.values.setdefault(name, [entries[i] for i in sorted(entries)])
         self.resolution = self.whole("dataset.resolution") if resolution is None else resolution
 
-    def look_up(self, name: str) -> Any:
-        """A value, `Unresolved` if it or what it is a part of is, or `ABSENT`."""
-        above = name
-        while above:
-            if isinstance(self.values.get(above), Unresolved):
-                return self.values[above]
-            above = above.rpartition(".")[0]
-        return self.values.get(name, ABSENT)
+    def why_not(self, name: str) -> str | None:
+        """What refers to something that the file does not hold: a setting, or what it is a part of."""
+        while name:
+            if isinstance(self.values.get(name), Unresolved):
+                return f"{name} is {shown(self.values[name])}"
+            name = name.rpartition(".")[0]
+        return None
 
     def get(self, name: str, default: Any = ABSENT) -> Any:
         """A value; the default where the file does not hold it."""
-        value = self.look_up(name)
-        return default if value is ABSENT or isinstance(value, Unresolved) else value
+        return default if self.why_not(name) else self.values.get(name, default)
 
     def whole(self, name: str) -> int | None:
         """A positive whole number; None where there is none."""
@@ -103,7 +108,7 @@ class Setting:
         default: In the published configuration files.
         ours: What it becomes.
         take: Value -> our settings; raises `Unfit`.
-        absent: What versions of the published code did that had no such setting; None where there were none.
+        absent: What `ours` is where there is no such setting, as in older published code; `ABSENT`: it has to be told.
         when: Whether it has an effect, with our other settings.
         fine: The values that are not refused.
         training: Whether it matters to training alone.
@@ -116,7 +121,7 @@ class Setting:
     default: str = ""
     ours: tuple[str, ...] = ()
     take: Take | None = None
-    absent: dict[str, Any] | None = None
+    absent: Any = ABSENT
     when: Callable[[Config], bool] = lambda config: True
     fine: Callable[[Any, Config], bool] = lambda value, config: False
     training: bool = False
@@ -138,12 +143,14 @@ def _choice(ours: str, choices: Mapping[Any, Any]) -> Take:
 
 
 def _imported(name: str, default: str, *ours: str, take: Take | None = None, **options: Any) -> Setting:
-    return Setting(name, "imported", default, ours, take or _same(*ours), **options)
+    kind = options.pop("kind", "imported")
+    training = all(x.startswith(TRAINING) for x in ours)
+    return Setting(name, kind, default, ours, take or _same(*ours), training=training, **options)
 
 
-def _told(name: str, default: str, *ours: str, take: Take | None = None, **options: Any) -> Setting:
+def _told(name: str, default: str, *ours: str, **options: Any) -> Setting:
     """In the tensors, of which there may be too few: what is stored has to agree."""
-    return Setting(name, "in the tensors", default, ours, take or _same(*ours), **options)
+    return _imported(name, default, *ours, kind="in the tensors", **options)
 
 
 def _refused(name: str, default: str, *fine: Any, note: str, **options: Any) -> Setting:
@@ -224,6 +231,11 @@ def _discrete(value: Any, stored: Stored) -> dict[str, Any]:
     return {"patch.num_scales": steps}
 
 
+def _strength(value: Any, stored: Stored) -> dict[str, Any]:
+    """What is not fixed begins at 0."""
+    return {"augment.p": value if stored.get("training.augment.mode") == "fixed" else 0.0}
+
+
 def _probability(ours: str) -> Take:
     def take(value: Any, stored: Stored) -> dict[str, Any]:
         if value not in (0, 1):
@@ -253,6 +265,22 @@ def _augmented(config: Config) -> bool:
     return config.augment.mode != "none"
 
 
+def _fixed(config: Config) -> bool:
+    return config.augment.mode == "fixed"
+
+
+def _adaptive(config: Config) -> bool:
+    return config.augment.mode == "ada"
+
+
+def _beta(config: Config) -> bool:
+    return config.patch.distribution == "beta"
+
+
+def _discrete_scales(config: Config) -> bool:
+    return config.patch.distribution == "discrete"
+
+
 def _is_none(value: Any, config: Config) -> bool:
     return value is None
 
@@ -272,7 +300,6 @@ def _camera_rows(section: str) -> Iterator[Setting]:
             yield _imported(f"dataset.{section}.{theirs}_{part}", "", f"camera.{ours}_{name}", when=_stochastic_camera)
 
 
-TRAINING = {"training": True}
 TABLE: tuple[Setting, ...] = (
     # The data and its cameras
     _told("dataset.resolution", "512", "resolution"),
@@ -294,8 +321,8 @@ TABLE: tuple[Setting, ...] = (
     _told("D.c_dim", "0", LABEL_DIM),
     _told("training.use_labels", "false", "loader.labels", asked=False),
     _told("training_set_kwargs.use_labels", "false", "loader.labels", asked=False),
-    _imported("training.mirror", "true", "loader.mirror", **TRAINING),
-    _imported("training_set_kwargs.xflip", "true", "loader.mirror", **TRAINING),
+    _imported("training.mirror", "true", "loader.mirror"),
+    _imported("training_set_kwargs.xflip", "true", "loader.mirror"),
     _no_effect("dataset.name", "ffhq_512_posed"),
     _no_effect("dataset.path*", "", "give `--data`"),
     _no_effect("training_set_kwargs.*", "", "the data set that is given"),
@@ -314,32 +341,16 @@ TABLE: tuple[Setting, ...] = (
     _refused("G.img_channels", "3", 3, note="images have three channels"),
     _told("model.generator.camera_cond", "false", "generator.pose_conditioning"),
     _told("G.mapping_kwargs.camera_cond", "false", "generator.pose_conditioning"),
-    _imported(
-        "model.generator.camera_cond_drop_p",
-        "0",
-        "generator.pose_dropout",
-        absent={"generator.pose_dropout": 0.0},
-        when=_poses_in_g,
-        **TRAINING,
-    ),
-    _imported(
-        "G.mapping_kwargs.camera_cond_drop_p",
-        "0",
-        "generator.pose_dropout",
-        when=_poses_in_g,
-        asked=False,
-        **TRAINING,
-    ),
-    _imported(
-        "model.generator.camera_cond_spoof_p", "0.5", "generator.pose_swap_probability", when=_poses_in_g, **TRAINING
-    ),
+    _imported("model.generator.camera_cond_drop_p", "0", "generator.pose_dropout", absent=0.0, when=_poses_in_g),
+    _imported("G.mapping_kwargs.camera_cond_drop_p", "0", "generator.pose_dropout", when=_poses_in_g, asked=False),
+    _imported("model.generator.camera_cond_spoof_p", "0.5", "generator.pose_swap_probability", when=_poses_in_g),
     _refused(
         "model.generator.camera_cond_noise_std",
         "0",
         fine=_nothing,
         note="no noise on poses",
         when=_poses_in_g,
-        **TRAINING,
+        training=True,
     ),
     _refused(
         "G.mapping_kwargs.camera_cond_noise_std",
@@ -347,7 +358,7 @@ TABLE: tuple[Setting, ...] = (
         fine=_nothing,
         note="no noise on poses",
         when=_poses_in_g,
-        **TRAINING,
+        training=True,
     ),
     _imported("model.generator.num_ray_steps", "48", "renderer.coarse_samples", "renderer.fine_samples"),
     _imported(
@@ -357,22 +368,17 @@ TABLE: tuple[Setting, ...] = (
         take=_choice("renderer.density_activation", {"softplus": "softplus", "relu": "relu"}),
         note="of the sphere, too",
     ),
-    _imported(
-        "model.generator.density_shift",
-        "0",
-        "renderer.density_shift",
-        absent={"renderer.density_shift": 0.0},
-    ),
+    _imported("model.generator.density_shift", "0", "renderer.density_shift", absent=0.0),
     _imported(
         "model.generator.nerf_sp_beta_init",
         "1",
         "renderer.softplus_beta",
-        absent={"renderer.softplus_beta": 1.0},
+        absent=1.0,
         note="refused where start and end differ",
     ),
     _imported("model.generator.nerf_sp_beta_target", "1", "renderer.softplus_beta", asked=False),
     _no_effect("model.generator.nerf_sp_beta_kimg_growth", "", "start and end are equal"),
-    _imported("model.generator.nerf_noise_std_init", "1", "renderer.density_noise", take=_density_noise, **TRAINING),
+    _imported("model.generator.nerf_noise_std_init", "1", "renderer.density_noise", take=_density_noise),
     _imported(
         "model.generator.nerf_noise_kimg_growth",
         "5,000",
@@ -380,7 +386,6 @@ TABLE: tuple[Setting, ...] = (
         take=_positive("renderer.density_noise_kimg"),
         when=lambda config: config.renderer.density_noise > 0,
         note="0 is no noise",
-        **TRAINING,
     ),
     _told("model.generator.use_noise", "true", "generator.noise"),
     _told("model.generator.tri_plane.res", "512", "generator.plane_resolution"),
@@ -390,7 +395,7 @@ TABLE: tuple[Setting, ...] = (
     _refused("model.generator.tri_plane.view_hid_dim", "0", fine=_nothing, note="no view directions were published"),
     _refused("model.generator.tri_plane.has_view_cond", "false", fine=_nothing, note="the same, later"),
     _refused("model.generator.tri_plane.posenc_period_len", "0", fine=_nothing, note="no coordinates were published"),
-    _no_effect("model.generator.tri_plane.fp32", "true", "roundings alone: `--precision fp16` is without"),
+    _no_effect("model.generator.tri_plane.fp32", "true", "roundings alone; false is `--precision fp16`"),
     _no_effect("model.generator.tri_plane.last_block_fp32", "", "roundings alone"),
     _told(
         "model.generator.bg_model.type",
@@ -406,14 +411,15 @@ TABLE: tuple[Setting, ...] = (
     _refused("model.generator.bg_model.num_blocks", "2", 2, note="the sphere's network", when=_sphere),
     _refused("model.generator.bg_model.fmm.enabled", "false", False, note="the sphere's network", when=_sphere),
     _no_effect("model.generator.bg_model.fmm.*", "", "off"),
-    _no_effect("model.generator.bg_model.c*", "", "widths are in the tensors"),
+    _no_effect("model.generator.bg_model.cbase", "32768", "widths are in the tensors"),
+    _no_effect("model.generator.bg_model.cmax", "128", "widths are in the tensors"),
     _no_effect("model.generator.bg_model.num_fp16_blocks", "0", "roundings alone"),
     _imported(
         "G.conv_clamp",
         "256",
         "generator.clamp",
         take=_clamp("generator.clamp"),
-        absent={"generator.clamp": 256.0},
+        absent=256.0,
         note="None, as `training.fp32` makes it, is 0",
     ),
     _no_effect("G.num_fp16_res", "", "roundings alone"),
@@ -430,69 +436,52 @@ TABLE: tuple[Setting, ...] = (
         "patch.resolution",
         take=_patch_of_start_blocks,
         note="the image's, halved so many times",
-        **TRAINING,
     ),
-    _imported("D.img_resolution", "64", "patch.resolution", **TRAINING),
-    _told("model.discriminator.camera_cond", "false", "discriminator.camera_conditioning", **TRAINING),
-    _imported(
-        "model.discriminator.camera_cond_drop_p",
-        "0",
-        "discriminator.camera_dropout",
-        when=_cameras_in_d,
-        **TRAINING,
-    ),
+    _imported("D.img_resolution", "64", "patch.resolution"),
+    _told("model.discriminator.camera_cond", "false", "discriminator.camera_conditioning"),
+    _imported("model.discriminator.camera_cond_drop_p", "0", "discriminator.camera_dropout", when=_cameras_in_d),
     _refused(
         "model.discriminator.camera_cond_noise_std",
         "0",
         fine=_nothing,
         note="no noise on poses",
         when=_cameras_in_d,
-        **TRAINING,
+        training=True,
     ),
     _told(
         "model.discriminator.hyper_mod",
         "true",
         "discriminator.modulate",
         take=_choice("discriminator.modulate", {True: "input", False: "none"}),
-        **TRAINING,
     ),
-    _imported("model.discriminator.mbstd_group_size", "4", "discriminator.minibatch_std_group", **TRAINING),
-    _imported("D.epilogue_kwargs.mbstd_group_size", "4", "discriminator.minibatch_std_group", **TRAINING),
+    _imported("model.discriminator.mbstd_group_size", "4", "discriminator.minibatch_std_group"),
+    _imported("D.epilogue_kwargs.mbstd_group_size", "4", "discriminator.minibatch_std_group"),
     _imported(
         "D.conv_clamp",
         "256",
         "discriminator.clamp",
         take=_clamp("discriminator.clamp"),
-        absent={"discriminator.clamp": 256.0},
+        absent=256.0,
         note="None, as `training.fp32` makes it, is 0",
-        **TRAINING,
     ),
-    _no_effect("D.num_fp16_res", "4", "roundings alone: `--discriminator.half-blocks`"),
-    _refused("D.block_kwargs.freeze_layers", "0", 0, note="every layer learns", **TRAINING),
+    _no_effect("D.num_fp16_res", "4", "roundings alone; `--discriminator.half-blocks` is the same"),
+    _refused("D.block_kwargs.freeze_layers", "0", 0, note="every layer learns", training=True),
     # Losses and optimizers
-    _imported("model.generator.optim.lr", "0.0025", "optim.g_lr", absent={"optim.g_lr": 0.0025}, **TRAINING),
-    _imported("model.discriminator.optim.lr", "0.002", "optim.d_lr", **TRAINING),
-    _imported("model.generator.optim.betas", "0, 0.99", "optim.beta1", "optim.beta2", take=_betas, **TRAINING),
-    _imported("model.discriminator.optim.betas", "0, 0.99", "optim.beta1", "optim.beta2", take=_betas, **TRAINING),
-    _refused("model.generator.optim.grad_clip", "null", fine=_is_none, note="gradients are not clipped", **TRAINING),
+    _imported("model.generator.optim.lr", "0.0025", "optim.g_lr", absent=0.0025),
+    _imported("model.discriminator.optim.lr", "0.002", "optim.d_lr"),
+    _imported("model.generator.optim.betas", "0, 0.99", "optim.beta1", "optim.beta2", take=_betas),
+    _imported("model.discriminator.optim.betas", "0, 0.99", "optim.beta1", "optim.beta2", take=_betas),
+    _refused("model.generator.optim.grad_clip", "null", fine=_is_none, note="gradients are not clipped", training=True),
     _imported(
         "model.generator.ema_multiplier",
         "0.3125",
         "optim.ema_kimg",
         take=_ema_half_life,
-        absent={"optim.ema_kimg": None},
+        absent=None,
         note="times the batch, which is the default",
-        **TRAINING,
     ),
-    _refused("model.loss_kwargs.pl_weight", "0", 0, note="no path lengths with planes", **TRAINING),
-    _imported(
-        "model.loss_kwargs.blur_init_sigma",
-        "10",
-        "optim.blur_sigma",
-        take=_blur,
-        absent={"optim.blur_sigma": 0.0},
-        **TRAINING,
-    ),
+    _refused("model.loss_kwargs.pl_weight", "0", 0, note="no path lengths with planes", training=True),
+    _imported("model.loss_kwargs.blur_init_sigma", "10", "optim.blur_sigma", take=_blur, absent=0.0),
     _imported(
         "model.loss_kwargs.blur_fade_kimg",
         "200",
@@ -500,24 +489,16 @@ TABLE: tuple[Setting, ...] = (
         take=_positive("optim.blur_kimg"),
         when=lambda config: config.optim.blur_sigma > 0,
         note="0 is no blur",
-        **TRAINING,
     ),
     # Training
-    _imported("training.batch_size", "64", "batch", **TRAINING),
+    _imported("training.batch_size", "64", "batch"),
     _no_effect(
         "training.batch_gpu",
         "null",
         "gradients do not depend on how a batch is split: `--micro-batch`, at least a group",
     ),
-    _imported(
-        "training.gamma",
-        "auto",
-        "optim.r1_gamma",
-        take=_gamma,
-        note="auto is 0.0002 resolution² / batch",
-        **TRAINING,
-    ),
-    _imported("training.kimg", "50,000", "kimg", asked=False, **TRAINING),
+    _imported("training.gamma", "auto", "optim.r1_gamma", take=_gamma, note="auto is 0.0002 resolution² / batch"),
+    _imported("training.kimg", "50,000", "kimg", asked=False),
     _imported(
         "training.resume",
         "latest",
@@ -526,59 +507,28 @@ TABLE: tuple[Setting, ...] = (
         take=_resumed,
         asked=False,
         note="another run's weights: 100, and no ramp (1e6)",
-        **TRAINING,
     ),
-    _refused("training.freezed", "0", 0, note="every layer learns", **TRAINING),
-    _refused("training.patch.enabled", "true", True, note="patches alone", **TRAINING),
+    _refused("training.freezed", "0", 0, note="every layer learns", training=True),
+    _refused("training.patch.enabled", "true", True, note="patches alone", training=True),
     _told(
         "training.patch.patch_params_cond",
         "true",
         "discriminator.modulate",
         take=_choice("discriminator.modulate", {True: "input", False: "none"}),
-        **TRAINING,
     ),
-    _imported("training.patch.resolution", "64", "patch.resolution", **TRAINING),
-    _imported("training.patch.mbstd_group_size", "4", "discriminator.minibatch_std_group", **TRAINING),
+    _imported("training.patch.resolution", "64", "patch.resolution"),
+    _imported("training.patch.mbstd_group_size", "4", "discriminator.minibatch_std_group"),
     _imported(
         "training.patch.distribution",
         "beta",
         "patch.distribution",
         take=_choice("patch.distribution", {"beta": "beta", "uniform": "uniform", "discrete_uniform": "discrete"}),
-        **TRAINING,
     ),
-    _imported(
-        "training.patch.anneal_kimg", "10,000", "patch.anneal_kimg", take=_at_once("patch.anneal_kimg"), **TRAINING
-    ),
-    _imported(
-        "training.patch.beta_val_start",
-        "0.001",
-        "patch.beta_start",
-        when=lambda config: config.patch.distribution == "beta",
-        **TRAINING,
-    ),
-    _imported(
-        "training.patch.beta_val_end",
-        "0.8",
-        "patch.beta_end",
-        when=lambda config: config.patch.distribution == "beta",
-        **TRAINING,
-    ),
-    _refused(
-        "training.patch.alpha",
-        "1",
-        1,
-        note="Beta(1, beta)",
-        when=lambda config: config.patch.distribution == "beta",
-        **TRAINING,
-    ),
-    _imported(
-        "training.patch.discrete_support",
-        "0.25, 1",
-        "patch.num_scales",
-        take=_discrete,
-        when=lambda config: config.patch.distribution == "discrete",
-        **TRAINING,
-    ),
+    _imported("training.patch.anneal_kimg", "10,000", "patch.anneal_kimg", take=_at_once("patch.anneal_kimg")),
+    _imported("training.patch.beta_val_start", "0.001", "patch.beta_start", when=_beta),
+    _imported("training.patch.beta_val_end", "0.8", "patch.beta_end", when=_beta),
+    _refused("training.patch.alpha", "1", 1, note="Beta(1, beta)", when=_beta, training=True),
+    _imported("training.patch.discrete_support", "0.25, 1", "patch.num_scales", take=_discrete, when=_discrete_scales),
     _refused(
         "training.patch.min_scale_trg",
         "patch / image",
@@ -586,20 +536,17 @@ TABLE: tuple[Setting, ...] = (
             isinstance(value, (int, float)) and abs(value - config.patch.resolution / config.resolution) < 1e-6
         ),
         note="a patch has at least the image's pixels",
-        **TRAINING,
+        training=True,
     ),
-    _refused("training.patch.max_scale", "1", 1, note="up to the whole image", **TRAINING),
+    _refused("training.patch.max_scale", "1", 1, note="up to the whole image", training=True),
     _imported(
         "training.augment.mode",
         "ada",
         "augment.mode",
         take=_choice("augment.mode", {"noaug": "none", "ada": "ada", "fixed": "fixed"}),
-        **TRAINING,
     ),
-    _imported(
-        "training.p", "0.2", "augment.p", when=lambda config: config.augment.mode == "fixed", note="fixed", **TRAINING
-    ),
-    _imported("training.target", "0.6", "augment.target", when=lambda config: config.augment.mode == "ada", **TRAINING),
+    _imported("training.p", "0.2", "augment.p", take=_strength, when=_fixed, note="where it is fixed; ada begins at 0"),
+    _imported("training.target", "0.6", "augment.target", when=_adaptive),
     *(
         _imported(
             f"training.augment.probs.{theirs}",
@@ -608,17 +555,12 @@ TABLE: tuple[Setting, ...] = (
             take=_probability(f"augment.{ours}"),
             when=_augmented,
             note="0 or 1",
-            **TRAINING,
         )
-        for theirs, ours in (
-            ("xflip", "x_flip"),
-            *((name, name) for name in AUGMENTATIONS),
-            ("lumaflip", "luma_flip"),
-        )
+        for theirs, ours in (("xflip", "x_flip"), *((name, name) for name in AUGMENTATIONS), ("lumaflip", "luma_flip"))
     ),
     *(
         _refused(
-            f"training.augment.probs.{name}", "", fine=_nothing, note="not in EpiGRAF", when=_augmented, **TRAINING
+            f"training.augment.probs.{name}", "", fine=_nothing, note="not in EpiGRAF", when=_augmented, training=True
         )
         for name in ("imgfilter", "noise", "cutout")
     ),
@@ -637,14 +579,7 @@ TABLE: tuple[Setting, ...] = (
     _no_effect("training.nobench", "false"),
     _no_effect("training.dry_run", "false", "`--dry-run`"),
 )
-SECTIONS = (
-    "model.",
-    "dataset.",
-    "training.",
-    "training_set_kwargs.",
-    "G.",
-    "D.",
-)  # of the table; others say where it ran
+SECTIONS = ("model.", "dataset.", "training.", "training_set_kwargs.", "G.", "D.")  # other names say where it ran
 
 
 class Outcome(NamedTuple):
@@ -698,11 +633,10 @@ def import_settings(
     rows = [setting for setting in TABLE if training or not setting.training]
     values, sources, reasons = dict(found), dict.fromkeys(found, "the tensors say"), {}
     for setting in rows:
-        value = stored.look_up(setting.name)
+        value, why_not = stored.get(setting.name), stored.why_not(setting.name)
+        if setting.take and why_not:
+            reasons |= dict.fromkeys(setting.ours, why_not)
         if setting.take is None or value is ABSENT:
-            continue
-        if isinstance(value, Unresolved):
-            reasons |= dict.fromkeys(setting.ours, f"{setting.name} is {shown(value)}")
             continue
         try:
             told = {ours: _fitting(ours, x) for ours, x in setting.take(value, stored).items() if ours not in given}
@@ -718,8 +652,9 @@ def import_settings(
                 )
             sources.setdefault(ours, f"{setting.name} makes it")
     for setting in rows:
-        if setting.absent and stored.look_up(setting.name) is ABSENT and stored.has_section(setting.name):
-            values = setting.absent | values
+        told = stored.why_not(setting.name) or setting.name in stored.values
+        if setting.absent is not ABSENT and not told and stored.has_section(setting.name):
+            values.setdefault(setting.ours[0], setting.absent)
     config = apply(base, values | given)
     known = values.keys() | given.keys() | {LABEL_DIM}
     untold = {
@@ -775,6 +710,7 @@ def _fitting(ours: str, value: Any) -> Any:
     raise Unfit(f"it must be {words.get(kind) or 'one of ' + ', '.join(map(str, options))}")
 
 
+@functools.cache
 def _type(name: str) -> Any:
     """The type of one of our settings. Raises UserError if there is none of that name."""
     part, _, field = name.rpartition(".")
