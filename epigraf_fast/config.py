@@ -54,6 +54,12 @@ class GeneratorConfig:
     pose_swap_probability: float = 0.5
     """Final probability of showing the mapping another sample's camera (1 at the start)."""
     pose_swap_kimg: float = 1000.0
+    pose_dropout: float = 0.0
+    """Dropout, in training, of the two numbers that the mapping sees of the camera."""
+    clamp: float = 256.0
+    """The synthesis network's activations and planes are clamped to this, in fp32 too; 0 for never."""
+    noise: bool = True
+    """Whether the synthesis network adds noise images; without them their strengths stay as they are."""
     backbone: Literal["triplane", "image"] = "triplane"
     """image: the synthesis network paints the image itself, the 2D baseline of Table 3; patches are cut from it."""
     style_mixing: float = 0.0
@@ -85,6 +91,9 @@ class RendererConfig:
     background: Literal["none", "sphere", "plane"] = "none"
     """Behind the planes: nothing, the inverted sphere of NeRF++, or three more channels of the synthesis network. With
     one, the last interval is at most 1e-3 and `white_background` holds behind the background alone."""
+    white_foreground: bool = False
+    """With a background and `white_background`: adds white to what the planes let through, too, beside the background
+    that shows there. Published code does; `convert` sets it."""
     background_samples: int = 16
     """Of the sphere, along a ray; 8 in the published code."""
     background_start: float = 1.0
@@ -116,6 +125,8 @@ class DiscriminatorConfig:
     camera_steps: int = 64
     camera_dropout: float = 0.5
     minibatch_std_group: int = 4
+    clamp: float = 256.0
+    """Activations of the convolutions are clamped to this, in fp32 too; 0 for never."""
     half_blocks: int = 0
     """Top blocks in fp16 on a GPU; 4 in the published runs. Opt-in until a GPU has run it."""
     scales: int = 1
@@ -463,6 +474,8 @@ def check(config: Config) -> None:
         "camera.yaw_spread": c.camera.yaw_spread,
         "camera.pitch_spread": c.camera.pitch_spread,
         "generator.decoder_fourier": c.generator.decoder_fourier,
+        "generator.clamp": c.generator.clamp,
+        "discriminator.clamp": c.discriminator.clamp,
         "patch.importance": c.patch.importance,
         "optim.path_length_weight": c.optim.path_length_weight,
         "discriminator.half_blocks": c.discriminator.half_blocks,
@@ -480,6 +493,7 @@ def check(config: Config) -> None:
     for name, value in (
         ("discriminator.camera_dropout", c.discriminator.camera_dropout),
         ("generator.pose_swap_probability", c.generator.pose_swap_probability),
+        ("generator.pose_dropout", c.generator.pose_dropout),
         ("generator.style_mixing", c.generator.style_mixing),
         ("augment.p", c.augment.p),
     ):
@@ -518,6 +532,8 @@ def check(config: Config) -> None:
             f"renderer.background_samples must be at least 2 and background_start at most 1, "
             f"got {c.renderer.background_samples} and {c.renderer.background_start}"
         )
+    if c.renderer.white_foreground and (c.renderer.background == "none" or not c.renderer.white_background):
+        raise UserError("renderer.white_foreground belongs to a background and white_background: leave it out")
     levels = math.ceil(math.log2(c.discriminator.patch_steps))
     skipped = c.discriminator.patch_skip_lowest + c.discriminator.patch_skip_highest
     if skipped > levels or (skipped == levels and not c.discriminator.patch_table_dim):

@@ -122,7 +122,8 @@ def test_the_paper_otherwise(name: str) -> None:
     assert d.minibatch_std_group == 4
     assert (r.coarse_samples, r.fine_samples, r.density_activation, r.softplus_beta) == (48, 48, "softplus", 1)
     assert (r.density_shift, r.density_noise, r.density_noise_kimg) == (0, 1, 5000)
-    assert (r.last_interval, r.last_back) == (1e10, False)
+    assert (r.last_interval, r.last_back, r.white_foreground) == (1e10, False, False)
+    assert (g.clamp, d.clamp, g.noise, g.pose_dropout) == (256, 256, True, 0)
     assert (p.resolution, p.distribution, p.beta_start, p.beta_end) == (64, "beta", 0.001, 0.8)
     assert (p.anneal_kimg, p.groups) == (10_000, "strided")
     assert (o.g_lr, o.d_lr, o.beta1, o.beta2, o.r1_interval) == (0.0025, 0.002, 0, 0.99, 16)
@@ -190,6 +191,10 @@ def test_demo_needs_no_data_and_no_gpu() -> None:
         ("generator.z_dim", 0, "generator.z_dim must be finite and positive, got 0"),
         ("generator.mapping_layers", 0, "generator.mapping_layers must be finite and positive, got 0"),
         ("generator.pose_swap_probability", 1.5, "generator.pose_swap_probability must be in [0, 1], got 1.5"),
+        ("generator.pose_dropout", 1.5, "generator.pose_dropout must be in [0, 1], got 1.5"),
+        ("generator.clamp", -1.0, "generator.clamp must be finite and zero or more, got -1.0"),
+        ("discriminator.clamp", math.nan, "discriminator.clamp must be finite and zero or more, got nan"),
+        ("renderer.white_foreground", True, "white_foreground belongs to a background and white_background"),
         ("discriminator.camera_dropout", -0.5, "discriminator.camera_dropout must be in [0, 1], got -0.5"),
         ("discriminator.patch_steps", 0, "discriminator.patch_steps must be finite and positive, got 0"),
         ("patch.anneal_kimg", 0.0, "patch.anneal_kimg must be finite and positive, got 0.0"),

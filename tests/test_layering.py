@@ -24,6 +24,7 @@ TOOL = {
     "command",
     "doctor",
     "published",
+    "published_settings",
     "render",
     "mesh",
     "plotting",

@@ -37,13 +37,15 @@ class ImageGenerator(nn.Module):
     ) -> None:
         super().__init__()
         self.z_dim, self.label_dim = config.z_dim, label_dim
-        self.pose_conditioning = config.pose_conditioning
+        self.pose_conditioning, self.pose_dropout = config.pose_conditioning, config.pose_dropout
         self.synthesis = Synthesis(
             config.w_dim,
             image_resolution,
             3,
             channel_base=config.channel_base,
             channel_max=config.channel_max,
+            clamp=config.clamp or None,
+            noise=config.noise,
             half_blocks=half_blocks,
             backend=backend,
         )

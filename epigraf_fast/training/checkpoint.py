@@ -213,6 +213,7 @@ STRUCTURE = (
 FREE = (
     "generator.pose_swap_probability",
     "generator.pose_swap_kimg",
+    "generator.pose_dropout",
     "generator.style_mixing",
     "renderer.background_samples",
     "renderer.background_start",

@@ -102,6 +102,22 @@ def test_no_pose_is_the_mean_pose(tiny_generator):
     assert_close(generator(z, ANGLES, **rgb).rgb, expected, "the renderer's cameras are not the mapping's", "exact")
 
 
+def test_pose_dropout_in_training_only(tiny_generator):
+    """Each of the two numbers is doubled or gone, at dropout 0.5."""
+    generator = tiny_generator(pose_conditioning=True, pose_dropout=0.5)
+    seen, mapping = [], generator.mapping.forward
+    generator.mapping.forward = lambda z, c, **options: seen.append(c) or mapping(z, c, **options)
+    numbers = ANGLES[:, :2].sign() * (ANGLES[:, :2].abs() % (2 * math.pi)) / (2 * math.pi)
+    for _ in range(20):
+        generator.ws(draw(2, 6), angles=ANGLES)
+    ratios = torch.stack(seen) / numbers
+    for value in (0.0, 2.0):
+        assert_close(ratios[(ratios - value).abs() < 1e-9].mean(), value, "ratio", "hand")
+    assert (((ratios - 0).abs() < 1e-9) | ((ratios - 2).abs() < 1e-9)).all()
+    generator.eval().ws(draw(2, 6), angles=ANGLES)
+    assert_close(seen[-1], numbers, "numbers in evaluation", "exact")
+
+
 def test_without_pose_conditioning_the_pose_is_not_seen(tiny_generator):
     generator = tiny_generator()
     z = draw(2, 6, seed=1)
