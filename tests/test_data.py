@@ -249,7 +249,7 @@ def test_same_name_twice(files, tmp_path):
         (encode(picture(1))[:-40], ("cannot be read",)),
         (encode(picture(1, 16)), ("is 16x16", "00/a.png is 8x8")),
         (encode(picture(1)[:, :4]), ("is 4x8",)),
-        (encode(np.dstack([picture(1), picture(1)[..., 0]])), ("transparent", "background", "RGB")),
+        (encode(np.dstack([picture(1), picture(1)[..., 0]])), ("transparent", "background", "8-bit RGB")),
         (encode(PIL.Image.new("LA", (8, 8))), ("transparent",)),
         (encode(PIL.Image.new("I;16", (8, 8))), ("I;16", "8-bit RGB")),
         (encode(PIL.Image.new("CMYK", (8, 8)), "jpeg"), ("CMYK", "8-bit RGB")),
