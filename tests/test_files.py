@@ -336,7 +336,7 @@ def test_no_damaged_image_gives_a_traceback(contents, kind, tmp_path):
     flipped = [whole[:p] + bytes([whole[p] ^ rng.randrange(1, 256)]) + whole[p + 1 :] for p in places]
     good_ones = [*map(good, flipped)]
     assert kind != "png" or sum(good_ones) < len(places) / 4  # its pixels have a checksum, its last bytes do not count
-    assert not any(good(whole[:place]) for place in places)
+    assert not any(good(whole[:place]) for place in places if place < len(whole) - 20)
 
 
 def test_an_unreadable_folder_is_no_empty_one(contents, tmp_path, monkeypatch):
