@@ -429,7 +429,7 @@ def export_generator(path: Path, out: Path, names: str = "ours") -> list[str]:
     if names == "published":
         state, target = published_names(state), out / "G_ema-published.safetensors"
     out.mkdir(parents=True, exist_ok=True)
-    save_safetensors(state, config, target)
+    save_safetensors(state, config, target, generator.label_values)
     whose = "the published" if names == "published" else "our"
     return [f"G_ema: {len(state)} tensors under {whose} names", f"wrote {target}"]
 

@@ -241,7 +241,7 @@ def add_generator_arguments(parser: argparse.ArgumentParser, seeds: str = "0-15"
     """What every tool that looks at a generator asks for."""
     parser.add_argument("checkpoint", type=Path, help="a checkpoint, a run folder, or a converted one")
     parser.add_argument("--seeds", default=seeds, help="as in 0-15 or 1,4,7-9 (default: %(default)s)")
-    parser.add_argument("--labels", help="classes, taken in turn (default: seed modulo the number of classes)")
+    parser.add_argument("--labels", help="classes, taken in turn (default: seed modulo those that have images)")
     parser.add_argument("--truncation", type=float, default=1.0, help="psi; 1 is none (default: %(default)s)")
     parser.add_argument("--cutoff", type=int, help="style vectors that are truncated (default: all)")
     parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
