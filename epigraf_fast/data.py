@@ -129,12 +129,13 @@ class ImageDataset(torch.utils.data.Dataset):
     def remarks(self) -> list[str]:
         """What is no fault but should be known, line by line."""
         lines = [
-            f'{len(names)} names in "{field}" have no image, first {names[0]}' for field, names in self.unpaired.items()
+            f'names in "{field}" without an image: {len(names)}, first {names[0]}'
+            for field, names in self.unpaired.items()
         ]
         if self.label_values.dtype == torch.int64 and len(self.label_values) < self.label_dim:
             empty = sorted(set(range(self.label_dim)) - set(self.label_values.tolist()))
             some = ", ".join(map(str, empty[:10])) + (", ..." if len(empty) > 10 else "")
-            lines.append(f"{len(empty)} of {self.label_dim} classes have no image and are never drawn: {some}")
+            lines.append(f"classes without an image, which are never drawn: {len(empty)} of {self.label_dim}: {some}")
         return lines
 
     def _fail(self, fault: str) -> NoReturn:

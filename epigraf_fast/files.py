@@ -19,7 +19,7 @@ import zlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import PIL.Image
 import PIL.ImageOps
@@ -227,16 +227,6 @@ class Files:
         except UserError as error:
             self.fail(f"{what}{error}")
 
-    @contextlib.contextmanager
-    def decoding(self, name: str) -> Iterator[None]:
-        """Makes whatever goes wrong while an image is decoded a fault of the file."""
-        try:
-            yield
-        except UserError:
-            raise
-        except READ_ERRORS as error:
-            self.fail(f"image {name} cannot be read ({reason(error)}): replace it or remove it")
-
     def _zip(self) -> zipfile.ZipFile:
         # One handle per process: workers forked with an open one would move each other's file position.
         if self._archive is None or self._archive[0] != os.getpid():
@@ -248,19 +238,20 @@ class Files:
                 )
         return self._archive[1]
 
-    def read(self, name: str) -> bytes:
-        """The bytes of a file. UserError names it."""
-        what = f"image {name}" if is_image(name) else name
+    @contextlib.contextmanager
+    def open(self, name: str) -> Iterator[IO[bytes]]:
+        """A file to read from; whatever goes wrong in this block, as in decoding an image, is a fault of the file."""
         try:
-            return self._zip().read(name) if self.folder is None else (self.folder / name).read_bytes()
+            with self._zip().open(name) if self.folder is None else (self.folder / name).open("rb") as file:
+                yield file
         except UserError:
             raise
         except READ_ERRORS as error:
-            why, fix = reason(error), "replace it or remove it"
+            what, why, fix = f"image {name}" if is_image(name) else name, reason(error), "replace it or remove it"
             if isinstance(error, NotImplementedError):  # zipfile's word for a method or a flag that it does not know
                 method = self._zip().getinfo(name).compress_type
                 why = f"{why}: {zipfile.compressor_names.get(method, method)}"
-            if isinstance(error, NotImplementedError) or "encrypted" in why:
+            if isinstance(error, NotImplementedError) or "password required" in why:
                 fix = "repack with Deflate, without a password"
             self.fail(f"{what} cannot be read ({why}): {fix}")
 
@@ -268,7 +259,8 @@ class Files:
         """The object in dataset.json (or in the .json)."""
         if self.metadata is None:
             self.fail(f"has no {METADATA}: add one with the camera_angles of the images (README, data format)")
-        content = self.read(self.metadata)
+        with self.open(self.metadata) as file:
+            content = file.read()
         try:
             metadata = json.loads(content, object_pairs_hook=_unique)
         except READ_ERRORS as error:
@@ -284,8 +276,8 @@ class Files:
         Raises:
             UserError: It cannot be read, now or in this block, or is of another kind.
         """
-        content = self.read(name)
-        with self.decoding(name), PIL.Image.open(io.BytesIO(content)) as image:
+        # Read to its end, where a zip compares checksums, before Pillow looks as far as it needs.
+        with self.open(name) as file, PIL.Image.open(io.BytesIO(file.read())) as image:
             fault, fix = unusable(image), "save it as 8-bit RGB"
             if fault is None and is_transparent(image):
                 fault, fix = "transparent", f"put it on its background colour and {fix}"

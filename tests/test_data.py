@@ -243,7 +243,7 @@ def test_classes_without_images_are_known(files, tmp_path):
     assert dataset.labels.argmax(dim=1).tolist() == [2, 5, 2]
     assert dataset.labels.sum(dim=1).tolist() == [1, 1, 1]
     assert dataset.label_values.tolist() == [2, 5]
-    assert dataset.remarks() == ["4 of 6 classes have no image and are never drawn: 0, 1, 3, 4"]
+    assert dataset.remarks() == ["classes without an image, which are never drawn: 4 of 6: 0, 1, 3, 4"]
 
 
 def test_as_many_classes_as_images_and_more_memory_than_there_is(files, tmp_path, monkeypatch):

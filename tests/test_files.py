@@ -197,7 +197,7 @@ def test_poses_without_an_image_are_counted_and_named(contents, tmp_path):
     contents["dataset.json"] = change(camera_angles=ANGLES | {"02/y": [1, 1, 0], "02/x.png": [1, 1, 0]})
     dataset = ImageDataset(unpack(tmp_path / "cats", contents))
     assert dataset.unpaired == {"camera_angles": ["02/x.png", "02/y"]}
-    assert dataset.remarks() == ['2 names in "camera_angles" have no image, first 02/x.png']
+    assert dataset.remarks() == ['names in "camera_angles" without an image: 2, first 02/x.png']
 
 
 def test_duplicates_and_names_outside_are_refused(contents, tmp_path):

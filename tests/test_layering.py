@@ -25,6 +25,7 @@ TOOL = {
     "render",
     "mesh",
     "plotting",
+    "poses",
     "config",
     "data",
     "files",

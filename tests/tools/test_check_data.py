@@ -59,8 +59,8 @@ def test_classes_without_images_and_poses_without_an_image_are_named(
     check_data.main([str(write_data(tmp_path / "x.zip", edit=edit)), "--labels"])
     printed = capsys.readouterr().out
     assert "labels: 2 classes, 12 to 12 images each" in printed
-    assert "warning: 1 of 3 classes have no image and are never drawn: 0\n" in printed
-    assert 'warning: 1 names in "camera_angles" have no image, first gone/x.png' in printed
+    assert "warning: classes without an image, which are never drawn: 1 of 3: 0\n" in printed
+    assert 'warning: names in "camera_angles" without an image: 1, first gone/x.png' in printed
 
 
 def test_labels_that_are_vectors(
