@@ -145,7 +145,7 @@ def find_images(source: Files, names: Sequence[str], needed: bool) -> tuple[list
     if needed and not pairs:
         source.fail(remarks[0] if remarks else f"holds no image ({', '.join(IMAGE_SUFFIXES)}): put them there")
     items = []
-    for number, name in enumerate(names):
+    for number, name in enumerate(progress_bar(names, "poses")):
         image = of_pose.get(name)
         if image is not None:
             with source.open(image) as file, PIL.Image.open(file) as opened:

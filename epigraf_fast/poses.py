@@ -79,9 +79,7 @@ def read_eg3d(metadata: dict[str, Any]) -> Poses:
         if max(abs(skew), abs(zero), *(abs(a - b) for a, b in zip(last, (0, 0, 1), strict=True))) > EXACT:
             raise UserError(f"the last 9 numbers of the label of {name} are no intrinsics [f, 0, c, 0, f, c, 0, 0, 1]")
     numbers = np.array(values, np.float64)
-    matrices = np.stack(
-        [as_matrix(rows, name) for rows, name in zip(numbers[:, :16].reshape(-1, 4, 4), names, strict=True)]
-    )
+    matrices = check_matrices(numbers[:, :16].reshape(-1, 4, 4), names)
     return Poses(list(names), matrices, numbers[:, [16, 18, 20, 21]], [None] * len(names))
 
 
@@ -103,25 +101,33 @@ def read_nerf(metadata: dict[str, Any]) -> Poses:
         size, lens = read_lens(common, frame, name)
         sizes.append(size)
         lenses.append(lens)
-    return Poses(names, np.stack(matrices), np.array(lenses), sizes)
+    return Poses(names, check_matrices(np.stack(matrices), names), np.array(lenses), sizes)
 
 
 def as_matrix(rows: Any, name: str) -> np.ndarray:
-    """cam2world [4, 4] of 3 or 4 rows. UserError unless it is a rotation and a position."""
+    """cam2world [4, 4] of 3 or 4 rows of a .json."""
     try:
         matrix = np.array(rows, np.float64)
     except (TypeError, ValueError, OverflowError):
         matrix = np.zeros(0)
     if matrix.shape not in ((3, 4), (4, 4)) or not np.isfinite(matrix).all():
         raise UserError(f"the matrix of {name} must be 3 or 4 rows of 4 finite numbers, got {reprlib.repr(rows)}")
-    rotation = matrix[:3, :3]
-    if not np.allclose(rotation @ rotation.T, np.eye(3), atol=1e-3) or np.linalg.det(rotation) < 0:
-        raise UserError(
-            f"the matrix of {name} has no rotation: its first three columns must be orthonormal and right-handed"
-        )
-    if not np.allclose(matrix[3:], [0, 0, 0, 1], atol=1e-6):
-        raise UserError(f"the matrix of {name} has the last row {matrix[3].tolist()}, not 0 0 0 1: it is no cam2world")
-    return np.concatenate([matrix[:3], [[0.0, 0, 0, 1]]])
+    return np.concatenate([matrix, [[0.0, 0, 0, 1]]])[[0, 1, 2, -1 if len(matrix) == 3 else 3]]
+
+
+def check_matrices(matrices: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """The matrices [N, 4, 4] themselves. UserError names the first that is no rotation and position."""
+    rotation = matrices[:, :3, :3]
+    turned = np.isclose(rotation @ rotation.transpose(0, 2, 1), np.eye(3), atol=1e-3).all(axis=(1, 2))
+    turned &= np.linalg.det(rotation) > 0
+    last = np.isclose(matrices[:, 3], [0, 0, 0, 1], atol=1e-6).all(axis=1)
+    for good, fault in (
+        (turned, "has no rotation: its first three columns must be orthonormal and right-handed"),
+        (last, "has a last row that is not 0 0 0 1: it is no cam2world"),
+    ):
+        if not good.all():
+            raise UserError(f"the matrix of {names[int(good.argmin())]} {fault}")
+    return matrices
 
 
 def read_lens(
@@ -143,7 +149,7 @@ def read_lens(
             f"frame {name}: the lens is not that of a pinhole camera ({bent[0]} is {reprlib.repr(settings[bent[0]])}): "
             "undistort the images, as by colmap image_undistorter, and convert the poses of those"
         )
-    model = settings.get("camera_model", "PINHOLE")
+    model = settings.get("camera_model") or "PINHOLE"
     if str(model).upper() not in PINHOLE:
         raise UserError(f"frame {name}: camera_model {model} is no pinhole camera: undistort the images")
     size = (number("w"), number("h"))
