@@ -30,7 +30,7 @@ from .models.layers import LOW_PASS, ScalarEncoder, channels_at
 from .published import Optimizer, Snapshot, read_snapshot
 from .training.checkpoint import save_checkpoint
 from .training.memory import meta_networks
-from .training.pretrained import check_finite, load_generator, save_safetensors
+from .training.pretrained import check_finite, find_generator, load_generator, save_safetensors
 
 # Published name -> ours, the first pattern that matches the whole name.
 GENERATOR_NAMES = (
@@ -428,6 +428,8 @@ def export_generator(path: Path, out: Path, names: str = "ours") -> list[str]:
     state, target = generator.state_dict(), out / "G_ema.safetensors"
     if names == "published":
         state, target = published_names(state), out / "G_ema-published.safetensors"
+    if target.exists() and target.samefile(find_generator(path)):
+        raise UserError(f"{target} is what is read: choose another folder")
     out.mkdir(parents=True, exist_ok=True)
     save_safetensors(state, config, target, generator.label_values)
     whose = "the published" if names == "published" else "our"
