@@ -48,9 +48,12 @@ def report(dataset: ImageDataset, camera: CameraConfig, stored: bool) -> Iterato
         values = dataset.angles[:count, column]
         low, high, mean, std = (float(x) for x in (values.min(), values.max(), values.mean(), values.std()))
         yield f"{name}: {low:.3f} to {high:.3f}, mean {mean:.3f}, standard deviation {std:.3f} radians"
-    if dataset.label_dim:
-        sizes = dataset.labels[:count].sum(dim=0)
-        yield f"labels: {dataset.label_dim}, {int(sizes.min())} to {int(sizes.max())} images each"
+    if dataset.label_values.ndim > 1:
+        yield f"labels: vectors of {dataset.label_dim} numbers"
+    elif dataset.label_dim:
+        sizes = dataset.labels[:count].sum(dim=0)[dataset.label_values]
+        yield f"labels: {len(sizes)} classes, {int(sizes.min())} to {int(sizes.max())} images each"
+    yield from (f"warning: {remark}" for remark in dataset.remarks())
     extent = frustum_extent(camera.fov, camera.radius, camera.ray_start, camera.ray_end)
     yield (
         f"camera ({'stored in the set' if stored else 'of the preset'}): fov {camera.fov:g}, radius {camera.radius:g}, "

@@ -240,6 +240,11 @@ class Progress:
         for progress in list(Progress._open):
             progress.__exit__()
 
+    @staticmethod
+    def say(text: str) -> None:
+        """A line on stderr, of which a bar that is being shown leaves nothing behind."""
+        print(f"\r\033[K{text}" if Progress._open and sys.stderr.isatty() else text, file=sys.stderr)
+
     def line(self, width: int | None) -> str:
         """What is shown; with a bar where a width is given."""
         seconds = time.monotonic() - self.began

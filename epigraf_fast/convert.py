@@ -34,7 +34,7 @@ from .published import Optimizer, Snapshot, read_snapshot
 from .published_settings import LABEL_DIM, Stored, apply, get, import_settings, parse
 from .training.checkpoint import checkpoint_path, save_checkpoint
 from .training.memory import meta_networks
-from .training.pretrained import check_finite, load_generator, save_safetensors
+from .training.pretrained import check_finite, find_generator, load_generator, save_safetensors
 
 # Published name -> ours, the first pattern that matches the whole name.
 GENERATOR_NAMES = (
@@ -535,8 +535,10 @@ def export_generator(path: Path, out: Path, names: str = "ours") -> list[str]:
         if not config.generator.noise:  # where that code has neither
             state = {name: tensor for name, tensor in state.items() if not NOISE.search(name)}
         state = published_names(state)
+    if target.exists() and target.samefile(find_generator(path)):
+        raise UserError(f"{target} is what is read: choose another folder")
     with output_folder(out) as partial:
-        save_safetensors(state, config, partial / target.name)
+        save_safetensors(state, config, partial / target.name, generator.label_values)
     whose = "the published" if names == "published" else "our"
     return [f"G_ema: {len(state)} tensors under {whose} names", f"wrote {target}"]
 

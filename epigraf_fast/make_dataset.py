@@ -34,6 +34,7 @@ from .arguments import Parser, check_effect, real, whole
 from .camera import cam2world_matrix, sample_angles
 from .command import Progress, check_output, heard, output, running, uninterrupted, waiting
 from .errors import UserError
+from .files import READ_ERRORS, reason, walk
 
 MESH_SUFFIXES = (".obj", ".ply", ".stl", ".glb", ".gltf")
 SUPERSAMPLING = 4
@@ -144,7 +145,10 @@ def folder_meshes(folder: Path) -> tuple[list[Mesh], list[str]]:
     """The meshes under a folder and, if they lie in subfolders, the class names (the first level of folders)."""
     if not folder.is_dir():
         raise UserError(f"--meshes {folder} is not a folder: give a folder of {', '.join(MESH_SUFFIXES)} files")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in MESH_SUFFIXES)
+    try:
+        paths = sorted(path for path in walk(folder) if path.suffix.lower() in MESH_SUFFIXES)
+    except READ_ERRORS as error:
+        raise UserError(f"--meshes {folder} cannot be listed ({reason(error)}): allow reading all of it") from None
     if not paths:
         raise UserError(f"--meshes {folder} has no {', '.join(MESH_SUFFIXES)} file: give a folder of meshes")
     relative = [path.relative_to(folder) for path in paths]
@@ -194,7 +198,13 @@ class Renderer:
             V images [R, R, 3] uint8 and their mean alpha, or None for a mesh without extent or below `min_box_volume`.
         """
         recipe, plotter = self.recipe, self.plotter
-        points = self._load(mesh)
+        try:
+            points = self._load(mesh)
+        except READ_ERRORS as error:
+            Progress.say(f"warning: {mesh.path} cannot be read ({reason(error)}) and is left out")
+            return None
+        if not len(points):
+            Progress.say(f"warning: {mesh.path} has no surface that can be read and is left out")
         if not (len(points) and np.isfinite(points).all() and np.ptp(points, axis=0).any()):
             return None
         centre, sides, sphere_radius = bounds(points)
@@ -386,6 +396,8 @@ def run(options: argparse.Namespace) -> None:
         if options.meshes is None:
             raise UserError("--recipe megascans needs --meshes FOLDER")
         meshes, classes = folder_meshes(options.meshes)
+        if options.out.exists() and any(mesh.path.samefile(options.out) for mesh in meshes):
+            raise UserError(f"--out {options.out} is one of the meshes: choose another output")
         limit, attribution = options.objects, options.attribution or ""
     kept, dropped = render_dataset(
         meshes,

@@ -30,7 +30,7 @@ from .models.generator import Generator, Images
 from .training.checkpoint import NAME, list_checkpoints
 from .training.metrics import FeatureDistance, ScriptFeatures, kernel_distance
 from .training.pretrained import find_generator, load_generator
-from .training.sampling import fixed_latents, surface_depth
+from .training.sampling import fixed_latents, known_labels, surface_depth
 from .training.snapshot import METRIC_SEED, measure_fakes, real_images
 
 SOLID = 0.9  # opacity of the rays whose points are carried over to the other view
@@ -217,6 +217,13 @@ def run(options: argparse.Namespace) -> None:
         if dataset.label_dim != generator.label_dim:
             raise UserError(
                 f"{dataset.path} has {dataset.label_dim} classes, {path} was trained on {generator.label_dim}: "
+                "give the set it was trained on"
+            )
+        known, found = known_labels(generator), dataset.label_values
+        unknown = sorted(set(found.tolist()) - set(known.tolist())) if known.ndim == found.ndim == 1 else []
+        if unknown:
+            raise UserError(
+                f"{dataset.path} has images of class {unknown[0]}, without which {path} was trained: "
                 "give the set it was trained on"
             )
         if distances is None:

@@ -249,7 +249,7 @@ def add_generator_arguments(parser: Parser, seeds: str = "0-15") -> None:
     parser.add_argument("checkpoint", type=Path, help="a checkpoint, a run folder, or a converted one")
     parser.add_argument("--seeds", type=numbers, default=seeds, help="as in 0-15 or 1,4,7-9 (default: %(default)s)")
     parser.add_argument(
-        "--labels", type=numbers, help="classes, taken in turn (default: seed modulo the number of classes)"
+        "--labels", type=numbers, help="classes, taken in turn (default: seed modulo those that have images)"
     )
     parser.add_argument(
         "--truncation", type=real(-1, 1), default=1.0, help="psi; 1 is none, 0 the mean (default: %(default)s)"

@@ -34,6 +34,7 @@ from .models.generator import Generator
 from .render import Painted, Scene
 from .training.log import to_uint8
 from .training.pretrained import load_generator
+from .training.sampling import known_labels
 
 FRAME_SECONDS = 0.1  # what a frame may take while something moves
 SMALLEST = 16  # pixels, the side of the coarsest frame
@@ -152,7 +153,8 @@ class Viewer:
         gui, count = self.server.gui, self.generator.label_dim
         self.seed = gui.add_slider("Seed", 0, 999, 1, 0)
         self.truncation = gui.add_slider("Truncation", 0.0, 1.0, 0.05, 1.0, hint="1 is none, 0 the mean object")
-        self.label = gui.add_slider("Label", 0, count - 1, 1, 0) if count > 1 else None
+        known = known_labels(self.generator)
+        self.label = gui.add_slider("Label", 0, count - 1, 1, int(known[0])) if count > 1 and known.ndim == 1 else None
         with gui.add_folder("Interpolation"):
             self.other_seed = gui.add_slider("To seed", 0, 999, 1, 1)
             self.mix = gui.add_slider("Mix", 0.0, 1.0, 0.01, 0.0)

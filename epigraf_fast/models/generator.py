@@ -105,6 +105,7 @@ class Generator(nn.Module):
             renderer, camera.ray_start, camera.ray_end, camera.cube_scale, backend=renderer_backend
         )
         self.register_buffer("mean_camera_pose", torch.tensor([camera.yaw_mean, camera.pitch_mean, 0.0]))
+        self.label_values: Tensor | None = None  # what it was trained on (see ImageDataset), where that is known
 
     def ws(
         self,

@@ -28,6 +28,7 @@ class Record:
 
     def __init__(self, config: Config, dataset: ImageDataset, trainer: Trainer) -> None:
         self.config, self.trainer, self.run_dir = config, trainer, Path(config.run_dir)
+        self.remarks = dataset.remarks()
         self.log: RunLog | None = None
         if trainer.world.rank == 0:
             for folder in ("checkpoints", "samples", "tensorboard"):
@@ -44,7 +45,9 @@ class Record:
             self.log.say(text)
 
     def begin(self) -> None:
-        """What is there before the first step of a new run."""
+        """What should be known of the data, and what is there before the first step of a new run."""
+        for remark in self.remarks:
+            self.say(f"warning: {remark}")
         if self.log is not None and self.trainer.cur_nimg == 0:
             with self.log.pause():
                 self.say(f"real images:     {self.snapshots.reals()}")

@@ -205,6 +205,20 @@ def test_the_generator_is_the_same_from_every_file_and_back(tmp_path: Path, shap
         assert torch.equal(back[name], tensor), name
 
 
+def test_an_export_does_not_overwrite_what_it_reads(
+    tiny_run: Path, tmp_path: Path, one_error_line: Callable[..., str]
+) -> None:
+    """Neither by its own name nor through a link."""
+    convert.main([str(tiny_run), str(tmp_path / "one")])
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two/G_ema.safetensors").symlink_to(tmp_path / "one/G_ema.safetensors")
+    before = (tmp_path / "one/G_ema.safetensors").read_bytes()
+    for out in ("one", "two"):
+        message = one_error_line(convert.main, tmp_path / "one", tmp_path / out, "--overwrite")
+        assert "G_ema.safetensors is what is read: choose another folder" in message
+    assert (tmp_path / "one/G_ema.safetensors").read_bytes() == before
+
+
 def test_our_checkpoints_are_exported_under_our_names(tiny_run: Path, tmp_path: Path) -> None:
     """Every tensor of the average generator of the newest checkpoint; the file is read like a checkpoint."""
     convert.main([str(tiny_run), str(tmp_path)])
