@@ -225,7 +225,8 @@ def test_alone_nothing_is_exchanged() -> None:
 
 
 def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "1")):
+    variables = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
     world = World.from_environment()
     assert (world.rank, world.size, world.local_rank) == (5, 8, 1)

@@ -6,6 +6,7 @@ import datetime
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -14,12 +15,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from test_cli import flags
+from test_cli import Distance, flags
 
 import train
 from epigraf_fast.config import Config
 from epigraf_fast.errors import UserError
-from epigraf_fast.training import distributed, start
+from epigraf_fast.training import distributed, snapshot, start
 from epigraf_fast.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from epigraf_fast.training.distributed import World
 from epigraf_fast.training.start import checksum
@@ -354,6 +355,29 @@ def test_an_image_that_cannot_be_read_by_one(
     assert "rank 1 has stopped: image 005.png cannot be read (saved" in error_of(first)
     assert "[rank 1] error: image 005.png cannot be read (saved" in error_of(second)
     assert [path.name for path in list_checkpoints(tmp_path / "node0")] == ["checkpoint-000000008.pt"]
+
+
+@pytest.mark.parametrize("trained_images", [0, 8])
+def test_a_signal_in_a_measurement(trained_images: int, together: Callable, node: Callable, tmp_path: Path) -> None:
+    """That rank 0 makes while the other waits for it: both leave, before any step or after one that is saved."""
+
+    def stopped_in_a_measurement() -> None:
+        calls = []
+
+        class Stopping(Distance):
+            def update_fake(self, images: torch.Tensor) -> None:
+                calls.append(images)
+                if len(calls) == (2 if trained_images else 1):
+                    signal.raise_signal(signal.SIGTERM)
+                    raise AssertionError("the signal did not interrupt")
+
+        snapshot.FeatureDistance = Stopping
+
+    lines = [node(rank, metric_images=2, metric_kimg=0.008) for rank in range(2)]
+    first, second = together(*lines, faults={0: stopped_in_a_measurement})
+    assert (first.code, second.code) == (143, 143), first.errors + second.errors
+    assert f"stopped by signal 15; {'saved' if trained_images else 'nothing was trained yet'}" in first.output
+    assert len(list_checkpoints(tmp_path / "node0")) == (1 if trained_images else 0)
 
 
 def test_a_process_that_dies(together: Callable, node: Callable) -> None:
