@@ -22,7 +22,8 @@ from typing import Any, ClassVar, NoReturn
 from .errors import UserError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-GRACE = 5.0  # seconds that the main thread may take from a signal to the end of what it does
+LOST = b"\0"  # no signal's number
+GRACE = 3.0  # seconds that the main thread may take from a signal to the end of what it does
 REPEATED = 0.5  # seconds within which signals are one: `timeout` sends each to a process and to its group
 PATIENCE = {True: 1.0, False: 10.0}  # seconds until a wait is shown, on a terminal and in a file
 LONGEST_PAUSE = 60.0  # seconds between two lines in a file
@@ -48,7 +49,7 @@ def running() -> Iterator[None]:
 
     A `UserError`, or memory that is not there, is `error: ...` on stderr and exit code 2. Ctrl-C is `interrupted` and
     130, SIGTERM and SIGHUP are `terminated` and 143 and 129: they raise KeyboardInterrupt in the main thread, so that
-    what is open closes. A second one, or five seconds in which the main thread does not get there, end the process at
+    what is open closes. A second one, or three seconds in which the main thread does not get there, end the process at
     once. Whichever way, no temporary output stays.
     """
     Progress.end_all()
@@ -80,7 +81,8 @@ def require(module: str, package: str, extra: str, otherwise: str = "") -> Modul
         UserError: It is not installed.
     """
     try:
-        return importlib.import_module(module)
+        with uninterrupted():  # which some packages take for the absence of what they import
+            return importlib.import_module(module)
     except ImportError:
         raise UserError(f"{package} is not installed: pip install 'epigraf_fast[{extra}]'{otherwise}") from None
 
@@ -95,7 +97,7 @@ def heard() -> None:
 def uninterrupted() -> Iterator[None]:
     """For a short piece of work that a signal shall not cut in half: KeyboardInterrupt is raised behind it."""
     interrupts = _Interrupts.active
-    if interrupts is None:
+    if interrupts is None or threading.current_thread() is not threading.main_thread():
         yield
         return
     before, interrupts.held = interrupts.number, True
@@ -119,7 +121,8 @@ class _Interrupts:
     """The signals of a command, as `running` describes them.
 
     Python calls a handler between two steps of the main thread, which a library's long call puts off. So a second
-    thread is told too, through the wakeup descriptor, and ends the process where the main thread does not.
+    thread is told too, through the wakeup descriptor, and ends the process where the main thread does not. And what is
+    raised inside a callback is lost, as Python has nobody to hand it to: it is raised anew.
     """
 
     active: ClassVar[_Interrupts | None] = None
@@ -127,6 +130,7 @@ class _Interrupts:
     def __init__(self) -> None:
         self.number = 0  # of the first signal
         self.held = False  # by `uninterrupted`
+        self.lost = False  # the KeyboardInterrupt
         self.heard = threading.Event()
         self.before: dict[signal.Signals, Any] = {}
 
@@ -138,6 +142,7 @@ class _Interrupts:
         os.set_blocking(self.outer, False)
         self.descriptor = signal.set_wakeup_fd(self.outer, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, name="interrupts", daemon=True).start()
+        self.hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as after nohup
                 self.before[number] = signal.signal(number, self._asked)
@@ -147,18 +152,26 @@ class _Interrupts:
         for number, handler in self.before.items():
             signal.signal(number, handler)
         if _Interrupts.active is self:
+            sys.unraisablehook = self.hook
             signal.set_wakeup_fd(self.descriptor)
             os.close(self.outer)
             _Interrupts.active = None
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
-        if not self.number:
-            self.number = number
+        if not self.number or self.lost:
+            self.number, self.lost = self.number or number, False
             if not self.held:
                 raise KeyboardInterrupt
 
+    def _unraisable(self, lost: sys.UnraisableHookArgs) -> None:
+        if self.number and issubclass(lost.exc_type, KeyboardInterrupt):
+            self.lost = True
+            os.write(self.outer, LOST)
+        else:
+            self.hook(lost)
+
     def _watch(self) -> None:
-        first, number = 0.0, 0
+        first, number, ours = 0.0, 0, 0
         while True:
             waits = number and not self.heard.is_set()
             timeout = max(first + GRACE - time.monotonic(), 0.01) if waits else None
@@ -166,15 +179,22 @@ class _Interrupts:
                 if not self.heard.is_set():
                     _leave_at_once(number)
                 continue
-            arrived = os.read(self.inner, 64)
-            if not arrived:  # the block has ended
+            new = os.read(self.inner, 1)
+            if not new:  # the block has ended
                 os.close(self.inner)
                 return
-            for new in set(arrived) & set(SIGNALS):
-                if not number:
-                    first, number = time.monotonic(), new
-                elif time.monotonic() - first > REPEATED:
-                    _leave_at_once(number)
+            if new == LOST:
+                ours += 1
+                time.sleep(0.05)  # until the callback has ended
+                signal.pthread_kill(threading.main_thread().ident, number)
+            elif new[0] not in SIGNALS:
+                continue
+            elif not number:
+                first, number = time.monotonic(), new[0]
+            elif ours:
+                ours -= 1
+            elif time.monotonic() - first > REPEATED:
+                _leave_at_once(number)
 
 
 def _last_word(number: int) -> str:
@@ -398,6 +418,8 @@ def _written(path: Path, partial: Path) -> Iterator[None]:
         yield
         whole = True
     except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            raise  # of our stdout
         if isinstance(error.filename, (str, bytes, os.PathLike)) and not _is_ours(error.filename, partial):
             raise  # of a file that was read
         raise UserError(f"{path} could not be written ({error.strerror or error})") from None
