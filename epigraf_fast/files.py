@@ -199,8 +199,9 @@ class Files:
             except READ_ERRORS as error:
                 self.fail(f"cannot be listed ({reason(error)}): allow reading all of it, or move the set")
         self.metadata = path.name if path.suffix.lower() == ".json" and not path.is_dir() else self._find_metadata()
-        own = {path.stem, path.name, path.resolve().stem, path.resolve().name}
-        self.tops = [top for top in (self._root(), *sorted(map(clean_name, own))) if top]
+        own = {path.stem, path.name, path.resolve().stem, path.resolve().name} - {".."}
+        with self.naming():
+            self.tops = [top for top in (self._root(), *sorted(map(clean_name, own))) if top]
 
     def _find_metadata(self) -> str | None:
         found = [name for name in self.names if name.replace("\\", "/").rpartition("/")[2] == METADATA]
@@ -241,19 +242,25 @@ class Files:
     @contextlib.contextmanager
     def open(self, name: str) -> Iterator[IO[bytes]]:
         """A file to read from; whatever goes wrong in this block, as in decoding an image, is a fault of the file."""
+        what, fix = f"image {name}" if is_image(name) else name, "replace it or remove it"
         try:
-            with self._zip().open(name) if self.folder is None else (self.folder / name).open("rb") as file:
+            file = self._zip().open(name) if self.folder is None else (self.folder / name).open("rb")
+        except UserError:
+            raise
+        except READ_ERRORS as error:
+            why = reason(error)
+            if self.folder is None and isinstance(error, RuntimeError):  # a method or a flag it knows not, a password
+                method = self._zip().getinfo(name).compress_type
+                why = f"{why}, its method is {zipfile.compressor_names.get(method, method)}"
+                fix = "repack with Deflate, without a password"
+            self.fail(f"{what} cannot be read ({why}): {fix}")
+        try:
+            with file:
                 yield file
         except UserError:
             raise
         except READ_ERRORS as error:
-            what, why, fix = f"image {name}" if is_image(name) else name, reason(error), "replace it or remove it"
-            if isinstance(error, NotImplementedError):  # zipfile's word for a method or a flag that it does not know
-                method = self._zip().getinfo(name).compress_type
-                why = f"{why}: {zipfile.compressor_names.get(method, method)}"
-            if isinstance(error, NotImplementedError) or "password required" in why:
-                fix = "repack with Deflate, without a password"
-            self.fail(f"{what} cannot be read ({why}): {fix}")
+            self.fail(f"{what} cannot be read ({reason(error)}): {fix}")
 
     def read_metadata(self) -> dict[str, Any]:
         """The object in dataset.json (or in the .json)."""

@@ -35,15 +35,19 @@ def picture(seed: int, kind: str = "png") -> bytes:
     return encode(PIL.Image.fromarray(pixels), kind)
 
 
-def png16(color: int, channels: int, extra: bytes = b"") -> bytes:
-    """A PNG of 8x8 with 16 bits a channel, all 0x12FF, written by hand: Pillow writes grey ones only."""
+def png16(color: int, channels: int, side: int = 8) -> bytes:
+    """A PNG of 8x8 with 16 bits a channel, all 0x12FF, written by hand: Pillow writes grey ones only.
+
+    Args:
+        side: That its header tells.
+    """
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
     rows = (b"\0" + b"\x12\xff" * 8 * channels) * 8
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, color, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + extra + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 16, color, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def pack(path: Path, contents: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> Path:
@@ -210,9 +214,20 @@ def test_duplicates_and_names_outside_are_refused(contents, tmp_path):
     pack(path, contents | {"dataset.json": change(camera_angles=ANGLES | {"../c.png": [1, 1, 0]})})
     fault(lambda: ImageDataset(path), "cats.zip", "../c.png", "leaves")
     fault(lambda: ImageDataset(pack(path, contents | {"../c.png": picture(2)})), "cats.zip", "../c.png", "leaves")
+    outside = {f"../{name}": content for name, content in contents.items()}
+    fault(lambda: ImageDataset(pack(path, outside)), "cats.zip: the name ../dataset.json leaves")
+    pack(path, contents)
     with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(path, "a") as archive:
         archive.writestr("00/a.png", picture(3))
     fault(lambda: ImageDataset(path), "cats.zip", "holds 00/a.png twice")
+
+
+def test_a_set_by_a_relative_path(contents, tmp_path, monkeypatch):
+    path = unpack(tmp_path / "cats", {f"{name}": content for name, content in contents.items()})
+    for place, given in ((path / "00", ".."), (path, "."), (tmp_path, "cats/../cats")):
+        monkeypatch.chdir(place)
+        dataset = ImageDataset(given, mirror=False)
+        assert (dataset.name, len(dataset)) == ("cats", 2)
 
 
 def test_two_sets_in_one_folder(contents, tmp_path):
@@ -371,8 +386,9 @@ def animation(kind: str) -> bytes:
         (animation("webp"), "an animation of 2 frames"),
         (encode(PIL.Image.new("F", (8, 8)), "tiff"), "of mode F"),
         (encode(PIL.Image.new("CMYK", (8, 8)), "jpeg"), "of mode CMYK"),
+        (b"DDS " + struct.pack("<I", 124) + b"\0" * 120, "cannot be read"),  # Pillow's NotImplementedError
         (struct.pack(">4sIIII", b"\x89PNG", 0x0D0A1A0A, 13, 0x49484452, 10**9), "cannot be read"),
-        (encode(PIL.Image.new("1", (40_000, 20_000))), "cannot be read"),  # more pixels than Pillow takes
+        (png16(0, 1, side=30_000), "cannot be read"),  # more pixels than Pillow takes
     ],
 )
 def test_images_that_are_not_8_bit_rgb(contents, content, words, tmp_path):
@@ -380,6 +396,16 @@ def test_images_that_are_not_8_bit_rgb(contents, content, words, tmp_path):
     dataset = ImageDataset(path)
     fault(dataset.check_images, "image 01/b.png", words)
     fault(lambda: dataset[1], "image 01/b.png", words)
+
+
+def test_a_photograph_with_others_behind_it(contents, tmp_path):
+    """As some cameras save it: a JPEG, then its preview."""
+    images = [PIL.Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    content = encode(images[0], "mpo", save_all=True, append_images=images[1:])
+    del contents["01/b.png"]
+    image = ImageDataset(unpack(tmp_path / "cats", contents | {"01/b.jpg": content}))[1][0]
+    assert image[0].min() > 250
+    assert image[2].max() < 5
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "1"])

@@ -650,7 +650,7 @@ def test_damaged_archives_are_one_line(eg3d: Path, tmp_path: Path, one_error_lin
     pack(zipfile.ZIP_LZMA)
     run("from-eg3d", path, tmp_path / "lzma.zip")
     for offsets, value, words in (
-        ((8, 10), 9, "deflate64): repack with Deflate"),
+        ((8, 10), 9, "its method is deflate64): repack with Deflate"),
         ((6, 8), 1, "repack with Deflate, without a password"),
     ):
         content = pack()
