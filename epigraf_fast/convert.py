@@ -551,15 +551,16 @@ def main(args: Sequence[str] | None = None) -> None:
     )
     parser.add_argument(
         "--set",
-        dest="settings",
         metavar="NAME=VALUE",
         action="append",
-        default=[],
         help="a .pkl: one of our settings, as camera.fov=12, whatever it says",
     )
     parser.add_argument("--patch-resolution", type=int, help="a .pkl: as --set patch.resolution=N")
     parser.add_argument(
-        "--average", action="store_true", help="a .pkl: the average generator alone, nothing to train on from"
+        "--average",
+        action="store_true",
+        default=None,
+        help="a .pkl: the average generator alone, nothing to train on from",
     )
     parser.add_argument(
         "--names",
@@ -575,10 +576,10 @@ def main(args: Sequence[str] | None = None) -> None:
                 options.checkpoint,
                 options.out,
                 preset_name=options.preset,
-                settings=dict(parse(text) for text in options.settings),
+                settings=dict(parse(text) for text in options.set or ()),
                 patch_resolution=options.patch_resolution,
                 kimg=options.kimg,
-                average=options.average,
+                average=bool(options.average),
             )
         else:
             report = export_generator(options.checkpoint, options.out, options.names)
