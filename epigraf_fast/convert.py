@@ -559,7 +559,6 @@ def arguments() -> Parser:
     )
     parser.add_argument(
         "--set",
-        dest="settings",
         metavar="NAME=VALUE",
         action="append",
         help="a .pkl: one of our settings, as camera.fov=12, whatever it says",
@@ -588,7 +587,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def run(options: argparse.Namespace) -> list[str]:
     pickled = options.checkpoint.suffix == ".pkl"
-    check_effect(vars(options) | {"set": options.settings}, PICKLE if pickled else OURS, FOR_KINDS)
+    check_effect(vars(options), PICKLE if pickled else OURS, FOR_KINDS)
     names = options.names or "ours"
     written = ("G_ema.safetensors", "config.json", "checkpoints/*.pt") if pickled else (EXPORTS[names],)
     check_folder("out", options.out, written, overwrite=options.overwrite)
@@ -598,7 +597,7 @@ def run(options: argparse.Namespace) -> list[str]:
                 options.checkpoint,
                 options.out,
                 preset_name=options.preset,
-                settings=dict(parse(text) for text in options.settings or ()),
+                settings=dict(parse(text) for text in options.set or ()),
                 patch_resolution=options.patch_resolution,
                 kimg=options.kimg,
                 average=bool(options.average),

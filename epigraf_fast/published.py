@@ -269,14 +269,20 @@ def _settings(content: dict[str, Any]) -> dict[str, Any]:
         config = arguments.pop("cfg", next(iter(state.get("_init_args") or ()), None))
         above = _above(config)
         runs += above[:1]
-        for key, value in (*walk.flat(config, above, part), *walk.flat(arguments, (), letter)):
-            settings.setdefault(key, value)
+        _join(settings, (*walk.flat(config, above, part), *walk.flat(arguments, (), letter)))
     for run in runs:
-        for key, value in walk.flat(run, (), ""):
-            settings.setdefault(key, value)
+        _join(settings, walk.flat(run, (), ""))
     for name in ("training_set_kwargs", "stats"):
         settings |= dict(walk.flat(content.get(name), (), name))
     return settings
+
+
+def _join(settings: dict[str, Any], more: Iterable[tuple[str, object]]) -> None:
+    """Adds what another network tells; where two differ, neither holds."""
+    for name, value in more:
+        known = settings.setdefault(name, value)
+        if known != value and not isinstance(known, Unresolved):
+            settings[name] = Unresolved(f"{known!r} here and {value!r} there"[:LONGEST])
 
 
 def _content(node: object) -> object:

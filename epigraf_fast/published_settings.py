@@ -112,7 +112,6 @@ class Setting:
         when: Whether it has an effect, with our other settings.
         fine: The values that are not refused.
         training: Whether it matters to training alone.
-        asked: Whether it must be told.
         note: For the document.
     """
 
@@ -125,7 +124,6 @@ class Setting:
     when: Callable[[Config], bool] = lambda config: True
     fine: Callable[[Any, Config], bool] = lambda value, config: False
     training: bool = False
-    asked: bool = True
     note: str = ""
 
 
@@ -217,7 +215,8 @@ def _clamp(ours: str) -> Take:
 
 def _resumed(value: Any, stored: Stored) -> dict[str, Any]:
     """A run that began with another's weights has a faster ADA, and no ramp of the average."""
-    return {} if value in ("latest", None) else {"augment.kimg": 100.0, "optim.ema_rampup": 1e6}
+    kimg, rampup = (500.0, 0.05) if value in ("latest", None) else (100.0, 1e6)
+    return {"augment.kimg": kimg, "optim.ema_rampup": rampup}
 
 
 def _discrete(value: Any, stored: Stored) -> dict[str, Any]:
@@ -319,8 +318,8 @@ TABLE: tuple[Setting, ...] = (
     _told("dataset.c_dim", "0", LABEL_DIM),
     _told("G.c_dim", "0", LABEL_DIM),
     _told("D.c_dim", "0", LABEL_DIM),
-    _told("training.use_labels", "false", "loader.labels", asked=False),
-    _told("training_set_kwargs.use_labels", "false", "loader.labels", asked=False),
+    _told("training.use_labels", "false", "loader.labels"),
+    _told("training_set_kwargs.use_labels", "false", "loader.labels"),
     _imported("training.mirror", "true", "loader.mirror"),
     _imported("training_set_kwargs.xflip", "true", "loader.mirror"),
     _no_effect("dataset.name", "ffhq_512_posed"),
@@ -342,7 +341,7 @@ TABLE: tuple[Setting, ...] = (
     _told("model.generator.camera_cond", "false", "generator.pose_conditioning"),
     _told("G.mapping_kwargs.camera_cond", "false", "generator.pose_conditioning"),
     _imported("model.generator.camera_cond_drop_p", "0", "generator.pose_dropout", absent=0.0, when=_poses_in_g),
-    _imported("G.mapping_kwargs.camera_cond_drop_p", "0", "generator.pose_dropout", when=_poses_in_g, asked=False),
+    _imported("G.mapping_kwargs.camera_cond_drop_p", "0", "generator.pose_dropout", when=_poses_in_g),
     _imported("model.generator.camera_cond_spoof_p", "0.5", "generator.pose_swap_probability", when=_poses_in_g),
     _refused(
         "model.generator.camera_cond_noise_std",
@@ -376,7 +375,7 @@ TABLE: tuple[Setting, ...] = (
         absent=1.0,
         note="refused where start and end differ",
     ),
-    _imported("model.generator.nerf_sp_beta_target", "1", "renderer.softplus_beta", asked=False),
+    _imported("model.generator.nerf_sp_beta_target", "1", "renderer.softplus_beta"),
     _no_effect("model.generator.nerf_sp_beta_kimg_growth", "", "start and end are equal"),
     _imported("model.generator.nerf_noise_std_init", "1", "renderer.density_noise", take=_density_noise),
     _imported(
@@ -498,14 +497,13 @@ TABLE: tuple[Setting, ...] = (
         "gradients do not depend on how a batch is split: `--micro-batch`, at least a group",
     ),
     _imported("training.gamma", "auto", "optim.r1_gamma", take=_gamma, note="auto is 0.0002 resolution² / batch"),
-    _imported("training.kimg", "50,000", "kimg", asked=False),
+    _imported("training.kimg", "50,000", "kimg"),
     _imported(
         "training.resume",
         "latest",
         "augment.kimg",
         "optim.ema_rampup",
         take=_resumed,
-        asked=False,
         note="another run's weights: 100, and no ramp (1e6)",
     ),
     _refused("training.freezed", "0", 0, note="every layer learns", training=True),
@@ -656,12 +654,12 @@ def import_settings(
         if setting.absent is not ABSENT and not told and stored.has_section(setting.name):
             values.setdefault(setting.ours[0], setting.absent)
     config = apply(base, values | given)
-    known = values.keys() | given.keys() | {LABEL_DIM}
+    known = values.keys() | given.keys() | {LABEL_DIM, "loader.labels"}  # which the poses decide
     untold = {
         ours: reasons.get(ours, "")
         for setting in rows
         for ours in setting.ours
-        if (setting.asked or ours in reasons) and ours not in known and setting.when(config)
+        if ours not in known and setting.when(config)
     }
     for setting in rows:
         value = stored.get(setting.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import re
@@ -132,6 +133,22 @@ def test_references_are_followed(text: str, value: Any, tmp_path: Path) -> None:
 def test_what_is_not_in_the_file_is_no_value(text: str, tmp_path: Path) -> None:
     write_snapshot(tmp_path / "x.pkl", *shapes_of(DEFAULT), optimizers=False, changes={"model.generator.own": text})
     assert read_snapshot(tmp_path / "x.pkl").settings["model.generator.own"] == Unresolved(text)
+
+
+def test_networks_that_disagree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each holds its own copy of the run."""
+
+    def edit(content: dict[str, Any]) -> None:
+        other = copy.deepcopy(content["G_ema"].reduced[1][0]["state"]["_init_kwargs"]["cfg"])
+        content["D"].reduced[1][0]["state"]["_init_kwargs"]["cfg"] = other.__dict__["_parent"].__dict__["_content"][
+            "discriminator"
+        ]
+        run = other.__dict__["_parent"].__dict__["_parent"]
+        run.__dict__["_content"]["dataset"].__dict__["_content"]["cube_scale"].__dict__["_val"] = 0.75
+
+    write_snapshot(tmp_path / "x.pkl", *shapes_of(DEFAULT), optimizers=False, changes=PITCHES, edit=edit)
+    line = refusal(tmp_path / "x.pkl", tmp_path / "out", capsys)
+    assert "does not tell camera.cube_scale (dataset.cube_scale is 0.5 here and 0.75 there): give" in line
 
 
 def test_references_without_end_end(tmp_path: Path) -> None:
