@@ -16,6 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+import epigraf_fast  # noqa: F401 - says how threads wait, which torch reads when it is loaded
+
+# isort: split
 import torch
 
 from epigraf_fast import doctor
@@ -27,12 +30,11 @@ from epigraf_fast.training.endurance import StopRequest, explain_out_of_memory
 from epigraf_fast.training.files import require_writable
 from epigraf_fast.training.lock import locked
 from epigraf_fast.training.log import flush_output
-from epigraf_fast.training.memory import keep_freed_memory, meta_networks, parameter_count, step_bytes
-from epigraf_fast.training.networks import choose_backends, find_device, set_arithmetic
+from epigraf_fast.training.memory import meta_networks, parameter_count, step_bytes
 from epigraf_fast.training.profile import traced
 from epigraf_fast.training.progress import waiting
 from epigraf_fast.training.record import Record
-from epigraf_fast.training.start import build, require_same
+from epigraf_fast.training.start import build, pick_device, require_same
 from epigraf_fast.training.step import Trainer
 from epigraf_fast.training.warmup import warm_up
 
@@ -86,23 +88,6 @@ def parse(argv: list[str] | None):
 
     presets = {name: (f"the {name} preset", Command(preset(name))) for name in PRESETS}
     return tyro.extras.overridable_config_cli(presets, prog="train.py", description=__doc__, args=argv)
-
-
-def pick_device(config: Config, world: World) -> torch.device:
-    """The device to train on, with the arithmetic that the precision asks for switched on."""
-    device = find_device(config.device)
-    if device.type == "cpu" and config.precision != "fp32":
-        raise UserError(f"precision {config.precision} needs a GPU, a CPU computes in fp32: set --precision fp32")
-    if device.type == "cpu" and config.cuda_graphs:
-        raise UserError("cuda_graphs needs a GPU, a CPU has nothing to record: leave --cuda-graphs out")
-    choose_backends(config, device.type)
-    set_arithmetic(config)
-    if device.type == "cpu":
-        keep_freed_memory()
-    if device.type == "cuda" and world.size > 1:
-        device = find_device(f"cuda:{world.local_rank}")
-        torch.cuda.set_device(device)
-    return device
 
 
 def dry_run(config: Config, dataset: ImageDataset) -> int:

@@ -18,6 +18,8 @@ from ..errors import CheckpointError, UserError
 from .checkpoint import check_resumable, find_checkpoint, load_checkpoint, set_random_state
 from .distributed import World
 from .endurance import explain_out_of_memory
+from .memory import keep_freed_memory
+from .networks import choose_backends, find_device, set_arithmetic
 from .progress import waiting
 from .step import Trainer
 
@@ -26,6 +28,23 @@ OWN = ("data", "run_dir", "inception", "device", "loader.workers")
 IMAGES = 16  # of the data set that are compared
 
 Facts = dict[str, dict[str, Any]]
+
+
+def pick_device(config: Config, world: World) -> torch.device:
+    """The device to train on, with the arithmetic that the precision asks for switched on."""
+    device = find_device(config.device)
+    if device.type == "cpu" and config.precision != "fp32":
+        raise UserError(f"precision {config.precision} needs a GPU, a CPU computes in fp32: set --precision fp32")
+    if device.type == "cpu" and config.cuda_graphs:
+        raise UserError("cuda_graphs needs a GPU, a CPU has nothing to record: leave --cuda-graphs out")
+    choose_backends(config, device.type)
+    set_arithmetic(config)
+    if device.type == "cpu":
+        keep_freed_memory()
+    if device.type == "cuda" and world.size > 1:
+        device = find_device(f"cuda:{world.local_rank}")
+        torch.cuda.set_device(device)
+    return device
 
 
 def require_same(
