@@ -449,7 +449,7 @@ def test_distances_that_differ_are_refused_by_name(
     run("from-nerf", nerf, tmp_path / "x.json", "--distance-tolerance", 0.06)
     assert "distance 4.03 (up to 5.00% off)" in capsys.readouterr().out
     edited(nerf, lambda m: [row.__setitem__(3, 0.0) for f in m["frames"] for row in f["transform_matrix"][:3]])
-    message = one_error_line(convert_data.main, "from-nerf", nerf, tmp_path / "x.json")
+    message = one_error_line(convert_data.main, "from-nerf", nerf, tmp_path / "y.json")
     assert "camera of ./train/r_0 stands in the origin" in message
 
 
