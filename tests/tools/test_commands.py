@@ -163,7 +163,7 @@ def plain_run(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("metrics RUN --turn 0", "--turn must not be 0"),
         ("figures curves RUN --out OUT.png --seed 3", "--seed does nothing for curves, only for modulation"),
         ("figures scales RUN --out OUT.png", "--run does nothing for scales"),
-        ("figures schedules --out OUT.png --batch 8", "--batch does nothing for scales, only for schedules"),
+        ("figures scales --out OUT.png --batch 8", "--batch does nothing for scales, only for schedules"),
         ("figures schedules --out OUT.png --patch 512", "--patch must be below the --resolution 512, got 512"),
         ("figures modulation --out OUT.png", "modulation needs a run"),
         ("convert RUN OUT --kimg 3", "--kimg does nothing for a checkpoint of ours, only for a .pkl"),
