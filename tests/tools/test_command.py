@@ -252,9 +252,11 @@ with command.running(), command.output(Path(sys.argv[1]) / "a" / "x.txt") as par
     {body}
 """
 SWALLOWED = """
-    ready()
+    say = ready
     while True:
         try:
+            say()
+            say = lambda: None
             sleep()
         except KeyboardInterrupt:
             print("swallowed", flush=True)
