@@ -45,7 +45,7 @@ def waiting(
         with contextlib.suppress(OSError), tqdm(**look) as bar:
             bar.start_t -= QUIET
             while True:
-                bar.update(count - bar.n)
+                bar.n = count
                 bar.refresh()
                 if ended.wait(interval):
                     break
