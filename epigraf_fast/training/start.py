@@ -42,7 +42,13 @@ def pick_device(config: Config, world: World) -> torch.device:
     if device.type == "cpu":
         keep_freed_memory()
     if device.type == "cuda" and world.size > 1:
-        device = find_device(f"cuda:{world.local_rank}")
+        gpus = torch.cuda.device_count()
+        if world.local_rank >= gpus:
+            raise UserError(
+                f"LOCAL_RANK is {world.local_rank}, but torch sees {gpus} GPUs on this machine: start at most {gpus} "
+                f"processes there (torchrun --nproc_per_node {gpus})"
+            )
+        device = torch.device("cuda", world.local_rank)
         torch.cuda.set_device(device)
     return device
 
