@@ -21,6 +21,7 @@ from .step import Trainer
 
 Result = TypeVar("Result")
 
+TOO_LARGE = "can't allocate memory", "Storage size calculation overflowed", "integer multiplication overflow"
 USABLE = 0.9  # of a device's memory: libraries and fragments take the rest
 
 
@@ -96,15 +97,20 @@ def explain_out_of_memory(config: Config, label_dim: int, device: torch.device, 
         if not is_out_of_memory(error):
             raise
         available = device_bytes(device)
-        fits = micro_batch_that_fits(config, label_dim, available)
+        try:
+            fits = micro_batch_that_fits(config, label_dim, available)
+        except RuntimeError:  # there is no tensor that large
+            fits = None
         advice = f"set --micro-batch {fits}" if fits else "not even one image fits: make the networks smaller"
         memory = f"{available / 2**30:.1f} GiB of {device}"
         raise UserError(f"a micro-batch of {config.micro} needs more memory than the {memory}: {advice}") from None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of a GPU or of the CPU, whose allocator of torch raises a plain RuntimeError."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    """Of a GPU or of the CPU, whose allocator of torch raises a plain RuntimeError; or more than any memory."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return any(words in str(error) for words in TOO_LARGE)
 
 
 def device_bytes(device: torch.device) -> int:

@@ -20,7 +20,7 @@ from .distributed import World
 from .endurance import explain_out_of_memory
 from .memory import keep_freed_memory
 from .networks import choose_backends, find_device, set_arithmetic
-from .progress import waiting
+from .progress import say, waiting
 from .step import Trainer
 
 # Settings that each process may have its own of: where its machine keeps things, and how it reads them.
@@ -42,7 +42,13 @@ def pick_device(config: Config, world: World) -> torch.device:
     if device.type == "cpu":
         keep_freed_memory()
     if device.type == "cuda" and world.size > 1:
-        device = find_device(f"cuda:{world.local_rank}")
+        gpus = torch.cuda.device_count()
+        if world.local_rank >= gpus:
+            raise UserError(
+                f"LOCAL_RANK is {world.local_rank}, but torch sees {gpus} GPUs on this machine: start at most {gpus} "
+                f"processes there (torchrun --nproc_per_node {gpus})"
+            )
+        device = torch.device("cuda", world.local_rank)
         torch.cuda.set_device(device)
     return device
 
@@ -109,7 +115,7 @@ def build(config: Config, dataset: ImageDataset, device: torch.device, resume: s
         UserError: Nothing to resume from, or another process knows more of the run than rank 0, which writes.
     """
     checkpoint, stored_config, stored = None, config, None
-    with world.together(), waiting("reading the checkpoint"):
+    with world.together(), waiting("reading the checkpoint", shown=world.rank == 0):
         try:
             checkpoint = find_checkpoint(resume, Path(config.run_dir))
             if checkpoint is not None:
@@ -125,7 +131,7 @@ def build(config: Config, dataset: ImageDataset, device: torch.device, resume: s
             f"checkpoints of rank {rank} into the --run-dir of rank 0"
         )
     random_states, changes = [], []
-    with world.together(), waiting("building the networks"):
+    with world.together(), waiting("building the networks", shown=world.rank == 0):
         random.seed(config.seed)
         np.random.seed(config.seed)  # noqa: NPY002 - libraries draw from it
         torch.manual_seed(config.seed)
@@ -138,7 +144,7 @@ def build(config: Config, dataset: ImageDataset, device: torch.device, resume: s
     if world.size > 1:
         random_states = _align(trainer, random_states)
     if world.rank == 0 and checkpoint is not None:
-        print(f"continuing from {checkpoint}", *changes, sep="\n  ")
+        say("\n  ".join([f"continuing from {checkpoint}", *changes]))
     if random_states:
         set_random_state(random_states[world.rank % len(random_states)])
     if len(random_states) != world.size:  # else every process goes on exactly where it was
@@ -149,7 +155,7 @@ def build(config: Config, dataset: ImageDataset, device: torch.device, resume: s
 def _align(trainer: Trainer, random_states: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Gives the state of rank 0 to those that have another one; returns its random states."""
     world = trainer.world
-    with waiting("comparing the processes"):
+    with waiting("comparing the processes", shown=world.rank == 0):
         sums = world.exchange(checksum([trainer.state_dict(), random_states]))
         others = [rank for rank, value in enumerate(sums) if value != sums[0]]
         if not others:
@@ -159,7 +165,7 @@ def _align(trainer: Trainer, random_states: list[dict[str, Any]]) -> list[dict[s
         trainer.load_state_dict(content["trainer"])
     if world.rank == 0:
         ranks = f"rank{'s' * (len(others) > 1)} {', '.join(map(str, others))}"
-        print(f"{ranks}: no checkpoint of {trainer.cur_nimg} images, or another one; taken is the state of rank 0")
+        say(f"{ranks}: no checkpoint of {trainer.cur_nimg} images, or another one; taken is the state of rank 0")
     return content["random"]
 
 

@@ -102,9 +102,9 @@ def test_every_wait_of_a_run_is_named(tiny_config: TinyConfig, tmp_path: Path, m
     named = []
     original = progress_module.waiting
 
-    def waiting(what: str, total: int | None = None, unit: str = "it") -> Any:
+    def waiting(what: str, total: int | None = None, unit: str = "it", *, shown: bool = True) -> Any:
         named.append((what, total))
-        return original(what, total, unit)
+        return original(what, total, unit, shown=shown)
 
     monkeypatch.setattr(progress_module, "waiting", waiting)
     for module in (train, start, snapshot, train.Record.__init__.__globals__, train.World.join.__globals__):
