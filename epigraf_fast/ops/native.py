@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .library import constant
 from .ranges import annotate
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}  # as in csrc/common.h
@@ -37,6 +38,7 @@ def extension() -> ModuleType | str:
         return f"the extension does not load ({error}): {BUILD}"
 
 
+@constant
 def lacking(backend: str) -> str | None:
     """Why the backend, cpu or cuda, cannot be used; None if it can."""
     module = extension()
@@ -61,8 +63,13 @@ def launch(name: str, tensors: Sequence[Tensor | None], *numbers: float) -> None
         tensors: Passed as their addresses, None as a null pointer.
         numbers: What follows them, a dtype by its code in `DTYPES`.
     """
-    addresses = [0 if x is None else x.data_ptr() for x in tensors]
-    device = next(x.device for x in tensors if x is not None)
+    addresses = []
+    for x in tensors:
+        if x is None:
+            addresses.append(0)
+        else:
+            addresses.append(x.data_ptr())
+            device = x.device
     if device.type == "cpu":
         with annotate(name):
             _launcher(name, "cpu")(*addresses, *numbers, torch.get_num_threads())
