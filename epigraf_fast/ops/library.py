@@ -80,7 +80,8 @@ def register(schema: str) -> Callable[[type], type]:
       reference  the same results by operations of torch.
 
     Where there are derivatives, it holds `backward(ctx, *grads)`, which applies further such classes, and
-    `keep(ctx, inputs, outputs)`, which saves what that needs.
+    `keep(ctx, inputs, outputs)`, which saves what that needs; `constants` names the tensors that get no gradient (which
+    the public function does not let ask for one; what was exported may).
 
     Args:
         schema: As `torch.library.define` takes it, tensors first. A tensor that is returned may be None.
@@ -92,6 +93,7 @@ def register(schema: str) -> Callable[[type], type]:
         cls.op = getattr(torch.ops.epigraf_fast, name).default
         arguments = cls.op._schema.arguments
         cls.tensors = sum("Tensor" in str(argument.type) for argument in arguments)
+        constants = getattr(cls, "constants", ())
         cls.Settings = getattr(cls, "Settings", None)
         cls.ready = staticmethod(getattr(cls, "ready", lambda *args: args))
 
@@ -113,6 +115,11 @@ def register(schema: str) -> Callable[[type], type]:
             return outputs
 
         def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            for argument, needed in zip(arguments, ctx.needs_input_grad, strict=False):
+                if needed and argument.name in constants:
+                    raise NotImplementedError(
+                        f'{name}: this op has no gradient to {argument.name}; use backend="reference", or detach it'
+                    )
             cls.keep(ctx, _nested(cls, inputs), output)
 
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -187,6 +194,8 @@ def pull_back(
     function: Callable[..., Any], inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
     """Gradients, to the inputs, of a function that is made of torch's operations; themselves of such operations."""
+    if all(grad is None for grad in grads):
+        return (None,) * len(inputs)
     given = [i for i, x in enumerate(inputs) if x is not None]
 
     def outputs(*values: Tensor) -> tuple[Tensor, ...]:

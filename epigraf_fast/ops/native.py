@@ -11,7 +11,6 @@ import importlib
 import os
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,26 +87,6 @@ def on_gpu(x: Tensor) -> bool:
     return x.is_cuda
 
 
-def records(*tensors: Tensor | None) -> bool:
-    """Whether autograd records what is done with them: else a launch needs no Function around it."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-
-
-class _Unrecorded:
-    """The `ctx` of a Function that autograd does not record: what is kept for a backward is kept nowhere."""
-
-    def save_for_backward(self, *tensors: Tensor | None) -> None:
-        pass
-
-    def set_materialize_grads(self, value: bool) -> None:
-        pass
-
-
-def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """`function.apply`, and where autograd records nothing, as in most backwards, only what that computes."""
-    return function.apply(*args) if torch.is_grad_enabled() else function.forward(_Unrecorded(), *args)
-
-
 def dense(x: Tensor) -> Tensor:
     """x in contiguous or channels-last memory: as it is, or copied."""
     if x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)):
@@ -120,3 +99,12 @@ def dense_as(x: Tensor, like: Tensor) -> Tensor:
     if x.stride() == like.stride():
         return x
     return torch.empty_like(like, dtype=x.dtype).copy_(x)
+
+
+def contiguous(*vectors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if v is None else v.contiguous() for v in vectors)
+
+
+def like(vector: Tensor | None, needed: bool = True) -> Tensor | None:
+    """Memory for a gradient, where there is one."""
+    return None if vector is None or not needed else torch.empty_like(vector)
