@@ -19,6 +19,7 @@ import PIL.Image
 import pytest
 import torch
 
+import compiled
 from epigraf_fast.config import (
     CameraConfig,
     Config,
@@ -42,6 +43,11 @@ RESOLUTION, IMAGES, CLASSES = 16, 24, 3
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--regenerate", action="store_true", help="record the golden losses anew")
+    compiled.options(parser)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    compiled.choose(config, items)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,6 +1,6 @@
 """decode_triplane and decode_triplane_rays, reference and cpu, against the formula and numbers worked by hand.
 
-The Triton kernels against the reference: in Triton's interpreter, or on the GPU where there is one.
+The Triton kernels against the reference: in Triton's interpreter and compiled, or on the GPU where there is one.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 import pytest
 import torch
 
+import compiled
 from checks import (
     assert_close,
     assert_error_within_reference,
@@ -22,12 +23,10 @@ from checks import (
     layouts,
 )
 from epigraf_fast import ops
-from epigraf_fast.ops import backends
 
 BACKENDS = ["reference", "cpu"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-LACKING = backends.status()["decode_triplane"]["triton"]
-needs_triton = pytest.mark.skipif(LACKING is not None, reason=LACKING or "")
+needs_triton = compiled.on_triton()
 
 
 @pytest.fixture(params=BACKENDS)
@@ -386,7 +385,7 @@ def programs_in_reverse():
         yield
 
 
-@needs_triton
+@compiled.on_triton(compiled=False)
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU orders its programs itself: see the gpu-marked test")
 @pytest.mark.parametrize("texel", [torch.float32, torch.float16])
 def test_triton_gradients_have_the_same_bits_in_any_order_of_programs(poisoned, monkeypatch, texel):
