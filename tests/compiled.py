@@ -63,6 +63,15 @@ def on_triton(*, compiled: bool = True) -> Any:
     return pytest.mark.parametrize("triton_kernels", params, indirect=True)
 
 
+def on_each_device() -> pytest.MarkDecorator:
+    """Parametrizes a test of Triton by its `device`: the GPU where there is one, else the CPU, in the interpreter."""
+    lacking = backends.status()["composite"]["triton"]
+    skip = pytest.mark.skipif(lacking is not None, reason=lacking or "")
+    gpu = torch.cuda.is_available()
+    params = [pytest.param("cuda", marks=pytest.mark.gpu)] if gpu else [pytest.param("cpu", marks=skip)]
+    return pytest.mark.parametrize("device", params)
+
+
 @contextlib.contextmanager
 def triton_kernels(arch: int) -> Iterator[None]:
     """What Triton launches in this block is compiled for the architecture and executed."""

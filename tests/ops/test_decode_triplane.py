@@ -345,7 +345,10 @@ def test_fused_on_the_cpu_keeps_to_the_planes(broken, cpu_level):
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "deterministic"),
+    [(torch.float32, False), (torch.float32, True), (torch.float16, False), (torch.bfloat16, False)],
+)
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -356,8 +359,8 @@ def test_fused_on_the_cpu_keeps_to_the_planes(broken, cpu_level):
     ],
     ids=str,
 )
-def test_triton_along_rays(poisoned, sizes, dtype):
-    function = functools.partial(ops.decode_triplane_rays, cube_scale=0.475)
+def test_triton_along_rays(poisoned, sizes, dtype, deterministic):
+    function = functools.partial(ops.decode_triplane_rays, cube_scale=0.475, deterministic=deterministic)
     assert_triton_errs_no_more_than_the_reference(function, ray_inputs(**sizes), dtype)
 
 
