@@ -501,7 +501,8 @@ def test_a_rehearsed_gpu_day_passes(tmp_path):
 
 def test_a_failing_part_of_a_gpu_day_is_reported(tmp_path):
     broken = tmp_path / "python"
-    broken.write_text(f'#!/bin/sh\ncase "$*" in *bench.run*) echo "no luck on [$CUDA_VISIBLE_DEVICES]"; exit 7;; esac\nexec {sys.executable} "$@"\n')
+    fault = 'case "$*" in *bench.run*) echo "no luck on [$CUDA_VISIBLE_DEVICES]"; exit 7;; esac'
+    broken.write_text(f'#!/bin/sh\n{fault}\nexec {sys.executable} "$@"\n')
     broken.chmod(0o755)
     done = gpu_day("--cpu", "--only", "ops", str(tmp_path / "out"), PYTHON=str(broken), CUDA_VISIBLE_DEVICES="0")
     assert done.returncode == 1
