@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from .. import resources_cuda
+from . import Counts, Program
 from .csrc_host import CSRC, Launch, launch_emulated, recorded
-from .machine import Counts, Program
 
 
 @functools.cache

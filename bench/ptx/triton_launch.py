@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .. import resources
-from .machine import Counts, Program
+from . import Counts, Program
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build" / "triton"
@@ -106,9 +106,9 @@ def _program(ptx: str) -> Program:
 
 def _params(compiled: Compiled, values: dict[str, Any]) -> bytes:
     """The parameter buffer; what Triton adds at the end, scratch memory that no kernel of ours has, is null."""
-    parameters = _program(compiled.ptx).entries[compiled.name].params
-    buffer = bytearray(max((p.offset + p.size for p in parameters), default=0))
-    for parameter, (name, kind) in zip(parameters, compiled.arguments, strict=False):
+    entry = _program(compiled.ptx).entries[compiled.name]
+    buffer = bytearray(entry.parameter_bytes)
+    for parameter, (name, kind) in zip(entry.parameters, compiled.arguments, strict=False):
         value = values[name]
         packed = struct.pack("<Q", value.data_ptr()) if kind[0] == "*" else struct.pack(FORMATS[kind], value)
         if len(packed) != parameter.size:
