@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from emulated import emulate
 
 from bench import resources_cuda
 from epigraf_fast.ops import backends, native
@@ -96,9 +97,5 @@ def csrc_kernels(monkeypatch: pytest.MonkeyPatch, arch: int) -> None:
     """For the rest of a test, the ops' backend cpu launches csrc's kernels, compiled for the architecture."""
     from bench.ptx import csrc_launch
 
-    emulated = csrc_launch.module()
-    if isinstance(emulated, str):
-        pytest.skip(emulated)
-    monkeypatch.setattr(native, "extension", lambda: emulated)
+    emulate(monkeypatch)
     monkeypatch.setattr(native, "launch", functools.partial(csrc_launch.launch_compiled, arch))
-    monkeypatch.setattr(native, "on_gpu", lambda x: True)
