@@ -158,7 +158,15 @@ def _membar(opcode: Opcode, _: Instruction) -> Operation:
 
 @operation("fence", "acq_rel sc acquire release gpu cta sys proxy async shared::cta global")
 def _fence_of(opcode: Opcode, _: Instruction) -> Operation:
-    return Operation(_fence("cta" not in opcode and "proxy" not in opcode), (), (), True)
+    if "proxy" in opcode:
+        return Operation(_proxy_fence, (), (), True)
+    return Operation(_fence("cta" not in opcode), (), (), True)
+
+
+def _proxy_fence(wave: Wave, site: Instruction, active: np.ndarray | None) -> None:
+    """Makes what threads wrote visible to what reads by itself."""
+    clocks = np.repeat(wave.clocks.clock, 32, axis=1)
+    wave.proxy_fences = clocks if active is None else np.where(active, clocks, wave.proxy_fences)
 
 
 def _fence(of_gpu: bool) -> Callable[..., None]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from .faults import Uninitialized, UnknownOpcode
-from .flow import Flow, Step
+from .flow import Flow, Step, registers_of
 from .parse import Address, Entry, Immediate, Instruction, Not, Operand, Register, Sink, Special, Symbol
 
 
@@ -43,6 +43,11 @@ def merged(mask: np.ndarray, new: np.ndarray, old: np.ndarray | None) -> np.ndar
     return new if old is None else np.where(mask, new, old)
 
 
+def remembered(active: np.ndarray | None, new: np.ndarray, old: np.ndarray) -> np.ndarray:
+    """Which threads have written a register."""
+    return new if active is None else np.where(active, new, old)
+
+
 def check_defined(wave: Any, site: Instruction, active: np.ndarray | None, defined: np.ndarray, name: str) -> None:
     bad = ~defined if active is None else active & ~defined
     if bad.any():
@@ -57,7 +62,7 @@ class _Writer:
         self.block = flow.blocks[number]
         self.lines: list[str] = []
         self.names: dict[str, Any] = {"where": np.where, "guarded": guarded, "merged": merged, "defined": check_defined}
-        self.names["TRUE"] = np.ones((1, 1), bool)
+        self.names |= {"TRUE": np.ones((1, 1), bool), "U4": np.dtype("u4"), "remembered": remembered}
         self.local: dict[int, str] = {}  # register -> variable that has its value
         self.views: dict[tuple[str, str], str] = {}
         self.changed: dict[int, None] = {}
@@ -99,12 +104,12 @@ class _Writer:
                 )
         return found
 
-    def read(self, operand: Operand, code: str, site: Instruction, active: str) -> str:
+    def read(self, operand: Operand, code: str, site: Instruction) -> str:
         """An expression of the operand's value in a type."""
         if isinstance(operand, Address):
             operand = operand.base
         if isinstance(operand, Not):
-            return f"~{self.read(operand.of, code, site, active)}"
+            return f"~{self.read(operand.of, code, site)}"
         if isinstance(operand, Immediate):
             return self.constant(operand, code)
         if isinstance(operand, Symbol):
@@ -116,8 +121,6 @@ class _Writer:
         if not isinstance(operand, Register):
             raise UnknownOpcode(f"bench.ptx: operand of {site.opcode} is not known, {site}")
         variable = self.value(operand)
-        if operand.index in self.flow.doubtful:
-            self.lines.append(f"defined(W, {self.name(site, 's')}, {active}, D[{operand.index}], {operand.name!r})")
         return self.converted(variable, self.flow.storage[operand.index], code)
 
     def converted(self, variable: str, have: str, want: str) -> str:
@@ -155,11 +158,20 @@ class _Writer:
         raise UnknownOpcode(f"bench.ptx: symbol {symbol.name} is not known, {site}")
 
     def guard(self, instruction: Instruction) -> str:
-        return self.read(instruction.guard, "?", instruction, "a")
+        guard = instruction.guard
+        self.check([guard], instruction, "a")
+        return self.read(guard, "?", instruction)
+
+    def check(self, operands: list[Operand], site: Instruction, active: str) -> None:
+        """Has registers of which it is not sure be looked at, whether they were written."""
+        for register in dict.fromkeys(registers_of(operands)):
+            if register.index in self.flow.doubtful:
+                self.lines.append(
+                    f"defined(W, {self.name(site, 's')}, {active}, D[{register.index}], {register.name!r})"
+                )
 
     def step(self, step: Step) -> None:
         operation, site = step.operation, step.instruction
-        storage = [self.flow.storage[r.index] if isinstance(r, Register) else None for r in step.results]
         active, guard = "a", None
         if site.guard is not None:
             guard = self.variable()
@@ -167,26 +179,54 @@ class _Writer:
             if operation.effect or self.flow.doubtful:
                 active = self.variable()
                 self.lines.append(f"{active} = guarded(a, {guard})")
-        raw = next((s for s in storage if s), "u4")  # what bits of any type are read as
-        operands = []
-        for operand, code in zip(step.operands, operation.operands, strict=True):
-            code = f"{raw[0]}{code[1:]}" if code[0] == "b" else code
-            operands.append(self.read(operand, code, site, active))
-        context = [f"W, {self.name(site, 's')}, {active}"] if operation.effect else []
-        call = f"{self.name(operation.function, 'f')}({', '.join(context + operands)})"
+        # What bits of any type are read as.
+        raw = next((self.flow.storage[r.index] for r in step.written()), "u4")[0]
+        codes = [f"{raw}{code[1:]}" if code[0] == "b" else code for code in operation.operands]
+        operands = [self.read(operand, code, site) for operand, code in zip(step.operands, codes, strict=True)]
+        if operation.effect:
+            self.check(step.operands[operation.spreads == "first" :], site, active)
+        call = f"{self.name(operation.function, 'f')}("
+        if operation.effect:
+            call += f"W, {self.name(site, 's')}, {active}, "
         if not step.results:
-            self.lines.append(call)
+            self.lines.append(f"{call}{', '.join(operands)})")
             return
         variables = [self.variable() for _ in step.results]
-        self.lines.append(f"{', '.join(variables)} = {call}")
+        self.lines.append(f"{', '.join(variables)} = {call}{', '.join(operands)})")
+        defined = None
+        if any(register.index in self.flow.doubtful for register in step.written()):
+            defined = self.defined(step, operands, call)
         for result, variable, code in zip(step.results, variables, operation.results, strict=True):
             if isinstance(result, Sink):
                 continue
             if not isinstance(result, Register):
                 raise UnknownOpcode(f"bench.ptx: result of {site.opcode} is not known, {site}")
-            self.assign(result, variable, f"{raw[0]}{code[1:]}" if code[0] == "b" else code, guard, active)
+            self.assign(result, variable, f"{raw}{code[1:]}" if code[0] == "b" else code, guard)
+            if result.index in self.flow.doubtful:
+                self.lines.append(f"D[{result.index}] = remembered({active}, {defined}, D[{result.index}])")
 
-    def assign(self, register: Register, variable: str, code: str, guard: str | None, active: str) -> None:
+    def defined(self, step: Step, operands: list[str], call: str) -> str:
+        """A variable that says for which threads an operation's results count as written."""
+        if step.operation.effect and not step.operation.spreads:
+            return "TRUE"
+        known = [
+            next((f"D[{r.index}]" for r in registers_of([operand]) if r.index in self.flow.doubtful), "TRUE")
+            for operand in step.operands
+        ]
+        if set(known) == {"TRUE"} or not known:
+            return "TRUE"
+        if step.operation.spreads == "first":
+            text = f"{call}{', '.join([f'{known[0]}.astype(U4)', *operands[1:]])})"
+            text = f"{text}[0] != 0" if len(step.results) > 1 else f"{text} != 0"
+        elif step.operation.spreads == "select":
+            text = f"where({operands[2]}, {known[0]}, {known[1]}) & {known[2]}"
+        else:
+            text = " & ".join(sorted(set(known) - {"TRUE"}))
+        variable = self.variable()
+        self.lines.append(f"{variable} = {text}")
+        return variable
+
+    def assign(self, register: Register, variable: str, code: str, guard: str | None) -> None:
         index, have = register.index, self.flow.storage[register.index]
         if code != have:
             if code[0] == "i" and int(code[1:]) < int(have[1:]):  # the sign fills what is above
@@ -202,9 +242,6 @@ class _Writer:
             self.lines.append(f"{new} = merged({guard}, {variable}, {old or f'R[{index}]'})")
             variable = new
         self.local[index] = variable
-        if index in self.flow.doubtful:
-            who = "(TRUE if a is None else a)" if guard is None else active
-            self.lines.append(f"D[{index}] = D[{index}] | {who}")
         self.changed[index] = None
 
     def write_back(self) -> None:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from . import atomics, floating, integer, loads, warp  # noqa: F401 - they fill the table of operations
+from . import atomics, floating, integer, loads, tensor_cores, warp, warpgroup  # noqa: F401 - they fill the table of operations
 from .faults import UnknownOpcode
 from .operations import CODES, Operation, find
 from .parse import Address, Entry, Instruction, Not, Operand, Pair, Register, Vector
@@ -113,6 +113,8 @@ class Step:
         given = list(instruction.operands)
         results = list(flatten(given.pop(0))) if operation.results else []
         operands = [part for operand in given for part in flatten(operand)]
+        if operation.accumulates:
+            operands = results + operands
         if len(results) != len(operation.results) or len(operands) < len(operation.operands):
             raise UnknownOpcode(f"bench.ptx: operands of {instruction.opcode} are not known, {instruction}")
         return cls(instruction, operation, results, operands[: len(operation.operands)])
@@ -128,12 +130,12 @@ class Step:
                 yield result
 
     def read(self) -> Iterator[Register]:
-        yield from _registers(self.operands)
+        yield from registers_of(self.operands)
         if self.guard is not None:
             yield self.guard
 
 
-def _registers(operands: list[Operand]) -> Iterator[Register]:
+def registers_of(operands: list[Operand]) -> Iterator[Register]:
     for operand in operands:
         if isinstance(operand, Address):
             operand = operand.base
@@ -164,6 +166,7 @@ class Flow:
         self.live_out = self._live_out()
         self.doubtful = self._doubtful()
         self.grain = self._grain()
+        warpgroup.check_registers(self)
         self.fences = any(_orders_blocks(step.instruction.opcode) for step in itertools.chain.from_iterable(self.steps))
 
     def _storage(self) -> list[str]:
@@ -242,7 +245,21 @@ class Flow:
                     for register in step.written():
                         assigned |= 1 << register.index
             found |= {r.index for r in ending_registers(self.blocks[i]) if not assigned >> r.index & 1}
-        return found
+        return self._spread(found)
+
+    def _spread(self, doubtful: set[int]) -> set[int]:
+        """With what is made of them."""
+        changed = True
+        while changed:
+            changed = False
+            for step in itertools.chain.from_iterable(self.steps):
+                if step.operation.effect and not step.operation.spreads:
+                    continue
+                results = {r.index for r in step.written()}
+                if not results <= doubtful and any(r.index in doubtful for r in registers_of(step.operands)):
+                    doubtful |= results
+                    changed = True
+        return doubtful
 
     def _grain(self) -> int:
         sizes = [4]
@@ -263,7 +280,7 @@ def ending_registers(block: Block) -> list[Register]:
     """What a block's end reads."""
     if block.last is None:
         return []
-    found = list(_registers(list(block.last.operands)))
+    found = list(registers_of(list(block.last.operands)))
     guard = block.last.guard
     if guard is not None:
         found.append(guard.of if isinstance(guard, Not) else guard)

@@ -305,7 +305,7 @@ def select(a: np.ndarray, b: np.ndarray, p: np.ndarray) -> np.ndarray:
 @operation("selp", types=(*BITS, *INTEGERS, "f32", "f64"))
 def _select(opcode: Opcode, _: Instruction) -> Operation:
     code = f"b{CODES[opcode.type][1:]}"
-    return pure(select, code, code, code, "?")
+    return Operation(select, (code,), (code, code, "?"), spreads="select")
 
 
 @operation("mov", types=(*BITS, *INTEGERS, "f32", "f64", "pred"))

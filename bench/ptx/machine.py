@@ -210,7 +210,7 @@ class _Run:
         if wave.counts is not None:
             wave.counts.barriers += wave.active_warps(active)
         if active is None or (not count and not self.groups and not self.waiting):
-            wave.clocks.block_barrier(slice(None))
+            wave.barrier(slice(None))
             self.go(block.next, active)
             return
         active = np.broadcast_to(active, wave.shape)
@@ -253,7 +253,7 @@ class _Run:
             if count:
                 # A barrier of some warps orders those alone, which clocks do not tell; it is taken for one of them all.
                 free &= arrived.any(1)
-            wave.clocks.block_barrier(free)
+            wave.barrier(free)
             column = free.reshape(-1, 1)
             rest = []
             for number, mask, wanted in groups:

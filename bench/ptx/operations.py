@@ -56,13 +56,19 @@ class Operation:
     """A function of arrays, and the types of its results and operands.
 
     Where `effect`, it is called with the wave, the instruction's site and the threads that take part before the
-    operands: it reaches memory, or other threads.
+    operands: it reaches memory, or other threads. Where `accumulates`, what the results' registers hold are its first
+    operands.
+
+    An operand that was never written makes a result that counts as never written; an effect must have none, unless it
+    `spreads` them: "select" takes the one that its third operand says, "first" treats its first as it treats the value.
     """
 
     function: Callable[..., Any]
     results: tuple[str, ...]
     operands: tuple[str, ...]
     effect: bool = False
+    accumulates: bool = False
+    spreads: str = ""
 
 
 Maker = Callable[[Opcode, Instruction], Operation | None]

@@ -95,7 +95,7 @@ def _shuffle(opcode: Opcode, instruction: Instruction) -> Operation | None:
                 raise Uninitialized(f"the lane that is read takes no part; {wave.place(site, at)}")
         return (result, inside) if both else result
 
-    return Operation(shuffle, ("u4", "?")[: 1 + both], ("u4",) * 4, True)
+    return Operation(shuffle, ("u4", "?")[: 1 + both], ("u4",) * 4, True, spreads="first")
 
 
 def ballots(wave: Wave, active: np.ndarray | None, p: np.ndarray) -> np.ndarray:

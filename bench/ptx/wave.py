@@ -46,6 +46,8 @@ class Wave:
         if padded != threads:
             self.live = np.broadcast_to(np.arange(padded) < threads, self.shape)
         self.specials = self._specials()
+        self.proxy_fences = np.zeros(self.shape, "i8")  # clocks of the threads' last fence.proxy.async
+        self.asynchronous_reads: list[tuple[np.ndarray, np.ndarray]] = []  # places in shared memory, and flat threads
 
     def _specials(self) -> Mapping[str, np.ndarray]:
         thread = np.arange(self.shape[1], dtype="u4").reshape(1, -1)
@@ -117,6 +119,13 @@ class Wave:
         if who >= SOME_OF_WARP:
             return f"threads of warp {who - SOME_OF_WARP} of block {block_name}"
         return f"thread {self.thread_name(who)} of block {block_name}"
+
+    def barrier(self, blocks: np.ndarray | slice) -> None:
+        """All threads of these blocks (rows) have waited for each other."""
+        self.clocks.block_barrier(blocks)
+        # Reads that products make by themselves are not over.
+        for places, lanes in self.asynchronous_reads:
+            self.spaces["shared"].shadow.stamp_reads(places, *self.times(lanes))
 
     # Fences and what blocks tell each other by atomics
 

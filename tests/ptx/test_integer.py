@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from ptx_snippets import evaluate
 
 U, S = np.uint32, np.int32
