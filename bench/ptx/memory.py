@@ -14,13 +14,21 @@ import torch
 from torch import Tensor
 
 from .faults import Misaligned, OutOfRange, Race, Uninitialized
-from .races import Knowledge, Shadow
+from .races import Knowledge, Shadow, alike
 
 if TYPE_CHECKING:
     from .machine import Wave
     from .parse import Instruction
 
 GUARD = 16  # bytes that addresses of regions are rounded to, so that every access has a view of its type
+
+
+def filled(address: np.ndarray, active: np.ndarray) -> tuple[np.ndarray, int] | None:
+    """Addresses (signed), those of threads that take no part being the highest of the others', and that; None for no
+    thread."""
+    lowest = np.iinfo("i8").min
+    high = int(np.where(active, address, lowest).max())
+    return None if high == lowest else (np.where(active, address, high), high)
 
 
 class Region:
@@ -132,11 +140,10 @@ class GlobalMemory:
         if active is None:
             low, high = int(address.min()), int(address.max())
         else:
-            active = np.broadcast_to(active, np.broadcast_shapes(active.shape, address.shape))
-            if not active.any():
+            found = filled(address, active)
+            if found is None:
                 return []
-            high = int(np.max(address, where=active, initial=-(2**63)))
-            address = np.where(active, address, high)
+            address, high = found
             low = int(address.min())
         region = self.last.get(site.line)
         if region is None or low + offset < region.start or high + offset + size > region.end:
@@ -279,7 +286,7 @@ class GlobalMemory:
                     continue
                 self.check_write(wave, site, region, index + i, lanes, view, data)
                 view[index + i] = data
-                wrong = view[index + i] != data
+                wrong = ~alike(view[index + i], data)
                 if wrong.any():
                     bad = int(np.argmax(wrong))
                     place = region.name_of(region.base + int(index[bad] + i) * size)
@@ -299,12 +306,12 @@ class GlobalMemory:
     ) -> None:
         region.track()
         size = data.dtype.itemsize
-        equal = view[index] == data
+        like = alike(view[index], data)
         for part in range(max(size // region.grain, 1)):
             here = index * size // region.grain + part
             if region.unwritten is not None:
                 region.unwritten[here] = False
-            region.shadow.write(wave, site, here, lanes, equal)
+            region.shadow.write(wave, site, here, lanes, like)
 
     def check_atomic(
         self, wave: Wave, site: Instruction, region: Region, index: np.ndarray, lanes: Any, size: int

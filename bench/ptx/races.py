@@ -144,9 +144,9 @@ class Shadow:
         self.stamp_reads(here, *wave.times(lanes))
         return earlier
 
-    def write(self, wave: Wave, site: Instruction, here: np.ndarray, lanes: Any, equal: np.ndarray) -> None:
-        """The same of writes; where the value is `equal` to what is there, another thread may have written it."""
-        self.check(wave, site, here, lanes, self.writes[here], "writes over what", "wrote", equal)
+    def write(self, wave: Wave, site: Instruction, here: np.ndarray, lanes: Any, like: np.ndarray) -> None:
+        """The same of writes; where the value is `like` what is there, another thread may have written it."""
+        self.check(wave, site, here, lanes, self.writes[here], "writes over what", "wrote", like)
         self.check(wave, site, here, lanes, self.reads[here], "writes over what", "read")
         self.writes[here] = wave.times(lanes)[0]
 
@@ -212,6 +212,27 @@ class Shadow:
         rest = np.nonzero(back != stamps)[0]
         if len(rest):
             np.maximum.at(self.reads, places[rest], joined(back[rest], stamps[rest]))
+
+
+REPLICA_ROUNDINGS = 4
+
+
+def alike(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Whether two threads may write these values (unsigned integers) to one place: if they are equal, or floating-point
+    numbers some roundings apart.
+
+    Triton has several threads work out one number, and the compiler fuses a product of each with the sum of what it
+    got from another: fma(x, y, round(u v)) here, fma(u, v, round(x y)) there.
+    """
+    equal = a == b
+    size = a.dtype.itemsize
+    if size < 4 or equal.all():
+        return equal
+    code, fraction = (("i4", 23), ("i8", 52))[size == 8]
+    a, b = a.view(code), b.view(code)
+    exponents = (1 << 8 * size - 1 - fraction) - 1
+    normal = (a >> fraction & exponents) % exponents != 0  # no subnormal number, which an integer may be, nor infinity
+    return equal | normal & (a ^ b >= 0) & (np.abs(a - b) <= REPLICA_ROUNDINGS)
 
 
 def joined(a: np.ndarray, b: np.ndarray) -> np.ndarray:

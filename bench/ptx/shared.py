@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .faults import Fault, Misaligned, OutOfRange, Race, Uninitialized
-from .races import Shadow
+from .memory import filled
+from .races import Shadow, alike
 
 if TYPE_CHECKING:
     from .parse import Instruction
@@ -45,11 +46,10 @@ class SharedMemory:
         if offset:
             address += offset
         if active is not None:
-            active = np.broadcast_to(active, np.broadcast_shapes(active.shape, address.shape))
-            if not active.any():
+            found = filled(address, active)
+            if found is None:
                 return None
-            high = int(np.max(address, where=active, initial=-(2**31)))
-            address = np.where(active, address, high)
+            address, high = found
         else:
             high = int(address.max())
         if high + size > self.size or address.min() < 0:
@@ -131,11 +131,11 @@ class SharedMemory:
             if not self.check:
                 view[here] = value
                 continue
-            equal = view[here] == value
+            like = alike(view[here], value)
             for part in range(max(size // self.grain, 1)):
-                self.shadow.write(wave, site, here * size // self.grain + part, lanes, equal)
+                self.shadow.write(wave, site, here * size // self.grain + part, lanes, like)
             view[here] = value
-            wrong = view[here] != value
+            wrong = ~alike(view[here], value)
             if wrong.any():
                 bad = int(np.argmax(wrong))
                 place = self.name(int(here[bad]) * size // self.grain)
