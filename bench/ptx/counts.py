@@ -55,19 +55,19 @@ class Counts:
         return Counts(opcodes=opcodes, **{name: value / n for name, value in values.items()})
 
 
+_OUTSIDE = 2**63 - 1  # in place of the address of a thread that takes no part
+
+
 def _rows(addresses: np.ndarray, active: np.ndarray | None, threads: int) -> np.ndarray:
-    """Addresses as rows of so many threads of one warp; those that take no part have the largest number there is."""
+    """Addresses as rows of so many threads of one warp; those that take no part lie behind all others."""
     if active is not None:
-        addresses = np.where(active, addresses, _outside(addresses))
+        addresses = np.where(active, addresses, _OUTSIDE)
     return addresses.reshape(-1, threads)
 
 
-def _outside(addresses: np.ndarray) -> int:
-    return np.iinfo(addresses.dtype).max
-
-
 def _sorted(rows: np.ndarray) -> np.ndarray:
-    return rows if (rows[:, 1:] >= rows[:, :-1]).all() else np.sort(rows, axis=1)
+    changes = rows[:, 1:] < rows[:, :-1]
+    return np.sort(rows, axis=1) if np.count_nonzero(changes) else rows
 
 
 def sectors(addresses: np.ndarray, active: np.ndarray | None, width: int) -> tuple[int, int, int]:
@@ -79,15 +79,14 @@ def sectors(addresses: np.ndarray, active: np.ndarray | None, width: int) -> tup
         width: Bytes of a thread's access.
     """
     rows = _sorted(_rows(addresses, active, WARP))
-    outside = _outside(rows)
-    some = rows[:, 0] != outside
+    some = rows[:, 0] != _OUTSIDE
     requests = int(np.count_nonzero(some))
     # Threads that take no part are one more value of their row.
-    beside = requests - int(np.count_nonzero(some & (rows[:, -1] == outside)))
+    beside = requests - int(np.count_nonzero(some & (rows[:, -1] == _OUTSIDE)))
     different = int(np.count_nonzero(rows[:, 1:] != rows[:, :-1])) + beside
     if width >= SECTOR:
         return requests, different * width // SECTOR, different * width
-    rows = rows >> rows.dtype.type(SECTOR.bit_length() - 1)
+    rows = rows >> SECTOR.bit_length() - 1
     return requests, int(np.count_nonzero(rows[:, 1:] != rows[:, :-1])) + beside, different * width
 
 
@@ -95,15 +94,14 @@ def wavefronts(addresses: np.ndarray, active: np.ndarray | None, width: int) -> 
     """Requests and wavefronts of one access to shared memory; arguments as for `sectors`."""
     unit = max(width, 4)
     rows = _rows(addresses, active, WARP)
-    outside = _outside(rows)
-    requests = int(np.count_nonzero((rows != outside).any(1)))
+    requests = int(np.count_nonzero((rows != _OUTSIDE).any(1)))
     rows = rows.reshape(-1, WARP * 4 // unit)  # threads that are served together
     banks = BANKS * 4 // unit
-    rows = np.where(rows != outside, rows >> rows.dtype.type(unit.bit_length() - 1), outside)
-    if (rows == rows[:, :1]).all():
-        return requests, int(np.count_nonzero(rows[:, 0] != outside))
+    rows = np.where(rows != _OUTSIDE, rows >> unit.bit_length() - 1, _OUTSIDE)
+    if not np.count_nonzero(rows != rows[:, :1]):
+        return requests, int(np.count_nonzero(rows[:, 0] != _OUTSIDE))
     rows = _sorted(rows)
-    first = rows != outside
+    first = rows != _OUTSIDE
     first[:, 1:] &= rows[:, 1:] != rows[:, :-1]
-    words = np.bincount(np.nonzero(first)[0] * banks + (rows[first] % banks).astype("i8"), minlength=len(rows) * banks)
+    words = np.bincount(np.nonzero(first)[0] * banks + (rows[first] % banks), minlength=len(rows) * banks)
     return requests, int(words.reshape(-1, banks).max(1).sum())

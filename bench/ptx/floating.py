@@ -19,7 +19,7 @@ _SMALLEST = {4: np.float32(2.0**-126), 8: 2.0**-1022}  # normal numbers
 def flush(x: np.ndarray) -> np.ndarray:
     """Subnormal numbers as zeros of the same sign, `.ftz`."""
     small = np.abs(x) < _SMALLEST[x.dtype.itemsize]
-    return np.where(small, np.copysign(x.dtype.type(0), x), x) if small.any() else x
+    return np.where(small, np.copysign(x.dtype.type(0), x), x) if np.count_nonzero(small) else x
 
 
 def saturate(x: np.ndarray) -> np.ndarray:
@@ -78,18 +78,25 @@ def dtype_of(code: str) -> type[np.generic]:
     return np.dtype(code).type
 
 
+# The bits of fp64 numbers that fp32 has no place for, and these where a number lies in the middle between two of fp32.
+_BELOW_SINGLE, _MIDDLE = np.uint64(0x1FFFFFFF), np.uint64(0x10000000)
+
+
 def fma_single(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     """a b + c of fp32 numbers, rounded once to nearest.
 
     The product is exact in fp64 and the sum nearly so; it is looked at again where it lies in the middle between two
     fp32 numbers, or below the normal ones.
     """
-    total = np.multiply(a, b, dtype="f8")
-    total = np.add(total, c, out=total) if total.shape == np.broadcast_shapes(total.shape, c.shape) else total + c
+    total = a.astype("f8") * b.astype("f8") + c.astype("f8")
     result = total.astype("f4")
-    doubtful = (total.view("u8") & 0x1FFFFFFF) == 0x10000000
-    if doubtful.any() or (np.abs(result) < _SMALLEST[4]).any():
-        return round_from_double(*two_sum(np.multiply(a, b, dtype="f8"), c), "f4", "rn")
+    doubtful = (total.view("u8") & _BELOW_SINGLE) == _MIDDLE
+    small = np.abs(result) < _SMALLEST[4]
+    if np.count_nonzero(small):
+        doubtful |= small & (total != 0)
+    if np.count_nonzero(doubtful):
+        a, b, c = (np.broadcast_to(x, result.shape)[doubtful].astype("f8") for x in (a, b, c))
+        result[doubtful] = round_from_double(*two_sum(a * b, c), "f4", "rn")
     return result
 
 
@@ -255,7 +262,7 @@ def smaller(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     code = f"u{a.dtype.itemsize}"
     equal = a == b
     result = np.fmin(a, b)
-    return np.where(equal, (a.view(code) | b.view(code)).view(a.dtype), result) if equal.any() else result
+    return np.where(equal, (a.view(code) | b.view(code)).view(a.dtype), result) if np.count_nonzero(equal) else result
 
 
 def larger(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -263,7 +270,7 @@ def larger(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     code = f"u{a.dtype.itemsize}"
     equal = a == b
     result = np.fmax(a, b)
-    return np.where(equal, (a.view(code) & b.view(code)).view(a.dtype), result) if equal.any() else result
+    return np.where(equal, (a.view(code) & b.view(code)).view(a.dtype), result) if np.count_nonzero(equal) else result
 
 
 def _with_nan(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:

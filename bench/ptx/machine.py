@@ -127,6 +127,7 @@ class _Run:
         self.waiting: dict[int, list[tuple[int, np.ndarray, int]]] = {}  # barrier -> where behind it, who, how many
         self.entered: Counter[int] = Counter()  # block -> threads
         self.issued: Counter[int] = Counter()  # block -> warps
+        self.measured: tuple[np.ndarray | None, tuple[int, int]] = None, (0, 0)
 
     def run(self) -> None:
         wave, blocks = self.wave, self.code.flow.blocks
@@ -141,14 +142,21 @@ class _Run:
                 at = blocks[number].body[0] if blocks[number].body else blocks[number].last
                 raise Runaway(f"more steps than a launch may take; {at}")
             if wave.counts is not None:
-                self.entered[number] += wave.active_threads(active)
-                self.issued[number] += wave.active_warps(active)
+                threads, warps = self.size(active)
+                self.entered[number] += threads
+                self.issued[number] += warps
             function = self.code.function(number)
             predicate = function(wave, self.registers, self.defined, None if alone else active, active)
             self.leave(blocks[number], active, predicate)
         if self.waiting:
             self.stuck()
         self.count()
+
+    def size(self, active: np.ndarray | None) -> tuple[int, int]:
+        """How many threads and warps these are."""
+        if self.measured[0] is not active or active is None:
+            self.measured = active, (self.wave.active_threads(active), self.wave.active_warps(active))
+        return self.measured[1]
 
     def go(self, number: int, active: np.ndarray | None) -> None:
         """Has threads continue there."""
@@ -162,7 +170,8 @@ class _Run:
     def alone(self, active: np.ndarray) -> bool:
         """Whether these are all that live."""
         live = self.wave.live
-        return bool(active.all() if live is None else (active | ~live).all())
+        active = active if live is None else active & live
+        return self.everyone(active, np.count_nonzero(active), live)
 
     def leave(self, block: Block, active: np.ndarray | None, predicate: np.ndarray | None) -> None:
         if block.end == "jump":
@@ -176,17 +185,24 @@ class _Run:
 
     def branch(self, block: Block, active: np.ndarray | None, predicate: np.ndarray) -> None:
         taken = predicate if active is None else predicate & active
-        rest = ~predicate if active is None else ~predicate & active
-        if not rest.any():
-            self.go(block.target, active)
-        elif not taken.any():
+        count = np.count_nonzero(taken)
+        if count == 0:
             self.go(block.next, active)
+        elif self.everyone(taken, count, active):
+            self.go(block.target, active)
         else:
+            rest = ~predicate if active is None else ~predicate & active
             if self.wave.counts is not None:
                 both = self.wave.by_warp(taken) & self.wave.by_warp(rest)
                 self.wave.counts.divergent_branches += int(np.count_nonzero(both))
             self.go(block.target, taken)
             self.go(block.next, rest)
+
+    def everyone(self, some: np.ndarray, count: int, active: np.ndarray | None) -> bool:
+        """Whether `some` of the active threads, `count` in an array of that shape, are all of them."""
+        if active is None:
+            return count == some.size
+        return count * active.size == np.count_nonzero(active) * some.size
 
     def exit(self, block: Block, active: np.ndarray | None, predicate: np.ndarray | None) -> None:
         wave = self.wave

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .faults import Misaligned, OutOfRange, Race, Uninitialized
-from .races import Knowledge, Shadow, alike
+from .races import Knowledge, Shadow, alike, places_of
 
 if TYPE_CHECKING:
     from .machine import Wave
@@ -23,12 +23,14 @@ if TYPE_CHECKING:
 GUARD = 16  # bytes that addresses of regions are rounded to, so that every access has a view of its type
 
 
+_LOWEST = -(2**63)
+
+
 def filled(address: np.ndarray, active: np.ndarray) -> tuple[np.ndarray, int] | None:
     """Addresses (signed), those of threads that take no part being the highest of the others', and that; None for no
     thread."""
-    lowest = np.iinfo("i8").min
-    high = int(np.where(active, address, lowest).max())
-    return None if high == lowest else (np.where(active, address, high), high)
+    high = int(np.where(active, address, _LOWEST).max())
+    return None if high == _LOWEST else (np.where(active, address, high), high)
 
 
 class Region:
@@ -148,7 +150,7 @@ class GlobalMemory:
         region = self.last.get(site.line)
         if region is None or low + offset < region.start or high + offset + size > region.end:
             region = self.find(low + offset, high + offset + size)
-        if size > 1 and ((address + offset if offset % size else address) & size - 1).any():
+        if size > 1 and np.count_nonzero((address + offset if offset % size else address) & size - 1):
             self.misaligned(wave, site, active, address + offset, size)
         if region is None:
             return self.several(wave, site, active, address + offset, size)
@@ -172,7 +174,7 @@ class GlobalMemory:
             outside |= places + np.uint64(size) > self.ends[np.maximum(index, 0)]
         if active is not None:
             outside = outside & active
-        if outside.any():
+        if np.count_nonzero(outside):
             self.out_of_range(wave, site, outside, address, size)
         found = []
         for number in np.unique(index if active is None else index[np.broadcast_to(active, index.shape)]):
@@ -250,17 +252,19 @@ class GlobalMemory:
         if region.unwritten is None and region.shadow is None:
             return
         lanes = wave.lanes(who)
-        first = wave.flat(at, lanes) // region.grain
-        for here in (first + part for part in range(max(size // region.grain, 1))):
-            if region.unwritten is not None and region.unwritten[here].any():
-                self.unwritten(wave, site, region, here, lanes)
-            if region.shadow is not None:
-                region.shadow.read(wave, site, here, lanes)
+        here = places_of(wave.flat(at, lanes), size, region.grain)
+        self.check_written(wave, site, region, here, lanes)
+        if region.shadow is not None:
+            region.shadow.read(wave, site, here, lanes)
 
-    def unwritten(self, wave: Wave, site: Instruction, region: Region, here: np.ndarray, lanes: Any) -> None:
-        bad = int(np.argmax(region.unwritten[here]))
-        place = region.name_of(region.base + int(here[bad]) * region.grain)
-        raise Uninitialized(f"nobody has written {place}; {wave.place(site, wave.at(lanes, bad))}")
+    def check_written(self, wave: Wave, site: Instruction, region: Region, here: np.ndarray, lanes: Any) -> None:
+        if region.unwritten is None:
+            return
+        bad = region.unwritten[here]
+        if np.count_nonzero(bad):
+            row, column = np.unravel_index(np.argmax(bad), bad.shape)
+            place = region.name_of(region.base + int(here[row, column]) * region.grain)
+            raise Uninitialized(f"nobody has written {place}; {wave.place(site, wave.at(lanes, int(row)))}")
 
     def store(
         self,
@@ -277,48 +281,46 @@ class GlobalMemory:
         for region, at, who in self.parts(wave, site, active, address, offset, whole):
             wave.count_global("store", at, who, whole)
             lanes = wave.lanes(who)
-            index = wave.flat(at, lanes) >> size.bit_length() - 1
+            place = wave.flat(at, lanes)
+            data = np.stack([wave.flat(value, lanes) for value in values], axis=1)
             view = region.views[f"u{size}"]
-            for i, value in enumerate(values):
-                data = wave.flat(value, lanes)
-                if not self.check:
-                    view[index + i] = data
-                    continue
-                self.check_write(wave, site, region, index + i, lanes, view, data)
-                view[index + i] = data
-                wrong = ~alike(view[index + i], data)
-                if wrong.any():
-                    bad = int(np.argmax(wrong))
-                    place = region.name_of(region.base + int(index[bad] + i) * size)
-                    raise Race(
-                        f"threads write different values at once: {place}; {wave.place(site, wave.at(lanes, bad))}"
-                    )
-
-    def check_write(
-        self,
-        wave: Wave,
-        site: Instruction,
-        region: Region,
-        index: np.ndarray,
-        lanes: Any,
-        view: np.ndarray,
-        data: np.ndarray,
-    ) -> None:
-        region.track()
-        size = data.dtype.itemsize
-        like = alike(view[index], data)
-        for part in range(max(size // region.grain, 1)):
-            here = index * size // region.grain + part
+            index = (place >> size.bit_length() - 1)[:, None] + np.arange(len(values))
+            if not self.check:
+                view[index] = data
+                continue
+            region.track()
+            here = places_of(place, whole, region.grain)
             if region.unwritten is not None:
                 region.unwritten[here] = False
-            region.shadow.write(wave, site, here, lanes, like)
+            region.shadow.write(wave, site, here, lanes, like_places(view[index], data, here))
+            view[index] = data
+            check_stored(wave, site, region.shadow, here, lanes, view[index], data)
 
     def check_atomic(
         self, wave: Wave, site: Instruction, region: Region, index: np.ndarray, lanes: Any, size: int
     ) -> None:
         region.track()
-        for part in range(max(size // region.grain, 1)):
-            here = index * size // region.grain + part
-            if region.unwritten is not None and region.unwritten[here].any():
-                self.unwritten(wave, site, region, here, lanes)
-            region.shadow.atomic(wave, site, here, lanes)
+        here = places_of(index * size, size, region.grain)
+        self.check_written(wave, site, region, here, lanes)
+        region.shadow.atomic(wave, site, here, lanes)
+
+
+def like_places(old: np.ndarray, new: np.ndarray, here: np.ndarray) -> np.ndarray:
+    """Of which places numbers that are stored, [n, numbers], are like what was there."""
+    like = alike(old, new)
+    if like.shape == here.shape:
+        return like
+    if here.shape[1] < like.shape[1]:
+        return like.reshape(*here.shape, -1).all(2)
+    return np.repeat(like, here.shape[1] // like.shape[1], axis=1)
+
+
+def check_stored(
+    wave: Wave, site: Instruction, shadow: Shadow, here: np.ndarray, lanes: Any, found: np.ndarray, meant: np.ndarray
+) -> None:
+    """Raises Race where threads have stored different values at once."""
+    wrong = ~like_places(found, meant, here)
+    if np.count_nonzero(wrong):
+        row, column = np.unravel_index(np.argmax(wrong), wrong.shape)
+        place = shadow.name(int(here[row, column]))
+        raise Race(f"threads write different values at once: {place}; {wave.place(site, wave.at(lanes, int(row)))}")

@@ -67,7 +67,7 @@ class Clocks:
         clocks = np.repeat(self.clock, 32, axis=1)
         self.now = first | clocks << CLOCK_SHIFT | self.threads
         self.barrier = np.broadcast_to(first | self.last_barrier << CLOCK_SHIFT, self.now.shape)
-        self.flat = self.now.reshape(-1), self.barrier.reshape(-1)
+        self.flat = self.now.reshape(-1, 1), self.barrier.reshape(-1, 1)
 
     def block_barrier(self, blocks: np.ndarray | slice) -> None:
         """All threads of these blocks (rows) waited for each other."""
@@ -126,22 +126,23 @@ def _learn(knowledge: Knowledge, other: Knowledge) -> None:
 class Shadow:
     """Stamps of the last write and the last read of every place, 0 for never.
 
+    In all of the methods `here` are places, [n, places of an access], beside the lanes of the n threads that access.
+
     Args:
         name: What to call a place in a message.
+        shared: Whether only threads of one block ever come to a place.
     """
 
-    def __init__(self, places: int, name: Callable[[int], str]) -> None:
+    def __init__(self, places: int, name: Callable[[int], str], shared: bool = False) -> None:
         self.writes = np.zeros(places, "i8")
         self.reads = np.zeros(places, "i8")
-        self.name = name
-
-    # In all of these: `here` are places, 1-D, beside the lanes of the threads that come there.
+        self.name, self.shared = name, shared
 
     def read(self, wave: Wave, site: Instruction, here: np.ndarray, lanes: Any) -> np.ndarray:
         """Checks and remembers reads; gives the stamps of who wrote."""
         earlier = self.writes[here]
         self.check(wave, site, here, lanes, earlier, "reads what", "wrote")
-        self.stamp_reads(here, *wave.times(lanes))
+        self.stamp_reads(wave, here, lanes)
         return earlier
 
     def write(self, wave: Wave, site: Instruction, here: np.ndarray, lanes: Any, like: np.ndarray) -> None:
@@ -172,46 +173,60 @@ class Shadow:
         harmless: np.ndarray | None = None,
     ) -> None:
         """Raises Race where accesses with these stamps are not before those of now, but for the harmless ones."""
-        late = self.unordered(earlier, *wave.times(lanes), wave.clocks)
-        if late is not None and harmless is not None:
-            late &= ~harmless
-        if late is None or not late.any():
+        late = self.recent(wave, earlier, lanes)
+        if not np.count_nonzero(late):
             return
-        bad = int(np.argmax(late))
-        what = f"a thread {does} {wave.author(earlier[bad])} {did}, with nothing to order them"
-        raise Race(f"{what}: {self.name(int(here[bad]))}; {wave.place(site, wave.at(lanes, bad))}")
+        rows, columns = np.nonzero(late)
+        late[rows, columns] = ~_ordered(earlier[rows, columns], wave.times(lanes)[0][rows, 0], wave.clocks)
+        if harmless is not None:
+            late &= ~harmless
+        if np.count_nonzero(late):
+            row, column = np.unravel_index(np.argmax(late), late.shape)
+            what = f"a thread {does} {wave.author(earlier[row, column])} {did}, with nothing to order them"
+            raise Race(f"{what}: {self.name(int(here[row, column]))}; {wave.place(site, wave.at(lanes, int(row)))}")
 
-    def unordered(self, earlier: np.ndarray, now: np.ndarray, barrier: np.ndarray, clocks: Clocks) -> np.ndarray | None:
-        """Which of the earlier accesses are not before those of now (all 1-D); None for none."""
-        late = (earlier >= barrier) | (earlier >> BLOCK_SHIFT != barrier >> BLOCK_SHIFT) & (earlier != 0)
-        if not late.any():
-            return None
-        places = np.nonzero(late)[0]
-        e, n = earlier[places], now[places]
-        who, thread = who_of(e), who_of(n)
-        same_warp = np.where(who < SOME_OF_WARP, who >> 5, who - SOME_OF_WARP) == thread >> 5
-        same_warp &= who < ATOMIC
-        ordered = (who == thread) | same_warp & (clock_of(e) < clock_of(n))
-        other = block_of(e) != block_of(n)
-        if other.any():
-            ordered[other] = clocks.knows(n[other], e[other])
-        late[places] = ~ordered
-        return late if late.any() else None
+    def recent(self, wave: Wave, stamps: np.ndarray, lanes: Any) -> np.ndarray:
+        """Which accesses no barrier of the block lies behind."""
+        barrier = wave.times(lanes)[1]
+        late = stamps >= barrier
+        if not self.shared:
+            late |= (stamps >> BLOCK_SHIFT != barrier >> BLOCK_SHIFT) & (stamps != 0)
+        return late
 
-    def stamp_reads(self, places: np.ndarray, now: np.ndarray, barrier: np.ndarray) -> None:
+    def stamp_reads(self, wave: Wave, here: np.ndarray, lanes: Any) -> None:
         """Remembers reads; where several threads read, that they were several."""
-        earlier = self.reads[places]
-        stamps = now
+        now = wave.times(lanes)[0]
+        earlier = self.reads[here]
         # A read before the block's last barrier need not be kept: what would race with it races with this one too.
-        kept = (earlier >= barrier) | (earlier >> BLOCK_SHIFT != barrier >> BLOCK_SHIFT) & (earlier != 0)
-        kept &= earlier != now
-        if kept.any():
-            stamps = np.where(kept, joined(earlier, now), now)
-        self.reads[places] = stamps
-        back = self.reads[places]
-        rest = np.nonzero(back != stamps)[0]
-        if len(rest):
-            np.maximum.at(self.reads, places[rest], joined(back[rest], stamps[rest]))
+        kept = self.recent(wave, earlier, lanes)
+        stamps = np.where(kept, joined(earlier, now), now) if np.count_nonzero(kept) else now
+        self.reads[here] = stamps
+        back = self.reads[here]
+        other = back != stamps
+        if np.count_nonzero(other):
+            np.maximum.at(self.reads, here[other], joined(back, stamps)[other])
+
+
+def _ordered(earlier: np.ndarray, now: np.ndarray, clocks: Clocks) -> np.ndarray:
+    """Which of the accesses with the earlier stamps are before those of now, although no barrier is between them."""
+    who, thread = who_of(earlier), who_of(now)
+    same_warp = _warp_of(who) == thread >> 5
+    same_warp &= who < ATOMIC
+    ordered = (who == thread) | same_warp & (clock_of(earlier) < clock_of(now))
+    other = block_of(earlier) != block_of(now)
+    if np.count_nonzero(other):
+        ordered[other] = clocks.knows(now[other], earlier[other])
+    return ordered
+
+
+def _warp_of(who: np.ndarray) -> np.ndarray:
+    return np.where(who < SOME_OF_WARP, who >> 5, who - SOME_OF_WARP)
+
+
+def places_of(index: np.ndarray, size: int, grain: int) -> np.ndarray:
+    """Places of `grain` bytes that accesses of `size` bytes at bytes `index`, [n], touch: [n, places]."""
+    first = index // grain if grain > 1 else index
+    return first[:, None] + np.arange(max(size // grain, 1))
 
 
 REPLICA_ROUNDINGS = 4
@@ -226,7 +241,7 @@ def alike(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """
     equal = a == b
     size = a.dtype.itemsize
-    if size < 4 or equal.all():
+    if size < 4 or np.count_nonzero(equal) == equal.size:
         return equal
     code, fraction = (("i4", 23), ("i8", 52))[size == 8]
     a, b = a.view(code), b.view(code)
@@ -236,13 +251,12 @@ def alike(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def joined(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The stamp of both accesses."""
+    """The stamps of both accesses."""
     who_a, who_b = who_of(a), who_of(b)
-    warp_a = np.where(who_a < SOME_OF_WARP, who_a >> 5, who_a - SOME_OF_WARP)
-    warp_b = np.where(who_b < SOME_OF_WARP, who_b >> 5, who_b - SOME_OF_WARP)
-    one_warp = (warp_a == warp_b) & (who_a < ATOMIC) & (who_b < ATOMIC)
+    warp_a = _warp_of(who_a)
+    one_warp = (warp_a == _warp_of(who_b)) & (who_a < ATOMIC) & (who_b < ATOMIC)
     who = np.where(who_a == who_b, who_a, np.where(one_warp, SOME_OF_WARP + warp_a, SEVERAL_WARPS))
-    block = np.where(a >> BLOCK_SHIFT == b >> BLOCK_SHIFT, a >> BLOCK_SHIFT, SEVERAL_BLOCKS)
-    who = np.where(block == SEVERAL_BLOCKS, SEVERAL_WARPS, who)
+    one_block = a >> BLOCK_SHIFT == b >> BLOCK_SHIFT
+    block = np.where(one_block, a >> BLOCK_SHIFT, SEVERAL_BLOCKS)
     clock = np.maximum(clock_of(a), clock_of(b))
-    return block << BLOCK_SHIFT | clock << CLOCK_SHIFT | who
+    return block << BLOCK_SHIFT | clock << CLOCK_SHIFT | np.where(one_block, who, SEVERAL_WARPS)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .faults import Fault, Misaligned, OutOfRange, Race, Uninitialized
-from .memory import filled
-from .races import Shadow, alike
+from .faults import Fault, Misaligned, OutOfRange, Uninitialized
+from .memory import check_stored, filled, like_places
+from .races import Shadow, places_of
 
 if TYPE_CHECKING:
     from .parse import Instruction
@@ -29,7 +29,7 @@ class SharedMemory:
         self.bytes = np.zeros(blocks * self.stride, "u1")
         self.views = {f"u{n}": self.bytes.view(f"u{n}") for n in (1, 2, 4, 8)}
         self.block = np.arange(blocks, dtype="i8").reshape(-1, 1) * self.stride
-        self.shadow = Shadow(len(self.bytes) // grain, self.name) if check else None
+        self.shadow = Shadow(len(self.bytes) // grain, self.name, shared=True) if check else None
 
     def locate(
         self,
@@ -58,7 +58,7 @@ class SharedMemory:
             raise OutOfRange(
                 f"{size} bytes at {place:#x} of shared memory, of which there are {self.size}; {wave.place(site, at)}"
             )
-        if align > 1 and (address & align - 1).any():
+        if align > 1 and np.count_nonzero(address & align - 1):
             at = wave.first((address & align - 1 != 0) & (True if active is None else active))
             place = int(np.broadcast_to(address, wave.shape)[at])
             raise Misaligned(f"{align} bytes at {place:#x} of shared memory; {wave.place(site, at)}")
@@ -91,17 +91,15 @@ class SharedMemory:
         return f"byte {place * self.grain % self.stride:#x} of shared memory"
 
     def check_read(self, wave: Wave, site: Instruction, index: np.ndarray, lanes: Any, size: int) -> None:
-        """`index` are bytes of all blocks' memory, 1-D, beside the lanes that read."""
-        for part in range(max(size // self.grain, 1)):
-            here = index // self.grain + part
-            self.check_written(wave, site, here, lanes, self.shadow.read(wave, site, here, lanes))
+        """`index` are bytes of all blocks' memory, [n], beside the lanes that read."""
+        here = places_of(index, size, self.grain)
+        self.check_written(wave, site, here, lanes, self.shadow.read(wave, site, here, lanes))
 
     def check_written(self, wave: Wave, site: Instruction, here: np.ndarray, lanes: Any, stamps: np.ndarray) -> None:
-        if not stamps.all():
-            bad = int(np.argmax(stamps == 0))
-            raise Uninitialized(
-                f"nobody has written {self.name(int(here[bad]))}; {wave.place(site, wave.at(lanes, bad))}"
-            )
+        if np.count_nonzero(stamps) != stamps.size:
+            row, column = np.unravel_index(np.argmax(stamps == 0), stamps.shape)
+            name = self.name(int(here[row, column]))
+            raise Uninitialized(f"nobody has written {name}; {wave.place(site, wave.at(lanes, int(row)))}")
 
     def store(
         self,
@@ -120,32 +118,26 @@ class SharedMemory:
         address, active = found
         wave.count_shared("store", address, active, whole)
         lanes = wave.lanes(active)
-        self.write(wave, site, wave.flat(address + self.block, lanes), lanes, [wave.flat(v, lanes) for v in values])
+        data = np.stack([wave.flat(value, lanes) for value in values], axis=1)
+        self.write(wave, site, wave.flat(address + self.block, lanes), lanes, data)
 
-    def write(self, wave: Wave, site: Instruction, index: np.ndarray, lanes: Any, data: list[np.ndarray]) -> None:
-        """Stores numbers one behind the other at bytes `index` of all blocks' memory, 1-D, beside the lanes."""
-        size = data[0].dtype.itemsize
+    def write(self, wave: Wave, site: Instruction, index: np.ndarray, lanes: Any, data: np.ndarray) -> None:
+        """Stores numbers [n, numbers], one behind the other, at bytes `index` of all blocks' memory, [n]."""
+        size = data.dtype.itemsize
         view = self.views[f"u{size}"]
-        for i, value in enumerate(data):
-            here = (index >> size.bit_length() - 1) + i
-            if not self.check:
-                view[here] = value
-                continue
-            like = alike(view[here], value)
-            for part in range(max(size // self.grain, 1)):
-                self.shadow.write(wave, site, here * size // self.grain + part, lanes, like)
-            view[here] = value
-            wrong = ~alike(view[here], value)
-            if wrong.any():
-                bad = int(np.argmax(wrong))
-                place = self.name(int(here[bad]) * size // self.grain)
-                raise Race(f"threads write different values at once: {place}; {wave.place(site, wave.at(lanes, bad))}")
+        places = (index >> size.bit_length() - 1)[:, None] + np.arange(data.shape[1])
+        if not self.check:
+            view[places] = data
+            return
+        here = places_of(index, size * data.shape[1], self.grain)
+        self.shadow.write(wave, site, here, lanes, like_places(view[places], data, here))
+        view[places] = data
+        check_stored(wave, site, self.shadow, here, lanes, view[places], data)
 
     def check_atomic(self, wave: Wave, site: Instruction, index: np.ndarray, lanes: Any, size: int) -> None:
-        for part in range(max(size // self.grain, 1)):
-            here = index * size // self.grain + part
-            self.check_written(wave, site, here, lanes, self.shadow.writes[here])
-            self.shadow.atomic(wave, site, here, lanes)
+        here = places_of(index * size, size, self.grain)
+        self.check_written(wave, site, here, lanes, self.shadow.writes[here])
+        self.shadow.atomic(wave, site, here, lanes)
 
 
 class LocalMemory:

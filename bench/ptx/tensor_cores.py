@@ -39,37 +39,40 @@ def adder_of(arch: int, kind: str) -> Adder:
 
 
 def multiply(a: np.ndarray, b: np.ndarray, c: np.ndarray, adder: Adder) -> np.ndarray:
-    """a b + c as a tensor core rounds it.
+    """a b + c as a tensor core rounds it. K runs slowest, so that sums over it are of whole arrays.
 
     Args:
-        a: [..., M, K] fp32 holding numbers of a type whose products fp64 holds exactly.
-        b: [..., K, N] likewise.
+        a: [K, ..., M] fp32 holding numbers of a type whose products fp64 holds exactly.
+        b: [K, ..., N] likewise.
         c: [..., M, N] fp32.
+
+    Returns:
+        [..., M, N] fp32.
     """
-    total = c
-    for first in range(0, a.shape[-1], adder.products):
+    a, b = a.astype("f8")[..., :, None], b.astype("f8")[..., None, :]
+    power_a, power_b = _power_of_two(a), _power_of_two(b)
+    for first in range(0, len(a), adder.products):
         part = slice(first, first + adder.products)
-        total = _add_products(a[..., part], b[..., part, :], total, adder.extra_bits)
-    return total
+        c = c.astype("f8")
+        largest = (power_a[part] * power_b[part]).max(0)
+        np.maximum(largest, _power_of_two(c), out=largest)
+        np.maximum(largest, 2.0**-300, out=largest)
+        unit = 2.0 ** -(23 + adder.extra_bits) * largest
+        scale = 1 / unit
+        shifted = a[part] * b[part]
+        shifted *= scale
+        total = np.trunc(shifted, out=shifted).sum(0)
+        total += np.trunc(c * scale)
+        total *= unit
+        # What fp32 has no place for is cut off, but for infinities and NaN, whose bits would become others.
+        cut = (total.view("u8") & np.uint64(0xFFFFFFFFE0000000)).view("f8")
+        c = np.where(np.isfinite(total), cut, total).astype("f4")
+    return c
 
 
-def _exponents(x: np.ndarray) -> np.ndarray:
-    """Of fp32 numbers; far below all others where they are 0."""
-    bits = x.view("i4") >> 23 & 255
-    return np.where(x == 0, -1000, np.maximum(bits, 1) - 127).astype("i2")
-
-
-def _add_products(a: np.ndarray, b: np.ndarray, c: np.ndarray, extra_bits: int) -> np.ndarray:
-    a, b = a[..., :, None, :], np.swapaxes(b, -1, -2)[..., None, :, :]  # [..., M, 1, k], [..., 1, N, k]
-    products = a.astype("f8") * b.astype("f8")
-    largest = np.maximum((_exponents(a) + _exponents(b)).max(-1), _exponents(c)).clip(-300, 300)
-    last_bit = 23 + extra_bits - largest.astype("i8")
-    scale = (last_bit + 1023 << 52).view("f8")
-    total = np.trunc(products * scale[..., None]).sum(-1) + np.trunc(c * scale)
-    total = total * (1023 - last_bit << 52).view("f8")
-    finite = np.isfinite(total)
-    cut = (total.view("u8") & np.uint64(0xFFFFFFFFE0000000)).view("f8")
-    return np.where(finite, cut, total).astype("f4")
+def _power_of_two(x: np.ndarray) -> np.ndarray:
+    """The largest power of two that is not above |x|; 0 for 0."""
+    return (x.view("u8") & np.uint64(0x7FF0000000000000)).view("f8")
 
 
 def tf32(bits: np.ndarray) -> np.ndarray:
@@ -77,59 +80,53 @@ def tf32(bits: np.ndarray) -> np.ndarray:
     return (bits & np.uint32(0xFFFFE000)).view("f4")
 
 
-def halves(bits: np.ndarray, kind: str) -> np.ndarray:
-    """Pairs of fp16 or bf16 numbers in [..., n] 32-bit registers as [..., 2 n] fp32."""
-    parts = np.ascontiguousarray(bits).view("u2")
-    return parts.view("f2").astype("f4") if kind == "f16" else single_of_bfloat16(parts)
-
-
 def numbers(bits: np.ndarray, kind: str) -> np.ndarray:
-    """[..., n] registers as [..., n] (tf32) or [..., 2 n] (fp16, bf16) fp32 numbers."""
-    return tf32(bits) if kind == "tf32" else halves(bits, kind)
+    """Registers [n, ...] as fp32 numbers: [n, ...] of tf32, [2 n, ...] of fp16 or bf16."""
+    if kind == "tf32":
+        return tf32(bits)
+    parts = np.stack([bits.astype("u2"), (bits >> np.uint32(16)).astype("u2")], axis=1).reshape(-1, *bits.shape[1:])
+    return parts.view("f2").astype("f4") if kind == "f16" else single_of_bfloat16(parts)
 
 
 _GROUP, _MEMBER = np.divmod(np.arange(WARP), 4)
 
 
-def fragment_a(registers: int, kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """Row and column of A, 16 rows, that every number of a warp's registers belongs to: [32, numbers of a thread]."""
-    pairs = 1 if kind == "tf32" else 2
-    rows, columns = np.zeros((2, WARP, registers * pairs), int)
-    for register in range(registers):
-        for part in range(pairs):
-            at = register * pairs + part
-            rows[:, at] = _GROUP + 8 * (register % 2)
-            columns[:, at] = _MEMBER * pairs + part + 4 * pairs * (register // 2)
-    return rows, columns
+class Fragment(NamedTuple):
+    """Where the numbers of a matrix lie in a warp's registers: for each, which of a thread's and which thread's."""
+
+    number: np.ndarray
+    lane: np.ndarray
+
+    def matrix(self, numbers: np.ndarray) -> np.ndarray:
+        """[numbers of a thread, warps, 32] -> [depth, warps, rows or columns]."""
+        warps = np.arange(numbers.shape[1])[:, None]
+        return numbers[self.number[:, None], warps, self.lane[:, None]]
 
 
-def fragment_b(registers: int, kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """The same of B, 8 columns."""
-    pairs = 1 if kind == "tf32" else 2
-    rows, columns = np.zeros((2, WARP, registers * pairs), int)
-    for register in range(registers):
-        for part in range(pairs):
-            rows[:, register * pairs + part] = _MEMBER * pairs + part + 4 * pairs * register
-            columns[:, register * pairs + part] = _GROUP
-    return rows, columns
+def fragment(outer: int, depth: int, kind: str) -> Fragment:
+    """Of A, with 16 rows, or of B, with 8 columns: both [depth, rows or columns]."""
+    pair = 1 if kind == "tf32" else 2  # numbers in a register
+    k, m = np.arange(depth)[:, None], np.arange(outer)[None, :]
+    register = k // (4 * pair) * (outer // 8) + m // 8
+    return Fragment(register * pair + k % pair, m % 8 * 4 + k // pair % 4)
 
 
-def fragment_c(columns: int) -> tuple[np.ndarray, np.ndarray]:
-    """The same of C and D, 16 rows of fp32 numbers, one a register."""
-    count = columns // 2
-    row, column = np.zeros((2, WARP, count), int)
-    for register in range(count):
+def accumulator(columns: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row and column, of 16 rows, that every register of C and D holds: [32, registers]."""
+    row, column = np.zeros((2, WARP, columns // 2), int)
+    for register in range(columns // 2):
         row[:, register] = _GROUP + 8 * (register // 2 % 2)
         column[:, register] = 2 * _MEMBER + register % 2 + 8 * (register // 4)
     return row, column
 
 
 def by_warp(wave: Wave, registers: Sequence[np.ndarray]) -> np.ndarray:
-    """Registers of all threads as [1 or B, W, 32, n]."""
+    """Registers of all threads as [registers, warps of all blocks (of one, where all have the same), 32]."""
     rows = max(register.shape[0] for register in registers)
-    shape = rows, wave.shape[1]
-    whole = np.stack([np.broadcast_to(register, shape) for register in registers], axis=-1)
-    return whole.reshape(rows, -1, WARP, len(registers))
+    whole = np.empty((len(registers), rows, wave.shape[1]), registers[0].dtype)
+    for place, register in zip(whole, registers, strict=True):
+        place[:] = register
+    return whole.reshape(len(registers), -1, WARP)
 
 
 def whole_warps(wave: Wave, site: Instruction, active: np.ndarray | None) -> None:
@@ -166,20 +163,17 @@ def _mma(opcode: Opcode, _: Instruction) -> Operation | None:
         return None
     count_a, count_b = found
     depth = int(opcode.words[2].split("k")[1])
-    at_a, at_b, at_c = fragment_a(count_a, kind), fragment_b(count_b, kind), fragment_c(8)
+    at_a, at_b, at_c = fragment(16, depth, kind), fragment(8, depth, kind), accumulator(8)
 
     def mma(wave: Wave, site: Instruction, active: np.ndarray | None, *registers: np.ndarray) -> tuple[np.ndarray, ...]:
         whole_warps(wave, site, active)
         given = by_warp(wave, registers)
-        rows = given.shape[0]
-        a = np.empty((rows, wave.warps[1], 16, depth), "f4")
-        b = np.empty((rows, wave.warps[1], depth, 8), "f4")
-        c = np.empty((rows, wave.warps[1], 16, 8), "f4")
-        a[..., at_a[0], at_a[1]] = numbers(given[..., :count_a], kind)
-        b[..., at_b[0], at_b[1]] = numbers(given[..., count_a : count_a + count_b], kind)
-        c[..., at_c[0], at_c[1]] = np.ascontiguousarray(given[..., count_a + count_b :]).view("f4")
-        d = multiply(a, b, c, adder_of(wave.arch, kind))[..., at_c[0], at_c[1]]
-        return tuple(np.ascontiguousarray(d[..., i]).reshape(rows, -1) for i in range(4))
+        a = at_a.matrix(numbers(given[:count_a], kind))
+        b = at_b.matrix(numbers(given[count_a : count_a + count_b], kind))
+        c = np.empty((given.shape[1], 16, 8), "f4")
+        c[:, at_c[0], at_c[1]] = given[count_a + count_b :].transpose(1, 2, 0).view("f4")
+        d = multiply(a, b, c, adder_of(wave.arch, kind))[:, at_c[0], at_c[1]]
+        return tuple(np.ascontiguousarray(d[..., i]).reshape(-1, wave.shape[1]) for i in range(4))
 
     return Operation(mma, ("f4",) * 4, ("u4",) * (count_a + count_b + 4), True)
 
@@ -270,10 +264,10 @@ def _store_matrix(opcode: Opcode, instruction: Instruction) -> Operation | None:
                 for part in range(2):
                     at = rows[..., 2 * _MEMBER + part] + 2 * _GROUP
                     at = wave.flat(at.reshape(at.shape[0], -1) + memory.block, lanes)
-                    memory.write(wave, site, at, lanes, [(data >> np.uint32(16 * part)).astype("u2")])
+                    memory.write(wave, site, at, lanes, (data >> np.uint32(16 * part)).astype("u2")[:, None])
             else:
                 at = rows[..., _GROUP] + 4 * _MEMBER
                 at = wave.flat(at.reshape(at.shape[0], -1) + memory.block, lanes)
-                memory.write(wave, site, at, lanes, [data])
+                memory.write(wave, site, at, lanes, data[:, None])
 
     return Operation(store, (), ("u4",) * (1 + matrices), True)

@@ -18,8 +18,8 @@ from .faults import Fault, Race
 from .floating import single_of_bfloat16
 from .operations import Opcode, Operation, operation
 from .parse import Immediate, Instruction, Register, Vector
-from .races import clock_of, who_of
-from .tensor_cores import adder_of, by_warp, fragment_a, fragment_c, multiply, numbers, tf32, whole_warps
+from .races import clock_of, places_of, who_of
+from .tensor_cores import accumulator, adder_of, by_warp, fragment, multiply, numbers, tf32, whole_warps
 from .wave import Wave
 
 if TYPE_CHECKING:
@@ -112,20 +112,17 @@ def _read(
 def _check_read(wave: Wave, site: Instruction, index: np.ndarray, lanes: np.ndarray, size: int) -> None:
     memory = wave.spaces["shared"]
     memory.check_read(wave, site, index, lanes, size)
-    for part in range(max(size // memory.grain, 1)):
-        here = index // memory.grain + part
-        stamps = memory.shadow.writes[here]
-        row = lanes // wave.shape[1]
-        writer = np.minimum(who_of(stamps), wave.shape[1] - 1)
-        visible = wave.proxy_fences[row, writer] >= clock_of(stamps)
-        visible |= wave.proxy_fences.reshape(-1)[lanes] > clock_of(stamps)
-        if not visible.all():
-            bad = int(np.argmin(visible))
-            raise Race(
-                f"{wave.author(stamps[bad])} wrote {memory.name(int(here[bad]))} without a fence.proxy.async; "
-                f"{wave.place(site, wave.at(lanes, bad))}"
-            )
-        wave.asynchronous_reads.append((here, lanes))
+    here = places_of(index, size, memory.grain)
+    stamps = memory.shadow.writes[here]
+    row = (lanes // wave.shape[1])[:, None]
+    writer = np.minimum(who_of(stamps), wave.shape[1] - 1)
+    visible = wave.proxy_fences[row, writer] >= clock_of(stamps)
+    visible |= wave.proxy_fences.reshape(-1)[lanes][:, None] > clock_of(stamps)
+    if not visible.all():
+        bad, column = np.unravel_index(np.argmin(visible), visible.shape)
+        what = f"{wave.author(stamps[bad, column])} wrote {memory.name(int(here[bad, column]))}"
+        raise Race(f"{what} without a fence.proxy.async; {wave.place(site, wave.at(lanes, int(bad)))}")
+    wave.asynchronous_reads.append((here, lanes))
 
 
 @operation(
@@ -154,7 +151,7 @@ def _wgmma(opcode: Opcode, instruction: Instruction) -> Operation | None:
     transposed_b = transposed[-1] if transposed else False
     transposed_a = transposed[0] if len(transposed) == 2 else False
     count = columns // 2
-    at_a, at_c = fragment_a(4, kind), fragment_c(columns)
+    at_a, at_c = fragment(16, depth, kind), accumulator(columns)
     size = 4 if kind == "tf32" else 2
 
     def product(
@@ -166,18 +163,17 @@ def _wgmma(opcode: Opcode, instruction: Instruction) -> Operation | None:
         blocks, groups = wave.shape[0], wave.shape[1] // GROUP
         accumulators, rest = values[:count], values[count:]
         if from_registers:
-            bits, rest = by_warp(wave, rest[:4]), rest[4:]
-            a = np.empty((bits.shape[0], wave.warps[1], 16, depth), "f4")
-            a[..., at_a[0], at_a[1]] = numbers(bits, kind)
-            a = a.reshape(bits.shape[0], groups, 64, depth)
+            a = at_a.matrix(numbers(by_warp(wave, rest[:4]), kind))  # [K, blocks W, 16]
+            a, rest = a.reshape(depth, -1, groups, 64), rest[4:]
         else:
             places = addresses(_of_groups(wave, rest[0], site), 64, kind, transposed_a, site)
             a, rest = _values(_read(wave, site, active, places, size, 16), kind), rest[1:]
         places = addresses(_of_groups(wave, rest[0], site), columns, kind, transposed_b, site)
-        b = np.swapaxes(_values(_read(wave, site, active, places, size, None), kind), -1, -2)
+        b = _values(_read(wave, site, active, places, size, None), kind)
         keeps = _of_groups(wave, rest[1], site)[..., None, None]
         c = np.zeros((blocks, wave.warps[1], 16, columns), "f4")
-        c[..., at_c[0], at_c[1]] = by_warp(wave, accumulators)
+        held = by_warp(wave, accumulators).transpose(1, 2, 0)
+        c[..., at_c[0], at_c[1]] = held.reshape(-1, wave.warps[1], WARP, count)
         c = np.where(keeps, c.reshape(blocks, groups, 64, columns), np.float32(0))
         d = multiply(sign * a, b, c, adder_of(wave.arch, kind)).reshape(blocks, -1, 16, columns)
         d = d[..., at_c[0], at_c[1]]
@@ -196,6 +192,8 @@ def _wgmma(opcode: Opcode, instruction: Instruction) -> Operation | None:
 
 
 def _values(bits: np.ndarray, kind: str) -> np.ndarray:
+    """[B, G, outer, K] bits as [K, B, G, outer] numbers."""
+    bits = np.ascontiguousarray(np.moveaxis(bits, -1, 0))
     if kind == "tf32":
         return tf32(bits)
     return bits.view("f2").astype("f4") if kind == "f16" else single_of_bfloat16(bits)

@@ -73,16 +73,22 @@ class Wave:
         """Flat indices of those threads, to be applied to [B T]."""
         if active is None:
             return slice(None)
-        return np.flatnonzero(np.broadcast_to(active, self.shape))
+        return np.flatnonzero(self.whole(active))
+
+    def whole(self, x: np.ndarray) -> np.ndarray:
+        """With a value for every thread, [B, T]."""
+        if x.shape == self.shape:
+            return x
+        result = np.empty(self.shape, x.dtype)  # which is faster than numpy's broadcast_to
+        result[:] = x
+        return result
 
     def flat(self, x: np.ndarray, lanes: Any) -> np.ndarray:
         """The values of these threads, 1-D."""
-        if x.shape != self.shape:
-            x = np.broadcast_to(x, self.shape)
-        return x.reshape(-1)[lanes]
+        return self.whole(x).reshape(-1)[lanes]
 
     def times(self, lanes: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Stamps of an access by each of them now, and the least stamps that no barrier lies behind."""
+        """Stamps of an access by each of them now, and the least stamps that no barrier lies behind: [n, 1]."""
         now, barrier = self.clocks.flat
         return now[lanes], barrier[lanes]
 
@@ -93,7 +99,7 @@ class Wave:
 
     def first(self, bad: np.ndarray) -> tuple[int, int]:
         """The first thread for which something holds."""
-        return self.at(slice(None), int(np.argmax(np.broadcast_to(bad, self.shape))))
+        return self.at(slice(None), int(np.argmax(self.whole(bad))))
 
     def place(self, site: Instruction, at: tuple[int, int]) -> str:
         """`block (0, 0, 0), thread (3, 0, 0), PTX line 12: ...`."""
@@ -125,7 +131,7 @@ class Wave:
         self.clocks.block_barrier(blocks)
         # Reads that products make by themselves are not over.
         for places, lanes in self.asynchronous_reads:
-            self.spaces["shared"].shadow.stamp_reads(places, *self.times(lanes))
+            self.spaces["shared"].shadow.stamp_reads(self, places, lanes)
 
     # Fences and what blocks tell each other by atomics
 
@@ -189,7 +195,7 @@ class Wave:
 
     def by_warp(self, active: np.ndarray) -> np.ndarray:
         """[B, W] whether any thread of a warp takes part."""
-        return np.broadcast_to(active, self.shape).reshape(*self.warps, WARP).any(2)
+        return self.whole(active).reshape(*self.warps, WARP).any(2)
 
 
 def _coordinates(number: int, sizes: Size) -> str:
