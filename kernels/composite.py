@@ -52,6 +52,10 @@ class Gradients(NamedTuple):
 
 
 # Numbers are limited by tl.where throughout: tl.maximum and tl.minimum would turn NaN into the limit.
+#
+# Products that are summed along a dimension are selected by tl.where too. The sum of two lanes would else be a fused
+# multiply-add of one's product and the other's rounded one: the lanes would hold two roundings of one sum, and what is
+# made of it depend on which of them is read.
 
 
 @triton.jit
@@ -380,12 +384,12 @@ def _composite_fwd_kernel(
     is_colour = ray_exists[:, None] & (c < CHANNELS - 1)
 
     alpha, T, _ = absorption(interval * density(x, softplus_beta, RELU), valid)
-    weights = alpha * T
+    weights = tl.where(valid, alpha * T, 0.0)
     weight_sum = tl.sum(weights, 1)
     final_transmittance = tl.sum(tl.where(p == S - 1, T, 0.0), 1)
     if LAST_BACK:
         weights += tl.where(p == S - 1, (1.0 - weight_sum)[:, None], 0.0)
-    rgb = tl.sum(weights[:, :, None] * values, 1)
+    rgb = tl.sum(tl.where(valid[:, :, None], weights[:, :, None] * values, 0.0), 1)
     if WHITE_BACKGROUND:
         rgb += tl.where(c < 3, (1.0 - weight_sum)[:, None], 0.0)
     if background_ptr is not None:
@@ -485,7 +489,7 @@ def _composite_bwd_kernel(
     is_last = p == S - 1
 
     alpha, T, passed = absorption(interval * density(x, softplus_beta, RELU), valid)
-    weights = alpha * T
+    weights = tl.where(valid, alpha * T, 0.0)
     if LAST_BACK:
         colour_weights = weights + tl.where(is_last, (1.0 - tl.sum(weights, 1))[:, None], 0.0)
     else:
@@ -506,13 +510,12 @@ def _composite_bwd_kernel(
         grad_final += tl.load(grad_final_transmittance_ptr + ray, mask=ray_exists, other=0.0)
     if grad_rgb_ptr is not None:
         grad_rgb = tl.load(grad_rgb_ptr + ray[:, None] * (CHANNELS - 1) + c, mask=is_colour, other=0.0)
-        colours = tl.where(c[:, None, :] < CHANNELS - 1, values, 0.0)
-        grad_weights += tl.sum(colours * grad_rgb[:, None, :], 2)
+        grad_weights += tl.sum(tl.where(c[:, None, :] < CHANNELS - 1, values * grad_rgb[:, None, :], 0.0), 2)
         if WHITE_BACKGROUND:
             grad_weight_sum -= tl.sum(tl.where(c < 3, grad_rgb, 0.0), 1)
         if background_ptr is not None:
             background = tl.load(background_ptr + ray[:, None] * background_stride + c, mask=is_colour, other=0.0)
-            grad_final += tl.sum(grad_rgb * background.to(tl.float32), 1)
+            grad_final += tl.sum(tl.where(is_colour, grad_rgb * background.to(tl.float32), 0.0), 1)
     if LAST_BACK:  # the last weight is 1 less the others
         grad_weights -= tl.sum(tl.where(is_last, grad_weights, 0.0), 1)[:, None]
     grad_weights = tl.where(valid, grad_weights + grad_weight_sum[:, None], 0.0)

@@ -275,7 +275,8 @@ def _decode_triplane_bwd_kernel(
             grad_w1 += _dot(before * slope, grad_y, PRECISION)
             grad_b1 += tl.sum(grad_y, axis=0)
             grad_w0 += _dot(grad_before, features, PRECISION)
-            grad_b0 += tl.sum(grad_before, axis=1)
+            # Selected, so that lanes which hold the same sum hold the same rounding of it: see `composite`.
+            grad_b0 += tl.sum(tl.where(valid[None, :], grad_before, 0.0), axis=1)
         if grad_planes_ptr is not None:
             # Read again, so that the twelve taps are worked out anew and not kept in registers all along.
             p0, p1, p2, valid = _points(

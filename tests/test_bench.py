@@ -534,7 +534,7 @@ def test_a_rehearsed_gpu_day_passes(tmp_path):
     done = gpu_day("--cpu", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     summary = done.stdout.partition("== cpu")[2].splitlines()
-    for part in ("build", "tests", "sanitize", "demo", "ops", "renderer", "step", "report"):
+    for part in ("build", "tests", "kernels", "sanitize", "demo", "ops", "renderer", "step", "report"):
         assert any(line.startswith(part) and line.endswith("ok") for line in summary), done.stdout
     assert len(summary) < 50
     for name in ("cpu-ops.json", "cpu-renderer.json", "cpu-step.json", "cpu-demo.json"):
@@ -543,11 +543,12 @@ def test_a_rehearsed_gpu_day_passes(tmp_path):
 
 def test_a_failing_part_of_a_gpu_day_is_reported(tmp_path):
     broken = tmp_path / "python"
-    broken.write_text(f'#!/bin/sh\ncase "$*" in *bench.run*) echo no luck; exit 7;; esac\nexec {sys.executable} "$@"\n')
+    fault = 'case "$*" in *bench.run*) echo "no luck on [$CUDA_VISIBLE_DEVICES]"; exit 7;; esac'
+    broken.write_text(f'#!/bin/sh\n{fault}\nexec {sys.executable} "$@"\n')
     broken.chmod(0o755)
-    done = gpu_day("--cpu", "--only", "ops", str(tmp_path / "out"), PYTHON=str(broken))
+    done = gpu_day("--cpu", "--only", "ops", str(tmp_path / "out"), PYTHON=str(broken), CUDA_VISIBLE_DEVICES="0")
     assert done.returncode == 1
     assert "FAILED: exit status 7" in done.stdout
-    assert "no luck" in done.stdout
+    assert "no luck on []" in done.stdout  # a rehearsal leaves the GPU alone, where there is one
     assert gpu_day("--only", "nothing").returncode == 2
     assert gpu_day("--no-such-option").returncode == 2

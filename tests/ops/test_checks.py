@@ -5,7 +5,29 @@ from __future__ import annotations
 import pytest
 import torch
 
+import train
 from checks import assert_close, assert_error_within_reference, assert_finite, draw, gradcheck, gradgradcheck, layouts
+from epigraf_fast.ops.checks import resolve_deterministic
+from epigraf_fast.training import networks, pretrained
+
+
+def test_products_are_not_rounded_to_tf32():
+    """Nor after a test that has asked for it, as training in tf32 does."""
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert not torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.deterministic
+
+
+def test_poisoned_memory_changes_nothing_about_sums(poisoned):
+    assert torch.empty(3).isnan().all()
+    assert not resolve_deterministic(None)
+
+
+def test_the_device_that_commands_take_by_default_is_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert networks.find_device(None).type == "cuda"
+    assert pretrained.find_device(None).type == train.find_device(None).type == "cpu"
+    assert pretrained.find_device("cuda:1") == torch.device("cuda:1")
 
 
 def test_assert_close_names_the_tensor_and_the_worst_element():
@@ -92,6 +114,27 @@ def test_gradcheck_names_the_wrong_gradient():
     gradcheck(lambda a, b: (a * b, a.exp()), inputs, "product")
     with pytest.raises(AssertionError, match="product: gradient to b"):
         gradcheck(lambda a, b: a * _WrongGradient.apply(b), inputs, "product")
+
+
+class _Restless(torch.autograd.Function):
+    """x, with a gradient that differs by a part `step` from call to call, as sums in any order do."""
+
+    @staticmethod
+    def forward(ctx, x, step, calls):
+        ctx.step, ctx.calls = step, calls
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        ctx.calls.append(1)
+        return grad_y * (1 + ctx.step * len(ctx.calls)), None, None
+
+
+def test_gradcheck_allows_sums_in_any_order():
+    inputs, calls = {"x": draw(2)}, []
+    gradcheck(lambda x: _Restless.apply(x, 1e-12, calls), inputs, "sum")
+    with pytest.raises(AssertionError, match="not reentrant"):
+        gradcheck(lambda x: _Restless.apply(x, 1e-8, calls), inputs, "sum")
 
 
 def test_gradgradcheck_names_the_wrong_second_derivative():

@@ -1,6 +1,6 @@
 """composite: the reference against closed forms and rays worked by hand.
 
-The Triton kernels against the reference: in Triton's interpreter, or on the GPU where there is one.
+The Triton kernels against the reference: in Triton's interpreter and compiled, or on the GPU where there is one.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 import pytest
 import torch
 
+import compiled
 from checks import (
     SIGMAS,
     assert_close,
@@ -24,11 +25,9 @@ from checks import (
     layouts,
 )
 from epigraf_fast import ops
-from epigraf_fast.ops import backends
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-LACKING = backends.status()["composite"]["triton"]
-needs_triton = pytest.mark.skipif(LACKING is not None, reason=LACKING or "")
+needs_triton = compiled.on_triton()
 
 composite = functools.partial(ops.composite, backend="reference")
 LN2 = math.log(2)

@@ -1,6 +1,6 @@
 """decode_triplane and decode_triplane_rays, reference and cpu, against the formula and numbers worked by hand.
 
-The Triton kernels against the reference: in Triton's interpreter, or on the GPU where there is one.
+The Triton kernels against the reference: in Triton's interpreter and compiled, or on the GPU where there is one.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 import pytest
 import torch
 
+import compiled
 from checks import (
     assert_close,
     assert_error_within_reference,
@@ -22,12 +23,10 @@ from checks import (
     layouts,
 )
 from epigraf_fast import ops
-from epigraf_fast.ops import backends
 
 BACKENDS = ["reference", "cpu"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-LACKING = backends.status()["decode_triplane"]["triton"]
-needs_triton = pytest.mark.skipif(LACKING is not None, reason=LACKING or "")
+needs_triton = compiled.on_triton()
 
 
 @pytest.fixture(params=BACKENDS)
@@ -346,7 +345,10 @@ def test_fused_on_the_cpu_keeps_to_the_planes(broken, cpu_level):
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "deterministic"),
+    [(torch.float32, False), (torch.float32, True), (torch.float16, False), (torch.bfloat16, False)],
+)
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -357,8 +359,8 @@ def test_fused_on_the_cpu_keeps_to_the_planes(broken, cpu_level):
     ],
     ids=str,
 )
-def test_triton_along_rays(poisoned, sizes, dtype):
-    function = functools.partial(ops.decode_triplane_rays, cube_scale=0.475)
+def test_triton_along_rays(poisoned, sizes, dtype, deterministic):
+    function = functools.partial(ops.decode_triplane_rays, cube_scale=0.475, deterministic=deterministic)
     assert_triton_errs_no_more_than_the_reference(function, ray_inputs(**sizes), dtype)
 
 
@@ -386,7 +388,7 @@ def programs_in_reverse():
         yield
 
 
-@needs_triton
+@compiled.on_triton(compiled=False)
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU orders its programs itself: see the gpu-marked test")
 @pytest.mark.parametrize("texel", [torch.float32, torch.float16])
 def test_triton_gradients_have_the_same_bits_in_any_order_of_programs(poisoned, monkeypatch, texel):

@@ -10,7 +10,6 @@ import re
 
 import pytest
 import torch
-from emulated import emulate
 
 from checks import (
     SIGMAS,
@@ -22,7 +21,7 @@ from checks import (
     gradgradcheck,
     layouts,
 )
-from csrc_backends import here
+from csrc_backends import here, use
 from epigraf_fast import ops
 from epigraf_fast.ops import backends
 
@@ -31,10 +30,7 @@ BLUR = torch.tensor([1, 3, 3, 1], dtype=torch.float64) / 8
 
 @pytest.fixture(params=here("modulated_conv2d"))
 def backend(request, monkeypatch):
-    if request.param != "emulated":
-        return request.param
-    emulate(monkeypatch)
-    return "cpu"
+    return use(request.param, monkeypatch)
 
 
 def on_backend(op, backend):

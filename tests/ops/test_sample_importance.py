@@ -1,6 +1,6 @@
 """sample_importance and invert_cdf: the reference against SPEC section 5 in plain Python and against the density.
 
-The Triton kernels against the reference: in Triton's interpreter, or on the GPU where there is one.
+The Triton kernels against the reference: in Triton's interpreter and compiled, or on the GPU where there is one.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import compiled
 from checks import (
     SIGMAS,
     assert_close,
@@ -23,11 +24,9 @@ from checks import (
     layouts,
 )
 from epigraf_fast import ops
-from epigraf_fast.ops import backends
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-LACKING = backends.status()["sample_importance"]["triton"]
-needs_triton = pytest.mark.skipif(LACKING is not None, reason=LACKING or "")
+needs_triton = compiled.on_triton()
 
 sample_importance = functools.partial(ops.sample_importance, backend="reference")
 sample_stratified = functools.partial(ops.sample_stratified, backend="reference")

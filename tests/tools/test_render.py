@@ -100,7 +100,7 @@ from epigraf_fast import render
 sizes = []
 for size in (16, 1024):
     render.main(["grid", {str(tiny_run)!r}, "--out", {str(tmp_path / "x.png")!r}, "--seeds", "0", "--ray-samples", "10",
-                 "--resolution", str(size), "--overwrite"])
+                 "--resolution", str(size), "--device", "cpu", "--overwrite"])
     sizes.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 print((sizes[1] - sizes[0]) // 1024)
 """
