@@ -20,7 +20,6 @@ import pytest
 import torch
 
 import compiled
-import train
 from epigraf_fast.config import (
     CameraConfig,
     Config,
@@ -33,7 +32,7 @@ from epigraf_fast.config import (
     check,
 )
 from epigraf_fast.data import ImageDataset, make_loader
-from epigraf_fast.training import networks, pretrained
+from epigraf_fast.training import networks, pretrained, start
 from epigraf_fast.training.step import Trainer
 
 if not torch.cuda.is_available():
@@ -68,7 +67,7 @@ def _arithmetic() -> None:
 @pytest.fixture(autouse=True)
 def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is told no device takes the CPU, also where there is a GPU: tests of the GPU name it."""
-    for module in (pretrained, train):
+    for module in (pretrained, start):
         monkeypatch.setattr(module, "find_device", lambda name: networks.find_device(name or "cpu"))
 
 
