@@ -133,9 +133,13 @@ class Scene:
     def view(self, painted: Painted, angles: Tensor, fov: float | None = None) -> dict[str, Tensor]:
         """One object from one camera [3]: uint8 [1, 3, R, R] of each thing to show."""
         angles = angles.to(painted.planes.device)[None]
-        images = self.generator.render(
-            painted.planes, angles, self.resolution, ws=painted.ws, fov=fov, stochastic=False
-        )
+        with (
+            Progress(what="rays", total=self.resolution**2) as rays,
+            self.generator.renderer.register_forward_hook(lambda *call: rays.update(call[-1].rgb.shape[1])),
+        ):
+            images = self.generator.render(
+                painted.planes, angles, self.resolution, ws=painted.ws, fov=fov, stochastic=False
+            )
         return pictures(images, angles, self.generator, self.shown, fov)
 
 

@@ -470,15 +470,16 @@ def test_objects_that_are_rendered_are_kept(
 # Waits
 
 WAITS = {
-    "render grid RUN --out OUT/x.png --seeds 0": ["reading the checkpoint", "objects", "writing x.png"],
+    "render grid RUN --out OUT/x.png --seeds 0": ["reading the checkpoint", "objects", "rays", "writing x.png"],
     "render turntable RUN --out OUT/x.mp4 --seeds 0 --frames 2": [
-        *("reading the checkpoint", "objects", "frames", "writing x.mp4")
+        *("reading the checkpoint", "objects", "frames", "rays", "rays", "writing x.mp4")
     ],
     "render interpolation RUN --out OUT/x.gif --seeds 0 --frames 2": [
-        *("reading the checkpoint", "frames", "writing x.gif")
+        *("reading the checkpoint", "frames", "rays", "rays", "writing x.gif")
     ],
     "mesh RUN --out OUT/x.ply OUT/x.png OUT/x.mrc --resolution 12": [
-        *("reading the checkpoint", "points", "views", "slabs", "colours", "measuring the mesh", "writing x.ply"),
+        *("reading the checkpoint", "painting the planes", "points", "views", "slabs", "colours"),
+        *("measuring the mesh", "writing x.ply"),
         *("faces", "faces", "writing x.png", "writing x.mrc"),
     ],
     "figures schedules --out OUT/x.png": ["drawing x.png"],
