@@ -85,6 +85,8 @@ def _take(run_dir: Path, job: str) -> IO[str] | None:
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             break
         file.close()  # its former holder has removed it meanwhile
+    else:
+        raise cannot_write(run_dir, OSError("other runs begin and end there all the time"))
     with contextlib.suppress(OSError):  # on a full disk the lock has no name
         file.truncate(0)
         since = datetime.datetime.now().astimezone().isoformat(" ", "seconds")

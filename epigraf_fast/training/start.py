@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import random
 from pathlib import Path
 from typing import Any
@@ -80,16 +81,12 @@ def require_same(
 
 def facts(config: Config, dataset: ImageDataset, device: torch.device, dry_run: bool) -> Facts:
     """What has to be the same in all processes, by the advice on what differs."""
-    code = hashlib.sha256()
-    package = Path(__file__).resolve().parents[1]
-    for path in sorted(package.rglob("*.py")):
-        code.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
     places = torch.linspace(0, len(dataset) - 1, min(len(dataset), IMAGES)).long().tolist()
     return {
         "install the same everywhere": {
             "torch": torch.__version__,
             "epigraf_fast": __version__,
-            "the checksum of epigraf_fast's code": code.hexdigest()[:16],
+            "the checksum of epigraf_fast's code": _code(),
         },
         "give every process the same settings": {
             "dry_run": dry_run,
@@ -103,6 +100,16 @@ def facts(config: Config, dataset: ImageDataset, device: torch.device, dry_run: 
             "the checksum of some images": checksum([dataset[place][0] for place in places]),
         },
     }
+
+
+def _code() -> str:
+    """A checksum of the package's sources, wherever they are installed."""
+    package = Path(__file__).resolve().parents[1]
+    sources = {path.relative_to(package).as_posix(): path for path in package.rglob("*.py")}
+    kernels = importlib.util.find_spec(f"{package.name}.kernels")  # which a checkout has beside the package
+    for place in (kernels and kernels.submodule_search_locations) or []:
+        sources |= {f"kernels/{path.name}": path for path in Path(place).glob("*.py")}
+    return checksum({name: path.read_bytes() for name, path in sources.items()})
 
 
 def build(config: Config, dataset: ImageDataset, device: torch.device, resume: str | None, world: World) -> Trainer:

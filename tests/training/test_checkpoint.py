@@ -326,7 +326,7 @@ def test_a_full_disk_of_a_real_file(tmp_path: Path, tiny_config: TinyConfig) -> 
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
         with pytest.raises(
-            SaveError, match=r"could not be written .*: make room; the last one is checkpoint-000000008"
+            SaveError, match=r"could not be written \(File too large\): make room; the last one is checkpoint-000000008"
         ):
             save_tiny(tmp_path, config, 16)
     finally:
