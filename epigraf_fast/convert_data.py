@@ -334,6 +334,9 @@ def run(options: argparse.Namespace) -> list[str]:
     eg3d = options.direction.endswith("eg3d")
     yaw_offset = options.yaw_offset if options.yaw_offset is not None else EG3D_YAW if eg3d else 0.0
     suffixes = (".json",) if options.direction == "to-nerf" else (".json", ".zip")
+    for source in (options.source, options.source / "dataset.json"):
+        if options.out.exists() and source.exists() and options.out.samefile(source):
+            raise UserError(f"out {options.out} is the source: choose another name")
     check_output("out", options.out, suffixes, overwrite=options.overwrite)
     if None not in (options.ray_start, options.ray_end) and options.ray_end <= options.ray_start:
         raise UserError(f"--ray-end must be above --ray-start {options.ray_start:g}, got {options.ray_end:g}")

@@ -208,6 +208,11 @@ def test_wrong_arguments_are_one_line(
     assert "give their --resolution" in fault(
         "to-nerf", tmp_path / "poses.json", tmp_path / "x.json", "--fov", 30, "--radius", 1
     )
+    for source, target in ((nerf, nerf), (eg3d, eg3d / "dataset.json"), (tiny_data, tiny_data)):
+        before = target.read_bytes()
+        direction = "from-nerf" if source == nerf else "to-eg3d"
+        assert "is the source: choose another name" in fault(direction, source, target, "--overwrite")
+        assert target.read_bytes() == before
     (nerf.parent / "train" / "r_1.png").unlink()
     assert "image train/r_1.png cannot be read" in fault("from-nerf", nerf, tmp_path / "x.zip")
     (tmp_path / "x.bin").write_bytes(b"no zip")
