@@ -277,7 +277,9 @@ class Progress:
 
         bar = "{percentage:3.0f}%|{bar}| " if width else ""
         layout = f"{{desc}}: {bar}{{n_fmt}}/{{total_fmt}} [{{elapsed}}<{{remaining}}]"
-        return tqdm.format_meter(self.done, self.total, seconds, ncols=width, prefix=self.what, bar_format=layout)
+        return tqdm.format_meter(
+            self.done, self.total, seconds, ncols=width, prefix=self.what, ascii=" #", bar_format=layout
+        )
 
     def _show(self) -> None:
         stream = sys.stderr

@@ -382,6 +382,27 @@ def test_ctrl_c_while_torch_is_loaded_is_one_line(tool: str, tmp_path: Path) -> 
     assert end(process) == (130, "interrupted\n")
 
 
+def test_a_terminal_sees_that_torch_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("import time\ntime.sleep(600)\n")
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "epigraf_fast.render", "--help"],
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+    )
+    try:
+        read_until(ours, "starting ... ")
+        process.send_signal(signal.SIGINT)
+        read_until(ours, "\ninterrupted\r\n")
+        assert process.wait(timeout=120) == 130
+    finally:
+        process.kill()
+        os.close(ours)
+        os.close(theirs)
+
+
 def test_a_library_keeps_the_signals_of_its_program() -> None:
     program = "import signal, epigraf_fast; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -584,8 +584,11 @@ def test_what_is_no_checkpoint_is_named(
         message = one_error_line(module(tool).main, *line)
         assert THINGS[name] in message
         assert str(things[name]) in message
-    for path in (plain_run, plain_run / "G_ema.safetensors"):  # which all but figures take
-        if tool == "figures":
+    if tool == "figures":  # which draws the discriminator
+        for path in (plain_run, plain_run / "G_ema.safetensors"):
             message = one_error_line(module(tool).main, "modulation", path, "--out", tmp_path / "x.png")
             assert "generator alone" in message
+    if tool == "convert":
+        message = one_error_line(module(tool).main, things["renamed.pt"], tmp_path / "x")
+        assert "it is no EpiGRAF snapshot" in message
     assert [path.name for path in tmp_path.iterdir()] == ["things"]
