@@ -26,7 +26,7 @@ BLOCK_SHIFT, CLOCK_SHIFT = 32, 11
 WHO = (1 << CLOCK_SHIFT) - 1
 CLOCKS = 1 << (BLOCK_SHIFT - CLOCK_SHIFT)
 SOME_OF_WARP = 1024  # + the warp: several threads of it
-ATOMIC, SEVERAL_WARPS = WHO - 1, WHO
+COPY, ATOMIC, SEVERAL_WARPS = WHO - 2, WHO - 1, WHO
 SEVERAL_BLOCKS = (1 << 31) - 1
 
 
@@ -108,7 +108,7 @@ class Clocks:
             clocks = self.seen.get(int(block), {}).get(int(other))
             if clocks is not None:
                 first, last = (who, who + 1) if who < SOME_OF_WARP else (0, len(clocks))
-                if SOME_OF_WARP <= who < ATOMIC:
+                if SOME_OF_WARP <= who < COPY:
                     first, last = 32 * (who - SOME_OF_WARP), 32 * (who - SOME_OF_WARP + 1)
                 found[i] = clocks[first:last].min() >= clock
         return found
@@ -211,7 +211,7 @@ def _ordered(earlier: np.ndarray, now: np.ndarray, clocks: Clocks) -> np.ndarray
     """Which of the accesses with the earlier stamps are before those of now, although no barrier is between them."""
     who, thread = who_of(earlier), who_of(now)
     same_warp = _warp_of(who) == thread >> 5
-    same_warp &= who < ATOMIC
+    same_warp &= who < COPY
     ordered = (who == thread) | same_warp & (clock_of(earlier) < clock_of(now))
     other = block_of(earlier) != block_of(now)
     if np.count_nonzero(other):
@@ -254,7 +254,7 @@ def joined(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """The stamps of both accesses."""
     who_a, who_b = who_of(a), who_of(b)
     warp_a = _warp_of(who_a)
-    one_warp = (warp_a == _warp_of(who_b)) & (who_a < ATOMIC) & (who_b < ATOMIC)
+    one_warp = (warp_a == _warp_of(who_b)) & (who_a < COPY) & (who_b < COPY)
     who = np.where(who_a == who_b, who_a, np.where(one_warp, SOME_OF_WARP + warp_a, SEVERAL_WARPS))
     one_block = a >> BLOCK_SHIFT == b >> BLOCK_SHIFT
     block = np.where(one_block, a >> BLOCK_SHIFT, SEVERAL_BLOCKS)
