@@ -229,25 +229,16 @@ def places_of(index: np.ndarray, size: int, grain: int) -> np.ndarray:
     return first[:, None] + np.arange(max(size // grain, 1))
 
 
-REPLICA_ROUNDINGS = 4
-
-
 def alike(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Whether two threads may write these values (unsigned integers) to one place: if they are equal, or floating-point
-    numbers some roundings apart.
+    """Whether two threads may write these values (unsigned integers) to one place: if they are equal, or both NaN.
 
-    Triton has several threads work out one number, and the compiler fuses a product of each with the sum of what it
-    got from another: fma(x, y, round(u v)) here, fma(u, v, round(x y)) there.
+    (Hardware gives NaN the same bits whatever it came from, which a processor does not.)
     """
     equal = a == b
     size = a.dtype.itemsize
-    if size < 4 or np.count_nonzero(equal) == equal.size:
+    if size == 1 or np.count_nonzero(equal) == equal.size:
         return equal
-    code, fraction = (("i4", 23), ("i8", 52))[size == 8]
-    a, b = a.view(code), b.view(code)
-    exponents = (1 << 8 * size - 1 - fraction) - 1
-    normal = (a >> fraction & exponents) % exponents != 0  # no subnormal number, which an integer may be, nor infinity
-    return equal | normal & (a ^ b >= 0) & (np.abs(a - b) <= REPLICA_ROUNDINGS)
+    return equal | np.isnan(a.view(f"f{size}")) & np.isnan(b.view(f"f{size}"))
 
 
 def joined(a: np.ndarray, b: np.ndarray) -> np.ndarray:
