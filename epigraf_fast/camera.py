@@ -230,10 +230,10 @@ def patch_boxes(
 ) -> Tensor:
     """The texels of the tri-planes that the rays of a patch, or of a whole image, can touch.
 
-    With d_c the unit directions of the patch's corners and cos_c their cosines to the optical axis, every sample lies in
-    the hull of the eight points o + (depth / cos_c) d_c, depth being ray_start min cos_c, or ray_end times the cosine at
-    the patch's point next to the optical axis. Their ranges on the three axes are the box: the planes share the
-    network's pixels, so columns cover axes 0 and 1, rows axes 1 and 2 (see `sample_triplane`).
+    With d_c the unit directions of the patch's corners and cos_c their cosines to the optical axis, every sample lies
+    in the hull of the eight points o + (depth / cos_c) d_c, depth being ray_start min cos_c, or ray_end times the
+    cosine at the patch's point next to the optical axis. Their ranges on the three axes are the box: the planes share
+    the network's pixels, so columns cover axes 0 and 1, rows axes 1 and 2 (see `sample_triplane`).
 
     Args:
         cam2world: [B, 4, 4].

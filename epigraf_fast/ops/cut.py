@@ -17,8 +17,8 @@ def cut(x: Tensor, first: Tensor, size: tuple[int, int]) -> Tensor:
 
     Args:
         x: [B, C, H, W], any dtype; channels_last stays so.
-        first: [B, 2] int32 or int64 on the device of x, row and column of the first pixel. The rectangle must lie inside
-            of the image; on a GPU nothing looks, as that would make it wait.
+        first: [B, 2] int32 or int64 on the device of x, row and column of the first pixel. The rectangle must lie
+            inside of the image; on a GPU nothing looks, as that would make it wait.
         size: Rows and columns of y, at most those of x.
 
     Returns:
@@ -37,8 +37,8 @@ def cut(x: Tensor, first: Tensor, size: tuple[int, int]) -> Tensor:
         raise ValueError(f"cut: first must be on {x.device} as x is, got {first.device}")
     if len(size) != 2 or not all(1 <= part <= whole for part, whole in zip(size, x.shape[2:], strict=True)):
         raise ValueError(f"cut: size must be two numbers from 1 to {list(x.shape[2:])}, those of x, got {list(size)}")
-    room = [whole - part for part, whole in zip(size, x.shape[2:], strict=True)]
-    if x.device.type == "cpu" and any(not 0 <= at <= most for pair in first.tolist() for at, most in zip(pair, room)):
+    room = first.new_tensor(x.shape[2:]) - first.new_tensor(size)
+    if x.device.type == "cpu" and bool(((first < 0) | (first > room)).any()):
         raise ValueError(f"cut: first must leave room for {list(size)} in {list(x.shape[2:])}, got {first.tolist()}")
     if tuple(size) == tuple(x.shape[2:]):
         return x
