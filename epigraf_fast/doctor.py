@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from . import __version__
+from .command import running
 from .ops import backends
 from .training.metrics import PACKAGES as METRICS_PACKAGES
 
@@ -190,8 +191,9 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    args = parser.parse_args()
-    print(json.dumps(report(), indent=2) if args.json else format_report(report()))
+    with running():
+        args = parser.parse_args()
+        print(json.dumps(report(), indent=2) if args.json else format_report(report()))
 
 
 if __name__ == "__main__":

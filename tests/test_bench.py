@@ -21,7 +21,7 @@ from bench.cases import SIZES, Work
 from checks import assert_error_within_reference
 from epigraf_fast import ops
 from epigraf_fast.ops import backends, ranges
-from epigraf_fast.training import profile
+from epigraf_fast.training import log, profile
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -444,13 +444,13 @@ def test_what_a_gpu_has_verified_is_what_it_has_whole(monkeypatch, tmp_path, cap
     assert tuple(stored["backends"]) == backends.VERIFIED
 
 
-def test_the_demo_leaves_out_what_is_missing(monkeypatch):
+def test_the_demo_leaves_out_what_is_missing(monkeypatch, tmp_path):
     assert demo.missing("torch", "no-such-package") == ["no-such-package"]
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # the real one comes back after the test
-    demo.without_tensorboard()
-    from torch.utils.tensorboard import SummaryWriter
-
-    SummaryWriter("somewhere", purge_step=1).add_scalar("name", 1.0, 2)
+    monkeypatch.setattr(log, "Board", demo.NoBoard)
+    record = log.RunLog(tmp_path, 1.0, 0)
+    record.write(8, {"loss/G": 1.0})
+    record.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["stats.jsonl"]
 
 
 def test_a_checkout_needs_no_installation(tmp_path):

@@ -374,7 +374,9 @@ def test_faults_in_the_settings(
     ("extra", "words"),
     [
         (["--micro-batch", "3"], ["batch must be a positive multiple of micro_batch, got 8 and 3"]),
-        (["--batch", "6"], ["set --micro-batch 4"]),
+        (["--batch", "6"], ["set --micro-batch 3 or --batch 8"]),
+        (["--batch", "7"], ["set --micro-batch 1 or --batch 8"]),
+        (["--augment.p", "5"], ["augment.p must be in [0, 1], got 5"]),
         (["--patch.resolution", "32"], ["set --patch.resolution 16"]),
         (["--optim.g-lr", "nan"], ["optim.g_lr must be finite and positive"]),
         (["--device", "abacus"], ["device must be cpu or cuda, got 'abacus'"]),
@@ -589,16 +591,28 @@ def test_signals(
     assert losses(run_dir) == expected
 
 
-def test_a_second_interrupt_does_not_wait(
-    tiny_config: TinyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def iteration(trainer: step.Trainer, *batch: torch.Tensor) -> None:
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
+TWICE = """
+import signal, sys, train
+from epigraf_fast.training import step
+def iteration(trainer, *batch):
+    signal.raise_signal(signal.SIGINT)
+    print("the step goes on", flush=True)
+    signal.raise_signal(signal.SIGINT)
+    print("it is still there", flush=True)
+step.Trainer.iteration = iteration
+sys.exit(train.main(sys.argv[1:]))
+"""
 
-    monkeypatch.setattr(step.Trainer, "iteration", iteration)
-    with pytest.raises(KeyboardInterrupt):
-        run(tiny_config())
+
+def test_a_second_interrupt_ends_at_once(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    """Whatever the process does; the first one is confirmed."""
+    line = [sys.executable, "-c", TWICE, *flags(tiny_config())]
+    process = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert process.returncode == -signal.SIGINT, process.stderr
+    assert "the step goes on" in process.stdout
+    assert "still there" not in process.stdout
+    assert "stopping after this step; Ctrl-C ends at once, without saving" in process.stderr
+    assert "Traceback" not in process.stderr
     assert list_checkpoints(tmp_path / "run") == []
 
 

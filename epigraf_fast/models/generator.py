@@ -48,7 +48,7 @@ class Generator(nn.Module):
     ) -> None:
         super().__init__()
         self.z_dim, self.label_dim = config.z_dim, label_dim
-        self.pose_conditioning = config.pose_conditioning
+        self.pose_conditioning, self.pose_dropout = config.pose_conditioning, config.pose_dropout
         self.camera = camera
         self.plane_channels = 3 * config.plane_channels
         self.background: PlaneBackground | SphereBackground | None = None
@@ -61,18 +61,23 @@ class Generator(nn.Module):
                 samples=renderer.background_samples,
                 start=renderer.background_start,
                 channel_base=config.channel_base,
+                activation=renderer.density_activation,
+                softplus_beta=renderer.softplus_beta,
                 white_background=renderer.white_background,
                 backend=renderer_backend,
             )
         if self.background is not None:
             interval = min(renderer.last_interval, BACKGROUND_INTERVAL)
-            renderer = dataclasses.replace(renderer, last_interval=interval, white_background=False)
+            white = renderer.white_background and renderer.white_foreground
+            renderer = dataclasses.replace(renderer, last_interval=interval, white_background=white)
         self.synthesis = Synthesis(
             config.w_dim,
             config.plane_resolution,
             self.plane_channels + (self.background.extra_channels if self.background is not None else 0),
             channel_base=config.channel_base,
             channel_max=config.channel_max,
+            clamp=config.clamp or None,
+            noise=config.noise,
             half_blocks=half_blocks,
             backend=backend,
         )
@@ -100,6 +105,7 @@ class Generator(nn.Module):
             renderer, camera.ray_start, camera.ray_end, camera.cube_scale, backend=renderer_backend
         )
         self.register_buffer("mean_camera_pose", torch.tensor([camera.yaw_mean, camera.pitch_mean, 0.0]))
+        self.label_values: Tensor | None = None  # what it was trained on (see ImageDataset), where that is known
 
     def ws(
         self,
@@ -120,7 +126,7 @@ class Generator(nn.Module):
             condition.append(label)
         if self.pose_conditioning:
             pose = self.mean_camera_pose.expand(len(z), -1) if angles is None else angles
-            condition.append(camera_numbers(pose))
+            condition.append(nn.functional.dropout(camera_numbers(pose), self.pose_dropout, self.training))
         return self.mapping(z, torch.cat(condition, dim=1) if condition else None, **mapping_options)
 
     def render(

@@ -22,10 +22,18 @@ class SynthesisLayer(nn.Module):
     """style = affine(w); y = clamp(lrelu(demod conv(x style) + noise strength + bias) sqrt(2)), optionally up 2."""
 
     def __init__(
-        self, c_in: int, c_out: int, w_dim: int, resolution: int, *, up: int = 1, backend: str | None = None
+        self,
+        c_in: int,
+        c_out: int,
+        w_dim: int,
+        resolution: int,
+        *,
+        up: int = 1,
+        clamp: float | None = CLAMP,
+        backend: str | None = None,
     ) -> None:
         super().__init__()
-        self.resolution, self.up, self.backend = resolution, up, backend
+        self.resolution, self.up, self.clamp, self.backend = resolution, up, clamp, backend
         self.affine = FullyConnected(w_dim, c_in, bias_init=1.0)
         self.weight = nn.Parameter(torch.randn(c_out, c_in, 3, 3))
         self.bias = nn.Parameter(torch.zeros(c_out))
@@ -61,7 +69,7 @@ class SynthesisLayer(nn.Module):
             noise=None if noise is None else noise * self.noise_strength,
             bias=self.bias,
             act="lrelu",
-            clamp=CLAMP,
+            clamp=self.clamp,
             backend=self.backend,
         )
 
@@ -86,7 +94,7 @@ class SynthesisLayer(nn.Module):
             bias=self.bias,
             styles=styles,
             act="lrelu",
-            clamp=CLAMP,
+            clamp=self.clamp,
             backend=self.backend,
         )
 
@@ -94,9 +102,11 @@ class SynthesisLayer(nn.Module):
 class ToPlanes(nn.Module):
     """A modulated 1x1 convolution without demodulation, the style divided by sqrt(c_in); bias, clamp."""
 
-    def __init__(self, c_in: int, c_out: int, w_dim: int, *, backend: str | None = None) -> None:
+    def __init__(
+        self, c_in: int, c_out: int, w_dim: int, *, clamp: float | None = CLAMP, backend: str | None = None
+    ) -> None:
         super().__init__()
-        self.backend = backend
+        self.clamp, self.backend = clamp, backend
         self.affine = FullyConnected(w_dim, c_in, bias_init=1.0)
         self.weight = nn.Parameter(torch.randn(c_out, c_in, 1, 1))
         self.bias = nn.Parameter(torch.zeros(c_out))
@@ -104,7 +114,7 @@ class ToPlanes(nn.Module):
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         style = self.affine(w) / math.sqrt(self.weight.shape[1])
         return ops.modulated_conv2d(
-            x, self.weight, style, demodulate=False, bias=self.bias, clamp=CLAMP, backend=self.backend
+            x, self.weight, style, demodulate=False, bias=self.bias, clamp=self.clamp, backend=self.backend
         )
 
     def product(self, x: Tensor, w: Tensor) -> Tensor:
@@ -119,17 +129,25 @@ class SynthesisBlock(nn.Module):
     """One resolution: conv0 (up 2, absent at 4x4), conv1, and the layer that adds to the running sum of planes."""
 
     def __init__(
-        self, c_in: int, c_out: int, plane_channels: int, w_dim: int, resolution: int, *, backend: str | None = None
+        self,
+        c_in: int,
+        c_out: int,
+        plane_channels: int,
+        w_dim: int,
+        resolution: int,
+        *,
+        clamp: float | None = CLAMP,
+        backend: str | None = None,
     ) -> None:
         super().__init__()
         self.first = c_in == 0
-        self.backend = backend
+        self.clamp, self.backend = clamp, backend
         if self.first:
             self.const = nn.Parameter(torch.randn(c_out, resolution, resolution))
         else:
-            self.conv0 = SynthesisLayer(c_in, c_out, w_dim, resolution, up=2, backend=backend)
-        self.conv1 = SynthesisLayer(c_out, c_out, w_dim, resolution, backend=backend)
-        self.to_planes = ToPlanes(c_out, plane_channels, w_dim, backend=backend)
+            self.conv0 = SynthesisLayer(c_in, c_out, w_dim, resolution, up=2, clamp=clamp, backend=backend)
+        self.conv1 = SynthesisLayer(c_out, c_out, w_dim, resolution, clamp=clamp, backend=backend)
+        self.to_planes = ToPlanes(c_out, plane_channels, w_dim, clamp=clamp, backend=backend)
         self.register_buffer("low_pass", torch.tensor(LOW_PASS), persistent=False)
         self.num_convs = 1 if self.first else 2
 
@@ -191,11 +209,11 @@ class SynthesisBlock(nn.Module):
         y, *following = self.conv1.chained(x, last, noise_mode, styles, first)
         product, bias = self.to_planes.product(y, ws[:, self.num_convs]), self.to_planes.bias
         if planes is None:
-            planes = ops.bias_act(product, bias, clamp=CLAMP, backend=self.backend).to(ws.dtype)
+            planes = ops.bias_act(product, bias, clamp=self.clamp, backend=self.backend).to(ws.dtype)
         elif level is None:
-            planes = self.upsample(planes, added=product, bias=bias, clamp=CLAMP)
+            planes = self.upsample(planes, added=product, bias=bias, clamp=self.clamp)
         else:
-            added = ops.bias_act(product, bias, clamp=CLAMP, backend=self.backend).to(ws.dtype)
+            added = ops.bias_act(product, bias, clamp=self.clamp, backend=self.backend).to(ws.dtype)
             planes = self.upsample(planes, level) + added
         return following[0] if following else None, planes
 
@@ -214,6 +232,8 @@ class Synthesis(nn.Module):
         w_dim: Width of the style vectors.
         resolution: Of the planes, a power of two of at least 8.
         plane_channels: Numbers that come out, 3 * C.
+        clamp: Of activations and of what is added to the planes; None for never.
+        noise: Whether noise images are added; False is noise mode "none" whatever is asked for.
         half_blocks: Blocks, counted from the highest resolution, that run in fp16 on a GPU.
         backend: See `ops`.
     """
@@ -226,17 +246,20 @@ class Synthesis(nn.Module):
         *,
         channel_base: int = 32768,
         channel_max: int = 512,
+        clamp: float | None = CLAMP,
+        noise: bool = True,
         half_blocks: int = 0,
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        self.backend = backend
+        self.noise, self.backend = noise, backend
         self.resolutions = [2**i for i in range(2, resolution.bit_length())]
         self.half_resolutions = self.resolutions[::-1][:half_blocks]
         c_in = 0
         for res in self.resolutions:
             c_out = channels_at(res, channel_base, channel_max)
-            self.add_module(f"b{res}", SynthesisBlock(c_in, c_out, plane_channels, w_dim, res, backend=backend))
+            block = SynthesisBlock(c_in, c_out, plane_channels, w_dim, res, clamp=clamp, backend=backend)
+            self.add_module(f"b{res}", block)
             c_in = c_out
         # Every convolution has a style vector; a to-planes layer shares the next one, and the last has its own.
         self.num_ws = 2 * len(self.resolutions)
@@ -260,6 +283,7 @@ class Synthesis(nn.Module):
     def _planes(self, ws: Tensor, noise_mode: str, plan: dict[int, Level]) -> Tensor:
         if noise_mode not in NOISE_MODES:
             raise ValueError(f"Synthesis: noise_mode must be one of {', '.join(NOISE_MODES)}, got {noise_mode!r}")
+        noise_mode = noise_mode if self.noise else "none"
         blocks = [getattr(self, f"b{res}") for res in self.resolutions]
         halves = [ws.is_cuda and res in self.half_resolutions for res in self.resolutions]
         dtypes = [torch.float16 if half else ws.dtype for half in halves]

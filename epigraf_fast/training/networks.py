@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import torch
 
@@ -20,8 +21,17 @@ HALF_BLOCKS = 4  # top resolutions of G and blocks of D in fp16, with precision 
 def find_device(name: str | None) -> torch.device:
     """The device of that name; default: a GPU if there is one."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("device is cuda, but torch sees no GPU: see python -m epigraf_fast.doctor")
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
+        raise UserError(f"--device must be cpu, cuda or cuda:N, got {name}")
+    if name.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise UserError("device is cuda, but torch sees no GPU: see python -m epigraf_fast.doctor")
+        gpus = torch.cuda.device_count()
+        if int(name.partition(":")[2] or 0) >= gpus:
+            raise UserError(
+                f"device is {name}, but torch sees {gpus} GPUs: name one up to cuda:{gpus - 1}, and start at most "
+                f"{gpus} processes on this machine"
+            )
     return torch.device(name)
 
 

@@ -150,9 +150,9 @@ def test_several_seeds_and_a_given_threshold(tiny_run: Path, tmp_path: Path) -> 
     ("arguments", "words"),
     [
         (("--out", "x.stl"), "must end in .ply, .obj, .glb, .png or .mrc"),
-        (("--out", "x.ply", "--resolution", "1"), "--resolution must be from 2 to 1024"),
+        (("--out", "x.ply", "--resolution", "7"), "--resolution must be a whole number from 8 to 1024, got 7"),
         (("--out", "x.ply", "--resolution", "8", "--threshold", "1e9"), "--threshold must be between the densities"),
-        (("--out", "x.ply", "--threshold", "nan"), "--threshold must be finite"),
+        (("--out", "x.ply", "--threshold", "nan"), "--threshold must be a finite number, got nan"),
     ],
 )
 def test_faults_are_one_line(

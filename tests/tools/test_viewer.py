@@ -82,6 +82,22 @@ def running(tiny_run: Path) -> Iterator[viewer.Viewer]:
     running.stop()
 
 
+@pytest.mark.parametrize(("values", "first"), [([1, 2], 1), ([[0.5, 1.0, 0.0]], None)])
+def test_the_first_object_is_of_a_class_with_images(tiny_run: Path, values: list, first: int | None) -> None:
+    """And where labels are vectors there is no class to choose."""
+    pytest.importorskip("viser", reason="needs the extra viewer")
+    config, generator = load_generator(tiny_run, "cpu")
+    generator.label_values = torch.tensor(values)
+    running = viewer.Viewer(config, generator, "127.0.0.1", 0, RESOLUTION)
+    try:
+        assert (running.label and running.label.value) == first
+        painted = running.painted_object()
+        expected = running.scene.ws([0], [] if first is None else [first])
+        assert_close(painted.ws, expected, "ws")
+    finally:
+        running.stop()
+
+
 class Page:
     """Stands in for a client of viser: a camera, and a scene that keeps what it is sent."""
 
@@ -202,7 +218,7 @@ def test_the_page_is_served_here_alone(running: viewer.Viewer) -> None:
     assert running.server.get_host() == "127.0.0.1"
     port = running.server.get_port()
     with pytest.raises(UserError, match=f"port {port} of 127.0.0.1 cannot be used"):
-        viewer.check_port("127.0.0.1", port)
+        viewer.free_port("127.0.0.1", port)
 
 
 # A real browser
