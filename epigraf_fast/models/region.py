@@ -11,6 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..camera import cam2world_matrix, patch_boxes
+from ..config import CameraConfig
+from ..ops import PlaneRegion
+
 WHOLE_BELOW = 128  # levels of fewer texels a side are computed whole: there is nothing to save
 BUCKETS = 8  # steps of a box's size, in parts of the planes' side
 
@@ -38,21 +42,58 @@ class Level(NamedTuple):
     size: tuple[int, int]
 
 
+class Plan(NamedTuple):
+    """What the network computes for a region: tensors on a device and plain numbers, as a CUDA graph takes them."""
+
+    levels: dict[int, Level]  # by resolution; those that are missing are computed whole
+    planes: PlaneRegion | None  # where the planes that come out lie in whole ones; None: they are whole
+    share: float  # of the planes, that is computed
+
+
+def boxes_of(
+    camera: CameraConfig,
+    resolution: int,
+    angles: Tensor,
+    patch_scale: Tensor | None = None,
+    patch_offset: Tensor | None = None,
+    fov: float | Tensor | None = None,
+) -> Tensor:
+    """`patch_boxes` of cameras [B, 3] and patches, in float64 on the CPU; a GPU that they lie on is waited for.
+
+    Args:
+        resolution: Of the planes.
+        fov: Degrees, a number or [B]; default: the camera's.
+    """
+    angles, patch_scale, patch_offset, fov = (
+        x.detach().cpu() if isinstance(x, Tensor) else x for x in (angles, patch_scale, patch_offset, fov)
+    )
+    rays = camera.fov if fov is None else fov, camera.ray_start, camera.ray_end, camera.cube_scale
+    matrix = cam2world_matrix(angles.double(), camera.radius)
+    return patch_boxes(matrix, *rays, resolution, patch_scale, patch_offset)
+
+
 def bucket(extent: int, resolution: int) -> int:
     """The least multiple of resolution / BUCKETS that holds `extent` texels."""
     step = max(resolution // BUCKETS, 2)
     return min(-(-extent // step) * step, resolution)
 
 
-def region_of(boxes: Tensor, resolution: int) -> Region:
-    """One region for a batch of boxes: sizes are the bucket of the largest, places hold each box.
+def size_of(boxes: Tensor, resolution: int) -> tuple[int, int]:
+    """The bucket of the most rows and of the most columns of boxes."""
+    first, last = boxes.split(2, dim=1)
+    rows, columns = (bucket(extent, resolution) for extent in (last - first).amax(dim=0).tolist())
+    return rows, columns
+
+
+def region_of(boxes: Tensor, resolution: int, size: tuple[int, int] | None = None) -> Region:
+    """One region for a batch of boxes, whose places hold each box.
 
     Args:
         boxes: [B, 4] int64 on the CPU, see `camera.patch_boxes`.
         resolution: Of the planes.
+        size: Rows and columns, at least those of every box; default: `size_of` the boxes.
     """
-    first, last = boxes.cpu().split(2, dim=1)
-    size = tuple(bucket(extent, resolution) for extent in (last - first).amax(dim=0).tolist())
+    first, size = boxes[:, :2], size_of(boxes, resolution) if size is None else size
     return Region(first.minimum(resolution - first.new_tensor(size)), size)
 
 
@@ -77,7 +118,9 @@ def levels(region: Region, resolution: int, device: torch.device | str | None = 
     found, given = {}, torch.zeros_like(region.first)  # the first texel that the level below hands on
     for resolution, below, below_size, between, between_size in reversed(asked):
         places = torch.stack([below - given, 2 * below, between - 2 * below, between - 2 * given, between])
-        below, frame, cut, planes, first = places.to(device, non_blocking=True).unbind()
+        if torch.device(device or "cpu").type == "cuda":
+            places = places.pin_memory().to(device, non_blocking=True)
+        below, frame, cut, planes, first = places.unbind()
         found[resolution] = Level(below, below_size, frame, cut, planes, first, between_size)
         given = between
     return found
@@ -88,6 +131,11 @@ def _inside(first: Tensor, size: tuple[int, int], resolution: int) -> Tensor:
     return first.clamp(min=0).minimum(resolution - first.new_tensor(size))
 
 
-def share(region: Region, resolution: int) -> float:
-    """The part of the planes that is computed."""
-    return region.size[0] * region.size[1] / resolution**2
+def plan(region: Region, resolution: int, device: torch.device | str | None = None) -> Plan:
+    """`levels`, and what comes out of them: a little more than the region."""
+    found = levels(region, resolution, device)
+    if resolution not in found:
+        return Plan(found, None, 1.0)
+    top = found[resolution]
+    share = top.size[0] * top.size[1] / resolution**2
+    return Plan(found, PlaneRegion(top.first, (resolution, resolution)), share)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..ops.backends import resolve
 from .layers import CLAMP, LOW_PASS, FullyConnected, channels_at
-from .region import Level, Region, levels
+from .region import Level, Plan, Region, plan
 
 NOISE_MODES = ("random", "const", "none")
 
@@ -268,19 +268,19 @@ class Synthesis(nn.Module):
         """ws [B, num_ws, w_dim] -> planes [B, 3*C, H, W], channels_last, dtype of ws."""
         return self._planes(ws, noise_mode, {})
 
-    def in_region(self, ws: Tensor, region: Region, noise_mode: str = "random") -> tuple[Tensor, Tensor]:
+    def in_region(
+        self, ws: Tensor, region: Region | Plan, noise_mode: str = "random"
+    ) -> tuple[Tensor, ops.PlaneRegion | None]:
         """`forward`, but for what lies outside of a region.
 
         Returns:
-            Planes [B, 3*C, h, w], a little larger than the region, and their first texel [B, 2]; those of their texels
-            that lie in the region are right, the rest need not be.
+            Planes [B, 3*C, h, w], a little larger than the region, and where they lie; those of their texels that lie
+            in the region are right, the rest need not be.
         """
-        plan = levels(region, self.resolutions[-1], ws.device)
-        planes = self._planes(ws, noise_mode, plan)
-        top = plan.get(self.resolutions[-1])
-        return planes, torch.zeros(len(ws), 2, dtype=torch.long, device=ws.device) if top is None else top.first
+        work = region if isinstance(region, Plan) else plan(region, self.resolutions[-1], ws.device)
+        return self._planes(ws, noise_mode, work.levels), work.planes
 
-    def _planes(self, ws: Tensor, noise_mode: str, plan: dict[int, Level]) -> Tensor:
+    def _planes(self, ws: Tensor, noise_mode: str, levels: dict[int, Level]) -> Tensor:
         if noise_mode not in NOISE_MODES:
             raise ValueError(f"Synthesis: noise_mode must be one of {', '.join(NOISE_MODES)}, got {noise_mode!r}")
         noise_mode = noise_mode if self.noise else "none"
@@ -292,7 +292,7 @@ class Synthesis(nn.Module):
         x = planes = None
         if resolve("modulated_conv2d", self.backend, ws.device.type) == "reference":
             for res, block, block_ws, dtype in zip(self.resolutions, blocks, vectors, dtypes, strict=True):
-                x, planes = block(x, planes, block_ws, dtype, noise_mode, plan.get(res))
+                x, planes = block(x, planes, block_ws, dtype, noise_mode, levels.get(res))
         else:
             modulations = [
                 [conv.modulation(block_ws[:, i], dtype) for i, conv in enumerate(block.convs())]
@@ -302,6 +302,6 @@ class Synthesis(nn.Module):
             for i, block in enumerate(blocks):
                 if x is not None:
                     x = x.to(dtypes[i])
-                level = plan.get(self.resolutions[i])
+                level = levels.get(self.resolutions[i])
                 x, planes = block.chained(x, planes, vectors[i], modulations[i], next_styles[i], noise_mode, level)
         return planes.contiguous(memory_format=torch.channels_last)

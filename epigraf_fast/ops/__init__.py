@@ -24,12 +24,13 @@ from .modulated_conv2d import (
     modulation,
 )
 from .sample_importance import invert_cdf, sample_importance, sample_stratified
-from .sample_triplane import sample_triplane
+from .sample_triplane import PlaneRegion, sample_triplane
 from .upfirdn2d import upfirdn2d
 
 __all__ = [
     "Composite",
     "Modulation",
+    "PlaneRegion",
     "bias_act",
     "composite",
     "conv2d_resample",

@@ -39,9 +39,9 @@ def synthesis(request, monkeypatch):
 
 
 def part_of(planes, at, region):
-    """The region's texels of planes whose first texels are `at`."""
+    """The region's texels of planes that lie where `at` says; None: they are whole."""
     height, width = region.size
-    places = (region.first - at).tolist()
+    places = (region.first - (0 if at is None else at.first)).tolist()
     return torch.stack([x[:, r : r + height, c : c + width] for x, (r, c) in zip(planes, places, strict=True)])
 
 
@@ -52,7 +52,7 @@ def test_planes_and_gradients_are_those_of_the_whole_network(synthesis, case):
     ws = draw(3, synthesis.num_ws, 8).requires_grad_(True)
     parameters = dict(synthesis.named_parameters())
     inputs = [ws, *parameters.values()]
-    whole = part_of(synthesis(ws, "const"), torch.zeros_like(region.first), region)
+    whole = part_of(synthesis(ws, "const"), None, region)
     incoming = draw(*whole.shape, seed=1)
     expected = torch.autograd.grad(whole, inputs, incoming)
     planes, at = synthesis.in_region(ws, region, "const")
@@ -72,7 +72,8 @@ def test_work_shrinks_with_the_region(synthesis):
     assert plan[64].frame.tolist() == [[14, 16]]
     planes, at = synthesis.in_region(draw(1, synthesis.num_ws, 8), Region(torch.tensor([[20, 21]]), (13, 13)))
     assert tuple(planes.shape[2:]) == (16, 16)
-    assert at.tolist() == [[18, 20]]
+    assert at.first.tolist() == [[18, 20]]
+    assert at.whole == (RESOLUTION, RESOLUTION)
 
 
 @pytest.mark.parametrize(("extent", "expected"), [(1, 64), (64, 64), (65, 128), (449, 512), (512, 512)])

@@ -334,7 +334,7 @@ def test_triton_follows_torch_in_being_deterministic(poisoned, monkeypatch):
     from epigraf_fast.kernels import sample_triplane as kernels
 
     asked, bwd = [], kernels.bwd
-    monkeypatch.setattr(kernels, "bwd", lambda *args: asked.append(args[4]) or bwd(*args))
+    monkeypatch.setattr(kernels, "bwd", lambda *args, **options: asked.append(args[4]) or bwd(*args, **options))
     planes, points = torch.zeros(1, 24, 3, 4, device=DEVICE, requires_grad=True), torch.zeros(1, 1, 3, device=DEVICE)
     for deterministic in (None, False):
         triton_sample(planes, points, deterministic).sum().backward()
