@@ -59,6 +59,8 @@ class ImageGenerator(nn.Module):
         self.register_buffer("mean_camera_pose", torch.tensor([camera.yaw_mean, camera.pitch_mean, 0.0]))
         self.label_values: Tensor | None = None  # what it was trained on (see ImageDataset), where that is known
 
+    takes_region = False
+
     # Conditions and style vectors are those of the generator of planes, and so is the way from latent code to image.
     ws = Generator.ws
     forward = Generator.forward

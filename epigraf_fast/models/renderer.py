@@ -62,6 +62,7 @@ class Renderer(nn.Module):
         ray_origins: Tensor,
         ray_directions: Tensor,
         *,
+        region: ops.PlaneRegion | None = None,
         stochastic: bool | None = None,
         density_noise_std: float | Tensor = 0.0,
         jitter: Tensor | None = None,
@@ -78,6 +79,7 @@ class Renderer(nn.Module):
         Args:
             planes: [B, 3*C, H, W].
             ray_origins, ray_directions: [B, R, 3].
+            region: Where the planes lie in whole ones, see `ops.sample_triplane`.
             stochastic: Jitter and random importance samples; default: in training mode. False takes the evenly spaced
                 coarse depths and u = k / (K - 1).
             density_noise_std: Of the noise on raw densities, 0 for none; a tensor always adds noise.
@@ -135,9 +137,9 @@ class Renderer(nn.Module):
         samples = planes, ray_origins, ray_directions, t
         t_fine = fine = None
         if config.fine_samples:
-            coarse, t_fine, fine = decoder.coarse_to_fine(*samples, resample, self.cube_scale)
+            coarse, t_fine, fine = decoder.coarse_to_fine(*samples, resample, self.cube_scale, region)
         else:
-            coarse = decoder(*samples, self.cube_scale)
+            coarse = decoder(*samples, self.cube_scale, region)
         result = ops.composite(
             t,
             coarse,
@@ -166,7 +168,7 @@ def render_planes(
     patch_offset: Tensor | None = None,
     *,
     fov: float | Tensor | None = None,
-    **render_options: bool | float | Tensor | None,
+    **render_options: bool | float | Tensor | ops.PlaneRegion | None,
 ) -> Images:
     """Renders planes from cameras, as full images or patches of resolution^2 pixels.
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..reference.sample_triplane import PlaneRegion
+
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NUMBER, INTEGER = (Real, torch.SymFloat, torch.SymInt), (Integral, torch.SymInt)
 
@@ -122,6 +124,30 @@ def check_planes(op: str, planes: Tensor) -> None:
             f"{op}: planes must have 3*C channels (three planes of C each) and at least one texel, "
             f"got {list(planes.shape)}"
         )
+
+
+def check_region(op: str, region: PlaneRegion | None, planes: Tensor) -> None:
+    """The region fits planes [B, 3*C, h, w]; where its texels lie only a CPU looks.
+
+    Raises:
+        TypeError, ValueError: It does not.
+    """
+    if region is None:
+        return
+    first, whole = region
+    check_shape(op, "region.first", first, (len(planes), 2))
+    check_dtype(op, "region.first", first, (torch.int32, torch.int64), "it counts texels")
+    if first.device != planes.device:
+        raise ValueError(f"{op}: region.first must be on {planes.device} as planes is, got {first.device}")
+    size = planes.shape[2:]
+    if len(whole) != 2 or not all(n <= most for n, most in zip(size, whole, strict=True)):
+        raise ValueError(f"{op}: region.whole must be at least the size {list(size)} of planes, got {list(whole)}")
+    if planes.device.type == "cpu":
+        room = first.new_tensor(whole) - first.new_tensor(size)
+        if bool(((first < 0) | (first > room)).any()):
+            raise ValueError(
+                f"{op}: region.first must leave room for {list(size)} in {list(whole)}, got {first.tolist()}"
+            )
 
 
 def check_dtype(op: str, name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], because: str) -> None:

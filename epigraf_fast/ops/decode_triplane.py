@@ -11,6 +11,7 @@ from torch import Tensor
 from ..reference.decode_triplane import decode_features, points_on_rays
 from ..reference.decode_triplane import decode_triplane as _reference
 from ..reference.decode_triplane import decode_triplane_rays as _reference_rays
+from ..reference.sample_triplane import PlaneRegion
 from . import decode_triplane_cpu
 from .backends import resolve
 from .checks import (
@@ -20,6 +21,7 @@ from .checks import (
     check_no_gradient,
     check_planes,
     check_positive,
+    check_region,
     check_shape,
     check_together,
     check_triton_planes,
@@ -65,6 +67,7 @@ def decode_triplane(
     w1: Tensor,
     b1: Tensor,
     *,
+    region: PlaneRegion | None = None,
     precision: str = "fp32",
     deterministic: bool | None = None,
     backend: str | None = None,
@@ -77,6 +80,7 @@ def decode_triplane(
         points: [B, N, 3], in units of the cube's half size. triton: fp32.
         w0, b0: [hidden, C], [hidden], the equalized learning rate folded in. triton: hidden 16 to 128.
         w1, b1: [out, hidden], [out]. triton: out 2 to 16. Planes and network may be in different dtypes.
+        region: Where the planes lie in whole ones, see `sample_triplane`.
         precision: triton: how the factors of the network's products are rounded: "fp32", "tf32" or "fp16" (gradients in
             tf32 then). Sums are fp32. The other backends follow torch's settings.
         deterministic: triton: whether the gradients have the same bits in every run, as in `sample_triplane`; those of
@@ -97,6 +101,7 @@ def decode_triplane(
     _check_network("decode_triplane", planes, w0, b0, w1, b1)
     check_shape("decode_triplane", "points", points, (planes.shape[0], "N", 3))
     check_choice("decode_triplane", "precision", precision, PRECISIONS)
+    check_region("decode_triplane", region, planes)
     chosen = resolve("decode_triplane", backend, planes.device.type)
     if chosen == "triton":
         _check_triton("decode_triplane", planes, {"w0": w0, "b0": b0, "w1": w1, "b1": b1}, {"points": points})
@@ -104,10 +109,10 @@ def decode_triplane(
 
         options = (1.0, precision)
         fixed = resolve_deterministic(deterministic)
-        return _DecodeTriplane.apply(planes, points, None, None, w0, b0, w1, b1, options, fixed, kernels)
+        return _DecodeTriplane.apply(planes, points, None, None, w0, b0, w1, b1, region, options, fixed, kernels)
     if chosen == "cpu":
-        return _decode_cpu(planes, (points, None, None), (w0, b0, w1, b1), 1.0)
-    return _reference(planes, points, w0, b0, w1, b1)
+        return _decode_cpu(planes, (points, None, None), (w0, b0, w1, b1), 1.0, region)
+    return _reference(planes, points, w0, b0, w1, b1, region)
 
 
 def _is_fused(planes: Tensor, rays: tuple[Tensor | None, ...], network: tuple[Tensor, ...]) -> bool:
@@ -123,15 +128,17 @@ def _decode_cpu(
     rays: tuple[Tensor, Tensor | None, Tensor | None],
     network: tuple[Tensor, Tensor, Tensor, Tensor],
     cube_scale: float,
+    region: PlaneRegion | None,
 ) -> Tensor:
     """At points, or at rays and their t."""
     if _is_fused(planes, rays, network):
-        return _DecodeTriplane.apply(planes, *rays, *network, (cube_scale, "fp32"), False, decode_triplane_cpu)
+        return _DecodeTriplane.apply(planes, *rays, *network, region, (cube_scale, "fp32"), False, decode_triplane_cpu)
     points, directions, t = rays
     if t is None:
-        return decode_features(sample_triplane_cpu(planes, points), *network)
+        return decode_features(sample_triplane_cpu(planes, points, region), *network)
     points = points_on_rays(points, directions, t) / cube_scale
-    return decode_features(sample_triplane_cpu(planes, points.flatten(1, 2)), *network).unflatten(1, t.shape[1:])
+    features = sample_triplane_cpu(planes, points.flatten(1, 2), region)
+    return decode_features(features, *network).unflatten(1, t.shape[1:])
 
 
 def decode_triplane_rays(
@@ -145,6 +152,7 @@ def decode_triplane_rays(
     b1: Tensor,
     cube_scale: float = 1.0,
     *,
+    region: PlaneRegion | None = None,
     precision: str = "fp32",
     deterministic: bool | None = None,
     backend: str | None = None,
@@ -155,7 +163,7 @@ def decode_triplane_rays(
         ray_origins, ray_directions: [B, R, 3], world units, directions of length one.
         t: [B, R, S], distance along the ray, world units.
         cube_scale: Half size of the cube that the planes span, world units.
-        planes, w0, b0, w1, b1, precision, deterministic: See `decode_triplane`.
+        planes, w0, b0, w1, b1, region, precision, deterministic: See `decode_triplane`.
 
     Returns:
         [B, R, S, out]: raw colour, raw density last; dtype as of `decode_triplane`.
@@ -168,16 +176,16 @@ def decode_triplane_rays(
         NotImplementedError: triton: a gradient to rays or t, or a second derivative, is asked for.
     """
     op, rays = "decode_triplane_rays", (ray_origins, ray_directions, t)
-    chosen = check_rays(op, planes, rays, (w0, b0, w1, b1), cube_scale, precision, backend)
+    chosen = check_rays(op, planes, rays, (w0, b0, w1, b1), cube_scale, region, precision, backend)
     if chosen == "triton":
         from ..kernels import decode_triplane as kernels
 
         options = (float(cube_scale), precision)
         fixed = resolve_deterministic(deterministic)
-        return _DecodeTriplane.apply(planes, *rays, w0, b0, w1, b1, options, fixed, kernels)
+        return _DecodeTriplane.apply(planes, *rays, w0, b0, w1, b1, region, options, fixed, kernels)
     if chosen == "cpu":
-        return _decode_cpu(planes, rays, (w0, b0, w1, b1), float(cube_scale))
-    return _reference_rays(planes, ray_origins, ray_directions, t, w0, b0, w1, b1, cube_scale)
+        return _decode_cpu(planes, rays, (w0, b0, w1, b1), float(cube_scale), region)
+    return _reference_rays(planes, ray_origins, ray_directions, t, w0, b0, w1, b1, cube_scale, region)
 
 
 def decode_triplane_coarse_to_fine(
@@ -192,6 +200,7 @@ def decode_triplane_coarse_to_fine(
     b1: Tensor,
     cube_scale: float = 1.0,
     *,
+    region: PlaneRegion | None = None,
     precision: str = "fp32",
     deterministic: bool | None = None,
     backend: str | None = None,
@@ -203,7 +212,7 @@ def decode_triplane_coarse_to_fine(
     Args:
         resample: Maps the coarse result [B, R, S, out], detached, to fine t [B, R, K], dtype and device of t. It must
             not change any argument in place.
-        planes, ray_origins, ray_directions, t, w0, b0, w1, b1, cube_scale, precision, deterministic: See
+        planes, ray_origins, ray_directions, t, w0, b0, w1, b1, cube_scale, region, precision, deterministic: See
             `decode_triplane_rays`.
 
     Returns:
@@ -215,20 +224,20 @@ def decode_triplane_coarse_to_fine(
         As `decode_triplane_rays`; also where `resample` gives something else, or changes what it was given.
     """
     op, rays, network = "decode_triplane_coarse_to_fine", (ray_origins, ray_directions, t), (w0, b0, w1, b1)
-    chosen = check_rays(op, planes, rays, network, cube_scale, precision, backend)
+    chosen = check_rays(op, planes, rays, network, cube_scale, region, precision, backend)
     resample = checked_resample(op, resample, t, (planes, *rays, *network))
     if chosen == "triton":
         from ..kernels import decode_triplane as kernels
 
         options = (float(cube_scale), precision)
         fixed = resolve_deterministic(deterministic)
-        return _DecodeCoarseToFine.apply(planes, *rays, resample, *network, options, fixed, kernels)
+        return _DecodeCoarseToFine.apply(planes, *rays, resample, *network, region, options, fixed, kernels)
     if chosen == "cpu" and _is_fused(planes, rays, network):
         options = (float(cube_scale), precision)
-        return _DecodeCoarseToFine.apply(planes, *rays, resample, *network, options, False, decode_triplane_cpu)
-    coarse = decode_triplane_rays(planes, *rays, *network, cube_scale, backend=chosen)
+        return _DecodeCoarseToFine.apply(planes, *rays, resample, *network, region, options, False, decode_triplane_cpu)
+    coarse = decode_triplane_rays(planes, *rays, *network, cube_scale, region=region, backend=chosen)
     t_fine = resample(coarse)
-    fine = decode_triplane_rays(planes, *rays[:2], t_fine, *network, cube_scale, backend=chosen)
+    fine = decode_triplane_rays(planes, *rays[:2], t_fine, *network, cube_scale, region=region, backend=chosen)
     return coarse, t_fine, fine
 
 
@@ -238,6 +247,7 @@ def check_rays(
     rays: tuple[Tensor, Tensor, Tensor],
     network: tuple[Tensor, Tensor, Tensor, Tensor],
     cube_scale: float,
+    region: PlaneRegion | None,
     precision: str,
     backend: str | None,
 ) -> str:
@@ -246,6 +256,7 @@ def check_rays(
     network = dict(zip(("w0", "b0", "w1", "b1"), network, strict=True))
     check_together(op, planes=planes, **rays, **network)
     _check_network(op, planes, **network)
+    check_region(op, region, planes)
     check_shape(op, "ray_origins", rays["ray_origins"], (planes.shape[0], "R", 3))
     check_shape(op, "ray_directions", rays["ray_directions"], tuple(rays["ray_origins"].shape))
     check_shape(op, "t", rays["t"], (planes.shape[0], rays["ray_origins"].shape[1], "S"))
@@ -275,22 +286,23 @@ class _DecodeTriplane(torch.autograd.Function):
         b0: Tensor,
         w1: Tensor,
         b1: Tensor,
+        region: PlaneRegion | None,
         options: tuple[float, str],
         deterministic: bool,
         kernels: Any,
     ) -> Tensor:
         ctx.save_for_backward(planes, origins, directions, t, w0, b0, w1)
-        ctx.options, ctx.kernels, ctx.b1_dtype = options, kernels, b1.dtype
+        ctx.region, ctx.options, ctx.kernels, ctx.b1_dtype = region, options, kernels, b1.dtype
         ctx.deterministic = deterministic
-        return kernels.fwd(planes, origins, directions, t, w0, b0, w1, b1, *options)
+        return kernels.fwd(planes, origins, directions, t, w0, b0, w1, b1, *options, region=region)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[0], any(ctx.needs_input_grad[4:8]), ctx.deterministic
         gradients = _DecodeTriplaneBackward.apply(
-            grad_y, *ctx.saved_tensors, ctx.b1_dtype, ctx.options, needs, ctx.kernels
+            grad_y, *ctx.saved_tensors, ctx.b1_dtype, ctx.region, ctx.options, needs, ctx.kernels
         )
-        return gradients[0], None, None, None, *gradients[1:], None, None, None
+        return gradients[0], None, None, None, *gradients[1:], None, None, None, None
 
 
 class _DecodeCoarseToFine(torch.autograd.Function):
@@ -309,17 +321,18 @@ class _DecodeCoarseToFine(torch.autograd.Function):
         b0: Tensor,
         w1: Tensor,
         b1: Tensor,
+        region: PlaneRegion | None,
         options: tuple[float, str],
         deterministic: bool,
         kernels: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        coarse = kernels.fwd(planes, origins, directions, t, w0, b0, w1, b1, *options)
+        coarse = kernels.fwd(planes, origins, directions, t, w0, b0, w1, b1, *options, region=region)
         t_fine = resample(coarse)
-        fine = kernels.fwd(planes, origins, directions, t_fine, w0, b0, w1, b1, *options)
+        fine = kernels.fwd(planes, origins, directions, t_fine, w0, b0, w1, b1, *options, region=region)
         ctx.save_for_backward(planes, origins, directions, t, t_fine, w0, b0, w1)
         ctx.mark_non_differentiable(t_fine)
-        ctx.options, ctx.kernels, ctx.b1_dtype = options, kernels, b1.dtype
+        ctx.region, ctx.options, ctx.kernels, ctx.b1_dtype = region, options, kernels, b1.dtype
         ctx.deterministic = deterministic
         return coarse, t_fine, fine
 
@@ -334,8 +347,9 @@ class _DecodeCoarseToFine(torch.autograd.Function):
         else:
             grad_y, all_t = _joined(grad_coarse, grad_fine), torch.cat([t, t_fine], dim=-1)
         saved = planes, origins, directions, all_t, *network
-        gradients = _DecodeTriplaneBackward.apply(grad_y, *saved, ctx.b1_dtype, ctx.options, needs, ctx.kernels)
-        return gradients[0], None, None, None, None, *gradients[1:], None, None, None
+        options = ctx.region, ctx.options, needs, ctx.kernels
+        gradients = _DecodeTriplaneBackward.apply(grad_y, *saved, ctx.b1_dtype, *options)
+        return gradients[0], None, None, None, None, *gradients[1:], None, None, None, None
 
 
 def _joined(first: Tensor, second: Tensor) -> Tensor:
@@ -366,12 +380,14 @@ class _DecodeTriplaneBackward(torch.autograd.Function):
         b0: Tensor,
         w1: Tensor,
         b1_dtype: torch.dtype,
+        region: PlaneRegion | None,
         options: tuple[float, str],
         needs: tuple[bool, bool, bool],
         kernels: Any,
     ) -> tuple[Tensor | None, ...]:
         ctx.backend = "cpu" if kernels is decode_triplane_cpu else "triton"
-        grad_planes, grad_network = kernels.bwd(grad_y, planes, origins, directions, t, w0, b0, w1, *options, *needs)
+        inputs = planes, origins, directions, t, w0, b0, w1
+        grad_planes, grad_network = kernels.bwd(grad_y, *inputs, *options, *needs, region=region)
         dtypes = w0.dtype, b0.dtype, w1.dtype, b1_dtype
         if grad_planes is not None:
             grad_planes = grad_planes.to(planes.dtype)

@@ -335,7 +335,7 @@ def test_triton_follows_torch_in_being_deterministic(monkeypatch):
     from epigraf_fast.kernels import sample_triplane as kernels
 
     asked, bwd = [], kernels.bwd
-    monkeypatch.setattr(kernels, "bwd", lambda *args: asked.append(args[4]) or bwd(*args))
+    monkeypatch.setattr(kernels, "bwd", lambda *args, **options: asked.append(args[4]) or bwd(*args, **options))
     planes, points = torch.zeros(1, 24, 3, 4, device=DEVICE, requires_grad=True), torch.zeros(1, 1, 3, device=DEVICE)
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
