@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .floating import flush, larger, smaller
+from .floating import larger, smaller
 from .loads import address_code, offset_of
 from .memory import GlobalMemory
 from .operations import CODES, Opcode, Operation, operation
 from .parse import SIZES, Instruction, Sink
+from .rounding import flush
 from .wave import Wave
 
 _CHANGE: dict[str, Callable[..., np.ndarray]] = {

@@ -16,6 +16,7 @@ import numpy as np
 from .faults import Uninitialized, UnknownOpcode
 from .flow import Flow, Step, registers_of
 from .parse import Address, Entry, Immediate, Instruction, Not, Operand, Register, Sink, Special, Symbol
+from .wave import SPECIALS
 
 
 class Code:
@@ -115,6 +116,8 @@ class _Writer:
         if isinstance(operand, Symbol):
             return self.constant(self.address(operand, site), code)
         if isinstance(operand, Special):
+            if operand.name not in SPECIALS:
+                raise UnknownOpcode(f"bench.ptx: register {operand.name} is not known, {site}")
             variable = self.variable()
             self.lines.append(f"{variable} = W.specials[{operand.name!r}]")
             return self.converted(variable, "u4", code)

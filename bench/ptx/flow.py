@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from . import atomics, floating, integer, loads, tensor_cores, warp, warpgroup  # noqa: F401 - they fill the table of operations
+from . import atomics, conversions, copies, floating, halves, integer, loads, tensor_cores, warp, warpgroup  # noqa: F401 - they fill the table of operations
 from .faults import UnknownOpcode
 from .operations import CODES, Operation, find
 from .parse import Address, Entry, Instruction, Not, Operand, Pair, Register, Vector

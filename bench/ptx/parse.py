@@ -197,7 +197,7 @@ def parse_module(ptx: str) -> dict[str, Entry]:
         variable = _variable(statement[:-1])
         variables[variable.name] = variable
     return {
-        name: Entry(name, parameters, body, bisect.bisect(newlines, start) + 1, files, variables)
+        name: Entry(name, parameters, body, bisect.bisect_left(newlines, start) + 1, files, variables)
         for name, (parameters, body, start) in entries.items()
     }
 

@@ -26,7 +26,7 @@ BLOCK_SHIFT, CLOCK_SHIFT = 32, 11
 WHO = (1 << CLOCK_SHIFT) - 1
 CLOCKS = 1 << (BLOCK_SHIFT - CLOCK_SHIFT)
 SOME_OF_WARP = 1024  # + the warp: several threads of it
-ATOMIC, SEVERAL_WARPS = WHO - 1, WHO
+COPY, ATOMIC, SEVERAL_WARPS = WHO - 2, WHO - 1, WHO
 SEVERAL_BLOCKS = (1 << 31) - 1
 
 
@@ -108,7 +108,7 @@ class Clocks:
             clocks = self.seen.get(int(block), {}).get(int(other))
             if clocks is not None:
                 first, last = (who, who + 1) if who < SOME_OF_WARP else (0, len(clocks))
-                if SOME_OF_WARP <= who < ATOMIC:
+                if SOME_OF_WARP <= who < COPY:
                     first, last = 32 * (who - SOME_OF_WARP), 32 * (who - SOME_OF_WARP + 1)
                 found[i] = clocks[first:last].min() >= clock
         return found
@@ -211,7 +211,7 @@ def _ordered(earlier: np.ndarray, now: np.ndarray, clocks: Clocks) -> np.ndarray
     """Which of the accesses with the earlier stamps are before those of now, although no barrier is between them."""
     who, thread = who_of(earlier), who_of(now)
     same_warp = _warp_of(who) == thread >> 5
-    same_warp &= who < ATOMIC
+    same_warp &= who < COPY
     ordered = (who == thread) | same_warp & (clock_of(earlier) < clock_of(now))
     other = block_of(earlier) != block_of(now)
     if np.count_nonzero(other):
@@ -229,32 +229,23 @@ def places_of(index: np.ndarray, size: int, grain: int) -> np.ndarray:
     return first[:, None] + np.arange(max(size // grain, 1))
 
 
-REPLICA_ROUNDINGS = 4
-
-
 def alike(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Whether two threads may write these values (unsigned integers) to one place: if they are equal, or floating-point
-    numbers some roundings apart.
+    """Whether two threads may write these values (unsigned integers) to one place: if they are equal, or both NaN.
 
-    Triton has several threads work out one number, and the compiler fuses a product of each with the sum of what it
-    got from another: fma(x, y, round(u v)) here, fma(u, v, round(x y)) there.
+    (Hardware gives NaN the same bits whatever it came from, which a processor does not.)
     """
     equal = a == b
     size = a.dtype.itemsize
-    if size < 4 or np.count_nonzero(equal) == equal.size:
+    if size == 1 or np.count_nonzero(equal) == equal.size:
         return equal
-    code, fraction = (("i4", 23), ("i8", 52))[size == 8]
-    a, b = a.view(code), b.view(code)
-    exponents = (1 << 8 * size - 1 - fraction) - 1
-    normal = (a >> fraction & exponents) % exponents != 0  # no subnormal number, which an integer may be, nor infinity
-    return equal | normal & (a ^ b >= 0) & (np.abs(a - b) <= REPLICA_ROUNDINGS)
+    return equal | np.isnan(a.view(f"f{size}")) & np.isnan(b.view(f"f{size}"))
 
 
 def joined(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """The stamps of both accesses."""
     who_a, who_b = who_of(a), who_of(b)
     warp_a = _warp_of(who_a)
-    one_warp = (warp_a == _warp_of(who_b)) & (who_a < ATOMIC) & (who_b < ATOMIC)
+    one_warp = (warp_a == _warp_of(who_b)) & (who_a < COPY) & (who_b < COPY)
     who = np.where(who_a == who_b, who_a, np.where(one_warp, SOME_OF_WARP + warp_a, SEVERAL_WARPS))
     one_block = a >> BLOCK_SHIFT == b >> BLOCK_SHIFT
     block = np.where(one_block, a >> BLOCK_SHIFT, SEVERAL_BLOCKS)

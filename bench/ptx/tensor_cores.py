@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .conversions import single_of_bfloat16
 from .counts import WARP, wavefronts
 from .faults import BarrierFault
-from .floating import single_of_bfloat16
 from .loads import offset_of
 from .operations import Opcode, Operation, operation
 from .parse import Instruction, Vector

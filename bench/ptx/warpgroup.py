@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .conversions import single_of_bfloat16
 from .counts import WARP
 from .faults import Fault, Race
-from .floating import single_of_bfloat16
 from .operations import Opcode, Operation, operation
 from .parse import Immediate, Instruction, Register, Vector
 from .races import clock_of, places_of, who_of

@@ -3,15 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .counts import WARP, Counts, sectors, wavefronts
 from .parse import Instruction
-from .races import ATOMIC, BLOCK_SHIFT, SEVERAL_BLOCKS, SEVERAL_WARPS, SOME_OF_WARP, WHO, Clocks
+from .races import ATOMIC, BLOCK_SHIFT, COPY, SEVERAL_BLOCKS, SEVERAL_WARPS, SOME_OF_WARP, WHO, Clocks
 
 Size = tuple[int, int, int]
+
+
+SPECIALS = frozenset(
+    ("%laneid", "%warpid")
+    + tuple(f"%{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz")
+    + tuple(f"%lanemask_{way}" for way in ("lt", "le", "eq", "ge", "gt"))
+)
+
+
+class Copy(NamedTuple):
+    """A cp.async of several threads: who, in which of their groups, and what goes where in shared memory."""
+
+    lanes: np.ndarray  # [n]
+    groups: np.ndarray  # [n]
+    index: np.ndarray  # [n] bytes
+    data: np.ndarray  # [n, words]
+
+    def part(self, which: np.ndarray) -> Copy:
+        return Copy(*(x[which] for x in self))
+
+
+class Copies:
+    """Of a wave: those that were begun and not waited for, and how many groups every thread has committed."""
+
+    def __init__(self, threads: int) -> None:
+        self.begun: list[Copy] = []
+        self.groups = np.zeros(threads, "i8")
 
 
 class Wave:
@@ -46,6 +73,7 @@ class Wave:
         if padded != threads:
             self.live = np.broadcast_to(np.arange(padded) < threads, self.shape)
         self.specials = self._specials()
+        self.copies = Copies(self.shape[0] * self.shape[1])
         self.proxy_fences = np.zeros(self.shape, "i8")  # clocks of the threads' last fence.proxy.async
         self.asynchronous_reads: list[tuple[np.ndarray, np.ndarray]] = []  # places in shared memory, and flat threads
 
@@ -120,6 +148,8 @@ class Wave:
         block_name = self.block_name(block - 1)
         if who == SEVERAL_WARPS:
             return f"several warps of block {block_name}"
+        if who == COPY:
+            return f"a cp.async of block {block_name} that nobody has waited for"
         if who == ATOMIC:
             return f"an atomic of block {block_name}"
         if who >= SOME_OF_WARP:
