@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -73,6 +74,16 @@ def on_each_device() -> pytest.MarkDecorator:
     return pytest.mark.parametrize("device", params)
 
 
+_arch: int | None = None
+
+
+def tensor_cores() -> bool:
+    """Whether the Triton kernels of a test multiply matrices on tensor cores: not interpreted, and from sm_80 on."""
+    if _arch is None:
+        return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+    return _arch >= 80
+
+
 @contextlib.contextmanager
 def triton_kernels(arch: int) -> Iterator[None]:
     """What Triton launches in this block is compiled for the architecture and executed."""
@@ -80,6 +91,7 @@ def triton_kernels(arch: int) -> Iterator[None]:
     from epigraf_fast.kernels import decode_triplane, sample_triplane
 
     with pytest.MonkeyPatch.context() as patch, triton_launch.recorded(triton_launch.execute, arch):
+        patch.setattr(sys.modules[__name__], "_arch", arch)
         for module in (decode_triplane, sample_triplane):
             patch.setattr(module, "architecture", lambda device: arch)
         yield

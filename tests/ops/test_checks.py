@@ -6,7 +6,17 @@ import pytest
 import torch
 
 import train
-from checks import assert_close, assert_error_within_reference, assert_finite, draw, gradcheck, gradgradcheck, layouts
+from checks import (
+    assert_close,
+    assert_error_within_reference,
+    assert_finite,
+    draw,
+    draw_uniform,
+    gradcheck,
+    gradgradcheck,
+    layouts,
+    roundings,
+)
 from epigraf_fast.ops.checks import resolve_deterministic
 from epigraf_fast.training import networks, pretrained
 
@@ -75,6 +85,39 @@ def test_error_of_one_rounding_passes_beside_an_exact_reference():
     assert_error_within_reference(off_by_one, truth.float(), truth, "y")
     with pytest.raises(AssertionError, match="y: the error"):
         assert_error_within_reference(off_by_one + 1e-5, truth.float(), truth, "y")
+
+
+def test_the_arithmetic_of_a_kernel_may_round_more():
+    """A product of two factors in two parts each; a thousand terms one after the other."""
+    assert roundings() == 0
+    a, b = (draw_uniform(200_000, seed=seed).add(1).float() for seed in (1, 2))
+
+    def cut(x):  # to the 11 bits of TF32
+        return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+    def parts(x):
+        high = cut((x.view(torch.int32) + 0x1000).view(torch.float32))
+        return high.double(), cut(x - high).double()
+
+    (a1, a2), (b1, b2) = parts(a), parts(b)
+    truth = a.double() * b.double()
+    error = ((a1 * b1 + (a1 * b2 + a2 * b1) - truth).abs() / truth).max().item() / 2**-23
+    assert 0.3 * roundings(products=1) < error <= roundings(products=1)
+
+    x = draw(1000, 5000, seed=3).float()
+    total = torch.zeros(5000)
+    for row in x:
+        total += row
+    errors = (total - x.double().sum(0)) / total.abs().max() / 2**-23
+    assert errors.std() < 1000**0.5 / 10
+    assert 0.3 * roundings(terms=1000) < errors.abs().max() <= roundings(terms=1000)
+
+    truth = torch.tensor([1.0, 3.0], dtype=torch.float64)
+    off = (truth * (1 + 9 * 2**-23)).float()
+    assert_error_within_reference(off, truth.float(), truth, "y", roundings(products=1))
+    for more in (0, roundings(terms=100), roundings(approximations=2)):
+        with pytest.raises(AssertionError, match="y: the error"):
+            assert_error_within_reference(off, truth.float(), truth, "y", more)
 
 
 def test_error_needs_a_float64_truth_and_equal_dtypes():
