@@ -19,7 +19,7 @@ TRANSMITTANCE_FLOOR: tl.constexpr = tl.constexpr(1e-10)  # the reference's: adde
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2_HIGH: tl.constexpr = tl.constexpr(0.693359375)  # ten bits, so that small integers times it are exact
 LN2_LOW: tl.constexpr = tl.constexpr(-2.1219444005469057e-4)
-BEYOND: tl.constexpr = tl.constexpr(3e38)  # t where there is no sample
+MISSING: tl.constexpr = tl.constexpr(float("nan"))  # t where there is no sample; NaN comes last in any case
 PI: tl.constexpr = tl.constexpr(3.141592653589793)
 # Which numbers of a seed are drawn for what: one seed serves all of a rendering.
 IMPORTANCE_STREAM: tl.constexpr = tl.constexpr(0)
@@ -129,15 +129,15 @@ def density(x, softplus_beta, RELU: tl.constexpr):
 
 
 @triton.jit
-def _density_slope(x, softplus_beta, RELU: tl.constexpr):
-    """The derivative of `density`: 1 / (1 + e^-y), or 1 where x is positive."""
+def _density_backward(x, grad, softplus_beta, RELU: tl.constexpr):
+    """The gradient `grad` to `density` times its derivative: 1 / (1 + e^-y), or 0 where x is not positive."""
     if RELU:
-        slope = tl.where(x > 0.0, 1.0, 0.0)
+        result = tl.where(x <= 0.0, 0.0, grad)
     else:
         y = x * softplus_beta
         z = exp_minus(tl.abs(y))
-        slope = tl.where(y > 0.0, 1.0, z) / (1.0 + z)
-    return slope
+        result = grad * (tl.where(y > 0.0, 1.0, z) / (1.0 + z))
+    return result
 
 
 @triton.jit
@@ -212,7 +212,7 @@ def _merged_samples(
 
     Returns:
         t, t of the next sample (anything for the last), whether the sample is a fine one, its index in its set, and the
-        pointer to its values. Indices are inside their sets even where t is NaN or not sorted.
+        pointer to its values. NaN comes last. Indices are inside their sets even where t is not sorted.
     """
     if S_FINE == 0:
         t = tl.load(t_ptr + p, mask=valid, other=0.0)
@@ -221,26 +221,28 @@ def _merged_samples(
         is_fine = index < 0
         source = values_ptr + index * CHANNELS
     else:
-        # Fine sample j is among the first p if it is not behind coarse sample p - 1 - j. True up to some j, then false.
+        # Fine sample j is among the first p if it is not behind coarse sample p - 1 - j; nothing is behind a NaN. True
+        # up to some j, then false.
         fine = tl.where(valid, 0, 0)
         for bit in tl.static_range(FINE_BITS):
             j = fine + (1 << (FINE_BITS - 1 - bit)) - 1
             i = p - 1 - j
             exists = valid & (j < S_FINE) & (i >= 0)
             t_j = tl.load(t_fine_ptr + j, mask=exists, other=0.0)
-            t_i = tl.load(t_ptr + i, mask=exists & (i < S_COARSE), other=BEYOND)
-            fine = tl.where(exists & (t_j <= t_i), j + 1, fine)
+            t_i = tl.load(t_ptr + i, mask=exists & (i < S_COARSE), other=MISSING)
+            fine = tl.where(exists & ((t_j <= t_i) | (t_i != t_i)), j + 1, fine)
         coarse = p - fine
-        t_fine = tl.load(t_fine_ptr + fine, mask=valid & (fine < S_FINE), other=BEYOND)
-        t_fine_next = tl.load(t_fine_ptr + fine + 1, mask=valid & (fine + 1 < S_FINE), other=BEYOND)
-        t_coarse = tl.load(t_ptr + coarse, mask=valid & (coarse < S_COARSE), other=BEYOND)
-        t_coarse_next = tl.load(t_ptr + coarse + 1, mask=valid & (coarse + 1 < S_COARSE), other=BEYOND)
-        is_fine = (coarse >= S_COARSE) | ((fine < S_FINE) & (t_fine <= t_coarse))
+        t_fine = tl.load(t_fine_ptr + fine, mask=valid & (fine < S_FINE), other=MISSING)
+        t_fine_next = tl.load(t_fine_ptr + fine + 1, mask=valid & (fine + 1 < S_FINE), other=MISSING)
+        t_coarse = tl.load(t_ptr + coarse, mask=valid & (coarse < S_COARSE), other=MISSING)
+        t_coarse_next = tl.load(t_ptr + coarse + 1, mask=valid & (coarse + 1 < S_COARSE), other=MISSING)
+        is_fine = (fine < S_FINE) & ((t_fine <= t_coarse) | (t_coarse != t_coarse))
         t = tl.where(valid, tl.where(is_fine, t_fine, t_coarse), 0.0)
         rival = tl.where(is_fine, t_coarse, t_fine)
         follower = tl.where(is_fine, t_fine_next, t_coarse_next)
         index = tl.where(valid, tl.where(is_fine, fine, coarse), 0)
-        t_next = tl.where(valid, tl.where(rival < follower, rival, follower), 0.0)
+        rival_is_next = (rival < follower) | (follower != follower)
+        t_next = tl.where(valid, tl.where(rival_is_next, rival, follower), 0.0)
         source = tl.where(is_fine, values_fine_ptr + index * CHANNELS, values_ptr + index * CHANNELS)
     return t, t_next, is_fine, index, source
 
@@ -520,7 +522,7 @@ def _composite_bwd_kernel(
     seen = weights * grad_weights + tl.where(is_last, T * grad_final[:, None], 0.0)
     behind = _sum_before(seen, REVERSE=True)
     grad_thickness = passed * (T * grad_weights - behind / (passed + TRANSMITTANCE_FLOOR))
-    grad_density = grad_thickness * interval * _density_slope(x, softplus_beta, RELU)
+    grad_density = _density_backward(x, grad_thickness * interval, softplus_beta, RELU)
 
     channel = c[:, None, :]
     grad_values = tl.where(

@@ -5,6 +5,7 @@ Points are given as such, or as depths along rays; the kernels see both as rays,
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -347,10 +348,11 @@ def fwd(
         arch: Compute capability, as 80; default: that of the device.
 
     Returns:
-        [B, N, out] or [B, R, S, out], in the wider dtype of planes and w0.
+        [B, N, out] or [B, R, S, out], in the widest dtype of planes and network.
     """
     shape = origins.shape[:2] if t is None else t.shape
-    y = torch.empty(*shape, w1.shape[0], dtype=torch.promote_types(planes.dtype, w0.dtype), device=planes.device)
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in (planes, w0, b0, w1, b1)))
+    y = torch.empty(*shape, w1.shape[0], dtype=dtype, device=planes.device)
     if y.numel() == 0:
         return y
     arch = architecture(planes.device) if arch is None else arch

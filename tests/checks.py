@@ -83,6 +83,20 @@ def assert_finite(actual: Tensor, what: str) -> None:
         )
 
 
+def assert_same_specials(actual: Tensor, expected: Tensor, what: str) -> None:
+    """Equal shape and dtype; NaN, inf and -inf in the same places, and nowhere else."""
+    assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype), what
+    actual, expected = actual.detach().cpu(), expected.detach().cpu()
+    for special, is_special in (("NaN", torch.isnan), ("inf", torch.isposinf), ("-inf", torch.isneginf)):
+        differ = is_special(actual) != is_special(expected)
+        if differ.any():
+            first = tuple(differ.nonzero()[0].tolist())
+            raise AssertionError(
+                f"{what}: {special} differs in {int(differ.sum())} of {differ.numel()} places, the first at {first}: "
+                f"got {actual[first].item()}, expected {expected[first].item()}"
+            )
+
+
 def _index(position: tuple[Tensor, ...]) -> tuple[int, ...]:
     return tuple(int(i) for i in position)
 

@@ -12,7 +12,7 @@ from ..reference.bias_act import ACTIVATIONS
 from ..reference.bias_act import bias_act as _reference
 from . import native
 from .backends import resolve
-from .checks import check_choice, check_clamp, check_dtype, check_shape, check_together
+from .checks import check_choice, check_clamp, check_dtype, check_gain, check_integers, check_shape, check_together
 
 
 def bias_act(
@@ -31,26 +31,28 @@ def bias_act(
         x: Any shape.
         bias: [x.shape[dim]].
         act: linear, relu, lrelu (slope 0.2), tanh, sigmoid, elu, selu, softplus or swish (x sigmoid(x)).
-        gain: Default sqrt(2) for relu, lrelu and swish, 1 for the others.
+        gain: Finite; default sqrt(2) for relu, lrelu and swish, 1 for the others.
         clamp: Positive, or None. The gradient is 0 where clipped.
 
     Returns:
-        Shape and dtype of x.
+        Shape and dtype of x. NaN stays NaN.
 
     Derivatives: reference any order; cpu and cuda the second, the bias's summed in one fixed order.
 
     Raises:
-        ValueError, TypeError: Wrong shape, dtype, device, dim or activation; a clamp that is not positive; unknown or
-            missing backend.
+        ValueError, TypeError: Wrong shape, dtype, device, dim or activation; a clamp that is not positive, a gain that
+            is not finite; unknown or missing backend.
         NotImplementedError: cpu, cuda: a third derivative is asked for.
     """
     check_together("bias_act", x=x, bias=bias)
     check_choice("bias_act", "act", act, tuple(ACTIVATIONS))
     if bias is not None:
+        check_integers("bias_act", dim=dim)
         if not -x.ndim <= dim < x.ndim:
             raise ValueError(f"bias_act: dim must be a dimension of x, which has {x.ndim}, got {dim}")
         check_shape("bias_act", "bias", bias, (x.shape[dim],))
-    check_clamp("bias_act", clamp)
+    check_gain("bias_act", gain)
+    clamp = check_clamp("bias_act", clamp)
     chosen = resolve("bias_act", backend, x.device.type)
     if chosen == "reference":
         return _reference(x, bias, dim=dim, act=act, gain=gain, clamp=clamp)
@@ -62,7 +64,7 @@ def bias_act(
         clamp=math.inf if clamp is None else float(clamp),
     )
     if bias is not None:
-        bias = bias.to(native.compute_dtype(x.dtype))
+        bias = bias.to(native.compute_dtype(x.dtype)).contiguous()
     x = native.dense(x)
     return _BiasAct.apply(x, bias, settings) if native.records(x, bias) else _launch(x, bias, settings)
 
@@ -95,9 +97,9 @@ class BiasActSettings(NamedTuple):
 
 
 def _launch(x: Tensor, bias: Tensor | None, settings: BiasActSettings) -> Tensor:
-    """x is dense; the bias, as everything that belongs to it, has the dtype that is computed in."""
+    """x is dense, the bias contiguous; it has, as everything that belongs to it, the dtype that is computed in."""
     y = torch.empty_like(x)
-    native.launch("bias_act_fwd", (x, None if bias is None else bias.contiguous(), y), *settings.for_launch(x))
+    native.launch("bias_act_fwd", (x, bias, y), *settings.for_launch(x))
     return y
 
 
@@ -106,7 +108,6 @@ class _BiasAct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, settings: BiasActSettings) -> Tensor:
-        bias = None if bias is None else bias.contiguous()
         y = _launch(x, bias, settings)
         ctx.settings = settings
         ctx.save_for_backward(*((None, None) if settings.constant else (x, bias)))

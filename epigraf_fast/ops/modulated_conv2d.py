@@ -19,7 +19,17 @@ from ..reference.modulated_conv2d import modulation as _reference_modulation
 from . import native
 from .backends import resolve
 from .bias_act import bias_act
-from .checks import check_broadcast, check_choice, check_clamp, check_dtype, check_shape, check_together
+from .checks import (
+    check_broadcast,
+    check_choice,
+    check_clamp,
+    check_dtype,
+    check_finite,
+    check_gain,
+    check_integers,
+    check_shape,
+    check_together,
+)
 from .upfirdn2d import upfirdn2d
 
 SLOPES = {"linear": 1.0, "lrelu": 0.2}  # the activations of the epilogue, by their slope on the left
@@ -31,6 +41,7 @@ def _check_convolution(op: str, x: Tensor, weight: Tensor, kernel: Tensor | None
     k = weight.shape[-1]
     if weight.shape[-2] != k or k % 2 == 0:
         raise ValueError(f"{op}: weight must be square with an odd number of taps, got {list(weight.shape)}")
+    check_integers(op, up=up, down=down)
     if up < 1 or down < 1 or (up > 1 and down > 1):
         raise ValueError(f"{op}: up and down must be at least 1, and one of them 1, got {up} and {down}")
     if up * down > 1:
@@ -132,7 +143,8 @@ def modulated_conv2d(
     if bias is not None:
         check_shape("modulated_conv2d", "bias", bias, (weight.shape[0],))
     check_choice("modulated_conv2d", "act", act, tuple(ACTIVATIONS))
-    check_clamp("modulated_conv2d", clamp)
+    check_gain("modulated_conv2d", gain)
+    clamp = check_clamp("modulated_conv2d", clamp)
     chosen = resolve("modulated_conv2d", backend, x.device.type)
     if chosen == "reference":
         return _reference(
@@ -204,6 +216,9 @@ def modulation(
     """
     matrix, bias, factor = (None, None, 1.0) if affine is None else affine
     check_together("modulation", weight=weight, style=style, matrix=matrix, bias=bias)
+    check_finite("modulation", "affine's factor", factor)
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"modulation: dtype must be floating point, got {dtype}")
     check_shape("modulation", "weight", weight, ("C_out", "C_in", "k", "k"))
     if affine is None:
         check_shape("modulation", "style", style, ("B", weight.shape[1]))
@@ -247,6 +262,7 @@ def modulated_layer(
 
     Returns, derivatives, raises: As `layer_epilogue`.
     """
+    check_together("modulated_layer", x=x, weight=weight, demod=demod, kernel=kernel)
     _check_convolution("modulated_layer", x, weight, kernel, up, 1)
     chosen = resolve("modulated_conv2d", backend, x.device.type)
     fused = up == 2 and weight.shape[-1] == 3 and tuple(kernel.shape) == (4,) and chosen != "reference"
@@ -295,7 +311,10 @@ def layer_epilogue(
         NotImplementedError: cpu, cuda: a third derivative is asked for.
     """
     op = "layer_epilogue"
-    check_together(op, x=x, blur=blur, demod=demod, noise=noise, strength=strength, bias=bias)
+    if len(styles) not in (1, 2):
+        raise ValueError(f"{op}: styles must be one or two, got {len(styles)}")
+    of_styles = {f"styles[{k}]": style for k, style in enumerate(styles)}
+    check_together(op, x=x, blur=blur, demod=demod, noise=noise, strength=strength, bias=bias, **of_styles)
     check_shape(op, "x", x, ("B", "C", "H", "W"))
     batch, channels, height, width = x.shape
     if blur is not None:
@@ -303,11 +322,9 @@ def layer_epilogue(
         if height < 2 or width < 2:
             raise ValueError(f"{op}: x must have at least 2 rows and columns (because it is blurred), got {[*x.shape]}")
         height, width = height - 1, width - 1
-    for name, vector in (("demod", demod), ("styles", styles[0]), ("styles", styles[-1])):
+    for name, vector in (("demod", demod), *of_styles.items()):
         if vector is not None:
             check_shape(op, name, vector, (batch, channels))
-    if len(styles) not in (1, 2):
-        raise ValueError(f"{op}: styles must be one or two, got {len(styles)}")
     if noise is not None:
         check_broadcast(op, "noise", noise, (batch, 1, height, width))
     if strength is not None:
@@ -315,7 +332,8 @@ def layer_epilogue(
     if bias is not None:
         check_shape(op, "bias", bias, (channels,))
     check_choice(op, "act", act, tuple(SLOPES))
-    check_clamp(op, clamp)
+    check_gain(op, gain)
+    clamp = check_clamp(op, clamp)
     chosen = resolve("modulated_conv2d", backend, x.device.type)
     if chosen == "reference":
         return _reference_layer_epilogue(
@@ -332,7 +350,9 @@ def layer_epilogue(
         )
     check_dtype(op, "x", x, tuple(native.DTYPES), f'backend is "{chosen}"')
     dtype = native.compute_dtype(x.dtype)
-    if noise is not None:
+    if noise is None:
+        strength = None
+    else:
         shape = (1,) * (4 - noise.ndim) + tuple(noise.shape)
         noise = noise.reshape(shape[0], *shape[2:]).expand(-1, height, width)  # [1 or B, H, W]
     vectors = [None if v is None else v.to(dtype).contiguous() for v in (blur, demod, bias, noise, strength, *styles)]
@@ -399,7 +419,8 @@ class _LayerEpilogue(torch.autograd.Function):
         present = [k for k, grad in enumerate(grads) if grad is not None]
         if not present:
             return (None,) * 9
-        grads = [grads[k] for k in present] + [None] * (2 - len(present))
+        # Copied here, where autograd sees it: what the backward's own backward keeps is what it was given.
+        grads = [_in_layout(grads[k], x) for k in present] + [None] * (2 - len(present))
         of_outputs = [styles[k] for k in present] + [None] * (2 - len(present))
         needs = ctx.needs_input_grad[:8]
         result = native.apply(
@@ -420,7 +441,6 @@ class _LayerEpilogueBackward(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         demod, bias, noise, strength, style0, style1, settings, needs = args
         grad_x = torch.empty_like(x)
-        grad0, grad1 = (None if grad is None else _in_layout(grad, x) for grad in (grad0, grad1))
         grads = _Sums(x, blur, demod, bias, noise, strength, style0, style1 if grad1 is not None else None, needs)
         tensors = x, blur, demod, bias, noise, strength, style0, style1
         sizes = settings.for_launch(x, noise, blur is not None)
@@ -577,7 +597,10 @@ class _Modulation(torch.autograd.Function):
         weight, style, scale, energy, demod, *affine = ctx.saved_tensors
         if grad_demod is not None:
             needs = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:4])
-            grads = grad_weight, grad_style, grad_demod
+            # Copied here, where autograd sees it; a weight's taps need only be evenly spaced.
+            if grad_weight is not None and grad_weight.stride(2) != grad_weight.stride(3) * grad_weight.shape[3]:
+                grad_weight = grad_weight.contiguous()
+            grads = grad_weight, None if grad_style is None else grad_style.contiguous(), grad_demod.contiguous()
             saved = weight, style, scale, energy, demod
             grad_weight, grad_style = native.apply(_ModulationBackward, *grads, *saved, needs)
         elif grad_style is not None and scale is not None:
@@ -598,12 +621,8 @@ class _ModulationBackward(torch.autograd.Function):
         ctx: Any, grad_weight: Tensor | None, grad_style: Tensor | None, grad_demod: Tensor, *args: Any
     ) -> tuple[Tensor | None, ...]:
         weight, style, scale, energy, demod, needs = args
-        grad_demod = grad_demod.contiguous()
-        grad_style = None if grad_style is None else grad_style.contiguous()
         strides = 0, 0, 0
         if grad_weight is not None:
-            if grad_weight.stride(2) != grad_weight.stride(3) * grad_weight.shape[3]:
-                grad_weight = grad_weight.contiguous()
             strides = grad_weight.stride(0), grad_weight.stride(1), grad_weight.stride(3)
         grad_weight_out = torch.empty_like(weight) if needs[0] else None
         grad_style_out = torch.empty_like(style) if needs[1] else None

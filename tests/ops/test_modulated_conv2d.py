@@ -641,7 +641,7 @@ def test_errors_of_modulation(modulation, change, message):
     ("change", "message"),
     [
         ({"demod": draw(2, 4)}, "demod must have shape [2, 3], got [2, 4]"),
-        ({"styles": (draw(3, 3),)}, "styles must have shape [2, 3], got [3, 3]"),
+        ({"styles": (draw(3, 3),)}, "styles[0] must have shape [2, 3], got [3, 3]"),
         ({"styles": (None, None, None)}, "styles must be one or two, got 3"),
         ({"strength": draw(1)}, "strength must have shape [], got [1]"),
         ({"noise": draw(2, 2, 4, 5)}, "noise must broadcast to [2, 1, 4, 5]"),
