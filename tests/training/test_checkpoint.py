@@ -204,7 +204,7 @@ def test_code_in_a_checkpoint_is_refused(legacy: bool, tmp_path: Path) -> None:
 def test_a_bare_pickle_is_refused(tmp_path: Path) -> None:
     path, target = tmp_path / "evil.pt", tmp_path / "broken_in"
     path.write_bytes(pickle.dumps(Malicious(target)))
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is no checkpoint but a pickle"):
         load_checkpoint(path)
     assert not target.exists()
 
