@@ -184,9 +184,10 @@ class _Interrupts:
                 os.close(self.inner)
                 return
             if new == LOST:
-                ours += 1
                 time.sleep(0.05)  # until the callback has ended
-                signal.pthread_kill(threading.main_thread().ident, number)
+                if not self.heard.is_set():
+                    ours += 1
+                    signal.pthread_kill(threading.main_thread().ident, number)
             elif new[0] not in SIGNALS:
                 continue
             elif not number:
@@ -283,6 +284,8 @@ class Progress:
         with contextlib.suppress(OSError, ValueError):  # a stream that is closed
             while not self.ended.wait(pause):
                 running = list(Progress._open)
+                if not running:
+                    continue
                 if terminal:
                     width = (os.get_terminal_size(stream.fileno()).columns or 80) - 1
                     line = ", ".join(progress.line(width if len(running) == 1 else None) for progress in running)
