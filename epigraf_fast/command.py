@@ -283,16 +283,19 @@ class Progress:
         pause, shown = PATIENCE[terminal], False
         with contextlib.suppress(OSError, ValueError):  # a stream that is closed
             while not self.ended.wait(pause):
-                running = list(Progress._open)
+                now = time.monotonic()
+                running = [
+                    part for part in list(Progress._open) if part is self or now - part.began > PATIENCE[terminal]
+                ]
                 if not running:
                     continue
                 if terminal:
                     width = (os.get_terminal_size(stream.fileno()).columns or 80) - 1
-                    line = ", ".join(progress.line(width if len(running) == 1 else None) for progress in running)
+                    line = ", ".join(part.line(width if len(running) == 1 else None) for part in running)
                     stream.write(f"\r\033[K{line[:width]}")
                     pause, shown = 0.2, True
                 else:
-                    stream.write(", ".join(progress.line() for progress in running) + "\n")
+                    stream.write(", ".join(part.line() for part in running) + "\n")
                     pause = min(1.5 * pause, LONGEST_PAUSE)
                 stream.flush()
             if shown:
