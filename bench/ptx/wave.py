@@ -15,9 +15,12 @@ Size = tuple[int, int, int]
 
 
 SPECIALS = frozenset(
-    ("%laneid", "%warpid")
-    + tuple(f"%{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz")
-    + tuple(f"%lanemask_{way}" for way in ("lt", "le", "eq", "ge", "gt"))
+    [
+        "%laneid",
+        "%warpid",
+        *(f"%{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"),
+        *(f"%lanemask_{way}" for way in ("lt", "le", "eq", "ge", "gt")),
+    ]
 )
 
 
