@@ -13,6 +13,7 @@ from .endurance import require_finite
 from .files import replacing, require_writable
 from .log import RunLog
 from .progress import waiting
+from .regions import announcement
 from .snapshot import Snapshots, is_best
 from .step import Trainer
 
@@ -48,6 +49,11 @@ class Record:
         """What should be known of the data, and what is there before the first step of a new run."""
         for remark in self.remarks:
             self.say(f"warning: {remark}")
+        if self.log is not None:
+            trainer = self.trainer
+            line = announcement(self.config, trainer.angles, trainer.cur_nimg, trainer.share, trainer.micro)
+            if line is not None:
+                self.say(line)
         if self.log is not None and self.trainer.cur_nimg == 0:
             with self.log.pause():
                 self.say(f"real images:     {self.snapshots.reals()}")
