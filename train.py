@@ -16,6 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+import epigraf_fast  # noqa: F401 - says how threads wait, which torch reads when it is loaded
+
+# isort: split
 import torch
 
 from epigraf_fast import doctor
@@ -27,12 +30,11 @@ from epigraf_fast.training.endurance import StopRequest, explain_out_of_memory
 from epigraf_fast.training.files import require_writable
 from epigraf_fast.training.lock import locked
 from epigraf_fast.training.log import flush_output
-from epigraf_fast.training.memory import keep_freed_memory, meta_networks, parameter_count, step_bytes
-from epigraf_fast.training.networks import choose_backends, find_device, set_arithmetic
+from epigraf_fast.training.memory import meta_networks, parameter_count, step_bytes
 from epigraf_fast.training.profile import traced
-from epigraf_fast.training.progress import waiting
+from epigraf_fast.training.progress import say, waiting
 from epigraf_fast.training.record import Record
-from epigraf_fast.training.start import build, require_same
+from epigraf_fast.training.start import build, pick_device, require_same
 from epigraf_fast.training.step import Trainer
 from epigraf_fast.training.warmup import warm_up
 
@@ -48,22 +50,22 @@ def main(argv: list[str] | None = None) -> int:
             check_world(command.config, world)
             config, device, loader = command.config, pick_device(command.config, world), command.config.loader
             require_writable(Path(config.run_dir), dry=True)
-            with waiting("reading the data set"):
+            with waiting("reading the data set", shown=world.rank == 0):
                 dataset = ImageDataset(config.data, config.resolution, use_labels=loader.labels, mirror=loader.mirror)
             config = with_data_camera(config, dataset.camera)
             check(config)
         require_same(config, dataset, device, world, dry_run=command.dry_run)
         if command.dry_run:
             with world.together():
-                return dry_run(config, dataset)
+                return dry_run(config, dataset, device, world)
         with traced(Path(config.run_dir) / "trace.json" if command.profile and world.rank == 0 else None):
             return train(config, dataset, device, command.resume, world)
     except (UserError, DivergenceError) as error:
         where = f"[rank {world.rank}] " if world.size > 1 else ""
-        print(f"{where}{'error' if isinstance(error, UserError) else 'stopped'}: {error}", file=sys.stderr)
+        say(f"{where}{'error' if isinstance(error, UserError) else 'stopped'}: {error}", sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
-        print(Stopped(signal.SIGINT))
+        say(str(Stopped(signal.SIGINT)))
         return 128 + signal.SIGINT
     finally:
         world.close()
@@ -88,35 +90,20 @@ def parse(argv: list[str] | None):
     return tyro.extras.overridable_config_cli(presets, prog="train.py", description=__doc__, args=argv)
 
 
-def pick_device(config: Config, world: World) -> torch.device:
-    """The device to train on, with the arithmetic that the precision asks for switched on."""
-    device = find_device(config.device)
-    if device.type == "cpu" and config.precision != "fp32":
-        raise UserError(f"precision {config.precision} needs a GPU, a CPU computes in fp32: set --precision fp32")
-    if device.type == "cpu" and config.cuda_graphs:
-        raise UserError("cuda_graphs needs a GPU, a CPU has nothing to record: leave --cuda-graphs out")
-    choose_backends(config, device.type)
-    set_arithmetic(config)
-    if device.type == "cpu":
-        keep_freed_memory()
-    if device.type == "cuda" and world.size > 1:
-        device = find_device(f"cuda:{world.local_rank}")
-        torch.cuda.set_device(device)
-    return device
-
-
-def dry_run(config: Config, dataset: ImageDataset) -> int:
+def dry_run(config: Config, dataset: ImageDataset, device: torch.device, world: World) -> int:
     """Checks everything that can be checked without training, and prints what would be trained."""
-    generator, discriminator = meta_networks(config, dataset.label_dim)
-    fixed, step = step_bytes(config, generator, discriminator)
-    dataset.check_images(progress=True)
-    print(json.dumps(to_dict(config), indent=2))
-    print(f"data: {config.data}: {len(dataset):,} images (mirrored: {config.loader.mirror}), all readable")
-    print(f"parameters: G {parameter_count(generator):,}, D {parameter_count(discriminator):,}")
-    print(
-        f"memory, estimated in fp32: {fixed / 2**30:.2f} GiB for weights, gradients, Adam and the average, "
-        f"{step / 2**30:.2f} GiB for a micro-batch of {config.micro}"
-    )
+    with explain_out_of_memory(config, dataset.label_dim, device, world.size):
+        generator, discriminator = meta_networks(config, dataset.label_dim)
+        fixed, step = step_bytes(config, generator, discriminator)
+    dataset.check_images(progress=world.rank == 0)
+    if world.rank == 0:
+        print(json.dumps(to_dict(config), indent=2))
+        print(f"data: {config.data}: {len(dataset):,} images (mirrored: {config.loader.mirror}), all readable")
+        print(f"parameters: G {parameter_count(generator):,}, D {parameter_count(discriminator):,}")
+        print(
+            f"memory, estimated in fp32: {fixed / 2**30:.2f} GiB for weights, gradients, Adam and the average, "
+            f"{step / 2**30:.2f} GiB for a micro-batch of {config.micro}"
+        )
     return 0
 
 
@@ -130,14 +117,14 @@ def train(
             world.connect(device)
             trainer = build(config, dataset, device, resume, world)
             if world.rank == 0:
-                print(doctor.format_backends(doctor.report(), trainer.backends))
+                say(doctor.format_backends(doctor.report(), trainer.backends))
             with world.together():
                 warm_up(trainer)
                 record = Record(config, dataset, trainer)
             with contextlib.closing(record):
                 return loop(config, dataset, trainer, record, stop)
     except Stopped as stopped:  # before anything was trained
-        print(stopped)
+        say(str(stopped))
         return 128 + stopped.signal
 
 
@@ -162,7 +149,6 @@ def loop(config: Config, dataset: ImageDataset, trainer: Trainer, record: Record
         return interval > 0 and trainer.cur_nimg // interval != (trainer.cur_nimg - config.batch) // interval
 
     attempt(record.begin)
-    beginning = waiting("the first step")  # which compiles kernels
     while trainer.cur_nimg < total:
         batch = None if fault else attempt(lambda: next(loader))
         (word,) = world.agree(FAULT if fault else stop.signal)
@@ -174,9 +160,8 @@ def loop(config: Config, dataset: ImageDataset, trainer: Trainer, record: Record
                 raise UserError(f"{fault or told[0]}{f' ({saved})' if saved else ''}")
             record.say(f"stopped by signal {word}; {saved or 'nothing was trained yet'}")
             return 128 + word
-        with explain_out_of_memory(config, dataset.label_dim, trainer.device, world.size), beginning:
+        with explain_out_of_memory(config, dataset.label_dim, trainer.device, world.size):
             trainer.iteration(*batch)
-        beginning = contextlib.nullcontext()
         record.advance()
         if crossed(config.log_kimg):
             record.statistics()

@@ -22,6 +22,8 @@ class Parser(argparse.ArgumentParser):
             description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        # Python's own pattern takes -1e-3 and -inf for flags.
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$|-inf$", re.IGNORECASE)
 
     def error(self, message: str) -> NoReturn:
         """Leaves with the message in one line."""

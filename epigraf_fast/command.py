@@ -216,7 +216,7 @@ class Progress:
     """Shows what a long piece of work is and how far it has got: a line that moves on a terminal, a few in a file.
 
     Nothing is shown of what takes less than a second (ten in a file). A thread writes, so that work in a single call
-    is shown too. Of several the innermost is shown.
+    is shown too. One inside of another is shown behind it.
 
     Args:
         items: To go through, `for item in Progress(items, "objects")`.
@@ -230,19 +230,22 @@ class Progress:
         self.items, self.what, self.done = items, what, 0
         self.total = len(items) if hasattr(items, "__len__") else total
         self.ended = threading.Event()
-        self.thread = threading.Thread(target=self._show, name="progress", daemon=True)
+        self.thread: threading.Thread | None = None
 
     def __enter__(self) -> Progress:
         self.began = time.monotonic()
         Progress._open.append(self)
-        self.thread.start()
+        if len(Progress._open) == 1:
+            self.thread = threading.Thread(target=self._show, name="progress", daemon=True)
+            self.thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self in Progress._open:
             Progress._open.remove(self)
         self.ended.set()
-        self.thread.join()
+        if self.thread is not None:
+            self.thread.join()
 
     def __iter__(self) -> Iterator[Any]:
         with self:
@@ -265,7 +268,7 @@ class Progress:
         """A line on stderr, of which a bar that is being shown leaves nothing behind."""
         print(f"\r\033[K{text}" if Progress._open and sys.stderr.isatty() else text, file=sys.stderr)
 
-    def line(self, width: int | None) -> str:
+    def line(self, width: int | None = None) -> str:
         """What is shown; with a bar where a width is given."""
         seconds = time.monotonic() - self.began
         if self.total is None:
@@ -274,7 +277,9 @@ class Progress:
 
         bar = "{percentage:3.0f}%|{bar}| " if width else ""
         layout = f"{{desc}}: {bar}{{n_fmt}}/{{total_fmt}} [{{elapsed}}<{{remaining}}]"
-        return tqdm.format_meter(self.done, self.total, seconds, ncols=width, prefix=self.what, bar_format=layout)
+        return tqdm.format_meter(
+            self.done, self.total, seconds, ncols=width, prefix=self.what, ascii=" #", bar_format=layout
+        )
 
     def _show(self) -> None:
         stream = sys.stderr
@@ -282,13 +287,14 @@ class Progress:
         pause, shown = PATIENCE[terminal], False
         with contextlib.suppress(OSError, ValueError):  # a stream that is closed
             while not self.ended.wait(pause):
-                if Progress._open[-1:] != [self]:
-                    continue
+                running = list(Progress._open)
                 if terminal:
-                    stream.write(f"\r\033[K{self.line(os.get_terminal_size(stream.fileno()).columns - 1 or 79)}")
+                    width = (os.get_terminal_size(stream.fileno()).columns or 80) - 1
+                    line = ", ".join(progress.line(width if len(running) == 1 else None) for progress in running)
+                    stream.write(f"\r\033[K{line[:width]}")
                     pause, shown = 0.2, True
                 else:
-                    stream.write(f"{self.line(None)}\n")
+                    stream.write(", ".join(progress.line() for progress in running) + "\n")
                     pause = min(1.5 * pause, LONGEST_PAUSE)
                 stream.flush()
             if shown:

@@ -491,6 +491,16 @@ def check(config: Config) -> None:
         for name, value in names.items():
             if not (math.isfinite(value) and value > bound):
                 raise UserError(f"{name} must be finite and {words}, got {value}")
+    finite = {
+        "renderer.density_shift": c.renderer.density_shift,
+        "camera.yaw_mean": c.camera.yaw_mean,
+        "camera.yaw_spread": c.camera.yaw_spread,
+        "camera.pitch_mean": c.camera.pitch_mean,
+        "camera.pitch_spread": c.camera.pitch_spread,
+    }
+    for name, value in finite.items():
+        if not math.isfinite(value):
+            raise UserError(f"{name} must be finite, got {value}")
     for name in ("kimg", "log_kimg", "snapshot_kimg", "checkpoint_kimg"):
         if not 0.001 <= getattr(c, name) < math.inf:
             raise UserError(f"{name} must be finite and at least 0.001, which is one image, got {getattr(c, name)}")

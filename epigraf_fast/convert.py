@@ -33,6 +33,7 @@ from .models.layers import LOW_PASS, ScalarEncoder, channels_at
 from .published import Optimizer, Snapshot, read_snapshot
 from .published_settings import LABEL_DIM, Stored, apply, get, import_settings, parse
 from .training.checkpoint import checkpoint_path, save_checkpoint
+from .training.identify import SNAPSHOT, what_else
 from .training.memory import meta_networks
 from .training.pretrained import check_finite, find_generator, load_generator, save_safetensors
 
@@ -586,7 +587,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def run(options: argparse.Namespace) -> list[str]:
-    pickled = options.checkpoint.suffix == ".pkl"
+    pickled = options.checkpoint.suffix == ".pkl" or what_else(options.checkpoint) == SNAPSHOT
     check_effect(vars(options), PICKLE if pickled else OURS, FOR_KINDS)
     names = options.names or "ours"
     written = ("G_ema.safetensors", "config.json", "checkpoints/*.pt") if pickled else (EXPORTS[names],)

@@ -156,7 +156,14 @@ def draw_curves(run_dir: Path) -> Any:
     lines = read_stats(run_dir / "stats.jsonl")
     path = run_dir / "metrics.json"
     if path.is_file():
-        lines = [*lines, *({f"metrics/{k}": v for k, v in e.items()} | e for e in json.loads(path.read_text()))]
+        try:
+            entries = json.loads(path.read_text())
+            lines = [
+                *lines,
+                *({f"metrics/{k}": v for k, v in e.items()} | {"cur_nimg": e["cur_nimg"]} for e in entries),
+            ]
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise UserError(f"{path} is damaged: move it away to draw the rest") from None
     hidden = {"cur_nimg", "kimg", "seconds", "sec_per_kimg", "images", "metrics/cur_nimg", "metrics/images"}
     groups: dict[str, set[str]] = {}
     for line in lines:

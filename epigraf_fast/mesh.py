@@ -296,7 +296,8 @@ def run(options: argparse.Namespace) -> None:
     check_generator_arguments(options, generator)
     scene = Scene(generator, config.resolution, truncation=options.truncation, cutoff=options.cutoff)
     for (seed, paths), ws in zip(files.items(), scene.ws(options.seeds, options.labels or ()), strict=True):
-        planes = scene.paint(ws).planes
+        with waiting("painting the planes"):
+            planes = scene.paint(ws).planes
         volume = density_volume(generator, planes, options.resolution, Progress)
         threshold, how = options.threshold, "given"
         if threshold is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,4 +34,6 @@ def new_figure(width: float, height: float) -> Figure:
 def save(figure: Figure, path: Path, **options: Any) -> None:
     """Writes a figure, whole or not at all, in a folder that is made if need be."""
     with waiting(f"drawing {path.name}"), output(path) as partial:
-        figure.savefig(partial, **options)
+        content = io.BytesIO()  # a full disk then is an error of ours, and not of some library under way
+        figure.savefig(content, format=path.suffix[1:], **options)
+        partial.write_bytes(content.getvalue())

@@ -28,7 +28,7 @@ from .camera import cam2world_matrix, camera_rays
 from .command import Progress, check_output, output, require, running, waiting
 from .errors import UserError
 from .models.generator import Generator, Images
-from .training.log import depth_to_uint8, save_gif, tile, to_uint8
+from .training.log import depth_to_uint8, tile, to_uint8
 from .training.pretrained import load_generator
 from .training.sampling import circle_angles, latents_of_seeds, surface_depth, turntable_angles
 
@@ -133,9 +133,13 @@ class Scene:
     def view(self, painted: Painted, angles: Tensor, fov: float | None = None) -> dict[str, Tensor]:
         """One object from one camera [3]: uint8 [1, 3, R, R] of each thing to show."""
         angles = angles.to(painted.planes.device)[None]
-        images = self.generator.render(
-            painted.planes, angles, self.resolution, ws=painted.ws, fov=fov, stochastic=False
-        )
+        with (
+            Progress(what="rays", total=self.resolution**2) as rays,
+            self.generator.renderer.register_forward_hook(lambda *call: rays.update(call[-1].rgb.shape[1])),
+        ):
+            images = self.generator.render(
+                painted.planes, angles, self.resolution, ws=painted.ws, fov=fov, stochastic=False
+            )
         return pictures(images, angles, self.generator, self.shown, fov)
 
 
@@ -202,7 +206,7 @@ def video(path: Path, fps: float) -> Iterator[Callable[[np.ndarray], None]]:
         with output(path) as partial:
             yield frames.append
             with waiting(f"writing {path.name}"):
-                save_gif(np.stack(frames), partial, fps)
+                partial.write_bytes(gif_of(np.stack(frames), fps))
         return
     imageio_ffmpeg = require(*FFMPEG)
     with output(path) as partial, contextlib.ExitStack() as stack:
@@ -223,6 +227,13 @@ def video(path: Path, fps: float) -> Iterator[Callable[[np.ndarray], None]]:
         with waiting(f"writing {path.name}"):
             writer.close()
             check_video(partial, count)
+
+
+def gif_of(frames: np.ndarray, fps: float) -> bytes:
+    """The file of an endless GIF of uint8 frames [T, H, W, 3]."""
+    import imageio.v3
+
+    return imageio.v3.imwrite("<bytes>", frames, extension=".gif", duration=1000 / fps, loop=0)
 
 
 def check_video(path: Path, count: int) -> None:

@@ -5,6 +5,7 @@ Points are given as such, or as depths along rays; the kernels see both as rays,
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -293,7 +294,8 @@ def _decode_triplane_bwd_kernel(
             grad_w1 += _dot(before * slope, grad_y, PRECISION)
             grad_b1 += tl.sum(grad_y, axis=0)
             grad_w0 += _dot(grad_before, features, PRECISION)
-            grad_b0 += tl.sum(grad_before, axis=1)
+            # Selected, so that lanes which hold the same sum hold the same rounding of it: see `composite`.
+            grad_b0 += tl.sum(tl.where(valid[None, :], grad_before, 0.0), axis=1)
         if grad_planes_ptr is not None:
             # Read again, so that the twelve taps are worked out anew and not kept in registers all along.
             p0, p1, p2, valid = _points(
@@ -378,10 +380,11 @@ def fwd(
         arch: Compute capability, as 80; default: that of the device.
 
     Returns:
-        [B, N, out] or [B, R, S, out], in the wider dtype of planes and w0.
+        [B, N, out] or [B, R, S, out], in the widest dtype of planes and network.
     """
     shape = origins.shape[:2] if t is None else t.shape
-    y = torch.empty(*shape, w1.shape[0], dtype=torch.promote_types(planes.dtype, w0.dtype), device=planes.device)
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in (planes, w0, b0, w1, b1)))
+    y = torch.empty(*shape, w1.shape[0], dtype=dtype, device=planes.device)
     if y.numel() == 0:
         return y
     arch = architecture(planes.device) if arch is None else arch

@@ -31,7 +31,8 @@ def _axis_tap(coordinate, size, start, whole, SIDE: tl.constexpr):
     """One of the two texels that a coordinate lies between (SIDE 0: the lower, 1: the upper), of the `size` ones that
     are stored: all, or of `whole` ones those from `start` on.
 
-    Returns its index, 0 where that is outside; its weight; whether it is inside. NaN is outside, with a weight of NaN.
+    Returns its index, at most a plane's size off where it is outside; its weight; whether it is inside. NaN is texel 0,
+    with a weight of NaN.
     """
     # From 3 on every tap is outside, however small the plane; the clamp, which keeps NaN, makes infinities finite.
     coordinate = tl.where(coordinate > 3.0, 3.0, coordinate)
@@ -48,8 +49,8 @@ def _axis_tap(coordinate, size, start, whole, SIDE: tl.constexpr):
     texel = lower + SIDE
     if start is not None:
         texel -= start
-    inside = (texel >= 0.0) & (texel < size)
-    return tl.where(inside, texel, 0.0).to(tl.int32), weight, inside
+    outside = (texel < 0.0) | (texel >= size)
+    return tl.where(texel > 0.0, texel, 0.0).to(tl.int32), weight, ~outside
 
 
 @triton.jit

@@ -23,8 +23,11 @@ import torch
 
 import train
 from epigraf_fast.config import PRESETS, Config, differences, from_dict, preset
+from epigraf_fast.errors import UserError
+from epigraf_fast.ops import backends
 from epigraf_fast.training import snapshot, step
 from epigraf_fast.training.checkpoint import list_checkpoints, load_checkpoint
+from epigraf_fast.training.distributed import World
 from epigraf_fast.training.log import read_stats
 
 TinyConfig = Callable[..., Config]
@@ -362,7 +365,9 @@ def test_faults_in_the_settings(
     tiny_config: TinyConfig,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(backends, "_lacking_on", lambda op, backend, device_type: None)  # also where Triton is not here
     assert train.main([*flags(tiny_config(**overrides)), *(["--dry-run"] if dry else [])]) == 2
     captured = capsys.readouterr()
     assert_one_error_line(captured.err, *words)
@@ -391,6 +396,32 @@ def test_faults_on_the_command_line(
     assert train.main([*flags(tiny_config()), *extra]) == 2
     assert_one_error_line(capsys.readouterr().err, *words)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+@pytest.mark.parametrize("size", [10**13, 10**18])
+def test_networks_of_any_size(
+    size: int, dry: list[str], tiny_config: TinyConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Larger than the memory, and than any number of bytes: an estimate, or one line."""
+    code = train.main([*flags(tiny_config()), "--generator.z-dim", str(size), *dry])
+    captured = capsys.readouterr()
+    if dry and size == 10**13:
+        assert code == 0
+        assert "parameters: G 160,000,000" in captured.out
+    else:
+        assert code == 2
+        assert_one_error_line(captured.err, "needs more memory than the", "not even one image fits")
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_processes_than_gpus(tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr("epigraf_fast.training.start.choose_backends", lambda *args: {})
+    monkeypatch.setattr("epigraf_fast.training.start.set_arithmetic", lambda *args: None)
+    with pytest.raises(UserError, match=r"LOCAL_RANK is 2, but torch sees 2 GPUs .*--nproc_per_node 2"):
+        train.pick_device(tiny_config(device="cuda"), World(2, 3, 2))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")

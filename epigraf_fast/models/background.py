@@ -140,7 +140,7 @@ class SphereBackground(nn.Module):
     Args:
         w_dim: Width of the style vectors.
         camera: For radius and field of view.
-        samples, start: Inverse radii from `start` to 0.
+        samples, start: Inverse radii from `start`, in (0, 1], to 0.
         channel_base, channel_max: Width of block b is min(channel_base / 2^(b + 2), channel_max).
         activation, softplus_beta: Of the density, see `ops.composite`; neither shift nor noise is added to it.
         white_background: Whether what the last sample lets through is white.
@@ -164,6 +164,8 @@ class SphereBackground(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        if not 0 < start <= 1:
+            raise ValueError(f"SphereBackground: start must be in (0, 1], got {start}")
         self.camera, self.samples, self.start = camera, samples, start
         self.activation, self.softplus_beta = activation, softplus_beta
         self.white_background, self.backend = white_background, backend
@@ -247,6 +249,7 @@ class SphereBackground(nn.Module):
             softplus_beta=self.softplus_beta,
             white_background=self.white_background,
             return_weights=with_depth,
+            t_sorted=True,
             backend=self.backend,
         )
         if not with_depth:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops.checks import checked_resample
 from .layers import FullyConnected, ScalarEncoder
 
 DIRECTION_FREQUENCIES = 3  # sines of each coordinate of a direction
@@ -84,7 +85,8 @@ class FeatureDecoder(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`forward` at t, the depths [B, R, K] that `resample` finds with the detached result, and `forward` there."""
         coarse = self(planes, ray_origins, ray_directions, t, cube_scale, region)
-        t_fine = resample(coarse.detach())
+        inputs = planes, ray_origins, ray_directions, t
+        t_fine = checked_resample("FeatureDecoder", resample, t, inputs)(coarse)
         return coarse, t_fine, self(planes, ray_origins, ray_directions, t_fine, cube_scale, region)
 
     def at_points(self, planes: Tensor, points: Tensor, cube_scale: float) -> Tensor:

@@ -128,7 +128,8 @@ class Renderer(nn.Module):
                 samples=None if u is not None else config.fine_samples,
                 stochastic=stochastic,
                 noise_std=density_noise_std if coarse_noise is None else 0.0,
-                sorted=triton,  # its composite merges two sets, each sorted
+                sorted=triton,  # its composite merges two sets, each sorted; the others sort both together
+                t_sorted=True,
                 **density,
                 **draws,
             )
@@ -149,6 +150,7 @@ class Renderer(nn.Module):
             white_background=config.white_background,
             last_back=config.last_back,
             background=background,
+            t_sorted=triton or t_fine is None,
             **density,
             **draws,
         )

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from . import native
+from .library import constant
 
 OPS = (
     "sample_triplane",
@@ -43,6 +44,7 @@ def status() -> dict[str, dict[str, str | None]]:
     return {op: {backend: _lacking(op, backend) for backend in BACKENDS} for op in OPS}
 
 
+@constant
 def resolve(op: str, backend: str | None, device_type: str) -> str:
     """The backend that a call gets: the named one, or with None the fastest that is there for the device.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,9 +12,9 @@ from torch import Tensor
 
 from ..reference.bias_act import ACTIVATIONS
 from ..reference.bias_act import bias_act as _reference
-from . import native
+from . import library, native
 from .backends import resolve
-from .checks import check_choice, check_clamp, check_dtype, check_shape, check_together
+from .checks import check_choice, check_clamp, check_dtype, check_gain, check_integers, check_shape, check_together
 
 
 def bias_act(
@@ -31,28 +33,31 @@ def bias_act(
         x: Any shape.
         bias: [x.shape[dim]].
         act: linear, relu, lrelu (slope 0.2), tanh, sigmoid, elu, selu, softplus or swish (x sigmoid(x)).
-        gain: Default sqrt(2) for relu, lrelu and swish, 1 for the others.
+        gain: Finite; default sqrt(2) for relu, lrelu and swish, 1 for the others.
         clamp: Positive, or None. The gradient is 0 where clipped.
 
     Returns:
-        Shape and dtype of x.
+        Shape and dtype of x. NaN stays NaN.
 
     Derivatives: reference any order; cpu and cuda the second, the bias's summed in one fixed order.
 
     Raises:
-        ValueError, TypeError: Wrong shape, dtype, device, dim or activation; a clamp that is not positive; unknown or
-            missing backend.
+        ValueError, TypeError: Wrong shape, dtype, device, dim or activation; a clamp that is not positive, a gain that
+            is not finite; unknown or missing backend.
         NotImplementedError: cpu, cuda: a third derivative is asked for.
     """
     check_together("bias_act", x=x, bias=bias)
     check_choice("bias_act", "act", act, tuple(ACTIVATIONS))
     if bias is not None:
+        check_integers("bias_act", dim=dim)
         if not -x.ndim <= dim < x.ndim:
             raise ValueError(f"bias_act: dim must be a dimension of x, which has {x.ndim}, got {dim}")
         check_shape("bias_act", "bias", bias, (x.shape[dim],))
-    check_clamp("bias_act", clamp)
+    check_gain("bias_act", gain)
+    clamp = check_clamp("bias_act", clamp)
     chosen = resolve("bias_act", backend, x.device.type)
-    if chosen == "reference":
+    route = library.route(x, bias)
+    if "reference" in (chosen, route):
         return _reference(x, bias, dim=dim, act=act, gain=gain, clamp=clamp)
     check_dtype("bias_act", "x", x, tuple(native.DTYPES), f'backend is "{chosen}"')
     settings = BiasActSettings(
@@ -61,10 +66,10 @@ def bias_act(
         gain=ACTIVATIONS[act][1] if gain is None else float(gain),
         clamp=math.inf if clamp is None else float(clamp),
     )
-    if bias is not None:
-        bias = bias.to(native.compute_dtype(x.dtype))
-    x = native.dense(x)
-    return _BiasAct.apply(x, bias, settings) if native.records(x, bias) else _launch(x, bias, settings)
+    dtype = native.compute_dtype(x.dtype)
+    if bias is not None and bias.dtype != dtype:
+        bias = bias.to(dtype)
+    return library.call(route, _BiasAct, x, bias, settings)
 
 
 NUMBERS = {act: number for number, act in enumerate(ACTIVATIONS)}  # as the extension's
@@ -93,24 +98,51 @@ class BiasActSettings(NamedTuple):
         inner = 1 if count == 0 else count if channels == 1 else x.stride(self.dim)
         return native.DTYPES[x.dtype], self.act, self.gain, self.clamp, count, channels, inner
 
+    def for_reference(self) -> dict[str, Any]:
+        dim = 1 if self.dim is None else self.dim
+        clamp = None if self.clamp == math.inf else self.clamp
+        return {"dim": dim, "act": tuple(ACTIVATIONS)[self.act], "gain": self.gain, "clamp": clamp}
 
-def _launch(x: Tensor, bias: Tensor | None, settings: BiasActSettings) -> Tensor:
-    """x is dense; the bias, as everything that belongs to it, has the dtype that is computed in."""
-    y = torch.empty_like(x)
-    native.launch("bias_act_fwd", (x, None if bias is None else bias.contiguous(), y), *settings.for_launch(x))
-    return y
+    def like_bias(self, x: Tensor) -> Tensor:
+        """Where the gradient of the bias goes."""
+        return x.new_empty(x.shape[self.dim], dtype=native.compute_dtype(x.dtype))
+
+    def scratch(self, x: Tensor, grad_bias: Tensor | None) -> Tensor | None:
+        """Where the parts of that gradient go, if there is one."""
+        if grad_bias is None:
+            return None
+        parts = native.extension().bias_act_parts(*self.for_launch(x)[-3:])
+        return grad_bias.new_empty(parts * grad_bias.numel())
 
 
-class _BiasAct(torch.autograd.Function):
-    """Takes what `_launch` does."""
+@library.register("bias_act(Tensor x, Tensor? bias, int? dim, int act, float gain, float clamp) -> Tensor")
+class _BiasAct:
+    """The bias, as everything that belongs to it, has the dtype that is computed in."""
+
+    Settings = BiasActSettings
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, settings: BiasActSettings) -> Tensor:
-        bias = None if bias is None else bias.contiguous()
-        y = _launch(x, bias, settings)
-        ctx.settings = settings
-        ctx.save_for_backward(*((None, None) if settings.constant else (x, bias)))
+    def ready(x: Tensor, bias: Tensor | None, settings: BiasActSettings) -> tuple[Any, ...]:
+        return native.dense(x), None if bias is None else bias.contiguous(), settings
+
+    @staticmethod
+    def empty(x: Tensor, bias: Tensor | None, settings: BiasActSettings) -> Tensor:
+        return torch.empty_like(x)
+
+    @staticmethod
+    def run(x: Tensor, bias: Tensor | None, settings: BiasActSettings) -> Tensor:
+        y = torch.empty_like(x)
+        native.launch("bias_act_fwd", (x, bias, y), *settings.for_launch(x))
         return y
+
+    @staticmethod
+    def reference(x: Tensor, bias: Tensor | None, settings: BiasActSettings) -> Tensor:
+        return _reference(x, bias, **settings.for_reference())
+
+    @staticmethod
+    def keep(ctx: Any, inputs: tuple[Any, ...], y: Tensor) -> None:
+        x, bias, ctx.settings = inputs
+        ctx.save_for_backward(*((None, None) if ctx.settings.constant else (x, bias)))
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor | None, None]:
@@ -121,25 +153,54 @@ def bias_act_backward(
     grad_y: Tensor, x: Tensor | None, bias: Tensor | None, settings: BiasActSettings, wants_bias: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients to x and the bias, differentiable once; these are None where the derivative does not depend on them."""
-    grad_y = native.dense(grad_y) if x is None else native.dense_as(grad_y, x)
-    return native.apply(_BiasActBackward, grad_y, x, bias, settings, wants_bias)
+    return library.apply(_BiasActBackward, grad_y, x, bias, settings, wants_bias)
 
 
-class _BiasActBackward(torch.autograd.Function):
+@library.register(
+    "bias_act_backward(Tensor grad_y, Tensor? x, Tensor? bias, "
+    "int? dim, int act, float gain, float clamp, bool wants_bias) -> (Tensor, Tensor)"
+)
+class _BiasActBackward:
     """x and the bias are None where the derivative does not depend on them."""
 
+    Settings = BiasActSettings
+
     @staticmethod
-    def forward(
-        ctx: Any, grad_y: Tensor, x: Tensor | None, bias: Tensor | None, settings: BiasActSettings, wants_bias: bool
+    def ready(grad_y: Tensor, x: Tensor | None, bias: Tensor | None, *settings: Any) -> tuple[Any, ...]:
+        x = None if x is None else native.dense(x)
+        grad_y = native.dense(grad_y) if x is None else native.dense_as(grad_y, x)
+        return grad_y, x, None if bias is None else bias.contiguous(), *settings
+
+    @staticmethod
+    def empty(
+        grad_y: Tensor, x: Tensor | None, bias: Tensor | None, settings: BiasActSettings, wants_bias: bool
     ) -> tuple[Tensor, Tensor | None]:
-        grad_x = torch.empty_like(grad_y)
-        grad_bias, partials = _sums(grad_y, settings) if wants_bias else (None, None)
-        tensors = grad_y, x, bias, grad_x, grad_bias, partials
+        return torch.empty_like(grad_y), settings.like_bias(grad_y) if wants_bias else None
+
+    @staticmethod
+    def run(
+        grad_y: Tensor, x: Tensor | None, bias: Tensor | None, settings: BiasActSettings, wants_bias: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        grad_x, grad_bias = _BiasActBackward.empty(grad_y, x, bias, settings, wants_bias)
+        tensors = grad_y, x, bias, grad_x, grad_bias, settings.scratch(grad_y, grad_bias)
         native.launch("bias_act_bwd", tensors, *settings.for_launch(grad_y))
-        ctx.settings = settings
-        ctx.save_for_backward(grad_y, x, bias)
-        ctx.set_materialize_grads(False)
         return grad_x, grad_bias
+
+    @staticmethod
+    def reference(
+        grad_y: Tensor, x: Tensor | None, bias: Tensor | None, settings: BiasActSettings, wants_bias: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        if x is None:
+            grad_x = settings.gain * grad_y
+            others = [i for i in range(grad_y.ndim) if wants_bias and i != settings.dim % grad_y.ndim]
+            return grad_x, grad_x.sum(others).to(native.compute_dtype(grad_y.dtype)) if wants_bias else None
+        return library.pull_back(functools.partial(_BiasAct.reference, settings=settings), (x, bias), (grad_y,))
+
+    @staticmethod
+    def keep(ctx: Any, inputs: tuple[Any, ...], gradients: tuple[Tensor, Tensor | None]) -> None:
+        *tensors, ctx.settings, _ = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(
@@ -147,44 +208,78 @@ class _BiasActBackward(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         if grad_grad_x is None and grad_grad_bias is None:
             return None, None, None, None, None
-        grad_y, x, bias = ctx.saved_tensors
-        if grad_grad_x is not None:
-            grad_grad_x = native.dense_as(grad_grad_x, grad_y)
+        tensors = grad_grad_x, grad_grad_bias, *ctx.saved_tensors
         needed = ctx.needs_input_grad[:3]
-        incoming = grad_grad_x, grad_grad_bias
-        return *_BiasActDoubleBackward.apply(*incoming, grad_y, x, bias, ctx.settings, needed), None, None
+        return *library.apply(_BiasActDoubleBackward, *tensors, ctx.settings, needed), None, None
 
 
-class _BiasActDoubleBackward(torch.autograd.Function):
+@library.register(
+    "bias_act_double_backward(Tensor? grad_grad_x, Tensor? grad_grad_bias, Tensor grad_y, Tensor? x, Tensor? bias, "
+    "int? dim, int act, float gain, float clamp, bool[3] needed) -> (Tensor, Tensor, Tensor)"
+)
+class _BiasActDoubleBackward:
+    """Gradients to what `_BiasActBackward` takes, where they are needed."""
+
+    Settings = BiasActSettings
+
     @staticmethod
-    def forward(
-        ctx: Any,
+    def ready(grad_grad_x: Tensor | None, grad_grad_bias: Tensor | None, grad_y: Tensor, *rest: Any) -> tuple[Any, ...]:
+        grad_y, *rest = _BiasActBackward.ready(grad_y, *rest)
+        grad_grad_x = None if grad_grad_x is None else native.dense_as(grad_grad_x, grad_y)
+        grad_grad_bias = None if grad_grad_bias is None else grad_grad_bias.contiguous()
+        return grad_grad_x, grad_grad_bias, grad_y, *rest
+
+    @staticmethod
+    def empty(
         grad_grad_x: Tensor | None,
         grad_grad_bias: Tensor | None,
         grad_y: Tensor,
         x: Tensor | None,
         bias: Tensor | None,
         settings: BiasActSettings,
-        needed: tuple[bool, bool, bool],
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        needed: Sequence[bool],
+    ) -> tuple[Tensor | None, ...]:
         grad_grad_y = torch.empty_like(grad_y) if needed[0] else None
         grad_x = torch.empty_like(grad_y) if needed[1] and settings.curved else None
-        grad_bias, partials = _sums(grad_y, settings) if needed[2] and settings.curved else (None, None)
-        grad_grad_bias = None if grad_grad_bias is None else grad_grad_bias.contiguous()
-        tensors = grad_grad_x, grad_grad_bias, grad_y, x, bias, grad_grad_y, grad_x, grad_bias, partials
-        native.launch("bias_act_double_bwd", tensors, *settings.for_launch(grad_y))
-        if needed[2] and grad_bias is None:
-            # Not None: an optimizer's state moves with a gradient of 0, which is what the reference gives.
-            grad_bias = torch.zeros_like(bias)
+        # Not None: an optimizer's state moves with a gradient of 0, which is what the reference gives.
+        return grad_grad_y, grad_x, settings.like_bias(grad_y) if needed[2] else None
+
+    @staticmethod
+    def run(
+        grad_grad_x: Tensor | None,
+        grad_grad_bias: Tensor | None,
+        grad_y: Tensor,
+        x: Tensor | None,
+        bias: Tensor | None,
+        settings: BiasActSettings,
+        needed: Sequence[bool],
+    ) -> tuple[Tensor | None, ...]:
+        tensors = grad_grad_x, grad_grad_bias, grad_y, x, bias
+        grad_grad_y, grad_x, grad_bias = _BiasActDoubleBackward.empty(*tensors, settings, needed)
+        curvature = grad_bias if settings.curved else None
+        results = grad_grad_y, grad_x, curvature, settings.scratch(grad_y, curvature)
+        native.launch("bias_act_double_bwd", (*tensors, *results), *settings.for_launch(grad_y))
+        if curvature is None and grad_bias is not None:
+            grad_bias.zero_()
         return grad_grad_y, grad_x, grad_bias
+
+    @staticmethod
+    def reference(
+        grad_grad_x: Tensor | None,
+        grad_grad_bias: Tensor | None,
+        grad_y: Tensor,
+        x: Tensor | None,
+        bias: Tensor | None,
+        settings: BiasActSettings,
+        needed: Sequence[bool],
+    ) -> tuple[Tensor | None, ...]:
+        backward = functools.partial(_BiasActBackward.reference, settings=settings, wants_bias=settings.dim is not None)
+        return library.pull_back(backward, (grad_y, x, bias), (grad_grad_x, grad_grad_bias))
+
+    @staticmethod
+    def keep(ctx: Any, inputs: tuple[Any, ...], gradients: tuple[Tensor | None, ...]) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
         raise NotImplementedError('bias_act: only backend="reference" has a third derivative')
-
-
-def _sums(grad_y: Tensor, settings: BiasActSettings) -> tuple[Tensor, Tensor]:
-    """Where the gradient of the bias goes, and the scratch memory of its parts."""
-    grad_bias = grad_y.new_empty(grad_y.shape[settings.dim], dtype=native.compute_dtype(grad_y.dtype))
-    parts = native.extension().bias_act_parts(*settings.for_launch(grad_y)[-3:])
-    return grad_bias, grad_bias.new_empty(parts * grad_bias.numel())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,10 +20,12 @@ from .checks import (
     check_dtype,
     check_no_gradient,
     check_planes,
+    check_positive,
     check_region,
     check_shape,
     check_together,
     check_triton_planes,
+    checked_resample,
     no_second_derivative,
     resolve_deterministic,
 )
@@ -78,7 +79,7 @@ def decode_triplane(
             multiple of 8 and at most 64.
         points: [B, N, 3], in units of the cube's half size. triton: fp32.
         w0, b0: [hidden, C], [hidden], the equalized learning rate folded in. triton: hidden 16 to 128.
-        w1, b1: [out, hidden], [out]. triton: out 2 to 16; the network may be in another dtype than the planes.
+        w1, b1: [out, hidden], [out]. triton: out 2 to 16. Planes and network may be in different dtypes.
         region: Where the planes lie in whole ones, see `sample_triplane`.
         precision: triton: how the factors of the network's products are rounded: "fp32", "tf32" or "fp16" (gradients in
             tf32 then). Sums are fp32. The other backends follow torch's settings.
@@ -86,7 +87,7 @@ def decode_triplane(
             the network are then written once a program and added in a fixed order.
 
     Returns:
-        [B, N, out]: raw colour, raw density last; the wider dtype of planes and network.
+        [B, N, out]: raw colour, raw density last; the widest dtype of planes and network (of fp16 and bf16 fp32).
 
     Derivatives: reference any order, to everything; cpu the first, summed in a fixed order (by the extension where all
         is fp32 or all fp64 and no gradient to points is asked for, else by torch's grid sampler); triton the first, to
@@ -165,7 +166,7 @@ def decode_triplane_rays(
         planes, w0, b0, w1, b1, region, precision, deterministic: See `decode_triplane`.
 
     Returns:
-        [B, R, S, out]: raw colour, raw density last.
+        [B, R, S, out]: raw colour, raw density last; dtype as of `decode_triplane`.
 
     Derivatives: reference any order, to everything; cpu the first; triton the first, to planes and network.
 
@@ -175,7 +176,7 @@ def decode_triplane_rays(
         NotImplementedError: triton: a gradient to rays or t, or a second derivative, is asked for.
     """
     op, rays = "decode_triplane_rays", (ray_origins, ray_directions, t)
-    chosen = _check_rays(op, planes, rays, (w0, b0, w1, b1), cube_scale, region, precision, backend)
+    chosen = check_rays(op, planes, rays, (w0, b0, w1, b1), cube_scale, region, precision, backend)
     if chosen == "triton":
         from ..kernels import decode_triplane as kernels
 
@@ -209,7 +210,8 @@ def decode_triplane_coarse_to_fine(
     The same as two calls; but with triton one backward launch serves both, and one gradient of the planes.
 
     Args:
-        resample: Maps the coarse result [B, R, S, out], detached, to fine t [B, R, K].
+        resample: Maps the coarse result [B, R, S, out], detached, to fine t [B, R, K], dtype and device of t. It must
+            not change any argument in place.
         planes, ray_origins, ray_directions, t, w0, b0, w1, b1, cube_scale, region, precision, deterministic: See
             `decode_triplane_rays`.
 
@@ -219,10 +221,11 @@ def decode_triplane_coarse_to_fine(
     Derivatives: as `decode_triplane_rays`; none through `resample`.
 
     Raises:
-        As `decode_triplane_rays`.
+        As `decode_triplane_rays`; also where `resample` gives something else, or changes what it was given.
     """
     op, rays, network = "decode_triplane_coarse_to_fine", (ray_origins, ray_directions, t), (w0, b0, w1, b1)
-    chosen = _check_rays(op, planes, rays, network, cube_scale, region, precision, backend)
+    chosen = check_rays(op, planes, rays, network, cube_scale, region, precision, backend)
+    resample = checked_resample(op, resample, t, (planes, *rays, *network))
     if chosen == "triton":
         from ..kernels import decode_triplane as kernels
 
@@ -233,12 +236,12 @@ def decode_triplane_coarse_to_fine(
         options = (float(cube_scale), precision)
         return _DecodeCoarseToFine.apply(planes, *rays, resample, *network, region, options, False, decode_triplane_cpu)
     coarse = decode_triplane_rays(planes, *rays, *network, cube_scale, region=region, backend=chosen)
-    t_fine = resample(coarse.detach())
+    t_fine = resample(coarse)
     fine = decode_triplane_rays(planes, *rays[:2], t_fine, *network, cube_scale, region=region, backend=chosen)
     return coarse, t_fine, fine
 
 
-def _check_rays(
+def check_rays(
     op: str,
     planes: Tensor,
     rays: tuple[Tensor, Tensor, Tensor],
@@ -257,8 +260,7 @@ def _check_rays(
     check_shape(op, "ray_origins", rays["ray_origins"], (planes.shape[0], "R", 3))
     check_shape(op, "ray_directions", rays["ray_directions"], tuple(rays["ray_origins"].shape))
     check_shape(op, "t", rays["t"], (planes.shape[0], rays["ray_origins"].shape[1], "S"))
-    if not (math.isfinite(cube_scale) and cube_scale > 0):
-        raise ValueError(f"{op}: cube_scale must be finite and positive (it divides the points), got {cube_scale}")
+    check_positive(op, "cube_scale", cube_scale)
     check_choice(op, "precision", precision, PRECISIONS)
     chosen = resolve("decode_triplane", backend, planes.device.type)
     if chosen == "triton":

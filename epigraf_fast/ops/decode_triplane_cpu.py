@@ -64,7 +64,8 @@ def bwd(
     grad_planes = torch.empty_like(planes, memory_format=torch.channels_last) if needs_planes else None
     network = None
     if needs_network:
-        network = torch.empty_like(w0), torch.empty_like(b0), torch.empty_like(w1), w1.new_empty(len(w1))
+        # Not `empty_like`, which keeps the strides of a transposed matrix.
+        network = tuple(w0.new_empty(shape) for shape in (w0.shape, b0.shape, w1.shape, (len(w1),)))
     tensors = _dense(planes, origins, directions, t, w0, b0, w1)
     results = grad_planes, *(network or (None,) * 4)
     sizes = _sizes(planes, origins, t, w0, w1, cube_scale)

@@ -11,11 +11,11 @@ import importlib
 import os
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from .library import constant
 from .ranges import annotate
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}  # as in csrc/common.h
@@ -37,6 +37,7 @@ def extension() -> ModuleType | str:
         return f"the extension does not load ({error}): {BUILD}"
 
 
+@constant
 def lacking(backend: str) -> str | None:
     """Why the backend, cpu or cuda, cannot be used; None if it can."""
     module = extension()
@@ -61,8 +62,13 @@ def launch(name: str, tensors: Sequence[Tensor | None], *numbers: float) -> None
         tensors: Passed as their addresses, None as a null pointer.
         numbers: What follows them, a dtype by its code in `DTYPES`.
     """
-    addresses = [0 if x is None else x.data_ptr() for x in tensors]
-    device = next(x.device for x in tensors if x is not None)
+    addresses = []
+    for x in tensors:
+        if x is None:
+            addresses.append(0)
+        else:
+            addresses.append(x.data_ptr())
+            device = x.device
     if device.type == "cpu":
         with annotate(name):
             _launcher(name, "cpu")(*addresses, *numbers, torch.get_num_threads())
@@ -81,26 +87,6 @@ def on_gpu(x: Tensor) -> bool:
     return x.is_cuda
 
 
-def records(*tensors: Tensor | None) -> bool:
-    """Whether autograd records what is done with them: else a launch needs no Function around it."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-
-
-class _Unrecorded:
-    """The `ctx` of a Function that autograd does not record: what is kept for a backward is kept nowhere."""
-
-    def save_for_backward(self, *tensors: Tensor | None) -> None:
-        pass
-
-    def set_materialize_grads(self, value: bool) -> None:
-        pass
-
-
-def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """`function.apply`, and where autograd records nothing, as in most backwards, only what that computes."""
-    return function.apply(*args) if torch.is_grad_enabled() else function.forward(_Unrecorded(), *args)
-
-
 def dense(x: Tensor) -> Tensor:
     """x in contiguous or channels-last memory: as it is, or copied."""
     if x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)):
@@ -113,3 +99,12 @@ def dense_as(x: Tensor, like: Tensor) -> Tensor:
     if x.stride() == like.stride():
         return x
     return torch.empty_like(like, dtype=x.dtype).copy_(x)
+
+
+def contiguous(*vectors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if v is None else v.contiguous() for v in vectors)
+
+
+def like(vector: Tensor | None, needed: bool = True) -> Tensor | None:
+    """Memory for a gradient, where there is one."""
+    return None if vector is None or not needed else torch.empty_like(vector)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..reference.upfirdn2d import upfirdn2d as _reference
-from . import native
+from . import library, native
 from .backends import resolve
 from .bias_act import BiasActSettings, bias_act_backward
-from .checks import check_clamp, check_dtype, check_shape, check_together
+from .checks import check_clamp, check_dtype, check_finite, check_integers, check_shape, check_together
 
 
 def upfirdn2d(
@@ -40,7 +40,7 @@ def upfirdn2d(
         up, down: Integers of at least 1.
         padding: One number, or (x before, x after, y before, y after), in upsampled samples; negative numbers crop.
         flip: False convolves, True correlates.
-        gain: Multiplies the 2-D filter.
+        gain: Multiplies the 2-D filter; finite.
         added: [B, C, H', W'], of the dtype of x, or fp16.
         bias: [C], of `added`.
         clamp: Positive, or None, of `added`. The gradient is 0 where clipped.
@@ -52,19 +52,23 @@ def upfirdn2d(
         kernel. A call without a named backend takes the reference where a gradient to the kernel is asked for.
 
     Raises:
-        ValueError, TypeError: Wrong ranks, dtypes, devices, factors; nothing left to filter; unknown or missing
-            backend.
+        ValueError, TypeError: Wrong ranks, dtypes, devices, factors; a gain that is not finite, a clamp that is not
+            positive; nothing left to filter; unknown or missing backend.
         NotImplementedError: cpu, cuda: a gradient to the kernel is asked for.
     """
     check_together("upfirdn2d", x=x, kernel=kernel, added=added, bias=bias)
     check_shape("upfirdn2d", "x", x, ("B", "C", "H", "W"))
     if kernel.ndim not in (1, 2) or kernel.numel() == 0:
         raise ValueError(f"upfirdn2d: kernel must have shape [k] or [kh, kw], got {list(kernel.shape)}")
+    check_integers("upfirdn2d", up=up, down=down)
     if up < 1 or down < 1:
         raise ValueError(f"upfirdn2d: up and down must be at least 1, got {up} and {down}")
-    padding = (padding,) * 4 if isinstance(padding, int) else tuple(padding)
+    padding = tuple(padding) if isinstance(padding, Sequence) else (padding,) * 4
     if len(padding) != 4:
         raise ValueError(f"upfirdn2d: padding must be one number or four (x, x, y, y), got {len(padding)}")
+    for pad in padding:
+        check_integers("upfirdn2d", padding=pad)
+    check_finite("upfirdn2d", "gain", gain)
     width = x.shape[3] * up + padding[0] + padding[1] - kernel.shape[-1]
     height = x.shape[2] * up + padding[2] + padding[3] - kernel.shape[0]
     if width < 0 or height < 0:
@@ -81,28 +85,27 @@ def upfirdn2d(
         raise ValueError("upfirdn2d: added must be given where bias or clamp is, got None")
     if bias is not None:
         check_shape("upfirdn2d", "bias", bias, (x.shape[1],))
-    check_clamp("upfirdn2d", clamp)
+    clamp = check_clamp("upfirdn2d", clamp)
     chosen = resolve("upfirdn2d", backend, x.device.type)
-    if kernel.requires_grad and torch.is_grad_enabled() and chosen != "reference":
+    route = library.route(x, kernel, added, bias)
+    if "reference" not in (chosen, route) and kernel.requires_grad and torch.is_grad_enabled():
         if backend is not None:
             raise NotImplementedError(
                 f'upfirdn2d: backend "{backend}" has no gradient to kernel; use backend="reference", or detach kernel'
             )
         chosen = "reference"
-    if chosen == "reference":
+    if "reference" in (chosen, route):
         added_too = {"added": added, "bias": bias, "clamp": clamp}
         return _reference(x, kernel, up=up, down=down, padding=padding, flip=flip, gain=gain, **added_too)
     check_dtype("upfirdn2d", "x", x, tuple(native.DTYPES), f'backend is "{chosen}"')
-    kernel = kernel.detach().to(native.compute_dtype(x.dtype)).contiguous()
+    dtype = native.compute_dtype(x.dtype)
+    kernel = kernel.detach() if kernel.dtype == dtype else kernel.detach().to(dtype)
     settings = _Settings(size, up, down, (padding[0], padding[2]), flip, float(gain))
-    x = native.dense(x)
     if added is None:
-        return _UpFirDn2d.apply(x, kernel, settings) if native.records(x) else _launch(x, kernel, settings)
-    bias = None if bias is None else bias.to(native.compute_dtype(x.dtype)).contiguous()
-    of_added = BiasActSettings(None if bias is None else 1, 0, 1.0, math.inf if clamp is None else float(clamp))
-    if native.records(x, added, bias):
-        return _UpFirDn2dAndAdd.apply(x, kernel, added, bias, settings, of_added)
-    return _launch(x, kernel, settings, added, bias, of_added.clamp)
+        return library.call(route, _UpFirDn2d, x, kernel, settings)
+    bias = None if bias is None else bias.to(dtype)
+    limit = math.inf if clamp is None else float(clamp)
+    return library.call(route, _UpFirDn2dAndAdd, x, kernel, added, bias, settings, limit)
 
 
 class _Settings(NamedTuple):
@@ -118,66 +121,103 @@ class _Settings(NamedTuple):
         padding = kernel.shape[-1] - 1 - self.padding[0], kernel.shape[0] - 1 - self.padding[1]
         return _Settings(size, self.down, self.up, padding, not self.flip, self.gain)
 
+    def behind(self, size: Sequence[int], kernel: Tensor) -> tuple[int, int, int, int]:
+        """Padding of x of this size, before and behind, which gives the size of the output."""
+        (height, width), taps = size, (kernel.shape[0], kernel.shape[-1])
+        x_after = (self.size[1] - 1) * self.down + taps[1] - width * self.up - self.padding[0]
+        y_after = (self.size[0] - 1) * self.down + taps[0] - height * self.up - self.padding[1]
+        return self.padding[0], x_after, self.padding[1], y_after
+
 
 def _launch(
-    x: Tensor,
-    kernel: Tensor,
-    settings: _Settings,
-    added: Tensor | None = None,
-    bias: Tensor | None = None,
-    clamp: float = math.inf,
+    x: Tensor, kernel: Tensor, added: Tensor | None, bias: Tensor | None, settings: _Settings, clamp: float
 ) -> Tensor:
-    """x is dense; kernel and bias are contiguous, and of the dtype that is computed in."""
-    channels_last = not x.is_contiguous()
-    y = torch.empty(
-        (*x.shape[:2], *settings.size),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
-    )
+    y = _UpFirDn2d.empty(x, kernel, settings)
     added = None if added is None else native.dense_as(added, y)
     dtypes = native.DTYPES[x.dtype], native.DTYPES[x.dtype if added is None else added.dtype]
     taps = kernel.shape[0], kernel.shape[-1]
-    flags = kernel.ndim == 1, channels_last, settings.flip
+    flags = kernel.ndim == 1, not x.is_contiguous(), settings.flip
     sizes = *x.shape, *settings.size, *taps
     factors = settings.up, settings.down, *settings.padding, settings.gain
     native.launch("upfirdn2d", (x, kernel, added, bias, y), *dtypes, *sizes, *flags, *factors, clamp)
     return y
 
 
-class _UpFirDn2d(torch.autograd.Function):
-    """The map is linear: its gradient is the adjoint map, and so on to any order."""
+@library.register(
+    "upfirdn2d(Tensor x, Tensor kernel, "
+    "SymInt[2] size, int up, int down, SymInt[2] padding, bool flip, float gain) -> Tensor"
+)
+class _UpFirDn2d:
+    """The map is linear: its gradient is the adjoint map, and so on to any order. The kernel is in what is computed."""
+
+    Settings = _Settings
+    constants = ("kernel",)
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kernel: Tensor, settings: _Settings) -> Tensor:
-        ctx.settings, ctx.size = settings, x.shape[2:]
+    def ready(x: Tensor, kernel: Tensor, settings: _Settings) -> tuple[Any, ...]:
+        return native.dense(x), kernel.contiguous(), settings
+
+    @staticmethod
+    def empty(x: Tensor, kernel: Tensor, settings: _Settings) -> Tensor:
+        return torch.empty(
+            (*x.shape[:2], *settings.size),
+            dtype=x.dtype,
+            device=x.device,
+            memory_format=torch.contiguous_format if x.is_contiguous() else torch.channels_last,
+        )
+
+    @staticmethod
+    def run(x: Tensor, kernel: Tensor, settings: _Settings) -> Tensor:
+        return _launch(x, kernel, None, None, settings, math.inf)
+
+    @staticmethod
+    def reference(x: Tensor, kernel: Tensor, settings: _Settings) -> Tensor:
+        up, down, padding = settings.up, settings.down, settings.behind(x.shape[2:], kernel)
+        return _reference(x, kernel, up=up, down=down, padding=padding, flip=settings.flip, gain=settings.gain)
+
+    @staticmethod
+    def keep(ctx: Any, inputs: tuple[Any, ...], y: Tensor) -> None:
+        x, kernel, ctx.settings = inputs
+        ctx.size = x.shape[2:]
         ctx.save_for_backward(kernel)
-        return _launch(x, kernel, settings)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None]:
         (kernel,) = ctx.saved_tensors
-        grad_x = native.apply(_UpFirDn2d, native.dense(grad_y), kernel, ctx.settings.adjoint(ctx.size, kernel))
-        return grad_x, None, None
+        return library.apply(_UpFirDn2d, grad_y, kernel, ctx.settings.adjoint(ctx.size, kernel)), None, None
 
 
-class _UpFirDn2dAndAdd(torch.autograd.Function):
-    """What is added has the derivatives of `bias_act`."""
+@library.register(
+    "upfirdn2d_add(Tensor x, Tensor kernel, Tensor added, Tensor? bias, "
+    "SymInt[2] size, int up, int down, SymInt[2] padding, bool flip, float gain, float clamp) -> Tensor"
+)
+class _UpFirDn2dAndAdd:
+    """What is added, which is dense, has the derivatives of `bias_act`."""
+
+    Settings = _Settings
+    constants = ("kernel",)
+    run = staticmethod(_launch)
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        kernel: Tensor,
-        added: Tensor,
-        bias: Tensor | None,
-        settings: _Settings,
-        of_added: BiasActSettings,
-    ) -> Tensor:
-        y = _launch(x, kernel, settings, added, bias, of_added.clamp)
-        ctx.settings, ctx.of_added, ctx.size, ctx.dtype = settings, of_added, x.shape[2:], added.dtype
-        ctx.save_for_backward(kernel, *((None, None) if of_added.constant else (added, bias)))
-        return y
+    def ready(x: Tensor, kernel: Tensor, added: Tensor, bias: Tensor | None, *settings: Any) -> tuple[Any, ...]:
+        return (
+            native.dense(x),
+            kernel.contiguous(),
+            native.dense(added),
+            None if bias is None else bias.contiguous(),
+            *settings,
+        )
+
+    @staticmethod
+    def empty(x: Tensor, kernel: Tensor, added: Tensor, bias: Tensor | None, settings: _Settings, _: float) -> Tensor:
+        return _UpFirDn2d.empty(x, kernel, settings)
+
+    @staticmethod
+    def keep(ctx: Any, inputs: tuple[Any, ...], y: Tensor) -> None:
+        x, kernel, added, bias, ctx.settings, clamp = inputs
+        ctx.of_added = BiasActSettings(None if bias is None else 1, 0, 1.0, clamp)
+        ctx.size, ctx.dtype = x.shape[2:], added.dtype
+        ctx.save_for_backward(kernel, *((None, None) if ctx.of_added.constant else (added, bias)))
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
@@ -185,7 +225,7 @@ class _UpFirDn2dAndAdd(torch.autograd.Function):
         needs = ctx.needs_input_grad
         grad_x = grad_added = grad_bias = None
         if needs[0]:
-            grad_x = native.apply(_UpFirDn2d, native.dense(grad_y), kernel, ctx.settings.adjoint(ctx.size, kernel))
+            grad_x = library.apply(_UpFirDn2d, grad_y, kernel, ctx.settings.adjoint(ctx.size, kernel))
         if needs[2] or needs[3]:
             grad_added, grad_bias = bias_act_backward(grad_y.to(ctx.dtype), added, bias, ctx.of_added, needs[3])
         return grad_x, None, grad_added, grad_bias, None, None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -27,13 +29,15 @@ def decode_triplane(
         region: See `sample_triplane`.
 
     Returns:
-        [B, N, out]: raw colour, then raw density last.
+        [B, N, out]: raw colour, then raw density last; the widest dtype of planes and network.
     """
     return decode_features(sample_triplane(planes, points, region), w0, b0, w1, b1)
 
 
 def decode_features(features: Tensor, w0: Tensor, b0: Tensor, w1: Tensor, b1: Tensor) -> Tensor:
-    """The network alone: [B, N, C] -> [B, N, out]."""
+    """The network alone: [B, N, C] -> [B, N, out], in the widest dtype of all."""
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in (features, w0, b0, w1, b1)))
+    features, w0, b0, w1, b1 = (x.to(dtype) for x in (features, w0, b0, w1, b1))
     hidden = torch.nn.functional.linear(features, w0, b0)
     hidden = torch.nn.functional.leaky_relu(hidden, 0.2) * 2**0.5
     return torch.nn.functional.linear(hidden, w1, b1)

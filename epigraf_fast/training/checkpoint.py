@@ -95,8 +95,9 @@ def save_checkpoint(
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # the latter is how torch's writer wraps the former
-        reason = error.strerror if isinstance(error, OSError) else str(error).strip().splitlines()[0][:120]
+    except (OSError, RuntimeError) as error:  # torch's writer raises the latter while it handles the former
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = cause.strerror if isinstance(cause, OSError) else str(error).strip().splitlines()[0][:120]
         kept = list_checkpoints(run_dir)
         last = f"the last one is {kept[-1].name}" if kept else "there is none yet"
         raise SaveError(f"checkpoint {path} could not be written ({reason}): make room; {last}") from None

@@ -7,6 +7,7 @@ import dataclasses
 import math
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -21,11 +22,13 @@ from .step import Trainer
 
 Result = TypeVar("Result")
 
+TOO_LARGE = "can't allocate memory", "Storage size calculation overflowed", "integer multiplication overflow"
+REPEATED = 0.5  # seconds in which signals are one: those who start programs pass them on, beside the terminal
 USABLE = 0.9  # of a device's memory: libraries and fragments take the rest
 
 
 class StopRequest:
-    """SIGTERM and Ctrl-C, in the block of this context manager.
+    """Ctrl-C, SIGTERM and a terminal that is closed, in the block of this context manager.
 
     Before training begins they interrupt at once, by `Stopped`. From then on they are kept in `signal` until the loop
     has come to the end of a step, saves and leaves; but what `at_once` does they interrupt. A second Ctrl-C ends the
@@ -36,10 +39,13 @@ class StopRequest:
     """
 
     def __init__(self, talks: bool = True) -> None:
-        self.signal, self.talks, self.patient = 0, talks, False
+        self.signal, self.talks, self.patient, self.hears = 0, talks, False, True
 
     def __enter__(self) -> StopRequest:
-        self.before = {number: signal.signal(number, self._asked) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+            numbers.append(signal.SIGHUP)
+        self.before = {number: signal.signal(number, self._asked) for number in numbers}
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -47,7 +53,11 @@ class StopRequest:
             signal.signal(number, handler or signal.SIG_DFL)  # None: not Python's
 
     def _asked(self, number: int, frame: object) -> None:
-        self.signal = number
+        if not self.hears:
+            return
+        self.signal, self.hears = number, False
+        time.sleep(REPEATED)
+        self.hears = True
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         if not self.patient:
             raise Stopped(number)
@@ -96,15 +106,20 @@ def explain_out_of_memory(config: Config, label_dim: int, device: torch.device, 
         if not is_out_of_memory(error):
             raise
         available = device_bytes(device)
-        fits = micro_batch_that_fits(config, label_dim, available)
+        try:
+            fits = micro_batch_that_fits(config, label_dim, available)
+        except RuntimeError:  # there is no tensor that large
+            fits = None
         advice = f"set --micro-batch {fits}" if fits else "not even one image fits: make the networks smaller"
         memory = f"{available / 2**30:.1f} GiB of {device}"
         raise UserError(f"a micro-batch of {config.micro} needs more memory than the {memory}: {advice}") from None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of a GPU or of the CPU, whose allocator of torch raises a plain RuntimeError."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    """Of a GPU or of the CPU, whose allocator of torch raises a plain RuntimeError; or more than any memory."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return any(words in str(error) for words in TOO_LARGE)
 
 
 def device_bytes(device: torch.device) -> int:

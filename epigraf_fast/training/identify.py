@@ -38,7 +38,7 @@ def what_else(path: Path) -> str | None:
 def _folder(path: Path) -> str | None:
     names = sorted(entry.name for entry in path.iterdir())
     pickles = [name for name in names if name.endswith(".pkl")]
-    if any(name.startswith("checkpoint-") and name.endswith(".pt") for name in names):
+    if any(path.glob("checkpoint-*.pt")) or any(path.glob("checkpoints/*.pt")):
         return None
     if "G_ema.safetensors" in names:
         return "the folder of a generator alone (G_ema.safetensors)"

@@ -17,6 +17,7 @@ from typing import IO
 from ..errors import UserError
 from .distributed import World
 from .files import TEMPORARY, cannot_write
+from .progress import say
 
 FILE = ".lock"
 ATTEMPTS = 10
@@ -76,14 +77,16 @@ def _take(run_dir: Path, job: str) -> IO[str] | None:
                 "--run-dir"
             ) from None
         except OSError as error:
-            print(
+            say(
                 f"warning: {run_dir} has no locks ({error.strerror}): no other run may write there at the same time",
-                file=sys.stderr,
+                sys.stderr,
             )
             return file
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             break
         file.close()  # its former holder has removed it meanwhile
+    else:
+        raise cannot_write(run_dir, OSError("other runs begin and end there all the time"))
     with contextlib.suppress(OSError):  # on a full disk the lock has no name
         file.truncate(0)
         since = datetime.datetime.now().astimezone().isoformat(" ", "seconds")

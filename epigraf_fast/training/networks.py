@@ -26,12 +26,8 @@ def find_device(name: str | None) -> torch.device:
     if name.startswith("cuda"):
         if not torch.cuda.is_available():
             raise UserError("device is cuda, but torch sees no GPU: see python -m epigraf_fast.doctor")
-        gpus = torch.cuda.device_count()
-        if int(name.partition(":")[2] or 0) >= gpus:
-            raise UserError(
-                f"device is {name}, but torch sees {gpus} GPUs: name one up to cuda:{gpus - 1}, and start at most "
-                f"{gpus} processes on this machine"
-            )
+        if int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
+            raise UserError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs, counted from cuda:0")
     return torch.device(name)
 
 

@@ -13,6 +13,7 @@ import torch
 
 from ..ops import ranges as op_ranges
 from .files import replacing
+from .progress import say
 
 TRACE_SKIPS = 5  # iterations before the trace: compilations, and the first regularization
 TRACE_ITERATIONS = 3
@@ -64,7 +65,7 @@ def traced(path: Path | None) -> Iterator[None]:
                 finally:
                     half.unlink(missing_ok=True)
         except OSError as error:
-            print(f"warning: {path} cannot be written ({error.strerror}); training goes on", file=sys.stderr)
+            say(f"warning: {path} cannot be written ({error.strerror}); training goes on", sys.stderr)
 
     @contextlib.contextmanager
     def count(name: str) -> Iterator[None]:

@@ -6,7 +6,7 @@ import contextlib
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 QUIET = 2.0  # seconds that something may take before it is shown
 INTERVAL, LOG_INTERVAL = 1.0, 60.0  # seconds between two signs of life: on a terminal, in a file
@@ -15,7 +15,9 @@ Item = TypeVar("Item")
 
 
 @contextlib.contextmanager
-def waiting(what: str, total: int | None = None, unit: str = "it") -> Iterator[Callable[[], None]]:
+def waiting(
+    what: str, total: int | None = None, unit: str = "it", *, shown: bool = True
+) -> Iterator[Callable[[], None]]:
     """Shows what a block does where that takes more than two seconds: for how long already, and how far it is.
 
     A thread of its own draws, so that also one slow call is seen to go on.
@@ -24,6 +26,9 @@ def waiting(what: str, total: int | None = None, unit: str = "it") -> Iterator[C
         total: How often the block will call what it is given; None if it is one call that nobody can look into.
     """
     count, ended = 0, threading.Event()
+    if not shown:  # by one of many processes
+        yield lambda: None
+        return
 
     def advance() -> None:
         nonlocal count
@@ -36,11 +41,14 @@ def waiting(what: str, total: int | None = None, unit: str = "it") -> Iterator[C
             return
         interval = INTERVAL if sys.stderr.isatty() else LOG_INTERVAL
         form = "{desc} [{elapsed}]" if total is None else None
-        with contextlib.suppress(OSError), tqdm(desc=what, total=total, unit=unit, bar_format=form, leave=False) as bar:
+        look = {"desc": what, "total": total, "unit": unit, "bar_format": form, "leave": False, "delay": 1e-9}
+        with contextlib.suppress(OSError), tqdm(**look) as bar:
             bar.start_t -= QUIET
-            while not ended.wait(interval):
-                bar.update(count - bar.n)
+            while True:
+                bar.n = count
                 bar.refresh()
+                if ended.wait(interval):
+                    break
 
     thread = threading.Thread(target=show, daemon=True)
     thread.start()
@@ -57,3 +65,9 @@ def progress(items: Iterable[Item], total: int, what: str, unit: str = "batch") 
         for item in items:
             yield item
             advance()
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Prints a line, if that can be written."""
+    with contextlib.suppress(OSError):
+        print(text, file=stream or sys.stdout, flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -31,6 +32,7 @@ class Record:
         self.config, self.trainer, self.run_dir = config, trainer, Path(config.run_dir)
         self.remarks = dataset.remarks()
         self.log: RunLog | None = None
+        self.first_step = contextlib.ExitStack()  # says that it takes its time: kernels are compiled, workers started
         if trainer.world.rank == 0:
             for folder in ("checkpoints", "samples", "tensorboard"):
                 require_writable(self.run_dir / folder)
@@ -47,22 +49,25 @@ class Record:
 
     def begin(self) -> None:
         """What should be known of the data, and what is there before the first step of a new run."""
+        if self.log is None:
+            return
         for remark in self.remarks:
             self.say(f"warning: {remark}")
-        if self.log is not None:
-            trainer = self.trainer
-            line = announcement(self.config, trainer.angles, trainer.cur_nimg, trainer.share, trainer.micro)
-            if line is not None:
-                self.say(line)
-        if self.log is not None and self.trainer.cur_nimg == 0:
+        trainer = self.trainer
+        line = announcement(self.config, trainer.angles, trainer.cur_nimg, trainer.share, trainer.micro)
+        if line is not None:
+            self.say(line)
+        if self.trainer.cur_nimg == 0:
             with self.log.pause():
                 self.say(f"real images:     {self.snapshots.reals()}")
                 self.say(f"initial samples: {self.snapshots.grids(0)[0]}")
             if self.config.metric_images:
                 self.measure()
+        self.first_step.enter_context(waiting("the first step"))
 
     def advance(self) -> None:
         """Moves the bar."""
+        self.first_step.close()
         if self.log is not None:
             self.log.advance(self.trainer.cur_nimg)
 
@@ -121,5 +126,6 @@ class Record:
                 self.measure()
 
     def close(self) -> None:
+        self.first_step.close()
         if self.log is not None:
             self.log.close()

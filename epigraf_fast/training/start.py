@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import random
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from ..errors import CheckpointError, UserError
 from .checkpoint import check_resumable, find_checkpoint, load_checkpoint, set_random_state
 from .distributed import World
 from .endurance import explain_out_of_memory
-from .progress import waiting
+from .memory import keep_freed_memory
+from .networks import choose_backends, find_device, set_arithmetic
+from .progress import say, waiting
 from .step import Trainer
 
 # Settings that each process may have its own of: where its machine keeps things, and how it reads them.
@@ -26,6 +29,29 @@ OWN = ("data", "run_dir", "inception", "device", "loader.workers")
 IMAGES = 16  # of the data set that are compared
 
 Facts = dict[str, dict[str, Any]]
+
+
+def pick_device(config: Config, world: World) -> torch.device:
+    """The device to train on, with the arithmetic that the precision asks for switched on."""
+    device = find_device(config.device)
+    if device.type == "cpu" and config.precision != "fp32":
+        raise UserError(f"precision {config.precision} needs a GPU, a CPU computes in fp32: set --precision fp32")
+    if device.type == "cpu" and config.cuda_graphs:
+        raise UserError("cuda_graphs needs a GPU, a CPU has nothing to record: leave --cuda-graphs out")
+    choose_backends(config, device.type)
+    set_arithmetic(config)
+    if device.type == "cpu":
+        keep_freed_memory()
+    if device.type == "cuda" and world.size > 1:
+        gpus = torch.cuda.device_count()
+        if world.local_rank >= gpus:
+            raise UserError(
+                f"LOCAL_RANK is {world.local_rank}, but torch sees {gpus} GPUs on this machine: start at most {gpus} "
+                f"processes there (torchrun --nproc_per_node {gpus})"
+            )
+        device = torch.device("cuda", world.local_rank)
+        torch.cuda.set_device(device)
+    return device
 
 
 def require_same(
@@ -55,16 +81,12 @@ def require_same(
 
 def facts(config: Config, dataset: ImageDataset, device: torch.device, dry_run: bool) -> Facts:
     """What has to be the same in all processes, by the advice on what differs."""
-    code = hashlib.sha256()
-    package = Path(__file__).resolve().parents[1]
-    for path in sorted(package.rglob("*.py")):
-        code.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
     places = torch.linspace(0, len(dataset) - 1, min(len(dataset), IMAGES)).long().tolist()
     return {
         "install the same everywhere": {
             "torch": torch.__version__,
             "epigraf_fast": __version__,
-            "the checksum of epigraf_fast's code": code.hexdigest()[:16],
+            "the checksum of epigraf_fast's code": _code(),
         },
         "give every process the same settings": {
             "dry_run": dry_run,
@@ -80,6 +102,16 @@ def facts(config: Config, dataset: ImageDataset, device: torch.device, dry_run: 
     }
 
 
+def _code() -> str:
+    """A checksum of the package's sources, wherever they are installed."""
+    package = Path(__file__).resolve().parents[1]
+    sources = {path.relative_to(package).as_posix(): path for path in package.rglob("*.py")}
+    kernels = importlib.util.find_spec(f"{package.name}.kernels")  # which a checkout has beside the package
+    for place in (kernels and kernels.submodule_search_locations) or []:
+        sources |= {f"kernels/{path.name}": path for path in Path(place).glob("*.py")}
+    return checksum({name: path.read_bytes() for name, path in sources.items()})
+
+
 def build(config: Config, dataset: ImageDataset, device: torch.device, resume: str | None, world: World) -> Trainer:
     """A trainer at the beginning of a run, or where a checkpoint left one; in all processes in the same state.
 
@@ -90,7 +122,7 @@ def build(config: Config, dataset: ImageDataset, device: torch.device, resume: s
         UserError: Nothing to resume from, or another process knows more of the run than rank 0, which writes.
     """
     checkpoint, stored_config, stored = None, config, None
-    with world.together(), waiting("reading the checkpoint"):
+    with world.together(), waiting("reading the checkpoint", shown=world.rank == 0):
         try:
             checkpoint = find_checkpoint(resume, Path(config.run_dir))
             if checkpoint is not None:
@@ -106,7 +138,7 @@ def build(config: Config, dataset: ImageDataset, device: torch.device, resume: s
             f"checkpoints of rank {rank} into the --run-dir of rank 0"
         )
     random_states, changes = [], []
-    with world.together(), waiting("building the networks"):
+    with world.together(), waiting("building the networks", shown=world.rank == 0):
         random.seed(config.seed)
         np.random.seed(config.seed)  # noqa: NPY002 - libraries draw from it
         torch.manual_seed(config.seed)
@@ -119,7 +151,7 @@ def build(config: Config, dataset: ImageDataset, device: torch.device, resume: s
     if world.size > 1:
         random_states = _align(trainer, random_states)
     if world.rank == 0 and checkpoint is not None:
-        print(f"continuing from {checkpoint}", *changes, sep="\n  ")
+        say("\n  ".join([f"continuing from {checkpoint}", *changes]))
     if random_states:
         set_random_state(random_states[world.rank % len(random_states)])
     if len(random_states) != world.size:  # else every process goes on exactly where it was
@@ -130,7 +162,7 @@ def build(config: Config, dataset: ImageDataset, device: torch.device, resume: s
 def _align(trainer: Trainer, random_states: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Gives the state of rank 0 to those that have another one; returns its random states."""
     world = trainer.world
-    with waiting("comparing the processes"):
+    with waiting("comparing the processes", shown=world.rank == 0):
         sums = world.exchange(checksum([trainer.state_dict(), random_states]))
         others = [rank for rank, value in enumerate(sums) if value != sums[0]]
         if not others:
@@ -140,7 +172,7 @@ def _align(trainer: Trainer, random_states: list[dict[str, Any]]) -> list[dict[s
         trainer.load_state_dict(content["trainer"])
     if world.rank == 0:
         ranks = f"rank{'s' * (len(others) > 1)} {', '.join(map(str, others))}"
-        print(f"{ranks}: no checkpoint of {trainer.cur_nimg} images, or another one; taken is the state of rank 0")
+        say(f"{ranks}: no checkpoint of {trainer.cur_nimg} images, or another one; taken is the state of rank 0")
     return content["random"]
 
 

@@ -15,7 +15,7 @@ from ..config import Config
 from ..models.decoder import Decoder
 from ..ops import tuning
 from .files import replacing
-from .progress import waiting
+from .progress import say, waiting
 from .step import Trainer
 
 FILE = "kernels.json"
@@ -89,12 +89,12 @@ def choose_kernels(
                 tuning.import_choices(stored["choices"])
                 return False
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            print(f"{path} is damaged or of another version, the kernels are timed anew: {error}")
+            say(f"{path} is damaged or of another version, the kernels are timed anew: {error}")
     with waiting("timing the kernels"):
         tuning.tune_decode_triplane(*rays, *network, cube_scale, precision=precision, timer=timer)
     try:
         with replacing(path) as temporary:  # processes of one run never see half a file
             temporary.write_text(json.dumps({"device": name, "choices": tuning.export_choices()}, indent=2) + "\n")
     except OSError as error:
-        print(f"warning: {path} cannot be written ({error.strerror}): the next start times the kernels again")
+        say(f"warning: {path} cannot be written ({error.strerror}): the next start times the kernels again")
     return True

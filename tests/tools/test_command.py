@@ -252,9 +252,11 @@ with command.running(), command.output(Path(sys.argv[1]) / "a" / "x.txt") as par
     {body}
 """
 SWALLOWED = """
-    ready()
+    say = ready
     while True:
         try:
+            say()
+            say = lambda: None
             sleep()
         except KeyboardInterrupt:
             print("swallowed", flush=True)
@@ -380,6 +382,27 @@ def test_ctrl_c_while_torch_is_loaded_is_one_line(tool: str, tmp_path: Path) -> 
     assert end(process) == (130, "interrupted\n")
 
 
+def test_a_terminal_sees_that_torch_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("import time\ntime.sleep(600)\n")
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "epigraf_fast.render", "--help"],
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+    )
+    try:
+        read_until(ours, "starting ... ")
+        process.send_signal(signal.SIGINT)
+        read_until(ours, "\ninterrupted\r\n")
+        assert process.wait(timeout=120) == 130
+    finally:
+        process.kill()
+        os.close(ours)
+        os.close(theirs)
+
+
 def test_a_library_keeps_the_signals_of_its_program() -> None:
     program = "import signal, epigraf_fast; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -393,7 +416,7 @@ def read_until(descriptor: int, *words: str) -> str:
     """What is written to a terminal until all words have come, or for two minutes."""
     text, deadline = "", time.monotonic() + 120
     while not all(word in text for word in words):
-        assert time.monotonic() < deadline, text
+        assert time.monotonic() < deadline, text[-200:]
         text += os.read(descriptor, 1000).decode()
     return text
 
@@ -410,7 +433,7 @@ def test_a_terminal_shows_what_it_is_and_how_far(monkeypatch: pytest.MonkeyPatch
             bar.update(7)
             read_until(ours, "images: ", "| 7/10 [")
         with Progress(range(3), "outer"), command.waiting("reading"):
-            read_until(ours, "reading ... 0 s")
+            read_until(ours, "outer: 0/3 [", ", reading ... 0 s")
         time.sleep(0)  # the thread has ended, its line is cleared
         assert os.read(ours, 1000).decode().endswith("\r\x1b[K")
     os.close(ours)
@@ -478,6 +501,12 @@ def test_bounds() -> None:
     assert arguments.real()("-1e300") == -1e300
     assert refusal(arguments.real(), "inf") == "must be a finite number, got inf"
     assert refusal(arguments.real(0), "-1") == "must be a finite number of at least 0, got -1"
+
+
+def test_negative_numbers_are_no_flags() -> None:
+    parser = arguments.Parser("x", None)
+    parser.add_argument("--yaw", type=arguments.real(), nargs="+")
+    assert parser.parse_args(["--yaw", "-1", "-.5", "-1e-3", "-2.E+1"]).yaw == [-1, -0.5, -0.001, -20]
 
 
 def test_faults_of_a_command_line_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:

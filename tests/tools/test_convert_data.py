@@ -475,6 +475,28 @@ def test_16_bit_grey_stays_grey(nerf: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(pixels, np.broadcast_to((grey >> 8)[..., None], (20, 20, 3)))
 
 
+@pytest.mark.parametrize("mode", ["L", "P", "1", "palette with a hole"])
+def test_grey_and_palettes_are_what_they_show(nerf: Path, tmp_path: Path, mode: str) -> None:
+    """Copied, or resized from the colours they stand for; a transparent entry is white."""
+    pixels = np.kron(np.array([[0, 250], [130, 40]], np.uint8), np.ones((10, 10), np.uint8))
+    image = PIL.Image.fromarray(pixels)
+    if mode == "palette with a hole":
+        image = image.convert("P")
+        image.save(nerf.parent / "train/r_0.png", transparency=int(np.asarray(image)[0, 0]))
+        expected = np.where(pixels == 0, 255, pixels)
+    else:
+        image = image.convert(mode)
+        image.save(nerf.parent / "train/r_0.png")
+        expected = np.asarray(image.convert("L"))
+    for out, resolution, more in (("x", 20, ()), ("y", 4, ("--resolution", 4))):
+        run("from-nerf", nerf, tmp_path / f"{out}.zip", *more)
+        with zipfile.ZipFile(tmp_path / f"{out}.zip") as archive, archive.open("train/r_0.png") as file:
+            found = np.asarray(PIL.Image.open(file).convert("RGB"))
+        step = 20 // resolution
+        small = expected.reshape(resolution, step, resolution, step).mean(axis=(1, 3))
+        np.testing.assert_allclose(found, np.broadcast_to(small[..., None], found.shape), atol=0.5)
+
+
 @pytest.mark.parametrize(
     ("image", "kind", "words"),
     [

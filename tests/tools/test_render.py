@@ -100,7 +100,7 @@ from epigraf_fast import render
 sizes = []
 for size in (16, 1024):
     render.main(["grid", {str(tiny_run)!r}, "--out", {str(tmp_path / "x.png")!r}, "--seeds", "0", "--ray-samples", "10",
-                 "--resolution", str(size), "--overwrite"])
+                 "--resolution", str(size), "--device", "cpu", "--overwrite"])
     sizes.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 print((sizes[1] - sizes[0]) // 1024)
 """
@@ -175,6 +175,21 @@ def test_missing_ffmpeg_is_one_line(
     message = one_error_line(render.main, "turntable", tiny_run, "--out", tmp_path / "x.mp4", "--frames", 2)
     assert "imageio-ffmpeg is not installed" in message
     assert not list(tmp_path.iterdir())
+
+
+def test_a_video_that_lost_frames_is_no_video(tmp_path: Path) -> None:
+    """As on a full disk, where the encoder dies and says nothing."""
+    frame = np.zeros((16, 16, 3), np.uint8)
+    with render.video(tmp_path / "x.mp4", 10) as add:
+        for _ in range(3):
+            add(frame)
+    render.check_video(tmp_path / "x.mp4", 3)
+    with pytest.raises(OSError, match="3 of 4 frames are in it: is the disk full"):
+        render.check_video(tmp_path / "x.mp4", 4)
+    content = (tmp_path / "x.mp4").read_bytes()
+    (tmp_path / "x.mp4").write_bytes(content[: len(content) // 2])
+    with pytest.raises(OSError, match="0 of 3 frames"):
+        render.check_video(tmp_path / "x.mp4", 3)
 
 
 def test_an_interrupted_video_leaves_nothing(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def in_another_process(function: Callable[[], int], output: Path, errors: Path) 
     def run() -> None:
         for path, number in ((output, 1), (errors, 2)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
-        sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
+        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
         code = 1
         try:
             code = function()

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,14 +17,14 @@ import train
 from epigraf_fast.config import Config
 from epigraf_fast.data import ImageDataset
 from epigraf_fast.errors import Stopped
+from epigraf_fast.training import endurance, snapshot, start
 from epigraf_fast.training import progress as progress_module
-from epigraf_fast.training import snapshot, start
 from epigraf_fast.training.checkpoint import list_checkpoints
 from epigraf_fast.training.endurance import StopRequest
 from epigraf_fast.training.progress import progress, waiting
 
 TinyConfig = Callable[..., Config]
-SIGNALS = [signal.SIGINT, signal.SIGTERM]
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
 def run(config: Config, *extra: str) -> int:
@@ -42,6 +43,12 @@ def interrupted(function: Callable[..., Any], number: int = signal.SIGINT, call:
         return function(*args, **options)
 
     return with_a_signal
+
+
+@pytest.fixture(autouse=True)
+def _no_echo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody passes signals on, for which a run would wait."""
+    monkeypatch.setattr(endurance, "REPEATED", 0.0)
 
 
 # What is shown
@@ -102,9 +109,9 @@ def test_every_wait_of_a_run_is_named(tiny_config: TinyConfig, tmp_path: Path, m
     named = []
     original = progress_module.waiting
 
-    def waiting(what: str, total: int | None = None, unit: str = "it") -> Any:
+    def waiting(what: str, total: int | None = None, unit: str = "it", *, shown: bool = True) -> Any:
         named.append((what, total))
-        return original(what, total, unit)
+        return original(what, total, unit, shown=shown)
 
     monkeypatch.setattr(progress_module, "waiting", waiting)
     for module in (train, start, snapshot, train.Record.__init__.__globals__, train.World.join.__globals__):
@@ -211,8 +218,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("undisturbed") / "run"
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-@pytest.mark.parametrize("place", ["measurement", "pictures", "data"])
+@pytest.mark.parametrize(
+    ("place", "number"), [("measurement", signal.SIGINT), ("pictures", signal.SIGTERM), ("data", signal.SIGHUP)]
+)
 def test_between_the_steps(
     place: str,
     number: int,
@@ -291,6 +299,32 @@ def test_what_a_signal_does_when() -> None:
         assert stop.signal == signal.SIGTERM
         signal.raise_signal(signal.SIGTERM)  # as from torchrun and from the system
         assert stop.at_once(lambda: pytest.fail("there is no time for that")) is None
+
+
+def test_signals_that_are_passed_on_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As from a wrapper that is interrupted together with the program, and tells it."""
+    seen = []
+
+    def sleep(seconds: float) -> None:
+        seen.append(seconds)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(endurance, "time", SimpleNamespace(sleep=sleep))
+    with StopRequest(talks=False) as stop:
+        stop.at_once(lambda: None)
+        signal.raise_signal(signal.SIGINT)
+        assert (stop.signal, len(seen)) == (signal.SIGINT, 1)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+
+
+def test_a_run_under_nohup_goes_on() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.signal == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_fault_passes(tiny_config: TinyConfig) -> None:
