@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..config import Config
-from ..models.region import WHOLE_BELOW, Plan, boxes_of, plan, region_of, size_of
+from ..models.region import FEW_BUCKETS, WHOLE_BELOW, Plan, boxes_of, computed_share, plan, region_of, size_of
 from .patches import patch_progress, sample_patches
 from .sampling import prior_angles
 
@@ -53,10 +53,19 @@ def plans_of(
 
     Args:
         resolution: Of the planes.
-        one_size: Whether all are computed in the size of the largest.
+        one_size: Whether all are computed in the size of the largest, of few: for CUDA graphs.
     """
-    size = size_of(boxes, resolution) if one_size else None
-    return tuple(plan(region_of(part, resolution, size), resolution, device) for part in boxes.split(micro))
+    sizes = sizes_of(boxes, resolution, micro, one_size)
+    parts = zip(boxes.split(micro), sizes, strict=True)
+    return tuple(plan(region_of(part, resolution, size), resolution, device) for part, size in parts)
+
+
+def sizes_of(boxes: Tensor, resolution: int, micro: int, one_size: bool) -> list[tuple[int, int]]:
+    """Rows and columns for each micro-batch of boxes; see `plans_of`."""
+    parts = boxes.split(micro)
+    if one_size:
+        return [size_of(boxes, resolution, FEW_BUCKETS)] * len(parts)
+    return [size_of(part, resolution) for part in parts]
 
 
 def expected_share(config: Config, angles: Tensor, cur_nimg: int, share: int, micro: int) -> float:
@@ -70,6 +79,7 @@ def expected_share(config: Config, angles: Tensor, cur_nimg: int, share: int, mi
     """
     group = min(config.discriminator.minibatch_std_group, micro)
     progress = patch_progress(config.patches, config.resolution, cur_nimg, config.batch)
+    resolution = config.generator.plane_resolution
     shares = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -80,10 +90,10 @@ def expected_share(config: Config, angles: Tensor, cur_nimg: int, share: int, mi
                 poses = prior_angles(config.camera, share)
             patches = sample_patches(config.patches, config.resolution, progress, share // group, 1)
             patches = (x.repeat_interleave(group, dim=0) for x in patches)
-            boxes = boxes_of(config.camera, config.generator.plane_resolution, poses, *patches)
+            boxes = boxes_of(config.camera, resolution, poses, *patches)
             boxes = boxes[arrange(boxes, share, group, micro, config.patch.groups)]
-            plans = plans_of(boxes, config.generator.plane_resolution, micro, "cpu", one_size=config.cuda_graphs)
-            shares += [x.share for x in plans]
+            sizes = sizes_of(boxes, resolution, micro, config.cuda_graphs)
+            shares += [computed_share(size, resolution) for size in sizes]
     return sum(shares) / len(shares)
 
 
