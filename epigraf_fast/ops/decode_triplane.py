@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from torch import Tensor
 from ..reference.decode_triplane import decode_features, points_on_rays
 from ..reference.decode_triplane import decode_triplane as _reference
 from ..reference.decode_triplane import decode_triplane_rays as _reference_rays
-from . import decode_triplane_cpu
+from . import decode_triplane_cpu, library
 from .backends import resolve
 from .checks import (
     TRITON_DTYPES,
@@ -97,16 +99,12 @@ def decode_triplane(
     check_shape("decode_triplane", "points", points, (planes.shape[0], "N", 3))
     check_choice("decode_triplane", "precision", precision, PRECISIONS)
     chosen = resolve("decode_triplane", backend, planes.device.type)
+    route = library.route(planes, points, w0, b0, w1, b1)
+    if "reference" in (chosen, route):
+        return _reference(planes, points, w0, b0, w1, b1)
     if chosen == "triton":
         _check_triton("decode_triplane", planes, {"w0": w0, "b0": b0, "w1": w1, "b1": b1}, {"points": points})
-        from ..kernels import decode_triplane as kernels
-
-        options = (1.0, precision)
-        fixed = resolve_deterministic(deterministic)
-        return _DecodeTriplane.apply(planes, points, None, None, w0, b0, w1, b1, options, fixed, kernels)
-    if chosen == "cpu":
-        return _decode_cpu(planes, (points, None, None), (w0, b0, w1, b1), 1.0)
-    return _reference(planes, points, w0, b0, w1, b1)
+    return _decode(route, chosen, planes, (points, None, None), (w0, b0, w1, b1), 1.0, precision, deterministic)
 
 
 def _is_fused(planes: Tensor, rays: tuple[Tensor | None, ...], network: tuple[Tensor, ...]) -> bool:
@@ -117,15 +115,20 @@ def _is_fused(planes: Tensor, rays: tuple[Tensor | None, ...], network: tuple[Te
     return decode_triplane_cpu.takes(planes, *rays, *network)
 
 
-def _decode_cpu(
+def _decode(
+    route: str,
+    chosen: str,
     planes: Tensor,
     rays: tuple[Tensor, Tensor | None, Tensor | None],
     network: tuple[Tensor, Tensor, Tensor, Tensor],
     cube_scale: float,
+    precision: str,
+    deterministic: bool | None,
 ) -> Tensor:
-    """At points, or at rays and their t."""
-    if _is_fused(planes, rays, network):
-        return _DecodeTriplane.apply(planes, *rays, *network, (cube_scale, "fp32"), False, decode_triplane_cpu)
+    """At points, or at rays and their t, by triton or cpu."""
+    if chosen == "triton" or _is_fused(planes, rays, network):
+        settings = _Settings(float(cube_scale), precision, resolve_deterministic(deterministic), chosen)
+        return library.call(route, _DecodeTriplane, planes, *rays, *network, settings)
     points, directions, t = rays
     if t is None:
         return decode_features(sample_triplane_cpu(planes, points), *network)
@@ -166,17 +169,11 @@ def decode_triplane_rays(
             unknown or missing backend, unknown precision.
         NotImplementedError: triton: a gradient to rays or t, or a second derivative, is asked for.
     """
-    op, rays = "decode_triplane_rays", (ray_origins, ray_directions, t)
-    chosen = _check_rays(op, planes, rays, (w0, b0, w1, b1), cube_scale, precision, backend)
-    if chosen == "triton":
-        from ..kernels import decode_triplane as kernels
-
-        options = (float(cube_scale), precision)
-        fixed = resolve_deterministic(deterministic)
-        return _DecodeTriplane.apply(planes, *rays, w0, b0, w1, b1, options, fixed, kernels)
-    if chosen == "cpu":
-        return _decode_cpu(planes, rays, (w0, b0, w1, b1), float(cube_scale))
-    return _reference_rays(planes, ray_origins, ray_directions, t, w0, b0, w1, b1, cube_scale)
+    op, rays, network = "decode_triplane_rays", (ray_origins, ray_directions, t), (w0, b0, w1, b1)
+    route, chosen = _check_rays(op, planes, rays, network, cube_scale, precision, backend)
+    if chosen == "reference":
+        return _reference_rays(planes, *rays, *network, cube_scale)
+    return _decode(route, chosen, planes, rays, network, cube_scale, precision, deterministic)
 
 
 def decode_triplane_coarse_to_fine(
@@ -213,19 +210,14 @@ def decode_triplane_coarse_to_fine(
         As `decode_triplane_rays`.
     """
     op, rays, network = "decode_triplane_coarse_to_fine", (ray_origins, ray_directions, t), (w0, b0, w1, b1)
-    chosen = _check_rays(op, planes, rays, network, cube_scale, precision, backend)
-    if chosen == "triton":
-        from ..kernels import decode_triplane as kernels
-
-        options = (float(cube_scale), precision)
-        fixed = resolve_deterministic(deterministic)
-        return _DecodeCoarseToFine.apply(planes, *rays, resample, *network, options, fixed, kernels)
-    if chosen == "cpu" and _is_fused(planes, rays, network):
-        options = (float(cube_scale), precision)
-        return _DecodeCoarseToFine.apply(planes, *rays, resample, *network, options, False, decode_triplane_cpu)
-    coarse = decode_triplane_rays(planes, *rays, *network, cube_scale, backend=chosen)
+    route, chosen = _check_rays(op, planes, rays, network, cube_scale, precision, backend)
+    if route is library.PLAIN and (chosen == "triton" or (chosen == "cpu" and _is_fused(planes, rays, network))):
+        settings = _Settings(float(cube_scale), precision, resolve_deterministic(deterministic), chosen)
+        return _DecodeCoarseToFine.apply(planes, *rays, resample, *network, settings)
+    options = {"precision": precision, "deterministic": deterministic, "backend": chosen}
+    coarse = decode_triplane_rays(planes, *rays, *network, cube_scale, **options)
     t_fine = resample(coarse.detach())
-    fine = decode_triplane_rays(planes, *rays[:2], t_fine, *network, cube_scale, backend=chosen)
+    fine = decode_triplane_rays(planes, *rays[:2], t_fine, *network, cube_scale, **options)
     return coarse, t_fine, fine
 
 
@@ -237,8 +229,8 @@ def _check_rays(
     cube_scale: float,
     precision: str,
     backend: str | None,
-) -> str:
-    """The backend that a call with rays gets, its arguments checked."""
+) -> tuple[str, str]:
+    """Route and backend that a call with rays gets, its arguments checked."""
     rays = dict(zip(("ray_origins", "ray_directions", "t"), rays, strict=True))
     network = dict(zip(("w0", "b0", "w1", "b1"), network, strict=True))
     check_together(op, planes=planes, **rays, **network)
@@ -250,45 +242,76 @@ def _check_rays(
         raise ValueError(f"{op}: cube_scale must be finite and positive (it divides the points), got {cube_scale}")
     check_choice(op, "precision", precision, PRECISIONS)
     chosen = resolve("decode_triplane", backend, planes.device.type)
+    route = library.route(planes, *rays.values(), *network.values())
+    if route is library.REFERENCE:
+        chosen = "reference"
     if chosen == "triton":
         _check_triton(op, planes, network, rays)
-    return chosen
+    return route, chosen
 
 
-class _DecodeTriplane(torch.autograd.Function):
-    """`kernels.fwd`. `origins` are points, or rays with `directions` and `t`; `options` are cube_scale and precision.
+class _Settings(NamedTuple):
+    cube_scale: float
+    precision: str
+    deterministic: bool
+    backend: str
+
+    @property
+    def kernels(self) -> ModuleType:
+        return decode_triplane_cpu if self.backend == "cpu" else _triton_kernels()
+
+
+@functools.cache
+def _triton_kernels() -> ModuleType:
+    from ..kernels import decode_triplane as kernels
+
+    return kernels
+
+
+_INPUTS = "Tensor planes, Tensor origins, Tensor? directions, Tensor? t, Tensor w0, Tensor b0, Tensor w1"
+_OPTIONS = "float cube_scale, str precision, bool deterministic, str backend"
+
+
+@library.register(f"decode_triplane({_INPUTS}, Tensor b1, {_OPTIONS}) -> Tensor")
+class _DecodeTriplane:
+    """`origins` are points, or rays with `directions` and `t`.
 
     Only the inputs are saved: the backward computes features and hidden units again.
     """
 
+    Settings = _Settings
+    constants = ("origins", "directions", "t")
+
     @staticmethod
     @annotate("decode_triplane_fwd")
-    def forward(
-        ctx: Any,
-        planes: Tensor,
-        origins: Tensor,
-        directions: Tensor | None,
-        t: Tensor | None,
-        w0: Tensor,
-        b0: Tensor,
-        w1: Tensor,
-        b1: Tensor,
-        options: tuple[float, str],
-        deterministic: bool,
-        kernels: Any,
-    ) -> Tensor:
-        ctx.save_for_backward(planes, origins, directions, t, w0, b0, w1)
-        ctx.options, ctx.kernels, ctx.b1_dtype = options, kernels, b1.dtype
-        ctx.deterministic = deterministic
-        return kernels.fwd(planes, origins, directions, t, w0, b0, w1, b1, *options)
+    def run(*args: Any) -> Tensor:
+        *tensors, settings = args
+        return settings.kernels.fwd(*tensors, settings.cube_scale, settings.precision)
+
+    @staticmethod
+    def empty(planes: Tensor, origins: Tensor, directions: Tensor | None, t: Tensor | None, *args: Any) -> Tensor:
+        *network, _ = args
+        dtype = functools.reduce(torch.promote_types, (x.dtype for x in network), planes.dtype)
+        return planes.new_empty(*(origins.shape[:2] if t is None else t.shape), len(network[2]), dtype=dtype)
+
+    @staticmethod
+    def reference(planes: Tensor, origins: Tensor, directions: Tensor | None, t: Tensor | None, *args: Any) -> Tensor:
+        *network, settings = args
+        if t is None:
+            return _reference(planes, origins, *network)
+        return _reference_rays(planes, origins, directions, t, *network, settings.cube_scale)
+
+    @staticmethod
+    def keep(ctx: Any, inputs: tuple[Any, ...], y: Tensor) -> None:
+        *tensors, b1, ctx.settings = inputs
+        ctx.b1_dtype = b1.dtype
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[0], any(ctx.needs_input_grad[4:8]), ctx.deterministic
-        gradients = _DecodeTriplaneBackward.apply(
-            grad_y, *ctx.saved_tensors, ctx.b1_dtype, ctx.options, needs, ctx.kernels
-        )
-        return gradients[0], None, None, None, *gradients[1:], None, None, None
+        options = ctx.settings, ctx.b1_dtype, (ctx.needs_input_grad[0], any(ctx.needs_input_grad[4:8]))
+        gradients = library.apply(_DecodeTriplaneBackward, grad_y, *ctx.saved_tensors, *options)
+        return gradients[0], None, None, None, *gradients[1:], None
 
 
 class _DecodeCoarseToFine(torch.autograd.Function):
@@ -307,23 +330,21 @@ class _DecodeCoarseToFine(torch.autograd.Function):
         b0: Tensor,
         w1: Tensor,
         b1: Tensor,
-        options: tuple[float, str],
-        deterministic: bool,
-        kernels: Any,
+        settings: _Settings,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        coarse = kernels.fwd(planes, origins, directions, t, w0, b0, w1, b1, *options)
+        network, options = (w0, b0, w1, b1), (settings.cube_scale, settings.precision)
+        coarse = settings.kernels.fwd(planes, origins, directions, t, *network, *options)
         t_fine = resample(coarse)
-        fine = kernels.fwd(planes, origins, directions, t_fine, w0, b0, w1, b1, *options)
+        fine = settings.kernels.fwd(planes, origins, directions, t_fine, *network, *options)
         ctx.save_for_backward(planes, origins, directions, t, t_fine, w0, b0, w1)
         ctx.mark_non_differentiable(t_fine)
-        ctx.options, ctx.kernels, ctx.b1_dtype = options, kernels, b1.dtype
-        ctx.deterministic = deterministic
+        ctx.settings, ctx.b1_dtype = settings, b1.dtype
         return coarse, t_fine, fine
 
     @staticmethod
     def backward(ctx: Any, grad_coarse: Tensor | None, _: None, grad_fine: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[0], any(ctx.needs_input_grad[5:9]), ctx.deterministic
+        options = ctx.settings, ctx.b1_dtype, (ctx.needs_input_grad[0], any(ctx.needs_input_grad[5:9]))
         planes, origins, directions, t, t_fine, *network = ctx.saved_tensors
         if grad_coarse is None and grad_fine is None:
             return (None,) * len(ctx.needs_input_grad)
@@ -332,8 +353,8 @@ class _DecodeCoarseToFine(torch.autograd.Function):
         else:
             grad_y, all_t = _joined(grad_coarse, grad_fine), torch.cat([t, t_fine], dim=-1)
         saved = planes, origins, directions, all_t, *network
-        gradients = _DecodeTriplaneBackward.apply(grad_y, *saved, ctx.b1_dtype, ctx.options, needs, ctx.kernels)
-        return gradients[0], None, None, None, None, *gradients[1:], None, None, None
+        gradients = library.apply(_DecodeTriplaneBackward, grad_y, *saved, *options)
+        return gradients[0], None, None, None, None, *gradients[1:], None
 
 
 def _joined(first: Tensor, second: Tensor) -> Tensor:
@@ -350,32 +371,50 @@ def _joined(first: Tensor, second: Tensor) -> Tensor:
     return torch.cat([first, second], dim=2)
 
 
-class _DecodeTriplaneBackward(torch.autograd.Function):
+@library.register(
+    f"decode_triplane_backward(Tensor grad_y, {_INPUTS}, {_OPTIONS}, ScalarType b1_dtype, bool[2] needs) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+class _DecodeTriplaneBackward:
+    """To planes and to the network, where these are needed."""
+
+    Settings = _Settings
+
     @staticmethod
     @annotate("decode_triplane_bwd")
-    def forward(
-        ctx: Any,
-        grad_y: Tensor,
-        planes: Tensor,
-        origins: Tensor,
-        directions: Tensor | None,
-        t: Tensor | None,
-        w0: Tensor,
-        b0: Tensor,
-        w1: Tensor,
-        b1_dtype: torch.dtype,
-        options: tuple[float, str],
-        needs: tuple[bool, bool, bool],
-        kernels: Any,
-    ) -> tuple[Tensor | None, ...]:
-        ctx.backend = "cpu" if kernels is decode_triplane_cpu else "triton"
-        grad_planes, grad_network = kernels.bwd(grad_y, planes, origins, directions, t, w0, b0, w1, *options, *needs)
-        dtypes = w0.dtype, b0.dtype, w1.dtype, b1_dtype
+    def run(grad_y: Tensor, planes: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+        *rays, w0, b0, w1, settings, b1_dtype, needs = args
+        options = settings.cube_scale, settings.precision, *needs, settings.deterministic
+        grad_planes, grad_network = settings.kernels.bwd(grad_y, planes, *rays, w0, b0, w1, *options)
         if grad_planes is not None:
             grad_planes = grad_planes.to(planes.dtype)
         if grad_network is None:
             return grad_planes, None, None, None, None
-        return grad_planes, *(x.to(dtype) for x, dtype in zip(grad_network, dtypes, strict=True))
+        dtypes = w0.dtype, b0.dtype, w1.dtype, b1_dtype
+        return grad_planes, *(grad.to(dtype) for grad, dtype in zip(grad_network, dtypes, strict=True))
+
+    @staticmethod
+    def empty(grad_y: Tensor, planes: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+        *_, w0, b0, w1, _, b1_dtype, needs = args
+        grad_planes = torch.empty_like(planes, memory_format=torch.channels_last) if needs[0] else None
+        if not needs[1]:
+            return grad_planes, None, None, None, None
+        return grad_planes, *(x.new_empty(x.shape) for x in (w0, b0, w1)), w1.new_empty(len(w1), dtype=b1_dtype)
+
+    @staticmethod
+    def reference(grad_y: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+        *tensors, settings, b1_dtype, _ = args
+
+        def forward(*tensors: Tensor | None) -> Tensor:
+            return _DecodeTriplane.reference(*tensors, settings)
+
+        b1 = grad_y.new_zeros(grad_y.shape[-1], dtype=b1_dtype)  # no gradient depends on it
+        gradients = library.pull_back(forward, (*tensors, b1), (grad_y,))
+        return gradients[0], *gradients[4:]
+
+    @staticmethod
+    def keep(ctx: Any, inputs: tuple[Any, ...], gradients: tuple[Tensor | None, ...]) -> None:
+        ctx.backend = inputs[-3].backend
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> None:

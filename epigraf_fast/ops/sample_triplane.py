@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..reference.sample_triplane import sample_triplane as _reference
+from . import library
 from .backends import resolve
 from .checks import (
     check_dtype,
@@ -53,14 +54,15 @@ def sample_triplane(
     check_planes("sample_triplane", planes)
     check_shape("sample_triplane", "points", points, (planes.shape[0], "N", 3))
     chosen = resolve("sample_triplane", backend, planes.device.type)
+    route = library.route(planes, points)
+    if "reference" in (chosen, route):
+        return _reference(planes, points)
     if chosen == "triton":
         check_triton_planes("sample_triplane", planes)
         check_dtype("sample_triplane", "points", points, (torch.float32,), 'backend is "triton"')
         check_no_gradient("sample_triplane", points=points)
-        from ..kernels import sample_triplane as kernels
-
-        return _SampleTriplane.apply(planes, points, resolve_deterministic(deterministic), kernels)
-    return sample_triplane_cpu(planes, points) if chosen == "cpu" else _reference(planes, points)
+        return library.call(route, _SampleTriplane, planes, points, resolve_deterministic(deterministic))
+    return sample_triplane_cpu(planes, points)
 
 
 def sample_triplane_cpu(planes: Tensor, points: Tensor) -> Tensor:
@@ -76,37 +78,65 @@ def sample_triplane_cpu(planes: Tensor, points: Tensor) -> Tensor:
     return features.squeeze(3).unflatten(0, (batch, 3)).mean(dim=1).transpose(1, 2).to(planes.dtype)
 
 
-class _SampleTriplane(torch.autograd.Function):
-    """Features by `kernels.fwd`. They are linear in planes: points are all that the backward needs."""
+@library.register("sample_triplane(Tensor planes, Tensor points, bool deterministic) -> Tensor")
+class _SampleTriplane:
+    """Features by the Triton kernel. They are linear in planes: points are all that the backward needs."""
+
+    constants = ("points",)
 
     @staticmethod
     @annotate("sample_triplane_fwd")
-    def forward(ctx: Any, planes: Tensor, points: Tensor, deterministic: bool, kernels: Any) -> Tensor:
-        ctx.save_for_backward(points)
-        ctx.deterministic = deterministic
-        ctx.kernels, ctx.size, ctx.dtype = kernels, planes.shape[2:], planes.dtype
+    def run(planes: Tensor, points: Tensor, deterministic: bool) -> Tensor:
+        from ..kernels import sample_triplane as kernels
+
         return kernels.fwd(planes, points)
 
     @staticmethod
-    def backward(ctx: Any, grad_features: Tensor) -> tuple[Tensor, None, None, None]:
+    def empty(planes: Tensor, points: Tensor, deterministic: bool) -> Tensor:
+        return planes.new_empty(*points.shape[:2], planes.shape[1] // 3)
+
+    @staticmethod
+    def keep(ctx: Any, inputs: tuple[Any, ...], features: Tensor) -> None:
+        planes, points, ctx.deterministic = inputs
+        ctx.size, ctx.dtype = planes.shape[2:], planes.dtype
+        ctx.save_for_backward(points)
+
+    @staticmethod
+    def backward(ctx: Any, grad_features: Tensor) -> tuple[Tensor, None, None]:
         (points,) = ctx.saved_tensors
-        options = ctx.deterministic, ctx.kernels, ctx.size, ctx.dtype
-        return _SampleTriplaneBackward.apply(grad_features, points, *options), None, None, None
+        options = *ctx.size, ctx.dtype, ctx.deterministic
+        return library.apply(_SampleTriplaneBackward, grad_features, points, *options), None, None
 
 
-class _SampleTriplaneBackward(torch.autograd.Function):
+@library.register(
+    "sample_triplane_backward(Tensor grad_features, Tensor points, SymInt height, SymInt width, "
+    "ScalarType dtype, bool deterministic) -> Tensor"
+)
+class _SampleTriplaneBackward:
     @staticmethod
     @annotate("sample_triplane_bwd")
-    def forward(
-        ctx: Any,
-        grad_features: Tensor,
-        points: Tensor,
-        deterministic: bool,
-        kernels: Any,
-        size: torch.Size,
-        dtype: torch.dtype,
+    def run(
+        grad_features: Tensor, points: Tensor, height: int, width: int, dtype: torch.dtype, deterministic: bool
     ) -> Tensor:
-        return kernels.bwd(grad_features, points, *size, deterministic).to(dtype)
+        from ..kernels import sample_triplane as kernels
+
+        return kernels.bwd(grad_features, points, height, width, deterministic).to(dtype)
+
+    @staticmethod
+    def empty(grad_features: Tensor, points: Tensor, height: int, width: int, dtype: torch.dtype, _: bool) -> Tensor:
+        size = len(points), 3 * grad_features.shape[2], height, width
+        return torch.empty(size, dtype=dtype, device=points.device, memory_format=torch.channels_last)
+
+    @staticmethod
+    def reference(
+        grad_features: Tensor, points: Tensor, height: int, width: int, dtype: torch.dtype, _: bool
+    ) -> Tensor:
+        planes = points.new_zeros(len(points), 3 * grad_features.shape[2], height, width, dtype=dtype)
+        return library.pull_back(_reference, (planes, points), (grad_features,))[0]
+
+    @staticmethod
+    def keep(ctx: Any, inputs: tuple[Any, ...], grad_planes: Tensor) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
