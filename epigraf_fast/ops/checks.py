@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..reference.sample_triplane import PlaneRegion
+from . import library
 
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NUMBER, INTEGER = (Real, torch.SymFloat, torch.SymInt), (Integral, torch.SymInt)
@@ -88,6 +89,8 @@ def check_integers(op: str, **values: Any) -> None:
     """Raises TypeError unless all are whole numbers."""
     for name, value in values.items():
         if not isinstance(value, INTEGER):
+            if isinstance(value, Tensor) and torch.jit.is_tracing():  # what sizes are while torch.jit.trace records
+                continue
             raise TypeError(f"{op}: {name} must be an integer, got {value!r}")
 
 
@@ -127,7 +130,7 @@ def check_planes(op: str, planes: Tensor) -> None:
 
 
 def check_region(op: str, region: PlaneRegion | None, planes: Tensor) -> None:
-    """The region fits planes [B, 3*C, h, w]; where its texels lie only a CPU looks.
+    """The region fits planes [B, 3*C, h, w]; where its texels lie only a CPU looks, and not while tracing.
 
     Raises:
         TypeError, ValueError: It does not.
@@ -142,7 +145,7 @@ def check_region(op: str, region: PlaneRegion | None, planes: Tensor) -> None:
     size = planes.shape[2:]
     if len(whole) != 2 or not all(n <= most for n, most in zip(size, whole, strict=True)):
         raise ValueError(f"{op}: region.whole must be at least the size {list(size)} of planes, got {list(whole)}")
-    if planes.device.type == "cpu":
+    if planes.device.type == "cpu" and library.route(planes, first) is library.PLAIN:
         room = first.new_tensor(whole) - first.new_tensor(size)
         if bool(((first < 0) | (first > room)).any()):
             raise ValueError(
@@ -158,12 +161,18 @@ def check_dtype(op: str, name: str, tensor: Tensor, dtypes: tuple[torch.dtype, .
 
 
 def checked_resample(
-    op: str, resample: Callable[[Tensor], Tensor], t: Tensor, inputs: Sequence[Tensor]
+    op: str, resample: Callable[[Tensor], Tensor], t: Tensor, inputs: Sequence[Tensor] | None
 ) -> Callable[[Tensor], Tensor]:
-    """`resample` of the detached argument, its result detached, and an error where it does not keep to its contract."""
+    """`resample` of the detached argument, its result detached, and an error where it does not keep to its contract.
+
+    Args:
+        inputs: What it must not change, or None where versions are not to be had, as while tracing.
+    """
 
     def checked(coarse: Tensor) -> Tensor:
-        if coarse.is_inference():  # whose changes torch does not count: what is changed is a copy
+        if inputs is None:
+            given, watched = coarse.detach().clone(), []
+        elif coarse.is_inference():  # whose changes torch does not count: what is changed is a copy
             given, watched = coarse.clone(), [x for x in inputs if not x.is_inference()]
         else:
             given, watched = coarse.detach(), [coarse, *inputs]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..reference.composite import INFINITE_INTERVAL, Composite
 from ..reference.composite import composite as _reference
+from . import library
 from .backends import resolve
 from .checks import (
     TRITON_DTYPES,
@@ -19,7 +20,7 @@ from .checks import (
     check_together,
     no_second_derivative,
 )
-from .draws import check_noise_std, is_noisy, seed_for_kernel, std_for_kernel
+from .draws import check_no_seed, check_noise_std, is_noisy, seed_for_kernel, std_for_kernel
 from .ranges import annotate
 
 
@@ -128,7 +129,9 @@ def composite(
         "last_back": last_back,
         "white_background": white_background,
     }
-    if resolve("composite", backend, t.device.type) == "triton":
+    chosen = resolve("composite", backend, t.device.type)
+    route = library.route(t, values, t_fine, values_fine, density_noise, background)
+    if chosen == "triton" and route is not library.REFERENCE:
         _check_triton(t, values, t_fine, values_fine)
         from ..kernels import composite as kernels
 
@@ -146,11 +149,12 @@ def composite(
         if not t_sorted:
             t, values = sort_samples(t, values)
             t_fine, values_fine = (None, None) if t_fine is None else sort_samples(t_fine, values_fine)
-        seed, std = (seed_for_kernel("composite", seed, t.device), std_for_kernel(noise_std)) if noisy else (None, None)
-        inputs = (t, values, t_fine, values_fine, density_noise, background, seed)
-        return Composite(*_Composite.apply(kernels, settings, return_weights, std, *inputs))
-    if seed is not None:
-        raise ValueError("composite: seed must be None for a backend other than 'triton' (torch's generator draws)")
+        seed = seed_for_kernel("composite", seed, t.device) if noisy else None
+        std, number = std_for_kernel(noise_std) if noisy else (None, None)
+        inputs = t, values, t_fine, values_fine, density_noise, background, seed, std
+        return Composite(*library.call(route, _Composite, *inputs, _Settings(**settings), return_weights, number))
+    if noisy or chosen != "triton":
+        check_no_seed("composite", seed)
     if t_fine is None and not t_sorted:  # two sets are sorted together in any case
         t, values = sort_samples(t, values)
     if noisy:
@@ -186,60 +190,125 @@ def _check_triton(t: Tensor, values: Tensor, t_fine: Tensor | None, values_fine:
     check_no_gradient("composite", t=t, t_fine=t_fine)
 
 
-class _Composite(torch.autograd.Function):
-    """t, values, t_fine, values_fine, density_noise, background, seed -> the fields of `Composite`, by `kernels.fwd`.
+class _Settings(NamedTuple):
+    activation: str
+    softplus_beta: float
+    density_shift: float
+    last_interval: float
+    last_back: bool
+    white_background: bool
 
-    Saves its inputs alone: the backward integrates again. `noise_std` is a number, a tensor or None.
+
+_INPUTS = (
+    "Tensor t, Tensor values, Tensor? t_fine, Tensor? values_fine, Tensor? density_noise, Tensor? background, "
+    "Tensor? seed, Tensor? noise_std"
+)
+_SETTINGS = (
+    "str activation, float softplus_beta, float density_shift, float last_interval, bool last_back, "
+    "bool white_background"
+)
+
+
+@library.register(
+    f"composite({_INPUTS}, {_SETTINGS}, bool return_weights, float? std) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+class _Composite:
+    """The fields of `Composite` by the Triton kernel. Noise is drawn with a standard deviation `noise_std`, or `std`.
+
+    Saves its inputs alone: the backward integrates again.
     """
+
+    Settings = _Settings
+    constants = ("t", "t_fine")
 
     @staticmethod
     @annotate("composite_fwd")
-    def forward(
-        ctx: Any,
-        kernels: Any,
-        settings: dict[str, Any],
-        return_weights: bool,
-        noise_std: float | Tensor | None,
-        *inputs: Tensor | None,
-    ) -> tuple[Tensor | None, ...]:
+    def run(*args: Any) -> tuple[Tensor | None, ...]:
+        from ..kernels import composite as kernels
+
+        *inputs, noise_std, settings, return_weights, std = args
+        std = std if noise_std is None else noise_std
+        return tuple(kernels.fwd(*inputs, std, return_weights=return_weights, **settings._asdict()))
+
+    @staticmethod
+    def empty(t: Tensor, values: Tensor, t_fine: Tensor | None, *args: Any) -> tuple[Tensor | None, ...]:
+        return_weights = args[-2]
+        rgb = values.new_empty(*t.shape[:2], values.shape[-1] - 1, dtype=torch.float32)
+        single = (rgb.new_empty(t.shape[:2]) for _ in range(3))
+        samples = t.shape[-1] + (0 if t_fine is None else t_fine.shape[-1])
+        return rgb, *single, rgb.new_empty(*t.shape[:2], samples) if return_weights else None
+
+    @staticmethod
+    def reference(*args: Any) -> tuple[Tensor | None, ...]:
+        t, values, t_fine, values_fine, density_noise, background, seed, _, settings, return_weights, _ = args
+        if seed is not None:
+            raise NotImplementedError(
+                "composite: noise that a kernel drew has no batched and no forward-mode derivatives; pass it as "
+                'density_noise, or use backend="reference"'
+            )
+        values, values_fine, density_noise, background = (
+            None if x is None else x.float() for x in (values, values_fine, density_noise, background)
+        )
+        more = {"density_noise": density_noise, "background": background, "return_weights": return_weights}
+        return tuple(_reference(t, values, t_fine, values_fine, **more, **settings._asdict()))
+
+    @staticmethod
+    def keep(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor | None, ...]) -> None:
+        *tensors, ctx.settings, _, ctx.std = inputs
+        ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
-        ctx.kernels, ctx.settings = kernels, settings
-        saved_std, ctx.noise_std = (noise_std, None) if isinstance(noise_std, Tensor) else (None, noise_std)
-        ctx.save_for_backward(*inputs, saved_std)
-        return tuple(kernels.fwd(*inputs, noise_std, return_weights=return_weights, **settings))
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         if all(grad is None for grad in grad_outputs):
-            return (None,) * len(ctx.needs_input_grad)
-        *_, to_density_noise, to_background, _ = ctx.needs_input_grad
-        *inputs, noise_std = ctx.saved_tensors
-        noise_std = ctx.noise_std if noise_std is None else noise_std
-        to_values, to_values_fine, to_density_noise, to_background = _CompositeBackward.apply(
-            ctx.kernels, ctx.settings, to_density_noise, to_background, *grad_outputs, *inputs, noise_std
+            return (None,) * 11
+        *_, to_density_noise, to_background = ctx.needs_input_grad[:6]
+        options = ctx.settings, ctx.std, to_density_noise, to_background
+        to_values, to_values_fine, to_density_noise, to_background = library.apply(
+            _CompositeBackward, *grad_outputs, *ctx.saved_tensors, *options
         )
-        nothing = (None,) * 4  # kernels, settings, return_weights, noise_std
-        return *nothing, None, to_values, None, to_values_fine, to_density_noise, to_background, None
+        return None, to_values, None, to_values_fine, to_density_noise, to_background, *(None,) * 5
 
 
-class _CompositeBackward(torch.autograd.Function):
-    """The gradients by `kernels.bwd`, as a function of the incoming ones and of the inputs."""
+@library.register(
+    "composite_backward(Tensor? grad_rgb, Tensor? grad_depth, Tensor? grad_weight_sum, Tensor? grad_transmittance, "
+    f"Tensor? grad_weights, {_INPUTS}, {_SETTINGS}, float? std, bool to_density_noise, bool to_background) -> "
+    "(Tensor, Tensor, Tensor, Tensor)"
+)
+class _CompositeBackward:
+    """The gradients by the Triton kernel, as a function of the incoming ones and of the inputs."""
+
+    Settings = _Settings
 
     @staticmethod
     @annotate("composite_bwd")
-    def forward(
-        ctx: Any,
-        kernels: Any,
-        settings: dict[str, Any],
-        to_density_noise: bool,
-        to_background: bool,
-        *tensors: Tensor | float | None,
-    ) -> tuple[Tensor | None, ...]:
-        grad_outputs, inputs = tensors[: len(Composite._fields)], tensors[len(Composite._fields) :]
-        gradients = kernels.bwd(
-            grad_outputs, *inputs, to_density_noise=to_density_noise, to_background=to_background, **settings
-        )
-        return tuple(gradients)
+    def run(*args: Any) -> tuple[Tensor | None, ...]:
+        from ..kernels import composite as kernels
+
+        *tensors, noise_std, settings, std, to_density_noise, to_background = args
+        inputs = *tensors[5:], std if noise_std is None else noise_std
+        wanted = {"to_density_noise": to_density_noise, "to_background": to_background}
+        return tuple(kernels.bwd(tensors[:5], *inputs, **wanted, **settings._asdict()))
+
+    @staticmethod
+    def empty(*args: Any) -> tuple[Tensor | None, ...]:
+        _, values, _, values_fine, density_noise, background, *_, to_density_noise, to_background = args[5:]
+        wanted = values, values_fine, density_noise if to_density_noise else None, background if to_background else None
+        return tuple(None if x is None else x.new_empty(x.shape) for x in wanted)
+
+    @staticmethod
+    def reference(*args: Any) -> tuple[Tensor | None, ...]:
+        grad_outputs, (*tensors, settings, std, _, _) = args[:5], args[5:]
+
+        def forward(values: Tensor, values_fine: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+            inputs = tensors[0], values, tensors[2], values_fine, *others, *tensors[6:]
+            return _Composite.reference(*inputs, settings, grad_outputs[4] is not None, std)
+
+        return library.pull_back(forward, (tensors[1], *tensors[3:6]), grad_outputs)
+
+    @staticmethod
+    def keep(ctx: Any, inputs: tuple[Any, ...], gradients: tuple[Tensor | None, ...]) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> None:

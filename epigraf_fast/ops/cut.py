@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from ..reference.cut import cut as _reference
 from ..reference.cut import paste as _reference_paste
+from . import library
 from .checks import check_shape
 
 
@@ -37,54 +39,87 @@ def cut(x: Tensor, first: Tensor, size: tuple[int, int]) -> Tensor:
         raise ValueError(f"cut: first must be on {x.device} as x is, got {first.device}")
     if len(size) != 2 or not all(1 <= part <= whole for part, whole in zip(size, x.shape[2:], strict=True)):
         raise ValueError(f"cut: size must be two numbers from 1 to {list(x.shape[2:])}, those of x, got {list(size)}")
-    room = first.new_tensor(x.shape[2:]) - first.new_tensor(size)
-    if x.device.type == "cpu" and bool(((first < 0) | (first > room)).any()):
-        raise ValueError(f"cut: first must leave room for {list(size)} in {list(x.shape[2:])}, got {first.tolist()}")
-    if tuple(size) == tuple(x.shape[2:]):
-        return x
-    return _Cut.apply(x, first, tuple(size))
-
-
-def _copied(x: Tensor, first: Tensor, size: tuple[int, int]) -> Tensor:
-    if x.device.type != "cpu":
+    route = library.route(x, first)
+    if route is library.REFERENCE:
         return _reference(x, first, size)
-    y = torch.empty_like(x[:, :, : size[0], : size[1]])
-    for image, (row, column) in enumerate(first.tolist()):
-        y[image] = x[image, :, row : row + size[0], column : column + size[1]]
-    return y
+    if tuple(size) == tuple(x.shape[2:]):
+        if route is library.PLAIN:
+            _check_room(first, size, x.shape[2:])
+        return x
+    return library.call(route, _Cut, x, first, tuple(size))
 
 
-def _pasted(y: Tensor, first: Tensor, size: tuple[int, int]) -> Tensor:
-    if y.device.type != "cpu":
-        return _reference_paste(y, first, size)
-    layout = torch.channels_last if y.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-    x = torch.empty(*y.shape[:2], *size, dtype=y.dtype, memory_format=layout).zero_()
-    for image, (row, column) in enumerate(first.tolist()):
-        x[image, :, row : row + y.shape[2], column : column + y.shape[3]] = y[image]
-    return x
+def _check_room(first: Tensor, size: Sequence[int], whole: Sequence[int]) -> None:
+    room = first.new_tensor(whole) - first.new_tensor(size)
+    if first.device.type == "cpu" and bool(((first < 0) | (first > room)).any()):
+        raise ValueError(f"cut: first must leave room for {list(size)} in {list(whole)}, got {first.tolist()}")
 
 
-class _Cut(torch.autograd.Function):
+@library.register("cut(Tensor x, Tensor first, SymInt[2] size) -> Tensor")
+class _Cut:
     @staticmethod
-    def forward(ctx: Any, x: Tensor, first: Tensor, size: tuple[int, int]) -> Tensor:
-        ctx.save_for_backward(first)
+    def empty(x: Tensor, first: Tensor, size: Sequence[int]) -> Tensor:
+        return _like(x, size)
+
+    @staticmethod
+    def run(x: Tensor, first: Tensor, size: Sequence[int]) -> Tensor:
+        _check_room(first, size, x.shape[2:])
+        if x.device.type != "cpu":
+            return _reference(x, first, size)
+        y = _like(x, size)
+        for image, (row, column) in enumerate(first.tolist()):
+            y[image] = x[image, :, row : row + size[0], column : column + size[1]]
+        return y
+
+    @staticmethod
+    def reference(x: Tensor, first: Tensor, size: Sequence[int]) -> Tensor:
+        return _reference(x, first, size)
+
+    @staticmethod
+    def keep(ctx: Any, inputs: tuple[Any, ...], y: Tensor) -> None:
+        x, first, _ = inputs
         ctx.size = tuple(x.shape[2:])
-        return _copied(x, first, size)
+        ctx.save_for_backward(first)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None]:
-        return _Paste.apply(grad_y, ctx.saved_tensors[0], ctx.size), None, None
+        return library.apply(_Paste, grad_y, *ctx.saved_tensors, ctx.size), None, None
 
 
-class _Paste(torch.autograd.Function):
+@library.register("paste(Tensor y, Tensor first, SymInt[2] size) -> Tensor")
+class _Paste:
     """The transpose of `_Cut`: zeros around."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, first: Tensor, size: tuple[int, int]) -> Tensor:
-        ctx.save_for_backward(first)
+    def empty(y: Tensor, first: Tensor, size: Sequence[int]) -> Tensor:
+        return _like(y, size)
+
+    @staticmethod
+    def run(y: Tensor, first: Tensor, size: Sequence[int]) -> Tensor:
+        if y.device.type != "cpu":
+            return _reference_paste(y, first, size)
+        x = _like(y, size).zero_()
+        for image, (row, column) in enumerate(first.tolist()):
+            x[image, :, row : row + y.shape[2], column : column + y.shape[3]] = y[image]
+        return x
+
+    @staticmethod
+    def reference(y: Tensor, first: Tensor, size: Sequence[int]) -> Tensor:
+        return _reference_paste(y, first, size)
+
+    @staticmethod
+    def keep(ctx: Any, inputs: tuple[Any, ...], x: Tensor) -> None:
+        y, first, _ = inputs
         ctx.size = tuple(y.shape[2:])
-        return _pasted(y, first, size)
+        ctx.save_for_backward(first)
 
     @staticmethod
     def backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor, None, None]:
-        return _Cut.apply(grad_x, ctx.saved_tensors[0], ctx.size), None, None
+        return library.apply(_Cut, grad_x, *ctx.saved_tensors, ctx.size), None, None
+
+
+def _like(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Memory for [B, C, *size] in the layout of x; a GPU's copies leave channels last."""
+    last = x.device.type != "cpu" or (not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last))
+    layout = torch.channels_last if last else torch.contiguous_format
+    return torch.empty(*x.shape[:2], *size, dtype=x.dtype, device=x.device, memory_format=layout)

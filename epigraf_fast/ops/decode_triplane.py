@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from ..reference.decode_triplane import decode_features, points_on_rays
 from ..reference.decode_triplane import decode_triplane as _reference
 from ..reference.decode_triplane import decode_triplane_rays as _reference_rays
 from ..reference.sample_triplane import PlaneRegion
-from . import decode_triplane_cpu
+from . import decode_triplane_cpu, library
 from .backends import resolve
 from .checks import (
     TRITON_DTYPES,
@@ -30,7 +32,7 @@ from .checks import (
     resolve_deterministic,
 )
 from .ranges import annotate
-from .sample_triplane import sample_triplane_cpu
+from .sample_triplane import as_region, sample_triplane_cpu
 
 PRECISIONS = ("fp32", "tf32", "fp16")
 
@@ -103,16 +105,13 @@ def decode_triplane(
     check_choice("decode_triplane", "precision", precision, PRECISIONS)
     check_region("decode_triplane", region, planes)
     chosen = resolve("decode_triplane", backend, planes.device.type)
+    route = library.route(planes, points, w0, b0, w1, b1)
+    if "reference" in (chosen, route):
+        return _reference(planes, points, w0, b0, w1, b1, region)
     if chosen == "triton":
         _check_triton("decode_triplane", planes, {"w0": w0, "b0": b0, "w1": w1, "b1": b1}, {"points": points})
-        from ..kernels import decode_triplane as kernels
-
-        options = (1.0, precision)
-        fixed = resolve_deterministic(deterministic)
-        return _DecodeTriplane.apply(planes, points, None, None, w0, b0, w1, b1, region, options, fixed, kernels)
-    if chosen == "cpu":
-        return _decode_cpu(planes, (points, None, None), (w0, b0, w1, b1), 1.0, region)
-    return _reference(planes, points, w0, b0, w1, b1, region)
+    rays, network = (points, None, None), (w0, b0, w1, b1)
+    return _decode(route, chosen, planes, rays, network, 1.0, region, precision, deterministic)
 
 
 def _is_fused(planes: Tensor, rays: tuple[Tensor | None, ...], network: tuple[Tensor, ...]) -> bool:
@@ -123,16 +122,21 @@ def _is_fused(planes: Tensor, rays: tuple[Tensor | None, ...], network: tuple[Te
     return decode_triplane_cpu.takes(planes, *rays, *network)
 
 
-def _decode_cpu(
+def _decode(
+    route: str,
+    chosen: str,
     planes: Tensor,
     rays: tuple[Tensor, Tensor | None, Tensor | None],
     network: tuple[Tensor, Tensor, Tensor, Tensor],
     cube_scale: float,
     region: PlaneRegion | None,
+    precision: str,
+    deterministic: bool | None,
 ) -> Tensor:
-    """At points, or at rays and their t."""
-    if _is_fused(planes, rays, network):
-        return _DecodeTriplane.apply(planes, *rays, *network, region, (cube_scale, "fp32"), False, decode_triplane_cpu)
+    """At points, or at rays and their t, by triton or cpu."""
+    if chosen == "triton" or _is_fused(planes, rays, network):
+        first, settings = _settings(cube_scale, region, precision, deterministic, chosen)
+        return library.call(route, _DecodeTriplane, planes, *rays, *network, first, settings)
     points, directions, t = rays
     if t is None:
         return decode_features(sample_triplane_cpu(planes, points, region), *network)
@@ -175,17 +179,11 @@ def decode_triplane_rays(
             unknown or missing backend, unknown precision.
         NotImplementedError: triton: a gradient to rays or t, or a second derivative, is asked for.
     """
-    op, rays = "decode_triplane_rays", (ray_origins, ray_directions, t)
-    chosen = check_rays(op, planes, rays, (w0, b0, w1, b1), cube_scale, region, precision, backend)
-    if chosen == "triton":
-        from ..kernels import decode_triplane as kernels
-
-        options = (float(cube_scale), precision)
-        fixed = resolve_deterministic(deterministic)
-        return _DecodeTriplane.apply(planes, *rays, w0, b0, w1, b1, region, options, fixed, kernels)
-    if chosen == "cpu":
-        return _decode_cpu(planes, rays, (w0, b0, w1, b1), float(cube_scale), region)
-    return _reference_rays(planes, ray_origins, ray_directions, t, w0, b0, w1, b1, cube_scale, region)
+    op, rays, network = "decode_triplane_rays", (ray_origins, ray_directions, t), (w0, b0, w1, b1)
+    route, chosen = check_rays(op, planes, rays, network, cube_scale, region, precision, backend)
+    if chosen == "reference":
+        return _reference_rays(planes, *rays, *network, cube_scale, region)
+    return _decode(route, chosen, planes, rays, network, cube_scale, region, precision, deterministic)
 
 
 def decode_triplane_coarse_to_fine(
@@ -224,20 +222,16 @@ def decode_triplane_coarse_to_fine(
         As `decode_triplane_rays`; also where `resample` gives something else, or changes what it was given.
     """
     op, rays, network = "decode_triplane_coarse_to_fine", (ray_origins, ray_directions, t), (w0, b0, w1, b1)
-    chosen = check_rays(op, planes, rays, network, cube_scale, region, precision, backend)
-    resample = checked_resample(op, resample, t, (planes, *rays, *network))
-    if chosen == "triton":
-        from ..kernels import decode_triplane as kernels
-
-        options = (float(cube_scale), precision)
-        fixed = resolve_deterministic(deterministic)
-        return _DecodeCoarseToFine.apply(planes, *rays, resample, *network, region, options, fixed, kernels)
-    if chosen == "cpu" and _is_fused(planes, rays, network):
-        options = (float(cube_scale), precision)
-        return _DecodeCoarseToFine.apply(planes, *rays, resample, *network, region, options, False, decode_triplane_cpu)
-    coarse = decode_triplane_rays(planes, *rays, *network, cube_scale, region=region, backend=chosen)
+    route, chosen = check_rays(op, planes, rays, network, cube_scale, region, precision, backend)
+    plain = route is library.PLAIN
+    resample = checked_resample(op, resample, t, (planes, *rays, *network) if plain else None)
+    if plain and (chosen == "triton" or (chosen == "cpu" and _is_fused(planes, rays, network))):
+        first, settings = _settings(cube_scale, region, precision, deterministic, chosen)
+        return _DecodeCoarseToFine.apply(planes, *rays, resample, *network, first, settings)
+    options = {"region": region, "precision": precision, "deterministic": deterministic, "backend": chosen}
+    coarse = decode_triplane_rays(planes, *rays, *network, cube_scale, **options)
     t_fine = resample(coarse)
-    fine = decode_triplane_rays(planes, *rays[:2], t_fine, *network, cube_scale, region=region, backend=chosen)
+    fine = decode_triplane_rays(planes, *rays[:2], t_fine, *network, cube_scale, **options)
     return coarse, t_fine, fine
 
 
@@ -250,8 +244,8 @@ def check_rays(
     region: PlaneRegion | None,
     precision: str,
     backend: str | None,
-) -> str:
-    """The backend that a call with rays gets, its arguments checked."""
+) -> tuple[str, str]:
+    """Route and backend that a call with rays gets, its arguments checked."""
     rays = dict(zip(("ray_origins", "ray_directions", "t"), rays, strict=True))
     network = dict(zip(("w0", "b0", "w1", "b1"), network, strict=True))
     check_together(op, planes=planes, **rays, **network)
@@ -263,46 +257,86 @@ def check_rays(
     check_positive(op, "cube_scale", cube_scale)
     check_choice(op, "precision", precision, PRECISIONS)
     chosen = resolve("decode_triplane", backend, planes.device.type)
+    route = library.route(planes, *rays.values(), *network.values())
+    if route is library.REFERENCE:
+        chosen = "reference"
     if chosen == "triton":
         _check_triton(op, planes, network, rays)
-    return chosen
+    return route, chosen
 
 
-class _DecodeTriplane(torch.autograd.Function):
-    """`kernels.fwd`. `origins` are points, or rays with `directions` and `t`; `options` are cube_scale and precision.
+class _Settings(NamedTuple):
+    cube_scale: float
+    precision: str
+    deterministic: bool
+    backend: str
+    whole: Sequence[int] | None  # of the region, of which `first` is among the tensors
+
+    @property
+    def kernels(self) -> ModuleType:
+        return decode_triplane_cpu if self.backend == "cpu" else _triton_kernels()
+
+
+def _settings(
+    cube_scale: float, region: PlaneRegion | None, precision: str, deterministic: bool | None, backend: str
+) -> tuple[Tensor | None, _Settings]:
+    first, whole = (None, None) if region is None else region
+    return first, _Settings(float(cube_scale), precision, resolve_deterministic(deterministic), backend, whole)
+
+
+@functools.cache
+def _triton_kernels() -> ModuleType:
+    from ..kernels import decode_triplane as kernels
+
+    return kernels
+
+
+_INPUTS = "Tensor planes, Tensor origins, Tensor? directions, Tensor? t, Tensor w0, Tensor b0, Tensor w1"
+_OPTIONS = "Tensor? first, float cube_scale, str precision, bool deterministic, str backend, SymInt[2]? whole"
+
+
+@library.register(f"decode_triplane({_INPUTS}, Tensor b1, {_OPTIONS}) -> Tensor")
+class _DecodeTriplane:
+    """`origins` are points, or rays with `directions` and `t`.
 
     Only the inputs are saved: the backward computes features and hidden units again.
     """
 
+    Settings = _Settings
+    constants = ("origins", "directions", "t")
+
     @staticmethod
     @annotate("decode_triplane_fwd")
-    def forward(
-        ctx: Any,
-        planes: Tensor,
-        origins: Tensor,
-        directions: Tensor | None,
-        t: Tensor | None,
-        w0: Tensor,
-        b0: Tensor,
-        w1: Tensor,
-        b1: Tensor,
-        region: PlaneRegion | None,
-        options: tuple[float, str],
-        deterministic: bool,
-        kernels: Any,
-    ) -> Tensor:
-        ctx.save_for_backward(planes, origins, directions, t, w0, b0, w1)
-        ctx.region, ctx.options, ctx.kernels, ctx.b1_dtype = region, options, kernels, b1.dtype
-        ctx.deterministic = deterministic
-        return kernels.fwd(planes, origins, directions, t, w0, b0, w1, b1, *options, region=region)
+    def run(*args: Any) -> Tensor:
+        *tensors, first, settings = args
+        region = as_region(first, settings.whole)
+        return settings.kernels.fwd(*tensors, settings.cube_scale, settings.precision, region=region)
+
+    @staticmethod
+    def empty(planes: Tensor, origins: Tensor, directions: Tensor | None, t: Tensor | None, *args: Any) -> Tensor:
+        *network, _, _ = args
+        dtype = functools.reduce(torch.promote_types, (x.dtype for x in network), planes.dtype)
+        return planes.new_empty(*(origins.shape[:2] if t is None else t.shape), len(network[2]), dtype=dtype)
+
+    @staticmethod
+    def reference(planes: Tensor, origins: Tensor, directions: Tensor | None, t: Tensor | None, *args: Any) -> Tensor:
+        *network, first, settings = args
+        region = as_region(first, settings.whole)
+        if t is None:
+            return _reference(planes, origins, *network, region)
+        return _reference_rays(planes, origins, directions, t, *network, settings.cube_scale, region)
+
+    @staticmethod
+    def keep(ctx: Any, inputs: tuple[Any, ...], y: Tensor) -> None:
+        *tensors, b1, first, ctx.settings = inputs
+        ctx.b1_dtype = b1.dtype
+        ctx.save_for_backward(*tensors, first)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[0], any(ctx.needs_input_grad[4:8]), ctx.deterministic
-        gradients = _DecodeTriplaneBackward.apply(
-            grad_y, *ctx.saved_tensors, ctx.b1_dtype, ctx.region, ctx.options, needs, ctx.kernels
-        )
-        return gradients[0], None, None, None, *gradients[1:], None, None, None, None
+        options = ctx.settings, ctx.b1_dtype, (ctx.needs_input_grad[0], any(ctx.needs_input_grad[4:8]))
+        gradients = library.apply(_DecodeTriplaneBackward, grad_y, *ctx.saved_tensors, *options)
+        return gradients[0], None, None, None, *gradients[1:], None, None
 
 
 class _DecodeCoarseToFine(torch.autograd.Function):
@@ -321,24 +355,23 @@ class _DecodeCoarseToFine(torch.autograd.Function):
         b0: Tensor,
         w1: Tensor,
         b1: Tensor,
-        region: PlaneRegion | None,
-        options: tuple[float, str],
-        deterministic: bool,
-        kernels: Any,
+        first: Tensor | None,
+        settings: _Settings,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        coarse = kernels.fwd(planes, origins, directions, t, w0, b0, w1, b1, *options, region=region)
+        network, options = (w0, b0, w1, b1), (settings.cube_scale, settings.precision)
+        region = as_region(first, settings.whole)
+        coarse = settings.kernels.fwd(planes, origins, directions, t, *network, *options, region=region)
         t_fine = resample(coarse)
-        fine = kernels.fwd(planes, origins, directions, t_fine, w0, b0, w1, b1, *options, region=region)
-        ctx.save_for_backward(planes, origins, directions, t, t_fine, w0, b0, w1)
+        fine = settings.kernels.fwd(planes, origins, directions, t_fine, *network, *options, region=region)
+        ctx.save_for_backward(planes, origins, directions, t, t_fine, w0, b0, w1, first)
         ctx.mark_non_differentiable(t_fine)
-        ctx.region, ctx.options, ctx.kernels, ctx.b1_dtype = region, options, kernels, b1.dtype
-        ctx.deterministic = deterministic
+        ctx.settings, ctx.b1_dtype = settings, b1.dtype
         return coarse, t_fine, fine
 
     @staticmethod
     def backward(ctx: Any, grad_coarse: Tensor | None, _: None, grad_fine: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[0], any(ctx.needs_input_grad[5:9]), ctx.deterministic
+        options = ctx.settings, ctx.b1_dtype, (ctx.needs_input_grad[0], any(ctx.needs_input_grad[5:9]))
         planes, origins, directions, t, t_fine, *network = ctx.saved_tensors
         if grad_coarse is None and grad_fine is None:
             return (None,) * len(ctx.needs_input_grad)
@@ -347,9 +380,8 @@ class _DecodeCoarseToFine(torch.autograd.Function):
         else:
             grad_y, all_t = _joined(grad_coarse, grad_fine), torch.cat([t, t_fine], dim=-1)
         saved = planes, origins, directions, all_t, *network
-        options = ctx.region, ctx.options, needs, ctx.kernels
-        gradients = _DecodeTriplaneBackward.apply(grad_y, *saved, ctx.b1_dtype, *options)
-        return gradients[0], None, None, None, None, *gradients[1:], None, None, None, None
+        gradients = library.apply(_DecodeTriplaneBackward, grad_y, *saved, *options)
+        return gradients[0], None, None, None, None, *gradients[1:], None, None
 
 
 def _joined(first: Tensor, second: Tensor) -> Tensor:
@@ -366,34 +398,51 @@ def _joined(first: Tensor, second: Tensor) -> Tensor:
     return torch.cat([first, second], dim=2)
 
 
-class _DecodeTriplaneBackward(torch.autograd.Function):
+@library.register(
+    f"decode_triplane_backward(Tensor grad_y, {_INPUTS}, {_OPTIONS}, ScalarType b1_dtype, bool[2] needs) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+class _DecodeTriplaneBackward:
+    """To planes and to the network, where these are needed."""
+
+    Settings = _Settings
+
     @staticmethod
     @annotate("decode_triplane_bwd")
-    def forward(
-        ctx: Any,
-        grad_y: Tensor,
-        planes: Tensor,
-        origins: Tensor,
-        directions: Tensor | None,
-        t: Tensor | None,
-        w0: Tensor,
-        b0: Tensor,
-        w1: Tensor,
-        b1_dtype: torch.dtype,
-        region: PlaneRegion | None,
-        options: tuple[float, str],
-        needs: tuple[bool, bool, bool],
-        kernels: Any,
-    ) -> tuple[Tensor | None, ...]:
-        ctx.backend = "cpu" if kernels is decode_triplane_cpu else "triton"
-        inputs = planes, origins, directions, t, w0, b0, w1
-        grad_planes, grad_network = kernels.bwd(grad_y, *inputs, *options, *needs, region=region)
-        dtypes = w0.dtype, b0.dtype, w1.dtype, b1_dtype
+    def run(grad_y: Tensor, planes: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+        *rays, w0, b0, w1, first, settings, b1_dtype, needs = args
+        options = settings.cube_scale, settings.precision, *needs, settings.deterministic
+        region = as_region(first, settings.whole)
+        grad_planes, grad_network = settings.kernels.bwd(grad_y, planes, *rays, w0, b0, w1, *options, region=region)
         if grad_planes is not None:
             grad_planes = grad_planes.to(planes.dtype)
         if grad_network is None:
             return grad_planes, None, None, None, None
-        return grad_planes, *(x.to(dtype) for x, dtype in zip(grad_network, dtypes, strict=True))
+        dtypes = w0.dtype, b0.dtype, w1.dtype, b1_dtype
+        return grad_planes, *(grad.to(dtype) for grad, dtype in zip(grad_network, dtypes, strict=True))
+
+    @staticmethod
+    def empty(grad_y: Tensor, planes: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+        *_, w0, b0, w1, _, _, b1_dtype, needs = args
+        grad_planes = torch.empty_like(planes, memory_format=torch.channels_last) if needs[0] else None
+        if not needs[1]:
+            return grad_planes, None, None, None, None
+        return grad_planes, *(x.new_empty(x.shape) for x in (w0, b0, w1)), w1.new_empty(len(w1), dtype=b1_dtype)
+
+    @staticmethod
+    def reference(grad_y: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+        *tensors, first, settings, b1_dtype, _ = args
+
+        def forward(*tensors: Tensor | None) -> Tensor:
+            return _DecodeTriplane.reference(*tensors, first, settings)
+
+        b1 = grad_y.new_zeros(grad_y.shape[-1], dtype=b1_dtype)  # no gradient depends on it
+        gradients = library.pull_back(forward, (*tensors, b1), (grad_y,))
+        return gradients[0], *gradients[4:]
+
+    @staticmethod
+    def keep(ctx: Any, inputs: tuple[Any, ...], gradients: tuple[Tensor | None, ...]) -> None:
+        ctx.backend = inputs[-3].backend
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> None:

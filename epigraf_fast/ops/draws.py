@@ -42,6 +42,15 @@ def is_noisy(noise_std: float | Tensor) -> bool:
     return isinstance(noise_std, Tensor) or noise_std > 0
 
 
-def std_for_kernel(noise_std: float | Tensor) -> float | Tensor:
-    """As the Triton kernels take it: a Python float, or an fp32 tensor that they read."""
-    return noise_std.detach().float() if isinstance(noise_std, Tensor) else float(noise_std)
+def std_for_kernel(noise_std: float | Tensor) -> tuple[Tensor | None, float | None]:
+    """As the Triton kernels take it: an fp32 tensor that they read, or a Python float."""
+    return (noise_std.detach().float(), None) if isinstance(noise_std, Tensor) else (None, float(noise_std))
+
+
+def check_no_seed(op: str, seed: Tensor | None) -> None:
+    """Raises ValueError where there is a seed and no kernel that draws from it."""
+    if seed is not None:
+        raise ValueError(
+            f"{op}: seed must be None for a backend other than 'triton' (torch's generator draws), under "
+            'torch.func, forward-mode derivatives and torch.jit.trace (the reference draws): use backend="reference"'
+        )

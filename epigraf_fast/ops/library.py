@@ -98,7 +98,8 @@ def register(schema: str) -> Callable[[type], type]:
         cls.ready = staticmethod(getattr(cls, "ready", lambda *args: args))
 
         def run(*flat: Any) -> Any:
-            return cls.run(*cls.ready(*_nested(cls, flat)))
+            outputs = cls.run(*cls.ready(*_nested(cls, flat)))
+            return _apart(outputs) if isinstance(outputs, Tensor) else tuple(map(_apart, outputs))
 
         def fake(*flat: Any) -> Any:
             return cls.empty(*cls.ready(*_nested(cls, flat)))
@@ -106,6 +107,7 @@ def register(schema: str) -> Callable[[type], type]:
         for key in ("CPU", "CUDA"):
             _library.impl(name, run, key)
         torch.library.register_fake(qualified, fake, lib=_library)
+        cls.apply = None
         if not hasattr(cls, "backward"):
             return cls
 
@@ -134,6 +136,13 @@ def register(schema: str) -> Callable[[type], type]:
     return registered
 
 
+def _apart(y: Tensor | None) -> Tensor | None:
+    """What is part of a larger tensor, as contiguous memory of its own: results of an op must not share theirs."""
+    if y is None or y.numel() * y.element_size() == y.untyped_storage().nbytes():
+        return y
+    return y.clone(memory_format=torch.contiguous_format)
+
+
 def _flat(cls: type, args: Sequence[Any]) -> tuple[Any, ...]:
     """The arguments of a class as its op takes them."""
     if cls.Settings is None:
@@ -154,7 +163,7 @@ def call(route: str, cls: type, *args: Any) -> Any:
     """What a registered class gives by a route."""
     if route is PLAIN:
         args = cls.ready(*args)
-        if torch.is_grad_enabled():
+        if cls.apply is not None and torch.is_grad_enabled():
             for x in args[: cls.tensors]:
                 if x is not None and x.requires_grad:
                     return cls.apply(*args)

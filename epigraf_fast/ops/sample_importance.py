@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,10 +12,11 @@ from ..reference.composite import INFINITE_INTERVAL
 from ..reference.sample_importance import invert_cdf as _reference_invert_cdf
 from ..reference.sample_importance import sample_importance as _reference
 from ..reference.sample_importance import sample_stratified as _reference_stratified
+from . import library
 from .backends import resolve
 from .checks import check_density, check_dtype, check_integers, check_shape, check_together
 from .composite import sort_samples
-from .draws import check_noise_std, is_noisy, seed_for_kernel, std_for_kernel
+from .draws import check_no_seed, check_noise_std, is_noisy, seed_for_kernel, std_for_kernel
 from .ranges import annotate
 
 
@@ -67,18 +69,20 @@ def sample_stratified(
         check_shape(op, "jitter", jitter, shape)
         dtype, device = jitter.dtype, jitter.device
     device = torch.get_default_device() if device is None else torch.device(device)
-    if resolve("sample_importance", backend, device.type) == "triton":
+    chosen = resolve("sample_importance", backend, device.type)
+    route = library.route(jitter, seed)
+    draws = stochastic and jitter is None
+    if chosen == "triton" and route is not library.REFERENCE:
         if dtype != torch.float32:
             raise TypeError(f'{op}: dtype must be float32 (because backend is "triton"), got {dtype}')
-        from ..kernels import sample_importance as kernels
-
-        draws = stochastic and jitter is None
         seed = seed_for_kernel(op, seed, device) if draws else None
         jitter = None if jitter is None else jitter.detach()
-        with annotate("sample_stratified"):
-            return kernels.stratified(*shape, float(ray_start), float(ray_end), jitter, seed, device)
-    if seed is not None:
-        raise ValueError(f"{op}: seed must be None for a backend other than 'triton' (torch's generator draws)")
+        if route is library.PLAIN:
+            return _stratified(jitter, seed, *shape, float(ray_start), float(ray_end), device)
+        if seed is not None or jitter is not None:
+            return library.call(route, _SampleStratified, jitter, seed, *shape, float(ray_start), float(ray_end))
+    if draws or chosen != "triton":
+        check_no_seed(op, seed)
     if jitter is None:
         if not stochastic:
             return torch.linspace(ray_start, ray_end, samples, dtype=dtype, device=device).expand(shape)
@@ -109,19 +113,20 @@ def invert_cdf(bins: Tensor, weights: Tensor, u: Tensor, *, backend: str | None 
         ValueError, TypeError: Wrong shapes, dtypes or devices; unknown or missing backend.
     """
     check_together("invert_cdf", bins=bins, weights=weights, u=u)
+    bins, weights, u = bins.detach(), weights.detach(), u.detach()
     if bins.ndim < 1 or bins.shape[-1] < 2:
         raise ValueError(f"invert_cdf: bins must have shape [..., M + 1] with M of at least 1, got {list(bins.shape)}")
     check_shape("invert_cdf", "weights", weights, (*bins.shape[:-1], bins.shape[-1] - 1))
     check_shape("invert_cdf", "u", u, (*bins.shape[:-1], "K"))
-    if resolve("sample_importance", backend, bins.device.type) == "triton":
+    route = library.route(bins, weights, u)
+    if resolve("sample_importance", backend, bins.device.type) == "triton" and route is not library.REFERENCE:
         check_dtype("invert_cdf", "bins", bins, (torch.float32,), 'backend is "triton"')
         from ..kernels import sample_importance as kernels
 
         _check_lengths("invert_cdf", {"bins": bins.shape[-1], "u": u.shape[-1]}, kernels.MAX_SAMPLES)
         num_rows = bins.shape[:-1].numel()
-        flat = (x.detach().reshape(num_rows, x.shape[-1]).contiguous() for x in (bins, weights, u))
-        with annotate("invert_cdf"):
-            return kernels.invert_cdf(*flat).reshape(u.shape)
+        flat = (x.reshape(num_rows, x.shape[-1]) for x in (bins, weights, u))
+        return library.call(route, _InvertCdf, *flat).reshape(u.shape)
     return _reference_invert_cdf(bins, weights, u)
 
 
@@ -205,24 +210,25 @@ def sample_importance(
         "softplus_beta": float(softplus_beta),
         "density_shift": float(density_shift),
     }
-    t, raw_density = t.detach(), raw_density.detach()
+    t, raw_density, u = t.detach(), raw_density.detach(), None if u is None else u.detach()
     if not t_sorted:
         t, raw_density = sort_samples(t, raw_density)
-    if resolve("sample_importance", backend, t.device.type) == "triton":
+    chosen = resolve("sample_importance", backend, t.device.type)
+    route = library.route(t, raw_density, u)
+    draws = noisy or (u is None and stochastic)
+    if chosen == "triton" and route is not library.REFERENCE:
         check_dtype(op, "t", t, (torch.float32,), 'backend is "triton"')
         from ..kernels import sample_importance as kernels
 
         _check_lengths(op, {"t": t.shape[-1], "u": samples}, kernels.MAX_SAMPLES)
-        draws = noisy or (u is None and stochastic)
         seed = seed_for_kernel(op, seed, t.device) if draws else None
         if u is not None and sorted:
             u = u.sort(dim=-1).values
-        std = std_for_kernel(noise_std) if noisy else None
-        density |= {"even": not stochastic, "noise_std": std}
-        with annotate("sample_importance"):
-            return kernels.fwd(t, raw_density, u, seed, samples, sorted=sorted, **density)
-    if seed is not None:
-        raise ValueError(f"{op}: seed must be None for a backend other than 'triton' (torch's generator draws)")
+        std, number = std_for_kernel(noise_std) if noisy else (None, None)
+        settings = _Settings(samples, sorted, **density, even=not stochastic, noise_std=number)
+        return library.call(route, _SampleImportance, t, raw_density, u, seed, std, settings)
+    if draws or chosen != "triton":
+        check_no_seed(op, seed)
     if noisy:
         raw_density = raw_density + noise_std * torch.randn_like(raw_density)
     if u is None:
@@ -233,3 +239,95 @@ def sample_importance(
             u = torch.linspace(0, 1, samples, dtype=t.dtype, device=t.device).expand(shape)
     t_fine = _reference(t, raw_density, u, last_interval=last_interval, **density)
     return t_fine.sort(dim=-1).values if sorted else t_fine
+
+
+def _stratified(
+    jitter: Tensor | None,
+    seed: Tensor | None,
+    batch: int,
+    rays: int,
+    samples: int,
+    ray_start: float,
+    ray_end: float,
+    device: torch.device,
+) -> Tensor:
+    from ..kernels import sample_importance as kernels
+
+    with annotate("sample_stratified"):
+        return kernels.stratified(batch, rays, samples, ray_start, ray_end, jitter, seed, device)
+
+
+@library.register(
+    "sample_stratified(Tensor? jitter, Tensor? seed, SymInt batch, SymInt rays, SymInt samples, "
+    "float ray_start, float ray_end) -> Tensor"
+)
+class _SampleStratified:
+    """With jitter or a seed: depths that are evenly spaced depend on no tensor."""
+
+    @staticmethod
+    def run(jitter: Tensor | None, seed: Tensor | None, *numbers: float) -> Tensor:
+        return _stratified(jitter, seed, *numbers, (seed if jitter is None else jitter).device)
+
+    @staticmethod
+    def empty(jitter: Tensor | None, seed: Tensor | None, batch: int, rays: int, samples: int, *_: float) -> Tensor:
+        return (seed if jitter is None else jitter).new_empty(batch, rays, samples, dtype=torch.float32)
+
+
+@library.register("invert_cdf(Tensor bins, Tensor weights, Tensor u) -> Tensor")
+class _InvertCdf:
+    """Of rows."""
+
+    @staticmethod
+    def ready(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.contiguous() for x in tensors)
+
+    @staticmethod
+    @annotate("invert_cdf")
+    def run(bins: Tensor, weights: Tensor, u: Tensor) -> Tensor:
+        from ..kernels import sample_importance as kernels
+
+        return kernels.invert_cdf(bins, weights, u)
+
+    @staticmethod
+    def empty(bins: Tensor, weights: Tensor, u: Tensor) -> Tensor:
+        return bins.new_empty(u.shape)
+
+
+class _Settings(NamedTuple):
+    samples: int
+    sorted: bool
+    activation: str
+    softplus_beta: float
+    density_shift: float
+    even: bool
+    noise_std: float | None  # where it is no tensor
+
+
+@library.register(
+    "sample_importance(Tensor t, Tensor raw_density, Tensor? u, Tensor? seed, Tensor? noise_std, SymInt samples, "
+    "bool sorted, str activation, float softplus_beta, float density_shift, bool even, float? std) -> Tensor"
+)
+class _SampleImportance:
+    Settings = _Settings
+
+    @staticmethod
+    @annotate("sample_importance")
+    def run(
+        t: Tensor,
+        raw_density: Tensor,
+        u: Tensor | None,
+        seed: Tensor | None,
+        noise_std: Tensor | None,
+        settings: _Settings,
+    ) -> Tensor:
+        from ..kernels import sample_importance as kernels
+
+        options = settings._asdict()
+        samples, std = options.pop("samples"), options.pop("noise_std")
+        return kernels.fwd(
+            t, raw_density, u, seed, samples, noise_std=std if noise_std is None else noise_std, **options
+        )
+
+    @staticmethod
+    def empty(t: Tensor, *args: Any) -> Tensor:
+        return t.new_empty(*t.shape[:2], args[-1].samples)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from ..reference.sample_triplane import PlaneRegion
 from ..reference.sample_triplane import sample_triplane as _reference
+from . import library
 from .backends import resolve
 from .checks import (
     check_dtype,
@@ -64,14 +67,17 @@ def sample_triplane(
     check_shape("sample_triplane", "points", points, (planes.shape[0], "N", 3))
     check_region("sample_triplane", region, planes)
     chosen = resolve("sample_triplane", backend, planes.device.type)
+    route = library.route(planes, points)
+    if "reference" in (chosen, route):
+        return _reference(planes, points, region)
     if chosen == "triton":
         check_triton_planes("sample_triplane", planes)
         check_dtype("sample_triplane", "points", points, (torch.float32,), 'backend is "triton"')
         check_no_gradient("sample_triplane", points=points)
-        from ..kernels import sample_triplane as kernels
-
-        return _SampleTriplane.apply(planes, points, region, resolve_deterministic(deterministic), kernels)
-    return (sample_triplane_cpu if chosen == "cpu" else _reference)(planes, points, region)
+        first, whole = (None, None) if region is None else region
+        options = whole, resolve_deterministic(deterministic)
+        return library.call(route, _SampleTriplane, planes, points, first, *options)
+    return sample_triplane_cpu(planes, points, region)
 
 
 def sample_triplane_cpu(planes: Tensor, points: Tensor, region: PlaneRegion | None = None) -> Tensor:
@@ -99,41 +105,80 @@ def _in_part(grid: Tensor, region: PlaneRegion, height: int, width: int) -> Tens
     return ((grid + 1) * (last / 2) - first) * (2 / grid.new_tensor([width - 1, height - 1])) - 1
 
 
-class _SampleTriplane(torch.autograd.Function):
-    """Features by `kernels.fwd`. They are linear in planes: points are all that the backward needs."""
+def as_region(first: Tensor | None, whole: Sequence[int] | None) -> PlaneRegion | None:
+    return None if first is None else PlaneRegion(first, tuple(whole))
+
+
+@library.register(
+    "sample_triplane(Tensor planes, Tensor points, Tensor? first, SymInt[2]? whole, bool deterministic) -> Tensor"
+)
+class _SampleTriplane:
+    """Features by the Triton kernel. They are linear in planes: points are all that the backward needs."""
+
+    constants = ("points",)
 
     @staticmethod
     @annotate("sample_triplane_fwd")
-    def forward(
-        ctx: Any, planes: Tensor, points: Tensor, region: PlaneRegion | None, deterministic: bool, kernels: Any
-    ) -> Tensor:
-        ctx.save_for_backward(points)
-        ctx.region = region
-        ctx.deterministic = deterministic
-        ctx.kernels, ctx.size, ctx.dtype = kernels, planes.shape[2:], planes.dtype
-        return kernels.fwd(planes, points, region=region)
+    def run(planes: Tensor, points: Tensor, first: Tensor | None, whole: Sequence[int] | None, _: bool) -> Tensor:
+        from ..kernels import sample_triplane as kernels
+
+        return kernels.fwd(planes, points, region=as_region(first, whole))
+
+    @staticmethod
+    def empty(planes: Tensor, points: Tensor, *_: Any) -> Tensor:
+        return planes.new_empty(*points.shape[:2], planes.shape[1] // 3)
+
+    @staticmethod
+    def keep(ctx: Any, inputs: tuple[Any, ...], features: Tensor) -> None:
+        planes, points, first, ctx.whole, ctx.deterministic = inputs
+        ctx.size, ctx.dtype = planes.shape[2:], planes.dtype
+        ctx.save_for_backward(points, first)
 
     @staticmethod
     def backward(ctx: Any, grad_features: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (points,) = ctx.saved_tensors
-        options = ctx.region, ctx.deterministic, ctx.kernels, ctx.size, ctx.dtype
-        return _SampleTriplaneBackward.apply(grad_features, points, *options), None, None, None, None
+        options = ctx.whole, *ctx.size, ctx.dtype, ctx.deterministic
+        grad_planes = library.apply(_SampleTriplaneBackward, grad_features, *ctx.saved_tensors, *options)
+        return grad_planes, None, None, None, None
 
 
-class _SampleTriplaneBackward(torch.autograd.Function):
+@library.register(
+    "sample_triplane_backward(Tensor grad_features, Tensor points, Tensor? first, SymInt[2]? whole, "
+    "SymInt height, SymInt width, ScalarType dtype, bool deterministic) -> Tensor"
+)
+class _SampleTriplaneBackward:
     @staticmethod
     @annotate("sample_triplane_bwd")
-    def forward(
-        ctx: Any,
+    def run(
         grad_features: Tensor,
         points: Tensor,
-        region: PlaneRegion | None,
-        deterministic: bool,
-        kernels: Any,
-        size: torch.Size,
+        first: Tensor | None,
+        whole: Sequence[int] | None,
+        height: int,
+        width: int,
         dtype: torch.dtype,
+        deterministic: bool,
     ) -> Tensor:
-        return kernels.bwd(grad_features, points, *size, deterministic, region=region).to(dtype)
+        from ..kernels import sample_triplane as kernels
+
+        size = height, width
+        return kernels.bwd(grad_features, points, *size, deterministic, region=as_region(first, whole)).to(dtype)
+
+    @staticmethod
+    def empty(grad_features: Tensor, points: Tensor, *options: Any) -> Tensor:
+        _, _, height, width, dtype, _ = options
+        size = len(points), 3 * grad_features.shape[2], height, width
+        return torch.empty(size, dtype=dtype, device=points.device, memory_format=torch.channels_last)
+
+    @staticmethod
+    def reference(grad_features: Tensor, points: Tensor, *options: Any) -> Tensor:
+        first, whole, height, width, dtype, _ = options
+        planes = points.new_zeros(len(points), 3 * grad_features.shape[2], height, width, dtype=dtype)
+        forward = functools.partial(_reference, points=points, region=as_region(first, whole))
+        return library.pull_back(forward, (planes,), (grad_features,))[0]
+
+    @staticmethod
+    def keep(ctx: Any, inputs: tuple[Any, ...], grad_planes: Tensor) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
