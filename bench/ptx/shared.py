@@ -210,6 +210,7 @@ class ParameterMemory:
 
     def __init__(self, content: bytes) -> None:
         self.bytes = np.frombuffer(content, "u1")
+        self.loaded: dict[tuple[int, int, int], tuple[np.ndarray, ...]] = {}
 
     def load(
         self,
@@ -223,10 +224,12 @@ class ParameterMemory:
     ) -> tuple[np.ndarray, ...]:
         if address.size != 1:
             raise Fault(f"parameters at addresses that threads do not share are not supported; {site}")
-        start = int(address.reshape(-1)[0]) + offset
-        if start < 0 or start + size * count > len(self.bytes):
-            raise OutOfRange(f"{size * count} bytes at {start} of {len(self.bytes)} bytes of parameters; {site}")
-        if start % (size * count):
-            raise Misaligned(f"{size * count} bytes at {start} of the parameters; {site}")
-        values = self.bytes[start : start + size * count].view(f"u{size}")
-        return tuple(values[i : i + 1].reshape(1, 1) for i in range(count))
+        start = int(address[0, 0]) + offset
+        if (start, size, count) not in self.loaded:
+            if start < 0 or start + size * count > len(self.bytes):
+                raise OutOfRange(f"{size * count} bytes at {start} of {len(self.bytes)} bytes of parameters; {site}")
+            if start % (size * count):
+                raise Misaligned(f"{size * count} bytes at {start} of the parameters; {site}")
+            values = self.bytes[start : start + size * count].view(f"u{size}")
+            self.loaded[start, size, count] = tuple(values[i : i + 1].reshape(1, 1) for i in range(count))
+        return self.loaded[start, size, count]

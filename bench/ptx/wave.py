@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,9 +14,12 @@ Size = tuple[int, int, int]
 
 
 SPECIALS = frozenset(
-    ("%laneid", "%warpid")
-    + tuple(f"%{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz")
-    + tuple(f"%lanemask_{way}" for way in ("lt", "le", "eq", "ge", "gt"))
+    [
+        "%laneid",
+        "%warpid",
+        *(f"%{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"),
+        *(f"%lanemask_{way}" for way in ("lt", "le", "eq", "ge", "gt")),
+    ]
 )
 
 
@@ -39,6 +41,38 @@ class Copies:
     def __init__(self, threads: int) -> None:
         self.begun: list[Copy] = []
         self.groups = np.zeros(threads, "i8")
+
+
+class Specials(dict[str, np.ndarray]):
+    """Special registers of a wave's threads, each made when it is first asked for."""
+
+    def __init__(self, blocks: np.ndarray, threads: int, grid: Size, block: Size) -> None:
+        super().__init__()
+        self.blocks, self.threads, self.grid, self.block = blocks, threads, grid, block
+
+    def __missing__(self, name: str) -> np.ndarray:
+        self[name] = self.make(name).astype("u4")
+        return self[name]
+
+    def make(self, name: str) -> np.ndarray:
+        thread = np.arange(self.threads).reshape(1, -1)
+        if name == "%warpid":
+            return thread // WARP
+        if name == "%laneid":
+            return thread % WARP
+        if name.startswith("%lanemask"):
+            equal = np.int64(1) << thread % WARP
+            below = {"lt": equal - 1, "le": 2 * equal - 1, "gt": 2 * equal - 1, "ge": equal - 1}
+            way = name.removeprefix("%lanemask_")
+            return equal if way == "eq" else 2**32 - 1 - below[way] if way[0] == "g" else below[way]
+        kind, _, letter = name.partition(".")
+        axis = "xyz".index(letter)
+        sizes = self.grid if "cta" in kind else self.block
+        if kind in ("%ntid", "%nctaid"):
+            return np.full((1, 1), sizes[axis])
+        before = int(np.prod(sizes[:axis], initial=1))
+        number = thread if kind == "%tid" else self.blocks.reshape(-1, 1)
+        return number // before % sizes[axis]
 
 
 class Wave:
@@ -72,28 +106,10 @@ class Wave:
         self.live: np.ndarray | None = None
         if padded != threads:
             self.live = np.broadcast_to(np.arange(padded) < threads, self.shape)
-        self.specials = self._specials()
+        self.specials = Specials(blocks, padded, grid, block)
         self.copies = Copies(self.shape[0] * self.shape[1])
         self.proxy_fences = np.zeros(self.shape, "i8")  # clocks of the threads' last fence.proxy.async
         self.asynchronous_reads: list[tuple[np.ndarray, np.ndarray]] = []  # places in shared memory, and flat threads
-
-    def _specials(self) -> Mapping[str, np.ndarray]:
-        thread = np.arange(self.shape[1], dtype="u4").reshape(1, -1)
-        block = self.blocks.astype("i8").reshape(-1, 1)
-        found = {"%laneid": thread % WARP, "%warpid": thread // WARP}
-        for axis, name in enumerate("xyz"):
-            before = int(np.prod(self.block[:axis], initial=1))
-            found[f"%tid.{name}"] = thread // before % self.block[axis]
-            found[f"%ntid.{name}"] = np.full((1, 1), self.block[axis])
-            before = int(np.prod(self.grid[:axis], initial=1))
-            found[f"%ctaid.{name}"] = block // before % self.grid[axis]
-            found[f"%nctaid.{name}"] = np.full((1, 1), self.grid[axis])
-        lane = thread % WARP
-        one = np.uint64(1)
-        below = (one << lane.astype("u8")) - one
-        found |= {"%lanemask_lt": below, "%lanemask_le": below * 2 + 1, "%lanemask_eq": below + 1}
-        found |= {"%lanemask_ge": 2**32 - 1 - below, "%lanemask_gt": 2**32 - 1 - (below * 2 + 1)}
-        return {name: value.astype("u4") for name, value in found.items()}
 
     # Threads that take part in something, None for all, are looked at one by one in flat arrays.
 
