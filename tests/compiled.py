@@ -23,7 +23,14 @@ from epigraf_fast.ops import backends, native
 ARCHS = (70, 80, 90)
 
 # test -> the cases of it that an ordinary run has: what their names hold, one word or several.
-SELECTED: dict[str, tuple[str, ...]] = {}
+SELECTED: dict[str, tuple[str, ...]] = {
+    "test_triton_values_by_hand": ("",),
+    "test_triton_ray_by_hand": ("",),
+    "test_triton_at_points": ("131-False",),
+    "test_first_derivative_by_hand": ("lrelu", "softplus"),
+    "test_upsampling_convolution_by_hand": ("",),
+    "test_demodulation_floor_by_hand": ("",),
+}
 
 
 def options(parser: pytest.Parser) -> None:
