@@ -212,6 +212,7 @@ setup(
         "test": [
             *METRICS,
             *RENDERING,
+            "pybullet>=3.2.6; python_version < '3.12'",  # beyond, pip would compile it for long
             *TOOLS,
             *VIEWER,
             *BENCHMARKS,

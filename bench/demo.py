@@ -11,7 +11,6 @@ import dataclasses
 import importlib.util
 import sys
 import time
-import types
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 from epigraf_fast import config as settings
 from epigraf_fast.data import ImageDataset
 from epigraf_fast.doctor import EXTRAS
+from epigraf_fast.training import log
 from epigraf_fast.training.distributed import World
 from epigraf_fast.training.log import read_stats
 
@@ -32,19 +32,14 @@ def missing(*packages: str) -> list[str]:
     return [name for name in packages if importlib.util.find_spec(name.replace("-", "_")) is None]
 
 
-def without_tensorboard() -> None:
-    """A stand-in for `torch.utils.tensorboard` whose writer writes nothing."""
+class NoBoard:
+    """Stands in for the file of events, for which TensorBoard's package is missing."""
 
-    class SummaryWriter:
-        def __init__(self, *args: Any, **options: Any) -> None:
-            pass
+    def __init__(self, *args: Any) -> None:
+        pass
 
-        def __getattr__(self, name: str) -> Any:
-            return lambda *args, **options: None
-
-    module = types.ModuleType("torch.utils.tensorboard")
-    module.SummaryWriter = SummaryWriter
-    sys.modules["torch.utils.tensorboard"] = module
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args: None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         config = dataclasses.replace(config, kimg=args.kimg, log_kimg=short, grid=(2, 1), turntable=0)
     lacking = {}
     if missing("tensorboard"):
-        without_tensorboard()
+        log.Board = NoBoard
         lacking["TensorBoard"] = ["tensorboard"]
     if missing("imageio"):
         config = dataclasses.replace(config, turntable=0)

@@ -241,6 +241,7 @@ def layer_epilogue(
 
 def synthesize(synthesis: Synthesis, layout: torch.memory_format, ws: Tensor, noise_mode: str = "random") -> Tensor:
     """`Synthesis.forward` with activations in a layout; planes come contiguous, as `grid_sample` wants them."""
+    noise_mode = noise_mode if synthesis.noise else "none"
     x = planes = None
     first = 0
     for resolution in synthesis.resolutions:

@@ -57,6 +57,7 @@ def text(found: list[Result]) -> str:
         ("ops", True): ops_gpu,
         ("step", False): step_cpu,
         ("ops", False): ops_cpu,
+        ("waiting", False): waiting_cpu,
     }
     for (kind, on_gpu), write in writers.items():
         chosen = [r for r in found if r["kind"] == kind and bool(r["environment"]["gpu"]) == on_gpu]
@@ -220,6 +221,16 @@ def step_cpu(result: Result) -> str:
     )
     said = "\n".join(f"- `{row['variant']}`: {row['what']}" for row in result["cases"])
     return f"{title}\n\n{table(['variant', 'against', 'without R1', 'with R1'], lines)}\n\n{said}"
+
+
+def waiting_cpu(result: Result) -> str:
+    threads, base = result["config"]["threads"], result["cases"][0]["policy"]
+    rows = [[f"`{row['policy']}`", f"{row['alone']:.2f}", f"{row['pair']:.2f}"] for row in result["cases"]]
+    return (
+        f"Images a second of demos of {threads} threads on {result['environment']['cpu']['cores']} cores, by how "
+        f"OpenMP's threads wait, in parts of one alone under `{base}` ({source(result)}):\n\n"
+        + table(["policy", "one alone", "two side by side, together"], rows)
+    )
 
 
 def resources(result: Result) -> str:

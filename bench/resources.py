@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -186,12 +186,25 @@ def recorded() -> Iterator[list[tuple[Any, tuple, dict]]]:
         JITFunction.run = run
 
 
+class Pointer(NamedTuple):
+    """What a launch's code depends on of a tensor."""
+
+    kind: str  # as Triton names it
+    divisible: bool  # its address by 16; a tensor without memory has address 0
+
+    @classmethod
+    def of(cls, x: Tensor) -> Pointer:
+        names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+        names |= {torch.int32: "i32", torch.int64: "i64", torch.bool: "i1", torch.uint8: "u8"}
+        return cls(f"*{names[x.dtype]}", x.data_ptr() % 16 == 0)
+
+
 def _specialize(value: Any) -> tuple[str, bool]:
     """The type that a launch gives an argument ("constexpr": its value is compiled in), and whether 16 divides it."""
     if isinstance(value, Tensor):
-        names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-        names |= {torch.int32: "i32", torch.int64: "i64", torch.bool: "i1", torch.uint8: "u8"}
-        return f"*{names[value.dtype]}", True
+        value = Pointer.of(value)
+    if isinstance(value, Pointer):
+        return value
     if value is None or isinstance(value, (bool, str)) or (isinstance(value, int) and value == 1):
         return "constexpr", False
     if isinstance(value, float):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import glob
+import hashlib
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ from typing import Any
 from .resources import _cuobjdump, _occupancy
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
+CACHE = CSRC.parent / "build" / "csrc"
 NVCC_ARCHS, NVRTC_ARCHS = (80, 90), (70,)
 SIZES = {"float": 4, "Half": 2, "BFloat16": 2, "double": 8}
 BLOCK_WARPS = 8  # every launch of csrc/ has blocks of 256 threads
@@ -83,18 +85,37 @@ def rows(archs: tuple[int, ...], files: list[Path] | None = None) -> list[Row]:
     return found
 
 
+def compiled(source: Path, arch: int) -> tuple[Path, Path]:
+    """The device code of a file, with line numbers: machine code and PTX. Compiled once for a content of csrc/.
+
+    Raises:
+        RuntimeError: It does not compile, or a tool is missing (see `lacking`).
+    """
+    files = [source, *sorted(CSRC.glob("*.h")), Path(__file__)]
+    tools = [_run(find_nvcc(), "--version"), find_nvrtc() or "", str(arch)]
+    digest = hashlib.sha256(b"\0".join([*(file.read_bytes() for file in files), *map(str.encode, tools)])).hexdigest()
+    found = [CACHE / f"{source.stem}-sm_{arch}-{digest[:16]}.{kind}" for kind in ("image", "ptx")]
+    if not all(path.exists() for path in found):
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            image, ptx = Path(folder, "image"), Path(folder, "ptx")
+            if arch in NVCC_ARCHS:
+                code = f"arch=compute_{arch},code=[sm_{arch},compute_{arch}]"
+                options = ["-std=c++17", "-O3", "-lineinfo", "-gencode", code, "-fatbin"]
+                _run(find_nvcc(), *options, str(source), "-o", str(image))
+                ptx.write_text(_run(_cuobjdump(), "-ptx", str(image)))
+            else:
+                cubin, text = compile_with_nvrtc(source, kernel_names(source, folder), arch)
+                image.write_bytes(cubin)
+                ptx.write_text(text)
+            for made, path in zip((image, ptx), found, strict=True):
+                made.replace(path)
+    return found[0], found[1]
+
+
 def _rows_of_file(source: Path, arch: int) -> list[Row]:
-    with tempfile.TemporaryDirectory() as folder:
-        image = Path(folder, "image")
-        if arch in NVCC_ARCHS:
-            code = f"arch=compute_{arch},code=[sm_{arch},compute_{arch}]"
-            _run(find_nvcc(), "-std=c++17", "-O3", "-gencode", code, "-fatbin", str(source), "-o", str(image))
-            ptx = _run(_cuobjdump(), "-ptx", str(image))
-        else:
-            names = kernel_names(source, folder)
-            cubin, ptx = compile_with_nvrtc(source, names, arch)
-            image.write_bytes(cubin)
-        usage = _run(_cuobjdump(), "-res-usage", str(image))
+    image, ptx_file = compiled(source, arch)
+    usage, ptx = _run(_cuobjdump(), "-res-usage", str(image)), ptx_file.read_text()
     found = re.findall(r"Function (\S+?):\s+(REG:.*)", usage)
     bodies = dict(re.findall(r"\.entry (\w+)\((.*?)^\}", ptx, re.MULTILINE | re.DOTALL))
     cases = demangled([name for name, _ in found])
@@ -177,7 +198,7 @@ def compile_with_nvrtc(source: Path, names: list[str], arch: int) -> tuple[bytes
     call("nvrtcCreateProgram", ctypes.byref(program), source.read_bytes(), source.name.encode(), 0, None, None)
     for name in names:
         call("nvrtcAddNameExpression", program, name.encode())
-    options = [f"--gpu-architecture=sm_{arch}", "-std=c++17", f"-I{source.parent}"]
+    options = [f"--gpu-architecture=sm_{arch}", "-std=c++17", "-lineinfo", f"-I{source.parent}"]
     try:
         call("nvrtcCompileProgram", program, len(options), (ctypes.c_char_p * len(options))(*map(str.encode, options)))
         return output("CUBIN"), output("PTX").rstrip(b"\0").decode()

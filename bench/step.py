@@ -143,6 +143,7 @@ class RandomData:
         self.label_dim = 10 if config.loader.labels else 0
         self.labels = torch.eye(max(self.label_dim, 1))[torch.arange(size) % max(self.label_dim, 1)]
         self.labels = self.labels[:, : self.label_dim]
+        self.label_values = torch.arange(self.label_dim)
         self.mean_camera_pose = self.angles.mean(dim=0)
         self.resolution, self.name = config.resolution, "random"
 

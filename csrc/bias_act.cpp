@@ -80,13 +80,13 @@ struct Loop {
       if (VARYING && sums) {
 #pragma omp simd
         for (i64 i = 0; i < n; i++) {
-          const S v = g[i] * f.slope(x[i] + b[i]);
+          const S v = f.backward(x[i] + b[i], g[i]);
           grad_x[i] = v;
           sums[i] += v;
         }
       } else {
 #pragma omp simd
-        for (i64 i = 0; i < n; i++) grad_x[i] = g[i] * f.slope(x[i] + at(b, i));
+        for (i64 i = 0; i < n; i++) grad_x[i] = f.backward(x[i] + at(b, i), g[i]);
         if (sums) *sums = sum_row(grad_x, n);
       }
       write<T, S>(args.grad_x, first, n, grad_x);
@@ -99,11 +99,11 @@ struct Loop {
       S* __restrict grad_x = args.grad_x ? place<T, S>(args.grad_x, first, buffers[4]) : buffers[4];
       if (args.grad_grad_y) {
 #pragma omp simd
-        for (i64 i = 0; i < n; i++) grad_grad_y[i] = (h[i] + at(hb, i)) * f.slope(x[i] + at(b, i));
+        for (i64 i = 0; i < n; i++) grad_grad_y[i] = f.forward(x[i] + at(b, i), h[i] + at(hb, i));
       }
       if (args.grad_x || sums) {
 #pragma omp simd
-        for (i64 i = 0; i < n; i++) grad_x[i] = (h[i] + at(hb, i)) * g[i] * f.curvature(x[i] + at(b, i));
+        for (i64 i = 0; i < n; i++) grad_x[i] = f.second(x[i] + at(b, i), g[i], h[i] + at(hb, i));
       }
       if (sums && !VARYING) *sums = sum_row(grad_x, n);
       for (i64 i = 0; VARYING && sums && i < n; i++) sums[i] += grad_x[i];

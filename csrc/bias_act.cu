@@ -17,28 +17,29 @@ struct AnyAct {
   int act;
   S gain, clamp;
 
-#define EPIGRAF_CASE(ACT, member) \
-  case ACT: return BiasAct<ACT, S>{gain, clamp}.member(u);
-#define EPIGRAF_SWITCH(member)                                                                            \
+#define EPIGRAF_CASE(ACT, call) \
+  case ACT: return BiasAct<ACT, S>{gain, clamp}.call;
+#define EPIGRAF_SWITCH(call)                                                                              \
   if constexpr (CURVED) {                                                                                 \
     switch (act) {                                                                                        \
-      EPIGRAF_CASE(kTanh, member)                                                                         \
-      EPIGRAF_CASE(kSigmoid, member)                                                                      \
-      EPIGRAF_CASE(kElu, member)                                                                          \
-      EPIGRAF_CASE(kSelu, member)                                                                         \
-      EPIGRAF_CASE(kSoftplus, member)                                                                     \
-      default: return BiasAct<kSwish, S>{gain, clamp}.member(u);                                          \
+      EPIGRAF_CASE(kTanh, call)                                                                           \
+      EPIGRAF_CASE(kSigmoid, call)                                                                        \
+      EPIGRAF_CASE(kElu, call)                                                                            \
+      EPIGRAF_CASE(kSelu, call)                                                                           \
+      EPIGRAF_CASE(kSoftplus, call)                                                                       \
+      default: return BiasAct<kSwish, S>{gain, clamp}.call;                                               \
     }                                                                                                     \
   } else {                                                                                                \
     switch (act) {                                                                                        \
-      EPIGRAF_CASE(kLinear, member)                                                                       \
-      EPIGRAF_CASE(kRelu, member)                                                                         \
-      default: return BiasAct<kLrelu, S>{gain, clamp}.member(u);                                          \
+      EPIGRAF_CASE(kLinear, call)                                                                         \
+      EPIGRAF_CASE(kRelu, call)                                                                           \
+      default: return BiasAct<kLrelu, S>{gain, clamp}.call;                                               \
     }                                                                                                     \
   }
-  __device__ __forceinline__ S value(S u) const { EPIGRAF_SWITCH(value) }
-  __device__ __forceinline__ S slope(S u) const { EPIGRAF_SWITCH(slope) }
-  __device__ __forceinline__ S curvature(S u) const { EPIGRAF_SWITCH(curvature) }
+  __device__ __forceinline__ S value(S u) const { EPIGRAF_SWITCH(value(u)) }
+  __device__ __forceinline__ S backward(S u, S g) const { EPIGRAF_SWITCH(backward(u, g)) }
+  __device__ __forceinline__ S forward(S u, S h) const { EPIGRAF_SWITCH(forward(u, h)) }
+  __device__ __forceinline__ S second(S u, S g, S h) const { EPIGRAF_SWITCH(second(u, g, h)) }
 #undef EPIGRAF_SWITCH
 #undef EPIGRAF_CASE
 };
@@ -60,7 +61,7 @@ __device__ __forceinline__ void compute(const BiasActArgs& args, i64 first, cons
     load_vector<T, V>(args.x ? args.x : args.grad_y, first, x);  // null: the slope is the same everywhere
     if constexpr (ORDER == kBwd) {
 #pragma unroll
-      for (int k = 0; k < V; k++) sums[k] = g[k] * f.slope(x[k] + bias[k]);
+      for (int k = 0; k < V; k++) sums[k] = f.backward(x[k] + bias[k], g[k]);
       store_vector<T, V>(args.grad_x, first, sums);
     } else {
 #pragma unroll
@@ -69,8 +70,8 @@ __device__ __forceinline__ void compute(const BiasActArgs& args, i64 first, cons
 #pragma unroll
       for (int k = 0; k < V; k++) {
         const S u = x[k] + bias[k], s = h[k] + grad_grad_bias[k];
-        out[k] = s * f.slope(u);
-        sums[k] = s * g[k] * f.curvature(u);
+        out[k] = f.forward(u, s);
+        sums[k] = f.second(u, g[k], s);
       }
       if (args.grad_grad_y) store_vector<T, V>(args.grad_grad_y, first, out);
       if (args.grad_x) store_vector<T, V>(args.grad_x, first, sums);

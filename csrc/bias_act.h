@@ -47,7 +47,8 @@ EPIGRAF_HD S sigmoid_of(S x) {
   return S(1) / (S(1) + exp_of(-x));
 }
 
-// act(u) and its derivatives; at a kink the slope is that of the left side, the curvature 0.
+// act(u) and its derivatives; at a kink the slope is that of the left side, the curvature 0. NaN and infinities come out
+// where the reference's do: `backward` selects where torch selects, and multiplies where it multiplies.
 template <int ACT, typename S>
 struct Activation {
   static constexpr S slope_left = S(0.2);                                                   // lrelu
@@ -55,7 +56,7 @@ struct Activation {
   static constexpr S softplus_linear = S(20);  // where e^-u is lost next to u in fp32; torch's softplus, too
 
   static EPIGRAF_HD S value(S u) {
-    if constexpr (ACT == kRelu) return u > S(0) ? u : S(0);
+    if constexpr (ACT == kRelu) return u < S(0) ? S(0) : u;
     if constexpr (ACT == kLrelu) return u > S(0) ? u : u * slope_left;
     if constexpr (ACT == kTanh) return tanh_of(u);
     if constexpr (ACT == kSigmoid) return sigmoid_of(u);
@@ -66,35 +67,36 @@ struct Activation {
     return u;
   }
 
-  static EPIGRAF_HD S slope(S u) {
-    if constexpr (ACT == kRelu) return u > S(0) ? S(1) : S(0);
-    if constexpr (ACT == kLrelu) return u > S(0) ? S(1) : slope_left;
+  // g act'(u)
+  static EPIGRAF_HD S backward(S u, S g) {
+    if constexpr (ACT == kRelu) return u <= S(0) ? S(0) : g;
+    if constexpr (ACT == kLrelu) return u > S(0) ? g : g * slope_left;
     if constexpr (ACT == kTanh) {
       const S e = exp_of(u > S(0) ? S(-2) * u : S(2) * u), d = S(1) + e;
-      return S(4) * e / (d * d);  // 1 - tanh^2, without its cancellation
+      return g * (S(4) * e / (d * d));  // 1 - tanh^2, without its cancellation
     }
     if constexpr (ACT == kSigmoid) {
       const S s = sigmoid_of(u);
-      return s * (S(1) - s);
+      return g * (s * (S(1) - s));
     }
-    if constexpr (ACT == kElu) return u > S(0) ? S(1) : exp_of(u);
-    if constexpr (ACT == kSelu) return selu_scale * (u > S(0) ? S(1) : selu_alpha * exp_of(u));
-    if constexpr (ACT == kSoftplus) return u > softplus_linear ? S(1) : sigmoid_of(u);
+    if constexpr (ACT == kElu) return u > S(0) ? g : g * exp_of(u);
+    if constexpr (ACT == kSelu) return selu_scale * (u > S(0) ? g : g * (selu_alpha * exp_of(u)));
+    if constexpr (ACT == kSoftplus) return u > softplus_linear ? g : g * sigmoid_of(u);
     if constexpr (ACT == kSwish) {
       const S s = sigmoid_of(u);
-      return s + u * s * (S(1) - s);
+      return g * s + g * u * (s * (S(1) - s));
     }
-    return S(1);
+    return g;
   }
 
   static EPIGRAF_HD S curvature(S u) {
-    if constexpr (ACT == kTanh) return S(-2) * tanh_of(u) * slope(u);
+    if constexpr (ACT == kTanh) return backward(u, S(-2) * tanh_of(u));
     if constexpr (ACT == kSigmoid) {
       const S s = sigmoid_of(u);
       return s * (S(1) - s) * (S(1) - S(2) * s);
     }
-    if constexpr (ACT == kElu) return u < S(0) ? exp_of(u) : S(0);
-    if constexpr (ACT == kSelu) return u < S(0) ? selu_scale * selu_alpha * exp_of(u) : S(0);
+    if constexpr (ACT == kElu) return u >= S(0) ? S(0) : exp_of(u);
+    if constexpr (ACT == kSelu) return u >= S(0) ? S(0) : selu_scale * selu_alpha * exp_of(u);
     if constexpr (ACT == kSoftplus) {
       const S s = sigmoid_of(u);
       return u > softplus_linear ? S(0) : s * (S(1) - s);
@@ -111,20 +113,18 @@ template <int ACT, typename S>
 struct BiasAct {
   S gain, clamp;
 
-  EPIGRAF_HD S value(S u) const {
-    const S v = gain * Activation<ACT, S>::value(u);
-    return v > clamp ? clamp : v < -clamp ? -clamp : v;
-  }
+  EPIGRAF_HD S value(S u) const { return clamped(unclamped(u), clamp); }
 
-  // dy/du; 0 where clipped, not yet at the bound itself.
-  EPIGRAF_HD S slope(S u) const { return clipped(u) ? S(0) : gain * Activation<ACT, S>::slope(u); }
-  EPIGRAF_HD S curvature(S u) const { return clipped(u) ? S(0) : gain * Activation<ACT, S>::curvature(u); }
+  // The gradient to u of the gradient g to y: g dy/du.
+  EPIGRAF_HD S backward(S u, S g) const { return Activation<ACT, S>::backward(u, gain * unclipped(u, g)); }
+  // What y changes by along h, a change of u: h dy/du.
+  EPIGRAF_HD S forward(S u, S h) const { return unclipped(u, gain * Activation<ACT, S>::backward(u, h)); }
+  // What backward(u, g) changes by along h: g h d2y/du2.
+  EPIGRAF_HD S second(S u, S g, S h) const { return h * (gain * unclipped(u, g)) * Activation<ACT, S>::curvature(u); }
 
  private:
-  EPIGRAF_HD bool clipped(S u) const {
-    const S v = gain * Activation<ACT, S>::value(u);
-    return v > clamp || v < -clamp;
-  }
+  EPIGRAF_HD S unclamped(S u) const { return gain * Activation<ACT, S>::value(u); }
+  EPIGRAF_HD S unclipped(S u, S g) const { return is_clipped(unclamped(u), clamp) ? S(0) : g; }
 };
 
 // Whether act has a second derivative that is not 0 everywhere.

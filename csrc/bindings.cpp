@@ -403,8 +403,9 @@ void bind_modulated_conv2d(py::module_& m) {
 
 epigraf::DecodeTriplaneArgs decode_triplane_common(const Check& check, Pointer planes, Pointer origins,
                                                    Pointer directions, Pointer t, Pointer w0, Pointer b0, Pointer w1,
-                                                   int dtype, i64 batch, i64 rays, i64 samples, i64 channels,
-                                                   i64 height, i64 width, i64 hidden, i64 outputs, double cube_scale) {
+                                                   Pointer first, int dtype, i64 batch, i64 rays, i64 samples,
+                                                   i64 channels, i64 height, i64 width, i64 hidden, i64 outputs,
+                                                   double cube_scale, i64 whole_height, i64 whole_width) {
   epigraf::DecodeTriplaneArgs args{};
   args.dtype = check.dtype(dtype);
   require(args.dtype == DType::f32 || args.dtype == DType::f64, check.op, "dtype must be that of fp32 or fp64");
@@ -432,15 +433,26 @@ epigraf::DecodeTriplaneArgs decode_triplane_common(const Check& check, Pointer p
   args.w0 = check.pointer("w0", w0, size, check.product("w0", hidden, channels));
   args.b0 = check.pointer("b0", b0, size, hidden);
   args.w1 = check.pointer("w1", w1, size, check.product("w1", outputs, hidden));
+  args.first = check.pointer<i64*>("first", first, sizeof(i64), batch * 2, true);
+  args.whole_height = check.side("whole_height", whole_height, height);
+  args.whole_width = check.side("whole_width", whole_width, width);
+  for (i64 i = 0; args.first && i < batch; i++)
+    require(args.first[i * 2] >= 0 && args.first[i * 2] <= whole_height - height && args.first[i * 2 + 1] >= 0 &&
+                args.first[i * 2 + 1] <= whole_width - width,
+            check.op, "first must leave room for the stored texels in whole planes");
+  require(args.first != nullptr || (whole_height == height && whole_width == width) || batch == 0, check.op,
+          "whole_height and whole_width must be height and width without first");
   return args;
 }
 
 epigraf::DecodeTriplaneArgs decode_triplane_fwd(const Check& check, Pointer planes, Pointer origins, Pointer directions,
                                                 Pointer t, Pointer w0, Pointer b0, Pointer w1, Pointer b1, Pointer y,
-                                                int dtype, i64 batch, i64 rays, i64 samples, i64 channels, i64 height,
-                                                i64 width, i64 hidden, i64 outputs, double cube_scale) {
-  auto args = decode_triplane_common(check, planes, origins, directions, t, w0, b0, w1, dtype, batch, rays, samples,
-                                     channels, height, width, hidden, outputs, cube_scale);
+                                                Pointer first, int dtype, i64 batch, i64 rays, i64 samples,
+                                                i64 channels, i64 height, i64 width, i64 hidden, i64 outputs,
+                                                double cube_scale, i64 whole_height, i64 whole_width) {
+  auto args = decode_triplane_common(check, planes, origins, directions, t, w0, b0, w1, first, dtype, batch, rays,
+                                     samples, channels, height, width, hidden, outputs, cube_scale, whole_height,
+                                     whole_width);
   const i64 size = epigraf::size_of(args.dtype);
   args.b1 = check.pointer("b1", b1, size, outputs);
   args.y = check.pointer("y", y, size, batch * rays * samples * outputs);
@@ -450,11 +462,12 @@ epigraf::DecodeTriplaneArgs decode_triplane_fwd(const Check& check, Pointer plan
 epigraf::DecodeTriplaneArgs decode_triplane_bwd(const Check& check, Pointer planes, Pointer origins, Pointer directions,
                                                 Pointer t, Pointer w0, Pointer b0, Pointer w1, Pointer grad_y,
                                                 Pointer grad_planes, Pointer grad_w0, Pointer grad_b0, Pointer grad_w1,
-                                                Pointer grad_b1, int dtype, i64 batch, i64 rays, i64 samples,
-                                                i64 channels, i64 height, i64 width, i64 hidden, i64 outputs,
-                                                double cube_scale) {
-  auto args = decode_triplane_common(check, planes, origins, directions, t, w0, b0, w1, dtype, batch, rays, samples,
-                                     channels, height, width, hidden, outputs, cube_scale);
+                                                Pointer grad_b1, Pointer first, int dtype, i64 batch, i64 rays,
+                                                i64 samples, i64 channels, i64 height, i64 width, i64 hidden,
+                                                i64 outputs, double cube_scale, i64 whole_height, i64 whole_width) {
+  auto args = decode_triplane_common(check, planes, origins, directions, t, w0, b0, w1, first, dtype, batch, rays,
+                                     samples, channels, height, width, hidden, outputs, cube_scale, whole_height,
+                                     whole_width);
   const i64 size = epigraf::size_of(args.dtype);
   const bool network = grad_w0 != 0 || grad_b0 != 0 || grad_w1 != 0 || grad_b1 != 0;
   args.grad_y = check.pointer("grad_y", grad_y, size, batch * rays * samples * outputs);

@@ -147,6 +147,23 @@ template <typename S>
 EPIGRAF_HD S maximum(S a, S b) {
   return a > b ? a : b;
 }
+// Of two numbers that may be NaN, which then is the larger one.
+template <typename S>
+EPIGRAF_HD S maximum_or_nan(S a, S b) {
+  return b > a || b != b ? b : a;
+}
+// y limited to [-clamp, clamp]; NaN stays NaN.
+template <typename S>
+EPIGRAF_HD S clamped(S y, S clamp) {
+  return y > clamp ? clamp : y < -clamp ? -clamp : y;
+}
+// Whether a clamp stops the gradient to y: where y is not inside, as NaN never is, but not yet at the bound itself. An
+// infinite clamp stands for none, and stops nothing.
+template <typename S>
+EPIGRAF_HD bool is_clipped(S y, S clamp) {
+  const bool bounded = clamp - clamp == S(0);
+  return bounded & !((y <= clamp) & (y >= -clamp));
+}
 EPIGRAF_HD i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }  // of a >= 0
 
 // Offsets of element (c, y, x) of an image [C, H, W].

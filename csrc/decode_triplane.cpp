@@ -88,6 +88,17 @@ void position_of(const DecodeTriplaneArgs& a, i64 point, S* out) {
   for (int k = 0; k < 3; k++) out[k] = (origin[ray * 3 + k] + t * direction[k]) / S(a.cube_scale);
 }
 
+// `neighbours` along the columns and the rows of an image's planes.
+template <typename S>
+Neighbours<S> columns_at(const DecodeTriplaneArgs& a, i64 image, S position) {
+  return neighbours(position, a.whole_width, a.first ? a.first[image * 2 + 1] : 0, a.width);
+}
+
+template <typename S>
+Neighbours<S> rows_at(const DecodeTriplaneArgs& a, i64 image, S position) {
+  return neighbours(position, a.whole_height, a.first ? a.first[image * 2] : 0, a.height);
+}
+
 // The four texels of one plane, as offsets in numbers, with their weights.
 template <typename S>
 struct Taps {
@@ -218,9 +229,10 @@ class Block {
   void sample(i64 point, S* out) const {
     S position[3];
     position_of(a, point, position);
-    const S* image = static_cast<const S*>(a.planes) + point / (a.rays * a.samples) * a.height * a.width * 3 * a.channels;
-    const Neighbours<S> x0 = neighbours(position[0], a.width), x1 = neighbours(position[1], a.width);
-    const Neighbours<S> y1 = neighbours(position[1], a.height), y2 = neighbours(position[2], a.height);
+    const i64 number = point / (a.rays * a.samples);
+    const S* image = static_cast<const S*>(a.planes) + number * a.height * a.width * 3 * a.channels;
+    const Neighbours<S> x0 = columns_at(a, number, position[0]), x1 = columns_at(a, number, position[1]);
+    const Neighbours<S> y1 = rows_at(a, number, position[1]), y2 = rows_at(a, number, position[2]);
     const Taps<S> taps[3] = {{a, x0, y1, 0}, {a, x0, y2, 1}, {a, x1, y2, 2}};
     using V = Register<S>;
     constexpr i64 L = V::kSize;
@@ -277,8 +289,8 @@ void scatter(const DecodeTriplaneArgs& a, const S* to_features, i64 image, i64 p
   for (i64 point = image * points; point < (image + 1) * points; point++) {
     S position[3];
     position_of(a, point, position);
-    const Taps<S> taps(a, neighbours(position[kPlaneAxes[plane][0]], a.width),
-                       neighbours(position[kPlaneAxes[plane][1]], a.height), plane);
+    const Taps<S> taps(a, columns_at(a, image, position[kPlaneAxes[plane][0]]),
+                       rows_at(a, image, position[kPlaneAxes[plane][1]]), plane);
     const S* row = to_features + point * a.channels;
     for (int k = 0; k < 4; k++) accumulate(grad + taps.offset[k], row, taps.weight[k], a.channels);
   }

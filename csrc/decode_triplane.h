@@ -17,6 +17,8 @@ struct DecodeTriplaneArgs {
   DType dtype;             // f32 or f64, of everything
   i64 batch, rays, samples, channels, height, width, hidden, outputs;
   double cube_scale;
+  const i64* first;  // [batch, 2], row and column in whole planes of the first texel; or null: the planes are whole
+  i64 whole_height, whole_width;
   // Of the backward. A gradient that is null is not computed; those of the network are given together or not at all.
   const void* grad_y;                              // as y
   void* grad_planes;                               // as planes, cleared by the launcher
@@ -25,19 +27,20 @@ struct DecodeTriplaneArgs {
 
 namespace EPIGRAF_ISA {
 
-// What a point reads along one axis: two neighbours, with weight 0 where they lie outside.
+// What a point reads along one axis: two neighbours, with weight 0 where they are not stored.
 template <typename S>
 struct Neighbours {
   i64 first, second;
   S first_weight, second_weight;
 };
 
+// `size` texels of `whole` are stored, from `start` on.
 template <typename S>
-EPIGRAF_HD Neighbours<S> neighbours(S position, i64 size) {
-  // From 3 on both are outside, however few texels there are; NaN stays NaN.
+EPIGRAF_HD Neighbours<S> neighbours(S position, i64 whole, i64 start, i64 size) {
+  // From 3 on both are outside, however few texels there are; NaN stays NaN, and is a weight of the first texel.
   const S inside = position < S(-3) ? S(-3) : position > S(3) ? S(3) : position;
-  const S x = (inside + 1) * (S(size - 1) / 2), x_floor = floor(x), part = x - x_floor;
-  const i64 first = x == x ? static_cast<i64>(x_floor) : 0, second = first + 1;
+  const S x = (inside + 1) * (S(whole - 1) / 2), x_floor = floor(x), part = x - x_floor;
+  const i64 first = x == x ? static_cast<i64>(x_floor) - start : 0, second = x == x ? first + 1 : 0;
   const S first_weight = (1 - part) * S(first >= 0 && first < size), second_weight = part * S(second >= 0 && second < size);
   return {minimum(maximum<i64>(first, 0), size - 1), minimum(maximum<i64>(second, 0), size - 1), first_weight, second_weight};
 }

@@ -185,6 +185,7 @@ struct Chunk {
     S* __restrict sum_0 = sums + 3 * n;
     S* __restrict sum_1 = sums + 4 * n;
     const LeakyClamp<S> act = f;
+    const LayerDots dots(a);
     for (i64 j = 0; j < outer(columns); j++) {
       const i64 first = j * n;
       const S nj = LAST ? noise[j] : S(0), rj = LAST ? raw[j] : S(0), tj = LAST ? dot_noise[j] : S(0);
@@ -193,20 +194,21 @@ struct Chunk {
         const i64 c = LAST ? l : 0, i = first + l;
         const S x = v[i], hx = dot_x[i], g0 = g[0][i], g1 = K > 1 ? g[1][i] : S(0);
         const S u = layer_preactivation(x, d[c], LAST ? nj : noise[l], bias[c]);
-        const S tangent = d[c] * hx + hd[c] * x + hb[c] + (LAST ? tj : dot_noise[l]);
+        const S tangent =
+            only_if(dots.x, d[c] * hx) + only_if(dots.demod, hd[c] * x) + hb[c] + (LAST ? tj : dot_noise[l]);
+        const S dot_0 = only_if(dots.style0, g0 * h0[c]), dot_1 = only_if(dots.style1, g1 * h1[c]);
         const LayerSecond<S> e(act, u, tangent, K > 1 ? g0 * s0[c] + g1 * s1[c] : g0 * s0[c],
-                               K > 1 ? g0 * h0[c] + g1 * h1[c] : g0 * h0[c]);
-        const S y_dot = e.slope * e.tangent;
+                               K > 1 ? dot_0 + dot_1 : dot_0);
         o.gu[i] = e.gu;
         o.gu_dot[i] = e.gu_dot;
-        o.grad_x[i] = d[c] * e.gu_dot + hd[c] * e.gu;
-        o.out[0][i] = s0[c] * y_dot + h0[c] * e.y;
-        if (K > 1) o.out[1][i] = s1[c] * y_dot + h1[c] * e.y;
-        sum_d[l] += e.gu * hx + e.gu_dot * x;
+        o.grad_x[i] = only_if(dots.second, d[c] * e.gu_dot) + only_if(dots.demod, hd[c] * e.gu);
+        o.out[0][i] = only_if(dots.any_tangent, s0[c] * e.y_dot) + only_if(dots.style0, h0[c] * e.y);
+        if (K > 1) o.out[1][i] = only_if(dots.any_tangent, s1[c] * e.y_dot) + only_if(dots.style1, h1[c] * e.y);
+        sum_d[l] += only_if(dots.x, e.gu * hx) + only_if(dots.second, e.gu_dot * x);
         sum_b[l] += e.gu_dot;
-        sum_n[l] += e.gu_dot * (LAST ? rj : raw[l]);
-        sum_0[l] += g0 * y_dot;
-        if (K > 1) sum_1[l] += g1 * y_dot;
+        sum_n[l] += only_if(dots.second, e.gu_dot * (LAST ? rj : raw[l]));
+        sum_0[l] += only_if(dots.any_tangent, g0 * e.y_dot);
+        if (K > 1) sum_1[l] += only_if(dots.any_tangent, g1 * e.y_dot);
       }
     }
   }
@@ -568,7 +570,7 @@ void modulation_fwd_of(const ModulationArgs& a, int threads) {
   for (i64 b = 0; a.scale && b < a.batch; b++) {
     S* style = static_cast<S*>(a.style) + b * a.c_in;
     S largest = S(a.tiny);
-    for (i64 i = 0; i < a.c_in; i++) largest = maximum(largest, style[i] < 0 ? -style[i] : style[i]);
+    for (i64 i = 0; i < a.c_in; i++) largest = maximum_or_nan(largest, style[i] < 0 ? -style[i] : style[i]);
     const S scale = S(1) / largest;
     for (i64 i = 0; i < a.c_in; i++) style[i] *= scale;
     static_cast<S*>(a.scale)[b] = scale;

@@ -369,6 +369,7 @@ __global__ void __launch_bounds__(kThreads, 1) layer_epilogue_double_bwd_kernel(
     read_vector<S, V>(a.dot_bias, channel, S(0), dot_bias);
 #pragma unroll
     for (int j = 0; j < K; j++) read_vector<S, V>(a.dot_style[j], vector, S(0), dot_style[j]);
+    const LayerDots dots(a);
     for (int step = 0; step < kPixelsOfBlock / kPixels; step++) {
       const i64 pixel = start + step * kPixels;
       S gu[V], gu_dot[V];
@@ -388,24 +389,26 @@ __global__ void __launch_bounds__(kThreads, 1) layer_epilogue_double_bwd_kernel(
 #pragma unroll
         for (int k = 0; k < V; k++) {
           const S u = layer_preactivation(x[k], lane.demod[k], lane.strength * noise, lane.bias[k]);
-          const S tangent = lane.demod[k] * dot_x[k] + dot_demod[k] * x[k] + dot_bias[k] + dot_noise;
-          S grad_y = grad[0][k] * lane.style[0][k], grad_y_dot = grad[0][k] * dot_style[0][k];
+          const S tangent = only_if(dots.x, lane.demod[k] * dot_x[k]) + only_if(dots.demod, dot_demod[k] * x[k]) +
+                            dot_bias[k] + dot_noise;
+          S grad_y = grad[0][k] * lane.style[0][k], grad_y_dot = only_if(dots.style0, grad[0][k] * dot_style[0][k]);
           if (K > 1) {
             grad_y += grad[K - 1][k] * lane.style[K - 1][k];
-            grad_y_dot += grad[K - 1][k] * dot_style[K - 1][k];
+            grad_y_dot += only_if(dots.style1, grad[K - 1][k] * dot_style[K - 1][k]);
           }
           const LayerSecond<S> e(lane.f, u, tangent, grad_y, grad_y_dot);
-          const S y_dot = e.slope * e.tangent;
           gu[k] = e.gu;
           gu_dot[k] = e.gu_dot;
-          grad_x[k] = lane.demod[k] * e.gu_dot + dot_demod[k] * e.gu;
+          grad_x[k] = only_if(dots.second, lane.demod[k] * e.gu_dot) + only_if(dots.demod, dot_demod[k] * e.gu);
 #pragma unroll
-          for (int j = 0; j < K; j++) grad_grad[j][k] = lane.style[j][k] * y_dot + dot_style[j][k] * e.y;
-          lane.sums[kSumDemod][k] += e.gu * dot_x[k] + e.gu_dot * x[k];
+          for (int j = 0; j < K; j++)
+            grad_grad[j][k] = only_if(dots.any_tangent, lane.style[j][k] * e.y_dot) +
+                              only_if(j ? dots.style1 : dots.style0, dot_style[j][k] * e.y);
+          lane.sums[kSumDemod][k] += only_if(dots.x, e.gu * dot_x[k]) + only_if(dots.second, e.gu_dot * x[k]);
           lane.sums[kSumBias][k] += e.gu_dot;
-          lane.sums[kSumNoise][k] += e.gu_dot * noise;
-          lane.sums[kSumStyle0][k] += grad[0][k] * y_dot;
-          if (K > 1) lane.sums[kSumStyle1][k] += grad[K - 1][k] * y_dot;
+          lane.sums[kSumNoise][k] += only_if(dots.second, e.gu_dot * noise);
+          lane.sums[kSumStyle0][k] += only_if(dots.any_tangent, grad[0][k] * e.y_dot);
+          if (K > 1) lane.sums[kSumStyle1][k] += only_if(dots.any_tangent, grad[K - 1][k] * e.y_dot);
         }
         store_vector<T, V>(a.grad_x, offset, grad_x);
 #pragma unroll
@@ -539,10 +542,10 @@ __global__ void __launch_bounds__(kThreads) modulation_fwd_kernel(const Modulati
     S largest = static_cast<S>(a.tiny);
     for (i64 i = lane; i < a.c_in; i += 32) {
       const S value = __ldcg(style + i);
-      largest = maximum(largest, value < S(0) ? -value : value);
+      largest = maximum_or_nan(largest, value < S(0) ? -value : value);
     }
     for (int distance = 16; distance > 0; distance /= 2)
-      largest = maximum(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
+      largest = maximum_or_nan(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
     const S scale = S(1) / largest;
     for (i64 i = lane; i < a.c_in; i += 32) style[i] = scale * __ldcg(style + i);
     if (lane == 0) static_cast<S*>(a.scale)[b] = scale;

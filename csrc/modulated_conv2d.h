@@ -103,16 +103,15 @@ template <typename S>
 struct LeakyClamp {
   S slope, gain, clamp;
 
-  EPIGRAF_HD S value(S u) const {
-    const S y = gain * (u > S(0) ? u : slope * u);
-    return y > clamp ? clamp : y < -clamp ? -clamp : y;
+  EPIGRAF_HD S value(S u) const { return clamped(unclamped(u), clamp); }
+  // g dy/du: 0 where clipped; that of the left side at the kink.
+  EPIGRAF_HD S derivative(S u, S g) const {
+    const S scaled = is_clipped(unclamped(u), clamp) ? S(0) : gain * g;
+    return u > S(0) ? scaled : slope * scaled;
   }
-  // dy/du; 0 where clipped, not yet at the bound itself; that of the left side at the kink.
-  EPIGRAF_HD S derivative(S u) const {
-    const S left = u > S(0) ? S(1) : slope;
-    const S y = gain * left * u;
-    return y > clamp || y < -clamp ? S(0) : gain * left;
-  }
+
+ private:
+  EPIGRAF_HD S unclamped(S u) const { return gain * (u > S(0) ? u : slope * u); }
 };
 
 template <typename S>
@@ -124,16 +123,37 @@ EPIGRAF_HD S layer_preactivation(S v, S demod, S noise, S bias) {
 template <typename S>
 struct LayerGradient {
   S gu, y;
-  EPIGRAF_HD LayerGradient(const LeakyClamp<S>& f, S u, S grad_y) : gu(f.derivative(u) * grad_y), y(f.value(u)) {}
+  EPIGRAF_HD LayerGradient(const LeakyClamp<S>& f, S u, S grad_y) : gu(f.derivative(u, grad_y)), y(f.value(u)) {}
 };
+
+// Which gradients come into the double backward. What is absent adds nothing, not even 0 times a NaN. `second`: whether
+// there is a gradient to u, be it 0, as it is through the slope of lrelu.
+struct LayerDots {
+  bool x, demod, style0, style1, second, any_tangent;
+  EPIGRAF_HD explicit LayerDots(const LayerEpilogueArgs& a)
+      : x(a.dot_x != nullptr),
+        demod(a.dot_demod != nullptr),
+        style0(a.dot_style[0] != nullptr),
+        style1(a.dot_style[1] != nullptr),
+        second(style0 || style1 || a.slope != 1),
+        any_tangent(x || demod || a.dot_bias != nullptr || a.dot_noise != nullptr) {}
+};
+
+template <typename S>
+EPIGRAF_HD S only_if(bool there, S term) {
+  return there ? term : S(0);
+}
 
 // One element of the double backward. `tangent` is what u changes by along the incoming gradients; `gu` the gradient to u,
 // `gu_dot` what takes its place through the sums of style: L = <gu, tangent> + sum_k <grad_out_k, dot_style_k y>.
 template <typename S>
 struct LayerSecond {
-  S slope, y, tangent, gu, gu_dot;
-  EPIGRAF_HD LayerSecond(const LeakyClamp<S>& f, S u, S tangent_, S grad_y, S grad_y_dot)
-      : slope(f.derivative(u)), y(f.value(u)), tangent(tangent_), gu(slope * grad_y), gu_dot(slope * grad_y_dot) {}
+  S y, y_dot, gu, gu_dot;
+  EPIGRAF_HD LayerSecond(const LeakyClamp<S>& f, S u, S tangent, S grad_y, S grad_y_dot)
+      : y(f.value(u)),
+        y_dot(f.derivative(u, tangent)),
+        gu(f.derivative(u, grad_y)),
+        gu_dot(f.derivative(u, grad_y_dot)) {}
 };
 
 }  // namespace EPIGRAF_ISA

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 PRIORS = ("custom", "uniform", "normal", "truncated_gaussian", "spherical_uniform")
+BOX_MARGIN = 1e-5  # of the cube's half size, what `patch_boxes` adds around the samples
 POLE_MARGIN = 1e-5  # pitch stays this far from the poles, where "left" is undefined
 
 
@@ -215,6 +216,63 @@ def camera_rays(
     directions = directions @ cam2world[:, :3, :3].transpose(1, 2)
     origins = cam2world[:, None, :3, 3].expand_as(directions).contiguous()
     return origins, directions
+
+
+def patch_boxes(
+    cam2world: Tensor,
+    fov: float | Tensor,
+    ray_start: float,
+    ray_end: float,
+    cube_scale: float,
+    plane_resolution: int,
+    patch_scale: Tensor | None = None,
+    patch_offset: Tensor | None = None,
+) -> Tensor:
+    """The texels of the tri-planes that the rays of a patch, or of a whole image, can touch.
+
+    With d_c the unit directions of the patch's corners and cos_c their cosines to the optical axis, every sample lies
+    in the hull of the eight points o + (depth / cos_c) d_c, depth being ray_start min cos_c, or ray_end times the
+    cosine at the patch's point next to the optical axis. Their ranges on the three axes are the box: the planes share
+    the network's pixels, so columns cover axes 0 and 1, rows axes 1 and 2 (see `sample_triplane`).
+
+    Args:
+        cam2world: [B, 4, 4].
+        fov: Degrees, a number or [B].
+        ray_start, ray_end: Along unit rays, world units.
+        cube_scale: Half size of the cube that the planes span, world units.
+        plane_resolution: Texels along each side of a plane.
+        patch_scale, patch_offset: [B], [B, 2], or None for the whole image.
+
+    Returns:
+        [B, 4] int64 on the device of cam2world: first row, first column, and the row and column after the last.
+    """
+    matrix = cam2world.double()
+    scale = matrix.new_ones(len(matrix)) if patch_scale is None else patch_scale.to(matrix)
+    offset = matrix.new_zeros(len(matrix), 2) if patch_offset is None else patch_offset.to(matrix)
+    low = 2 * offset - 1  # [B, 2], the corners in the image plane
+    high = low + 2 * scale[:, None]
+    nearest = torch.maximum(low, torch.minimum(high, torch.zeros_like(low)))  # to the optical axis
+    fov = torch.as_tensor(fov, dtype=torch.float64, device=matrix.device).expand(len(matrix))
+    focal = 1 / torch.tan(torch.deg2rad(fov) / 2)  # [B]
+    x, y = (torch.stack([low[:, i], high[:, i]], dim=1) for i in range(2))
+    corners = torch.stack([x[:, [0, 0, 1, 1]], y[:, [0, 1, 0, 1]]], dim=2) / focal[:, None, None]  # at depth 1
+
+    def cosine(at: Tensor) -> Tensor:  # of image-plane points at depth 1 to the optical axis
+        return (1 + at.square().sum(-1)).rsqrt()
+
+    depths = torch.stack(
+        [ray_start * cosine(corners).amin(dim=1), ray_end * cosine(nearest / focal[:, None])], dim=1
+    )  # [B, 2], along the optical axis
+    ahead = torch.cat([corners, -corners.new_ones(*corners.shape[:2], 1)], dim=2)  # [B, 4, 3], camera space
+    ahead = ahead @ matrix[:, :3, :3].transpose(1, 2)
+    points = matrix[:, None, None, :3, 3] + depths[:, :, None, None] * ahead[:, None]  # [B, 2, 4, 3]
+    points = points.flatten(1, 2) / cube_scale
+    # Samples are placed in fp32: a box may be a texel too large, never too small.
+    lows, highs = points.amin(dim=1) - BOX_MARGIN, points.amax(dim=1) + BOX_MARGIN
+    first, last = ((v.clamp(-1, 1) + 1) * ((plane_resolution - 1) / 2) for v in (lows, highs))  # [B, 3]
+    first, last = first.floor().long(), (last.floor().long() + 1).clamp(max=plane_resolution - 1) + 1
+    ends = [first[:, 1:].amin(dim=1), first[:, :2].amin(dim=1), last[:, 1:].amax(dim=1), last[:, :2].amax(dim=1)]
+    return torch.stack(ends, dim=1)
 
 
 def frustum_extent(fov: float, radius: float, ray_start: float, ray_end: float) -> float:

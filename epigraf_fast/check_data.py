@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,11 @@ import torch
 from torch import Tensor
 
 from . import plotting
+from .arguments import Parser, whole
 from .camera import cam2world_matrix, camera_rays, frustum_extent
+from .command import Progress, running, waiting
 from .config import PRESETS, CameraConfig, preset, with_data_camera
 from .data import ImageDataset
-from .errors import one_line_errors
 from .training.sampling import prior_angles
 
 DRAWN = 200  # cameras in the plot
@@ -48,9 +48,12 @@ def report(dataset: ImageDataset, camera: CameraConfig, stored: bool) -> Iterato
         values = dataset.angles[:count, column]
         low, high, mean, std = (float(x) for x in (values.min(), values.max(), values.mean(), values.std()))
         yield f"{name}: {low:.3f} to {high:.3f}, mean {mean:.3f}, standard deviation {std:.3f} radians"
-    if dataset.label_dim:
-        sizes = dataset.labels[:count].sum(dim=0)
-        yield f"labels: {dataset.label_dim}, {int(sizes.min())} to {int(sizes.max())} images each"
+    if dataset.label_values.ndim > 1:
+        yield f"labels: vectors of {dataset.label_dim} numbers"
+    elif dataset.label_dim:
+        sizes = dataset.labels[:count].sum(dim=0)[dataset.label_values]
+        yield f"labels: {len(sizes)} classes, {int(sizes.min())} to {int(sizes.max())} images each"
+    yield from (f"warning: {remark}" for remark in dataset.remarks())
     extent = frustum_extent(camera.fov, camera.radius, camera.ray_start, camera.ray_end)
     yield (
         f"camera ({'stored in the set' if stored else 'of the preset'}): fov {camera.fov:g}, radius {camera.radius:g}, "
@@ -108,14 +111,10 @@ def plot(dataset: ImageDataset, camera: CameraConfig, path: Path) -> None:
     plotting.save(figure, path, dpi=110)
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m epigraf_fast.check_data",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def arguments() -> Parser:
+    parser = Parser("check_data", __doc__)
     parser.add_argument("data", help="a zip or folder of images with dataset.json, or 'builtin'")
-    parser.add_argument("--resolution", type=int, help="that the images must have")
+    parser.add_argument("--resolution", type=whole(4, 16384), help="that the images must have")
     parser.add_argument("--labels", action="store_true", help="check the labels too")
     parser.add_argument(
         "--preset",
@@ -124,15 +123,21 @@ def main(args: Sequence[str] | None = None) -> None:
         help="whose camera to draw, if none is stored (default: %(default)s)",
     )
     parser.add_argument("--plot", type=Path, help="the picture to write, .png, .pdf or .svg")
-    options = parser.parse_args(args)
-    with one_line_errors():
-        run(options)
+    parser.add_overwrite()
+    return parser
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    with running():
+        run(arguments().parse_args(args))
 
 
 def run(options: argparse.Namespace) -> None:
-    plotting.check_path("--plot", options.plot)
-    dataset = ImageDataset(options.data, options.resolution, use_labels=options.labels)
-    dataset.check_images(progress=sys.stderr.isatty())
+    if options.plot is not None:
+        plotting.check_figure("--plot", options.plot, overwrite=options.overwrite)
+    with waiting("reading dataset.json"):
+        dataset = ImageDataset(options.data, options.resolution, use_labels=options.labels)
+    dataset.check_images(progress=Progress)
     config: Any = with_data_camera(preset(options.preset), dataset.camera)
     print(*report(dataset, config.camera, dataset.camera is not None), sep="\n")
     if options.plot is not None:

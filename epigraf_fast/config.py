@@ -54,6 +54,12 @@ class GeneratorConfig:
     pose_swap_probability: float = 0.5
     """Final probability of showing the mapping another sample's camera (1 at the start)."""
     pose_swap_kimg: float = 1000.0
+    pose_dropout: float = 0.0
+    """Dropout, in training, of the two numbers that the mapping sees of the camera."""
+    clamp: float = 256.0
+    """The synthesis network's activations and planes are clamped to this, in fp32 too; 0 for never."""
+    noise: bool = True
+    """Whether the synthesis network adds noise images; without them their strengths stay as they are."""
     backbone: Literal["triplane", "image"] = "triplane"
     """image: the synthesis network paints the image itself, the 2D baseline of Table 3; patches are cut from it."""
     style_mixing: float = 0.0
@@ -85,6 +91,9 @@ class RendererConfig:
     background: Literal["none", "sphere", "plane"] = "none"
     """Behind the planes: nothing, the inverted sphere of NeRF++, or three more channels of the synthesis network. With
     one, the last interval is at most 1e-3 and `white_background` holds behind the background alone."""
+    white_foreground: bool = False
+    """With a background and `white_background`: adds white to what the planes let through, too, beside the background
+    that shows there. Published code does; `convert` sets it."""
     background_samples: int = 16
     """Of the sphere, along a ray; 8 in the published code."""
     background_start: float = 1.0
@@ -116,6 +125,8 @@ class DiscriminatorConfig:
     camera_steps: int = 64
     camera_dropout: float = 0.5
     minibatch_std_group: int = 4
+    clamp: float = 256.0
+    """Activations of the convolutions are clamped to this, in fp32 too; 0 for never."""
     half_blocks: int = 0
     """Top blocks in fp16 on a GPU; 4 in the published runs. Opt-in until a GPU has run it."""
     scales: int = 1
@@ -398,15 +409,22 @@ def check(config: Config) -> None:
             f"patch.resolution must be at most the resolution {c.resolution}, got {c.patch.resolution}: "
             f"set --patch.resolution {c.resolution}"
         )
-    if c.batch < 1 or c.micro < 1 or c.batch % c.micro:
+    if c.discriminator.minibatch_std_group < 1:
+        raise UserError(
+            f"discriminator.minibatch_std_group must be at least 1, got {c.discriminator.minibatch_std_group}"
+        )
+    if c.batch < 1 or c.micro < 1:
         raise UserError(f"batch must be a positive multiple of micro_batch, got {c.batch} and {c.micro}")
     group = min(c.discriminator.minibatch_std_group, c.micro)
-    if group < 1:
-        raise UserError(f"discriminator.minibatch_std_group must be at least 1, got {group}")
-    if c.micro % group:
+    if c.batch % c.micro or c.micro % group:
+        advice = f"set --micro-batch {micro_batch_for(c.batch, c.micro, group)}"
+        if c.batch % c.micro:
+            raise UserError(f"batch must be a positive multiple of micro_batch, got {c.batch} and {c.micro}: {advice}")
+        whole_groups = -(-c.batch // group) * group
+        if c.micro_batch is None or c.micro_batch >= whole_groups:
+            advice += f" or --batch {whole_groups}"
         raise UserError(
-            f"micro_batch must be a multiple of discriminator.minibatch_std_group = {group}, got {c.micro}: "
-            f"set --micro-batch {c.micro // group * group}"
+            f"micro_batch must be a multiple of discriminator.minibatch_std_group = {group}, got {c.micro}: {advice}"
         )
     positive = {
         "keep_checkpoints": c.keep_checkpoints,
@@ -453,8 +471,11 @@ def check(config: Config) -> None:
         "optim.blur_sigma": c.optim.blur_sigma,
         "optim.ema_rampup": c.optim.ema_rampup,
         "optim.ema_kimg": c.optim.ema_kimg or 0.0,
-        "augment.p": c.augment.p,
+        "camera.yaw_spread": c.camera.yaw_spread,
+        "camera.pitch_spread": c.camera.pitch_spread,
         "generator.decoder_fourier": c.generator.decoder_fourier,
+        "generator.clamp": c.generator.clamp,
+        "discriminator.clamp": c.discriminator.clamp,
         "patch.importance": c.patch.importance,
         "optim.path_length_weight": c.optim.path_length_weight,
         "discriminator.half_blocks": c.discriminator.half_blocks,
@@ -466,13 +487,25 @@ def check(config: Config) -> None:
         for name, value in names.items():
             if not (math.isfinite(value) and value > bound):
                 raise UserError(f"{name} must be finite and {words}, got {value}")
+    finite = {
+        "renderer.density_shift": c.renderer.density_shift,
+        "camera.yaw_mean": c.camera.yaw_mean,
+        "camera.yaw_spread": c.camera.yaw_spread,
+        "camera.pitch_mean": c.camera.pitch_mean,
+        "camera.pitch_spread": c.camera.pitch_spread,
+    }
+    for name, value in finite.items():
+        if not math.isfinite(value):
+            raise UserError(f"{name} must be finite, got {value}")
     for name in ("kimg", "log_kimg", "snapshot_kimg", "checkpoint_kimg"):
         if not 0.001 <= getattr(c, name) < math.inf:
             raise UserError(f"{name} must be finite and at least 0.001, which is one image, got {getattr(c, name)}")
     for name, value in (
         ("discriminator.camera_dropout", c.discriminator.camera_dropout),
         ("generator.pose_swap_probability", c.generator.pose_swap_probability),
+        ("generator.pose_dropout", c.generator.pose_dropout),
         ("generator.style_mixing", c.generator.style_mixing),
+        ("augment.p", c.augment.p),
     ):
         if not 0 <= value <= 1:
             raise UserError(f"{name} must be in [0, 1], got {value}")
@@ -509,6 +542,8 @@ def check(config: Config) -> None:
             f"renderer.background_samples must be at least 2 and background_start at most 1, "
             f"got {c.renderer.background_samples} and {c.renderer.background_start}"
         )
+    if c.renderer.white_foreground and (c.renderer.background == "none" or not c.renderer.white_background):
+        raise UserError("renderer.white_foreground belongs to a background and white_background: leave it out")
     levels = math.ceil(math.log2(c.discriminator.patch_steps))
     skipped = c.discriminator.patch_skip_lowest + c.discriminator.patch_skip_highest
     if skipped > levels or (skipped == levels and not c.discriminator.patch_table_dim):
@@ -528,7 +563,16 @@ def check(config: Config) -> None:
                 raise UserError(f"{name} belongs to generator.backbone triplane, image has no rays: leave it out")
     elif c.optim.path_length_weight:
         raise UserError("optim.path_length_weight must be 0 with generator.backbone triplane, as published")
+    for name, value in flat(c).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{name} must be finite, got {value}")
     check_camera(c.camera)
+
+
+def micro_batch_for(batch: int, at_most: int, group: int) -> int:
+    """The largest micro-batch of at most so many images that divides a batch, into whole groups of minibatch-std."""
+    sizes = range(min(batch, at_most, 2**16), 0, -1)
+    return next(micro for micro in sizes if batch % micro == 0 and micro % min(group, micro) == 0)
 
 
 def check_camera(camera: CameraConfig) -> None:
@@ -539,9 +583,12 @@ def check_camera(camera: CameraConfig) -> None:
         raise UserError(f"camera.ray_end must exceed ray_start = {camera.ray_start}, got {camera.ray_end}")
     extent = frustum_extent(camera.fov, camera.radius, camera.ray_start, camera.ray_end)
     if not extent <= camera.cube_scale:
+        advice = "narrow the rays"
+        if extent < 1e6:
+            advice = f"set --camera.cube-scale {math.ceil(extent * 1000 + 1e-6) / 1000} or {advice}"
         raise UserError(
-            f"the view frustum reaches {extent:.4f} from the origin, outside the cube of half size camera.cube_scale = "
-            f"{camera.cube_scale}: set --camera.cube-scale {math.ceil(extent * 1000) / 1000} or narrow the rays"
+            f"the view frustum reaches {extent:.4g} from the origin, outside the cube of half size camera.cube_scale = "
+            f"{camera.cube_scale}: {advice}"
         )
 
 
@@ -568,14 +615,15 @@ def from_dict(values: dict[str, Any]) -> Config:
         raise UserError(f"the stored settings do not fit this version: {error}") from None
 
 
+def flat(config: Config) -> dict[str, Any]:
+    """Every setting by its dotted name."""
+    values: dict[str, Any] = {}
+    for name, value in to_dict(config).items():
+        values |= {f"{name}.{key}": x for key, x in value.items()} if isinstance(value, dict) else {name: value}
+    return values
+
+
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """Settings that differ, as dotted name -> (old, new)."""
-
-    def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        out: dict[str, Any] = {}
-        for key, value in values.items():
-            out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        return out
-
-    a, b = flat(to_dict(old)), flat(to_dict(new))
+    a, b = flat(old), flat(new)
     return {key: (a[key], b[key]) for key in a if a[key] != b[key]}

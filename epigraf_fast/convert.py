@@ -13,24 +13,29 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import re
-from collections.abc import Iterator, Sequence
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .camera import PRIORS
-from .config import PRESETS, Config, check, preset, to_dict
-from .errors import UserError, one_line_errors
+from .arguments import Parser, check_effect, real, whole
+from .command import check_folder, output_folder, running, waiting
+from .config import PRESETS, Config, check, differences, preset, to_dict
+from .errors import UserError
 from .models.background import ENCODER_STEPS
 from .models.layers import LOW_PASS, ScalarEncoder, channels_at
 from .published import Optimizer, Snapshot, read_snapshot
-from .training.checkpoint import save_checkpoint
+from .published_settings import LABEL_DIM, Stored, apply, get, import_settings, parse
+from .training.checkpoint import checkpoint_path, save_checkpoint
+from .training.identify import SNAPSHOT, what_else
 from .training.memory import meta_networks
-from .training.pretrained import check_finite, load_generator, save_safetensors
+from .training.pretrained import check_finite, find_generator, load_generator, save_safetensors
 
 # Published name -> ours, the first pattern that matches the whole name.
 GENERATOR_NAMES = (
@@ -61,9 +66,10 @@ BACKGROUND_LAYERS = {
     "out0": "0.to_out",
     "out1": "1.to_out",
 }
-BACKGROUND_STEPS = 8  # of the published code
+EXPORTS = {"ours": "G_ema.safetensors", "published": "G_ema-published.safetensors"}
 CAMERA_STEPS = "head_mapping.camera_scalar_enc"
 COEFFICIENTS = ".fourier_encoder.fourier_coefs"
+NOISE = re.compile(r"\.noise_(const|strength)$")
 
 
 @dataclass
@@ -125,95 +131,148 @@ def low_pass_filter() -> Tensor:
     return taps[:, None] * taps
 
 
+def octaves(levels: int) -> Tensor:
+    """The published `fourier_coefs`: pi 2^k / 2^L. What is encoded comes multiplied by the number of steps."""
+    return math.pi * 2.0 ** (torch.arange(levels) - levels)
+
+
 def _check_constant(network: str, name: str, tensor: Tensor) -> None:
     if tensor.is_meta:
         return
     tensor = tensor.float()
     if name.endswith("resample_filter"):
         good = tensor.shape == (4, 4) and torch.allclose(tensor, low_pass_filter())
-    else:  # frequencies in octaves
-        powers = 2.0 ** torch.arange(len(tensor))
-        good = tensor.ndim == 1 and bool(tensor[0] > 0) and torch.allclose(tensor / tensor[0], powers)
+    else:
+        good = tensor.ndim == 1 and torch.allclose(tensor, octaves(len(tensor)))
     if not good:
         raise UserError(f"{network}: {name} is not the constant that this version computes")
 
 
-def config_of(snapshot: Snapshot, base: Config, patch_resolution: int | None = None) -> tuple[Config, int]:
-    """Settings and number of label numbers: from the tensors' shapes, then the stored settings, then the preset `base`.
+class Imported(NamedTuple):
+    """What a snapshot is a snapshot of."""
+
+    config: Config
+    label_dim: int
+    report: list[str]
+
+
+def config_of(
+    snapshot: Snapshot,
+    base: Config,
+    given: Mapping[str, Any] | None = None,
+    *,
+    base_name: str | None = None,
+    training: bool = True,
+) -> Imported:
+    """Settings and number of label numbers: from the tensors' shapes, then as stored, then from `base`.
+
+    Args:
+        given: Our settings, by dotted name, that hold against all others.
+        base_name: The preset whose settings may stand for those that the snapshot does not tell; None asks for them.
+        training: Whether settings of training matter.
 
     Raises:
-        UserError: The shapes are not those of an EpiGRAF model.
+        UserError: The shapes are not those of an EpiGRAF model; a setting that is not told, or that cannot be held.
     """
-    generator, discriminator = snapshot.networks["G_ema"], snapshot.networks.get("D")
-    stored = snapshot.settings
+    given = dict(given or {})
     try:
-        planes = _blocks(generator, "synthesis.tri_plane_decoder.")
-        w_dim = len(generator["mapping.w_avg"])
-        embed = generator.get("mapping.embed.weight")
-        condition = 0 if embed is None else embed.shape[1]
-        label_dim, d_settings, resolution, camera_in_d = condition, base.discriminator, base.resolution, False
-        if discriminator is not None:
-            d_settings, resolution, label_dim = _discriminator_config(discriminator, base)
-            camera_in_d = d_settings.camera_conditioning
-        if condition - label_dim not in (0, 2):
-            raise UserError(f"the mapping has {condition} conditions, the labels are {label_dim}")
-        outputs = generator[f"synthesis.tri_plane_decoder.b{max(planes)}.torgb.weight"].shape[0]
-        hidden, plane_channels = generator["synthesis.tri_plane_mlp.model.0.weight"].shape
-        decoder = generator["synthesis.tri_plane_mlp.model.1.weight"]
-        painted = outputs - 3 * plane_channels
-        if painted not in (0, 3) or len(decoder) != 4 or "synthesis.tri_plane_mlp.model.2.weight" in generator:
-            raise UserError(
-                "the planes and their decoder do not fit: view directions or coordinates were never published"
-            )
-        background = "plane" if painted else "none"
-        if any(name.startswith(BACKGROUND) for name in generator):
-            background = "sphere"
-        channel_base, channel_max = _channels(
-            {res: generator[f"synthesis.tri_plane_decoder.b{res}.conv1.weight"].shape[0] for res in planes},
-            base.generator.channel_base,
-        )
-        config = dataclasses.replace(
-            base,
-            resolution=resolution,
-            camera=_camera(stored, base),
-            generator=dataclasses.replace(
-                base.generator,
-                z_dim=generator["mapping.fc0.weight"].shape[1] - (w_dim if condition else 0),
-                w_dim=w_dim,
-                mapping_layers=sum(bool(re.fullmatch(r"mapping\.fc\d+\.weight", name)) for name in generator),
-                plane_resolution=max(planes),
-                plane_channels=plane_channels,
-                channel_base=channel_base,
-                channel_max=channel_max,
-                decoder_hidden=hidden,
-                pose_conditioning=condition - label_dim == 2,
-            ),
-            renderer=dataclasses.replace(
-                base.renderer,
-                coarse_samples=_stored(stored, "num_ray_steps", base.renderer.coarse_samples),
-                fine_samples=_stored(stored, "num_ray_steps", base.renderer.fine_samples),
-                density_activation=_stored(stored, "clamp_mode", base.renderer.density_activation),
-                white_background=_stored(stored, "dataset.white_back", base.renderer.white_background),
-                background=background,
-                background_samples=_stored(stored, "bg_model.num_steps", BACKGROUND_STEPS)
-                if background == "sphere"
-                else base.renderer.background_samples,
-                background_start=_stored(stored, "bg_model.start", base.renderer.background_start),
-                last_back=_stored(stored, "dataset.last_back", base.renderer.last_back),
-            ),
-            discriminator=dataclasses.replace(d_settings, camera_conditioning=camera_in_d),
-            patch=dataclasses.replace(
-                base.patch,
-                resolution=patch_resolution or min(resolution, _stored(stored, "patch.resolution", 64)),
-            ),
-            loader=dataclasses.replace(base.loader, labels=label_dim > 0),
-        )
+        stored, found, condition = _tensor_settings(snapshot, base, given)
     except (KeyError, IndexError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"G_ema or D is no EpiGRAF network: {error} is not there") from None
+    config, label_dim, untold, unknown = import_settings(stored, base, found, given, training=training)
+    if untold and base_name is None:
+        reasons = "; ".join(dict.fromkeys(filter(None, untold.values())))
+        raise UserError(
+            f"the snapshot does not tell {', '.join(untold)}{f' ({reasons})' if reasons else ''}: "
+            f"give --preset NAME to take a preset's, or --set NAME=VALUE for each"
+        )
+    derived: dict[str, Any] = {}
+    if label_dim is None:
+        label_dim = condition - 2 * config.generator.pose_conditioning
+        derived["loader.labels"] = label_dim > 0
+    derived["patch.resolution"] = min(config.patch.resolution, config.resolution)
+    white = config.renderer.background != "none" and config.renderer.white_background
+    derived["renderer.white_foreground"] = white
+    group, micro = max(1, config.discriminator.minibatch_std_group), max(1, config.micro)
+    if config.batch % micro or micro % group:  # a micro-batch is no part of a snapshot
+        derived["micro_batch"] = None if config.batch % group else group
+    config = apply(config, derived | given)
     check(config)
-    return config, label_dim
+    report = []
+    if untold:
+        lines = ", ".join(f"{name} = {get(config, name)}" for name in untold)
+        report.append(f"not told by the snapshot, as the preset {base_name} has it: {lines}")
+    if given:
+        report.append(f"as you say: {', '.join(f'{name} = {get(config, name)}' for name in given)}")
+    if unknown:
+        report.append(f"stored settings that this version does not know, and left: {', '.join(unknown)}")
+    if white and not config.renderer.white_foreground:
+        report.append(
+            "without renderer.white_foreground images differ: the published code adds white to the planes too"
+        )
+    if training and (stored.get("training.fp32") is False or stored.get("D.num_fp16_res", 0)):
+        report.append("D's top 4 blocks were trained in half precision, which --discriminator.half-blocks 4 does")
+    if stored.get("model.generator.tri_plane.fp32") is False:
+        report.append("G's top 4 resolutions were trained in half precision, which --precision fp16 does")
+    return Imported(config, label_dim, report)
+
+
+def _tensor_settings(snapshot: Snapshot, base: Config, given: Mapping[str, Any]) -> tuple[Stored, dict[str, Any], int]:
+    """The stored settings, what the tensors tell, by our dotted names, and how many numbers G's mapping is told."""
+    generator, discriminator = snapshot.networks["G_ema"], snapshot.networks.get("D")
+    found, labels, resolution = _generator_settings(generator, base), None, None
+    if discriminator is not None:
+        d_settings, labels = _discriminator_settings(discriminator, base)
+        found |= d_settings
+        resolution = found["resolution"]
+    stored = Stored(snapshot.settings, resolution)
+    embed = generator.get("mapping.embed.weight")
+    condition = 0 if embed is None else embed.shape[1]
+    if labels is None:  # of G alone, where two numbers may be a pose or two classes
+        told = (stored.get("G.c_dim"), stored.get("dataset.c_dim"), 0 if condition == 0 else None)
+        labels = next((count for count in told if type(count) is int), None)
+    if labels is None:
+        pose = given.get("generator.pose_conditioning", stored.get("model.generator.camera_cond"))
+        labels = condition - 2 * pose if isinstance(pose, bool) else None
+    if labels is not None:
+        if condition - labels not in (0, 2) or labels < 0:
+            raise UserError(f"the mapping has {condition} conditions, the labels are {labels}")
+        found |= {LABEL_DIM: labels, "loader.labels": labels > 0}
+        found |= {"generator.pose_conditioning": condition - labels == 2}
+    return stored, found, condition
+
+
+def _generator_settings(tensors: dict[str, Tensor], base: Config) -> dict[str, Any]:
+    """What the tensors of G tell, by our dotted names."""
+    planes = _blocks(tensors, "synthesis.tri_plane_decoder.")
+    w_dim = len(tensors["mapping.w_avg"])
+    outputs = tensors[f"synthesis.tri_plane_decoder.b{max(planes)}.torgb.weight"].shape[0]
+    hidden, plane_channels = tensors["synthesis.tri_plane_mlp.model.0.weight"].shape
+    decoder = tensors["synthesis.tri_plane_mlp.model.1.weight"]
+    painted = outputs - 3 * plane_channels
+    if painted not in (0, 3) or len(decoder) != 4 or "synthesis.tri_plane_mlp.model.2.weight" in tensors:
+        raise UserError("the planes and their decoder do not fit: view directions or coordinates were never published")
+    background = "plane" if painted else "none"
+    if any(name.startswith(BACKGROUND) for name in tensors):
+        background = "sphere"
+    channel_base, channel_max = _channels(
+        {res: tensors[f"synthesis.tri_plane_decoder.b{res}.conv1.weight"].shape[0] for res in planes},
+        base.generator.channel_base,
+    )
+    return {
+        "generator.z_dim": tensors["mapping.fc0.weight"].shape[1] - (w_dim if "mapping.embed.weight" in tensors else 0),
+        "generator.w_dim": w_dim,
+        "generator.mapping_layers": sum(bool(re.fullmatch(r"mapping\.fc\d+\.weight", name)) for name in tensors),
+        "generator.plane_resolution": max(planes),
+        "generator.plane_channels": plane_channels,
+        "generator.channel_base": channel_base,
+        "generator.channel_max": channel_max,
+        "generator.decoder_hidden": hidden,
+        "generator.noise": any(name.endswith(".noise_strength") for name in tensors),
+        "renderer.background": background,
+    }
 
 
 def _blocks(tensors: dict[str, Tensor], prefix: str) -> list[int]:
@@ -231,67 +290,34 @@ def _channels(widths: dict[int, int], usual: int) -> tuple[int, int]:
     raise UserError(f"the widths {widths} do not follow min(base / resolution, max)")
 
 
-def _discriminator_config(tensors: dict[str, Tensor], base: Config) -> tuple[Any, int, int]:
-    """Its settings, the image resolution and the number of label numbers."""
+def _discriminator_settings(tensors: dict[str, Tensor], base: Config) -> tuple[dict[str, Any], int]:
+    """What the tensors of D tell, by our dotted names; and how many numbers a label has."""
     blocks = [res for res in _blocks(tensors, "") if res > 4]
     widths = {res: tensors[f"b{res}.conv0.weight"].shape[0] for res in blocks}
     widths[4] = tensors["b4.fc.weight"].shape[0]
     channel_base, channel_max = _channels(widths, base.discriminator.channel_base)
     modulated = "hyper_mod_mapping.fc0.weight" in tensors
     camera = CAMERA_STEPS + COEFFICIENTS in tensors
-    settings = dataclasses.replace(
-        base.discriminator,
-        channel_base=channel_base,
-        channel_max=channel_max,
-        modulate="input" if modulated else "none",
-        camera_conditioning=camera,
-    )
+    settings = {
+        "channel_base": channel_base,
+        "channel_max": channel_max,
+        "modulate": "input" if modulated else "none",
+        "camera_conditioning": camera,
+    }
     known = 0
     if modulated:
         table = tensors["scalar_enc.const_embed.weight"]
-        settings = dataclasses.replace(
-            settings,
-            code_dim=tensors["hyper_mod_mapping.fc0.weight"].shape[0],
-            patch_steps=table.shape[0] - 1,
-            patch_table_dim=table.shape[1],
-        )
+        settings["code_dim"] = tensors["hyper_mod_mapping.fc0.weight"].shape[0]
+        settings["patch_steps"], settings["patch_table_dim"] = table.shape[0] - 1, table.shape[1]
         known += tensors["hyper_mod_mapping.embed.weight"].shape[1]
     if camera:
         levels = len(tensors[CAMERA_STEPS + COEFFICIENTS])
-        settings = dataclasses.replace(settings, camera_steps=2**levels)
+        settings["camera_steps"] = 2**levels
         known += 2 * 2 * levels
     head = tensors.get("head_mapping.embed.weight")
-    return settings, max(blocks), (0 if head is None else head.shape[1]) - known
-
-
-def _stored(stored: dict[str, Any], name: str, default: Any) -> Any:
-    """A stored setting by the end of its dotted name, if it is there and of the default's kind."""
-    for key, value in stored.items():
-        if (f".{key}").endswith(f".{name}"):
-            if isinstance(default, float) and isinstance(value, int):
-                value = float(value)
-            if type(value) is type(default):
-                return value
-    return default
-
-
-# Ours -> the ends of the stored names; the cameras stood under `sampling` in older snapshots.
-CAMERA_NAMES = {name: (f"sampling.{name}", f"camera.{name}") for name in ("fov", "radius", "ray_start", "ray_end")}
-CAMERA_NAMES |= {"prior": ("sampling.dist", "camera.dist"), "cube_scale": ("dataset.cube_scale",)}
-for _ours, _theirs in (("yaw", "horizontal"), ("pitch", "vertical")):
-    CAMERA_NAMES[f"{_ours}_mean"] = f"sampling.{_theirs}_mean", f"camera.{_theirs}_mean"
-    CAMERA_NAMES[f"{_ours}_spread"] = f"sampling.{_theirs}_stddev", f"camera.{_theirs}_stddev"
-
-
-def _camera(stored: dict[str, Any], base: Config) -> Any:
-    values = {}
-    for ours, names in CAMERA_NAMES.items():
-        values[ours] = getattr(base.camera, ours)
-        for name in names:
-            values[ours] = _stored(stored, name, values[ours])
-    if values["prior"] not in PRIORS:
-        values["prior"] = base.camera.prior
-    return dataclasses.replace(base.camera, **values)
+    labels = (0 if head is None else head.shape[1]) - known
+    named = {f"discriminator.{name}": value for name, value in settings.items()}
+    return {"resolution": max(blocks), **named}, labels
 
 
 def translate(tensors: dict[str, Tensor], account: Account, module: nn.Module, network: str) -> dict[str, Tensor]:
@@ -302,6 +328,9 @@ def translate(tensors: dict[str, Tensor], account: Account, module: nn.Module, n
     """
     state = {ours: tensors[theirs] for theirs, ours in account.taken.items()}
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    if network != "D" and not module.synthesis.noise:  # without noise images: of strength 0
+        noise = {name: torch.zeros(shape) for name, shape in expected.items() if NOISE.search(name)}
+        state = noise | state
     for name in sorted(expected.keys() | state.keys()):
         if name not in state:
             raise UserError(f"{network} has no tensor for {name}")
@@ -324,6 +353,8 @@ def optimizer_state(
     states = {}
     for number, (name, parameter) in enumerate(module.named_parameters()):
         state = by_name.get(name)
+        if NOISE.search(name) and name not in by_name:
+            continue  # no noise images, there and here
         shapes = {key: getattr(state.get(key), "shape", None) for key in ("exp_avg", "exp_avg_sq")} if state else {}
         if not state or "step" not in state or any(shape != parameter.shape for shape in shapes.values()):
             return {"state": {}}, f"left: it has no state that fits {name}"
@@ -346,8 +377,8 @@ def published_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
             block, rest = f"synthesis.tri_plane_decoder.{layer[1]}", layer[2].replace("to_planes.", "torgb.")
             back[f"{block}.{rest}"] = tensor
             back[f"{block}.resample_filter"] = low_pass_filter()
-            if rest.endswith(".noise_const"):
-                back[f"{block}.{rest.removesuffix('noise_const')}resample_filter"] = low_pass_filter()
+            if re.fullmatch(r"conv[01]\.bias", rest):
+                back[f"{block}.{rest.removesuffix('bias')}resample_filter"] = low_pass_filter()
         elif fully_connected:
             back[f"synthesis.tri_plane_mlp.model.{fully_connected[1]}.{fully_connected[2]}"] = tensor
         elif behind:
@@ -359,50 +390,67 @@ def published_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
         else:
             raise UserError(f"{name} has no published name")
     if any(name.startswith(BACKGROUND) for name in back):
-        back[f"{BACKGROUND}0.scalar_enc{COEFFICIENTS}"] = ScalarEncoder(ENCODER_STEPS).frequencies
+        back[f"{BACKGROUND}0.scalar_enc{COEFFICIENTS}"] = octaves(len(ScalarEncoder(ENCODER_STEPS).frequencies))
     return back
 
 
 def import_snapshot(
-    path: Path, out: Path, *, preset_name: str = "ffhq", patch_resolution: int | None = None, kimg: float | None = None
+    path: Path,
+    out: Path,
+    *,
+    preset_name: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    patch_resolution: int | None = None,
+    kimg: float | None = None,
+    average: bool = False,
 ) -> list[str]:
     """Converts a published pickle.
 
     Writes `out`/G_ema.safetensors, `out`/config.json and, if the pickle has G and D too, a checkpoint to train on from.
 
+    Args:
+        preset_name: Whose settings stand for those that the snapshot does not tell; default: they are asked for.
+        settings: Ours, by dotted name, that hold whatever the snapshot says.
+        patch_resolution: As the setting patch.resolution.
+        kimg: Thousands of images seen; default: as stored, else as the file's name says.
+        average: The average generator alone, and no questions about training.
+
     Returns:
         The report, line by line.
     """
     snapshot = read_snapshot(path)
-    base = dataclasses.replace(preset(preset_name), run_dir=str(out))
+    given = dict(settings or {})
+    if patch_resolution is not None:
+        given["patch.resolution"] = patch_resolution
+    base = dataclasses.replace(preset(preset_name or "ffhq"), run_dir=str(out))
+    training = not average and {"G", "D"} <= snapshot.networks.keys()
+    wanted = ("G_ema", "G", "D") if training else ("G_ema",)
+    tensors = {name: network for name, network in snapshot.networks.items() if name in wanted}
     try:
-        config, label_dim = config_of(snapshot, base, patch_resolution)
+        config, label_dim, told = config_of(snapshot, base, given, base_name=preset_name, training=training)
+        images, iterations, counted = images_seen(snapshot, path, kimg, config.batch) if training else (0, 0, [])
         generator, discriminator = meta_networks(config, label_dim)
         modules = {"G_ema": generator, "G": generator, "D": discriminator}
-        accounts = {name: account_for(tensors, name) for name, tensors in snapshot.networks.items()}
-        states = {
-            name: translate(tensors, accounts[name], modules[name], name) for name, tensors in snapshot.networks.items()
-        }
+        accounts = {name: account_for(network, name) for name, network in tensors.items()}
+        states = {name: translate(network, accounts[name], modules[name], name) for name, network in tensors.items()}
         for name, state in states.items():
             check_finite(state, name)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    report = [line for name, account in accounts.items() for line in account.lines(name)]
+    report = [line for name, account in accounts.items() for line in account.lines(name)] + told
+    if not config.generator.noise:
+        report.append("no noise images (use_noise is false): their strengths are 0, and stay so")
 
-    out.mkdir(parents=True, exist_ok=True)
-    save_safetensors(states["G_ema"], config, out / "G_ema.safetensors")
-    (out / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
-    report += [f"wrote {out / 'G_ema.safetensors'}", f"wrote {out / 'config.json'}"]
-    if {"G", "D"} <= states.keys():
-        number = re.search(r"(\d{6,})", path.stem)
-        images = round((float(number[1]) if kimg is None and number else kimg or 0.0) * 1000)
+    trainer = None
+    if training:
+        strength = snapshot.augment_p
         trainer = {
             "generator": states["G"],
             "discriminator": states["D"],
             "average": states["G_ema"],
             "cur_nimg": images,
-            "iterations": images // config.batch,
-            "augment_p": torch.tensor(snapshot.augment_p),
+            "iterations": iterations,
+            "augment_p": torch.tensor(config.augment.p if strength is None else strength),
             "sums": {},
             "counts": {},
         }
@@ -411,11 +459,69 @@ def import_snapshot(
                 snapshot.optimizers.get(name), snapshot.parameters[name], accounts[name], module
             )
             report.append(f"Adam of {name}: {what}")
-        report.append(f"augmentation strength: {snapshot.augment_p:.4f}; images seen: {images:,}")
-        report.append(f"wrote {save_checkpoint(out, config, trainer, keep=config.keep_checkpoints)}")
-    else:
+        report += counted
+        if strength is not None:
+            report.append(f"augmentation strength: {strength:.4f}")
+        elif config.augment.mode != "none":
+            report.append(f"augmentation strength: not there, it starts at {config.augment.p}")
+    elif not average:
         report.append("G or D is not in the file: no checkpoint to train on from was written")
+
+    with output_folder(out) as partial:
+        save_safetensors(states["G_ema"], config, partial / "G_ema.safetensors")
+        (partial / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
+        if trainer is not None:
+            save_checkpoint(partial, config, trainer, keep=config.keep_checkpoints)
+    report += [f"wrote {out / 'G_ema.safetensors'}", f"wrote {out / 'config.json'}"]
+    if trainer is not None:
+        report.append(f"wrote {checkpoint_path(out, images)}")
+        report.append(f"to train on: {training_command(config, out, preset_name)}")
     return report
+
+
+def images_seen(snapshot: Snapshot, path: Path, kimg: float | None, batch: int) -> tuple[int, int, list[str]]:
+    """Images and iterations that the run had seen, and where they are known from.
+
+    Raises:
+        UserError: Neither the user nor the file tells.
+    """
+    stored, iterations = (snapshot.settings.get(f"stats.{name}") for name in ("cur_nimg", "batch_idx"))
+    counts = [value if type(value) is int and value >= 0 else None for value in (stored, iterations)]
+    named = re.search(r"(\d{6,})", path.stem)
+    lines = []
+    if kimg is not None:
+        images, source = round(kimg * 1000), "as you say"
+    elif counts[0] is not None:
+        images, source = counts[0], "stats.cur_nimg"
+        if named and int(named[1]) != images // 1000:
+            lines.append(f"the file's name says {int(named[1]):,} kimg, it holds {images / 1000:,.3f}: that is taken")
+    elif named:
+        images, source = 1000 * int(named[1]), "the file's name, it holds no number"
+    else:
+        raise UserError(
+            "it does not tell how many images the run had seen: give --kimg N (0 starts all schedules anew)"
+        )
+    exact = images == counts[0] and counts[1] is not None
+    return images, counts[1] if exact else images // batch, [*lines, f"images seen: {images:,} ({source})"]
+
+
+def training_command(config: Config, out: Path, preset_name: str | None) -> str:
+    """How train.py goes on with these settings: from the preset, or that one of which the fewest differ."""
+    aside = ("data", "run_dir")
+    changes = {
+        name: {key: new for key, (_, new) in differences(preset(name), config).items() if key not in aside}
+        for name in ([preset_name] if preset_name else PRESETS[1:])
+    }
+    name = min(changes, key=lambda key: len(changes[key]))
+    words = []
+    for key, value in changes[name].items():
+        part, dot, last = key.replace("_", "-").rpartition(".")
+        words.append(f"--{part}{dot}no-{last}" if value is False else f"--{part}{dot}{last}")
+        if not isinstance(value, bool):
+            words.append(f"{value}")
+    return shlex.join(
+        ["python", "train.py", name, "--data", "FILE", "--run-dir", "FOLDER", "--resume", str(out), *words]
+    )
 
 
 def export_generator(path: Path, out: Path, names: str = "ours") -> list[str]:
@@ -425,50 +531,79 @@ def export_generator(path: Path, out: Path, names: str = "ours") -> list[str]:
         names: "ours", as every tool here reads it, or "published".
     """
     config, generator = load_generator(path, three_d=names == "published")
-    state, target = generator.state_dict(), out / "G_ema.safetensors"
+    state, target = generator.state_dict(), out / EXPORTS[names]
     if names == "published":
-        state, target = published_names(state), out / "G_ema-published.safetensors"
-    out.mkdir(parents=True, exist_ok=True)
-    save_safetensors(state, config, target)
+        if not config.generator.noise:  # where that code has neither
+            state = {name: tensor for name, tensor in state.items() if not NOISE.search(name)}
+        state = published_names(state)
+    if target.exists() and target.samefile(find_generator(path)):
+        raise UserError(f"{target} is what is read: choose another folder")
+    with output_folder(out) as partial:
+        save_safetensors(state, config, partial / target.name, generator.label_values)
     whose = "the published" if names == "published" else "our"
     return [f"G_ema: {len(state)} tensors under {whose} names", f"wrote {target}"]
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m epigraf_fast.convert",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+# Flag -> the kind of checkpoint that it is for, and what holds without it.
+PICKLE, OURS = "a .pkl", "a checkpoint of ours"
+FOR_KINDS = dict.fromkeys(("preset", "set", "patch_resolution", "average", "kimg"), (PICKLE,)) | {"names": (OURS,)}
+
+
+def arguments() -> Parser:
+    parser = Parser("convert", __doc__)
     parser.add_argument("checkpoint", type=Path, help="a published .pkl, or a checkpoint or run folder of ours")
     parser.add_argument("out", type=Path, help="the folder to write")
     parser.add_argument(
         "--preset",
         choices=PRESETS[1:],
-        default="ffhq",
-        help="a .pkl: camera and training settings that it does not tell (default: %(default)s)",
+        help="a .pkl: whose settings stand for those that it does not tell (default: they are asked for)",
     )
-    parser.add_argument("--patch-resolution", type=int, help="a .pkl: of the patches (default: as stored, else 64)")
+    parser.add_argument(
+        "--set",
+        metavar="NAME=VALUE",
+        action="append",
+        help="a .pkl: one of our settings, as camera.fov=12, whatever it says",
+    )
+    parser.add_argument("--patch-resolution", type=whole(8, 4096), help="a .pkl: as --set patch.resolution=N")
+    parser.add_argument(
+        "--average",
+        action="store_true",
+        default=None,
+        help="a .pkl: the average generator alone, nothing to train on from",
+    )
     parser.add_argument(
         "--names",
-        choices=("ours", "published"),
-        default="ours",
-        help="of ours: names of the exported tensors (default: %(default)s)",
+        choices=EXPORTS,
+        help="of ours: names of the exported tensors (default: ours)",
     )
-    parser.add_argument("--kimg", type=float, help="a .pkl: thousands of images seen (default: as in its name)")
-    options = parser.parse_args(args)
-    with one_line_errors():
-        if options.checkpoint.suffix == ".pkl":
-            report = import_snapshot(
+    parser.add_argument("--kimg", type=real(0, 1e7), help="a .pkl: thousands of images seen (default: as it says)")
+    parser.add_overwrite()
+    return parser
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    with running():
+        print(*run(arguments().parse_args(args)), sep="\n")
+
+
+def run(options: argparse.Namespace) -> list[str]:
+    pickled = options.checkpoint.suffix == ".pkl" or what_else(options.checkpoint) == SNAPSHOT
+    check_effect(vars(options), PICKLE if pickled else OURS, FOR_KINDS)
+    names = options.names or "ours"
+    written = ("G_ema.safetensors", "config.json", "checkpoints/*.pt") if pickled else (EXPORTS[names],)
+    check_folder("out", options.out, written, overwrite=options.overwrite)
+    with waiting(f"converting {options.checkpoint.name}"):
+        if pickled:
+            return import_snapshot(
                 options.checkpoint,
                 options.out,
                 preset_name=options.preset,
+                settings=dict(parse(text) for text in options.set or ()),
                 patch_resolution=options.patch_resolution,
                 kimg=options.kimg,
+                average=bool(options.average),
             )
-        else:
-            report = export_generator(options.checkpoint, options.out, options.names)
-    print(*report, sep="\n")
+        return export_generator(options.checkpoint, options.out, names)
 
 
 if __name__ == "__main__":

@@ -6,36 +6,35 @@ A data set is a zip or a folder of square images and a `dataset.json`:
      "labels": [["00/img0.png", 3], ...] or {"00/img0.png": 3, ...} or null,   classes, or vectors of floats
      "camera": {"fov": 30, "radius": 8, "ray_start": 6, "ray_end": 10, "cube_scale": 3.8}}   optional
 
-Names are relative to the root; the extension and a top folder named like the set do not count.
+Names are relative to the folder of dataset.json; what does not count in them is said in files.py.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib.resources
-import io
 import itertools
-import json
 import math
 import os
-import zipfile
-import zlib
-from collections.abc import Iterator
+import reprlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-import PIL.Image
 import torch
 from torch import Tensor
 
 from .camera import frustum_extent
 from .errors import UserError
+from .files import IMAGE_SUFFIXES, Files, clean_name, is_image, name_key, pair_names, upright
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CAMERA_KEYS = ("fov", "radius", "ray_start", "ray_end", "cube_scale")
 ANGLE_NORM_MIN = 0.1  # norm over the set of the yaws, and of the pitches; below it they are placeholders
 ANGLE_SLACK = 1e-5  # float32 rounds pi up
+LARGEST = float(np.finfo(np.float32).max)
+CLASS_NUMBERS, CLASS_SHARE = 1000, 10  # class numbers may reach so far, or so many times the classes with images
+LABEL_NUMBERS = 2**31  # in all labels together, as vectors
+LABEL_VECTORS = 256  # kept of a set whose labels are vectors
 
 
 class ImageDataset(torch.utils.data.Dataset):
@@ -58,6 +57,9 @@ class ImageDataset(torch.utils.data.Dataset):
         labels: [len, L] float32, L = 0 without labels.
         mean_camera_pose: [3] float32, mean over the unmirrored set.
         camera: fov (degrees), radius, ray_start, ray_end and cube_scale the set was made with, or None.
+        label_values: What a label can be: int64 [K], the classes that have images, in order; where labels are vectors,
+            float32 [K, L], at most 256 of them. Empty without labels.
+        unpaired: Field of dataset.json -> its names that no image has.
 
     Items: image uint8 [3, R, R], label float32 [L], angles float32 [3].
     """
@@ -74,24 +76,29 @@ class ImageDataset(torch.utils.data.Dataset):
         if path == "builtin":
             path = str(importlib.resources.files(__package__) / "builtin" / "objects64.zip")
         self.path = Path(path)
+        if not self.path.exists():
+            self._fail("there is no such data set: give a zip or folder of images, or 'builtin'")
         self.name = self.path.resolve().name if self.path.is_dir() else self.path.stem
         self.mirror = mirror
-        self._archive: tuple[int, zipfile.ZipFile] | None = None  # process id, its open file
-
-        names = self._list_names()
-        self.files = sorted(filter(_is_image, names))
+        self._source = Files(self.path)
+        self.files = sorted(filter(is_image, self._source.names))
         if not self.files:
             self._fail(f"holds no image ({', '.join(IMAGE_SUFFIXES)}): give a zip or folder of images")
         by_key: dict[str, str] = {}
-        for name in self.files:
-            if by_key.setdefault(self._key(name), name) != name:
-                self._fail(f"images {by_key[self._key(name)]} and {name} have the same name: remove or rename one")
+        with self._source.naming():
+            for name in self.files:
+                first = by_key.setdefault(name_key(name, self._source.tops), name)
+                if first != name:
+                    raise UserError(f"images {first} and {name} have the same name: remove or rename one")
         self.resolution = self._first_resolution(resolution)
 
-        metadata = self._read_metadata(names) if use_poses or use_labels else {}
-        self.camera = self._read_camera(metadata)
-        angles = self._read_angles(metadata) if use_poses else np.zeros((len(self.files), 3), np.float32)
-        labels = self._read_labels(metadata) if use_labels else np.zeros((len(self.files), 0), np.float32)
+        metadata = self._source.read_metadata() if use_poses or use_labels else {}
+        self.unpaired: dict[str, list[str]] = {}
+        self.label_values = torch.zeros(0, dtype=torch.int64)
+        with self._source.naming(f"{self._source.metadata}: "):
+            self.camera = None if metadata.get("camera") is None else check_camera(metadata["camera"])
+            angles = self._read_angles(metadata) if use_poses else np.zeros((len(self.files), 3), np.float32)
+            labels = self._read_labels(metadata) if use_labels else np.zeros((len(self.files), 0), np.float32)
         self.label_dim = labels.shape[1]
         self.mean_camera_pose = torch.from_numpy(angles.mean(axis=0, dtype=np.float64).astype(np.float32))  # [3]
         self.angles, self.labels = torch.from_numpy(angles), torch.from_numpy(labels)
@@ -109,73 +116,48 @@ class ImageDataset(torch.utils.data.Dataset):
         image = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
         return image, self.labels[index], self.angles[index]
 
-    def check_images(self, progress: bool = False) -> None:
-        """Reads every image. UserError names the first that cannot be read or differs from the others in size."""
+    def check_images(self, progress: bool | Callable[[list[str], str], Iterable[str]] = False) -> None:
+        """Reads every image. UserError names the first that cannot be read or differs from the others in size.
+
+        Args:
+            progress: Shows how far it is: tqdm, or a function of the files and a word for them.
+        """
         files = self.files
-        if progress:
+        if callable(progress):
+            files = progress(files, "images checked")
+        elif progress:
             from tqdm import tqdm
 
             files = tqdm(files, desc="checking images", unit="img", leave=False)
         for name in files:
             self._read_image(name)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_archive": None}
+    def remarks(self) -> list[str]:
+        """What is no fault but should be known, line by line."""
+        lines = [
+            f'names in "{field}" without an image: {len(names)}, first {names[0]}'
+            for field, names in self.unpaired.items()
+        ]
+        if self.label_values.dtype == torch.int64 and len(self.label_values) < self.label_dim:
+            empty = sorted(set(range(self.label_dim)) - set(self.label_values.tolist()))
+            some = ", ".join(map(str, empty[:10])) + (", ..." if len(empty) > 10 else "")
+            lines.append(f"classes without an image, which are never drawn: {len(empty)} of {self.label_dim}: {some}")
+        return lines
 
     def _fail(self, fault: str) -> NoReturn:
         raise UserError(f"{self.path}: {fault}")
 
-    def _key(self, name: str) -> str:
-        """An image's name without what does not count."""
-        name = name.removeprefix(f"{self.name}/")
-        stem, suffix = os.path.splitext(name)
-        return stem if suffix.lower() in IMAGE_SUFFIXES else name
-
-    def _list_names(self) -> list[str]:
-        if self.path.is_dir():
-            return [path.relative_to(self.path).as_posix() for path in self.path.rglob("*") if path.is_file()]
-        if not self.path.exists():
-            self._fail("there is no such data set: give a zip or folder of images, or 'builtin'")
-        return [name for name in self._zip().namelist() if not name.endswith("/")]
-
-    def _zip(self) -> zipfile.ZipFile:
-        # One handle per process: workers forked with an open one would move each other's file position.
-        if self._archive is None or self._archive[0] != os.getpid():
-            try:
-                self._archive = os.getpid(), zipfile.ZipFile(self.path)
-            except (OSError, zipfile.BadZipFile) as error:
-                self._fail(f"is not a folder and not a readable zip ({error}): copy it again, or unpack it to a folder")
-        return self._archive[1]
-
-    def _read_bytes(self, name: str) -> bytes:
-        return (self.path / name).read_bytes() if self.path.is_dir() else self._zip().read(name)
-
-    @contextlib.contextmanager
-    def _open_image(self, name: str) -> Iterator[PIL.Image.Image]:
-        try:
-            with PIL.Image.open(io.BytesIO(self._read_bytes(name))) as image:
-                transparent = "A" in image.mode or "transparency" in image.info
-                if transparent or image.mode not in ("RGB", "L", "P", "1"):
-                    kind = "transparent" if transparent else f"of mode {image.mode}"
-                    self._fail(f"image {name} is {kind}: put it on its background colour and save it as 8-bit RGB")
-                yield image
-        except UserError:
-            raise
-        except (OSError, EOFError, SyntaxError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-            reason = "it is no image" if isinstance(error, PIL.UnidentifiedImageError) else error
-            self._fail(f"image {name} cannot be read ({reason}): replace it or remove it")
-
     def _read_image(self, name: str) -> np.ndarray:
         """[R, R, 3] uint8."""
-        with self._open_image(name) as image:
+        with self._source.image(name) as image:
             if image.size != (self.resolution, self.resolution):
                 size, first = "x".join(map(str, image.size)), f"{self.files[0]} is {self.resolution}x{self.resolution}"
                 self._fail(f"image {name} is {size} but {first}: bring all images to one size")
-            return np.asarray(image.convert("RGB"))
+            return np.asarray(upright(image).convert("RGB"))
 
     def _first_resolution(self, wanted: int | None) -> int:
         """The side of the first image, read from its header, if it is fit to train on."""
-        with self._open_image(self.files[0]) as image:
+        with self._source.image(self.files[0]) as image:
             width, height = image.size
         found = f"image {self.files[0]} is {width}x{height}"
         if width != height:
@@ -186,72 +168,47 @@ class ImageDataset(torch.utils.data.Dataset):
             self._fail(f"{found} but resolution {wanted} was asked for: ask for {width} or resize the images")
         return width
 
-    def _read_metadata(self, names: list[str]) -> dict[str, Any]:
-        name = next((name for name in ("dataset.json", f"{self.name}/dataset.json") if name in names), None)
-        if name is None:
-            self._fail("has no dataset.json: add one with the camera_angles of the images (README, data format)")
-        try:
-            metadata = json.loads(self._read_bytes(name))
-        except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-            self._fail(f"dataset.json is not valid JSON ({error}): write it again")
-        if not isinstance(metadata, dict):
-            self._fail('dataset.json holds no object: write it as {"camera_angles": {...}}')
-        return metadata
-
-    def _read_camera(self, metadata: dict[str, Any]) -> dict[str, float] | None:
-        camera = metadata.get("camera")
-        if camera is None:
-            return None
-        for key in CAMERA_KEYS:
-            value = camera.get(key) if isinstance(camera, dict) else None
-            if not _is_number(value) or value <= 0:
-                self._fail(f'dataset.json: "camera" needs a positive {key}, got {value}: add it or remove "camera"')
-        camera = {key: float(camera[key]) for key in CAMERA_KEYS}
-        if not (camera["ray_start"] < camera["ray_end"] and camera["fov"] < 180):
-            self._fail('dataset.json: "camera" needs ray_start < ray_end and fov < 180 degrees: correct it')
-        cube_scale = camera["cube_scale"]
-        extent = frustum_extent(**{key: camera[key] for key in CAMERA_KEYS if key != "cube_scale"})
-        if extent > cube_scale:
-            self._fail(
-                f'dataset.json: the view frustum of "camera" leaves the cube of half-size {cube_scale:g}: raise '
-                f"cube_scale to {math.ceil(extent * 1000) / 1000:g}, or narrow fov or ray_start to ray_end"
-            )
-        return camera
-
     def _values(self, metadata: dict[str, Any], field: str) -> list[Any]:
         """The entries of a field of dataset.json, in the order of the images."""
         entries = metadata.get(field)
         if not entries:
-            self._fail(f'dataset.json has no "{field}": add an entry for every image, or train without them')
+            raise UserError(f'has no "{field}": add an entry for every image, or train without them')
         try:
-            by_key = {self._key(name): value for name, value in dict(entries).items()}
+            names, values = zip(*(entries.items() if isinstance(entries, dict) else entries), strict=True)
+            names = [*map(clean_name, names)]
+        except UserError:
+            raise
         except (TypeError, ValueError, AttributeError):
-            self._fail(f'dataset.json: "{field}" must be {{name: value}} or a list of [name, value] pairs: write it so')
-        missing = [name for name in self.files if self._key(name) not in by_key]
+            raise UserError(
+                f'"{field}" must be {{name: value}} or a list of [name, value] pairs: write it so'
+            ) from None
+        pairs = pair_names(self.files, names, self._source.tops)
+        if not pairs:
+            raise UserError(
+                f'no name in "{field}" is that of an image: an image is {self.files[0]}, a name {names[0]}: '
+                "name them alike"
+            )
+        missing = [name for name in self.files if name not in pairs]
         if missing:
-            self._fail(
-                f'dataset.json: "{field}" lacks {len(missing)} of {len(self.files)} images, first {missing[0]}: '
+            raise UserError(
+                f'"{field}" lacks {len(missing)} of {len(self.files)} images, first {missing[0]}: '
                 "add them or remove the images"
             )
-        return [by_key[self._key(name)] for name in self.files]
+        if len(pairs) < len(names):
+            self.unpaired[field] = sorted(set(names) - set(pairs.values()))
+        by_name = dict(zip(names, values, strict=True))
+        return [by_name[pairs[name]] for name in self.files]
 
     def _read_angles(self, metadata: dict[str, Any]) -> np.ndarray:
         """[N, 3] float32."""
         values = self._values(metadata, "camera_angles")
-        limits = (("yaw", -math.pi, math.pi, "-pi to pi"), ("pitch", 0, math.pi, "0 to pi"))
         for name, value in zip(self.files, values, strict=True):
-            at = f"dataset.json: camera_angles of {name}"
-            if not (isinstance(value, list) and len(value) == 3 and all(map(_is_number, value))):
-                self._fail(f"{at} are {value}: write three finite numbers [yaw, pitch, roll]")
-            for angle, (which, low, high, interval) in zip(value[:2], limits, strict=True):
-                if not low - ANGLE_SLACK <= angle <= high + ANGLE_SLACK:
-                    self._fail(f"{at} have {which} {angle:g}, outside {interval} (degrees?): store radians")
+            check_angles(name, value)
         angles = np.array(values, np.float64)
         for column, which in enumerate(("yaw", "pitch")):
             if np.linalg.norm(angles[:, column]) <= ANGLE_NORM_MIN:
-                self._fail(
-                    f"dataset.json: every {which} is zero (or nearly): store the true camera_angles, "
-                    "or train without poses"
+                raise UserError(
+                    f"every {which} is zero (or nearly): store the true camera_angles, or train without poses"
                 )
         return angles.astype(np.float32)
 
@@ -261,27 +218,77 @@ class ImageDataset(torch.utils.data.Dataset):
         length = len(values[0]) if isinstance(values[0], list) else None
         for name, value in zip(self.files, values, strict=True):
             if length is None:
-                good = _is_number(value) and value >= 0 and value == int(value)
+                good = is_number(value) and value >= 0 and value == int(value)
             else:
-                good = isinstance(value, list) and len(value) == length > 0 and all(map(_is_number, value))
+                good = isinstance(value, list) and len(value) == length > 0 and all(map(is_number, value))
             if not good:
                 kind = "a class number" if length is None else f"a vector of {length or 'some'} numbers"
-                self._fail(
-                    f"dataset.json: the label of {name} is {value}, that of {self.files[0]} calls for {kind}: "
+                raise UserError(
+                    f"the label of {name} is {reprlib.repr(value)}, that of {self.files[0]} calls for {kind}: "
                     "write all labels alike"
                 )
         if length is not None:
-            return np.array(values, np.float32)
-        classes = np.array(values, np.int64)
-        return np.eye(classes.max() + 1, dtype=np.float32)[classes]
+            some = np.linspace(0, len(values) - 1, min(len(values), LABEL_VECTORS)).astype(int)
+            labels = np.array(values, np.float32)
+            self.label_values = torch.from_numpy(np.unique(labels[some], axis=0))
+            return labels
+        classes = [int(value) for value in values]
+        present = sorted(set(classes))
+        if present[-1] >= max(CLASS_NUMBERS, CLASS_SHARE * len(present)):
+            name = self.files[classes.index(present[-1])]
+            raise UserError(
+                f"the label of {name} is {reprlib.repr(present[-1])}, but only {len(present)} classes have images: "
+                "number the classes from 0 on"
+            )
+        shape = len(values), present[-1] + 1
+        if math.prod(shape) > LABEL_NUMBERS:
+            raise UserError(
+                f"{shape[1]:,} classes of {shape[0]:,} images would take {4 * math.prod(shape) / 2**30:.0f} GiB: "
+                "join classes, or train without labels"
+            )
+        self.label_values = torch.tensor(present)
+        labels = np.zeros(shape, np.float32)
+        labels[np.arange(len(values)), classes] = 1
+        return labels
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMAGE_SUFFIXES) and not name.rpartition("/")[2].startswith(".")  # "._": macOS's zips
+def check_camera(camera: Any) -> dict[str, float]:
+    """The "camera" of a dataset.json, as numbers. UserError says what is wrong with it."""
+    for key in CAMERA_KEYS:
+        value = camera.get(key) if isinstance(camera, dict) else None
+        if not is_number(value) or value <= 0:
+            raise UserError(f'"camera" needs a positive {key}, got {reprlib.repr(value)}: add it or remove "camera"')
+    camera = {key: float(camera[key]) for key in CAMERA_KEYS}
+    if not (camera["ray_start"] < camera["ray_end"] and camera["fov"] < 180):
+        raise UserError('"camera" needs ray_start < ray_end and fov < 180 degrees: correct it')
+    cube_scale = camera["cube_scale"]
+    extent = frustum_extent(**{key: camera[key] for key in CAMERA_KEYS if key != "cube_scale"})
+    if extent > cube_scale:
+        raise UserError(
+            f'the view frustum of "camera" leaves the cube of half-size {cube_scale:g}: raise '
+            f"cube_scale to {math.ceil(extent * 1000) / 1000:g}, or narrow fov or ray_start to ray_end"
+        )
+    return camera
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def check_angles(name: str, angles: Any) -> None:
+    """Raises UserError unless an image's "camera_angles" are yaw, pitch and roll in radians, in their ranges."""
+    if not (isinstance(angles, list) and len(angles) == 3 and all(map(is_number, angles))):
+        raise UserError(
+            f"camera_angles of {name} are {reprlib.repr(angles)}: write three finite numbers [yaw, pitch, roll]"
+        )
+    for angle, (which, low, high, interval) in zip(
+        angles, (("yaw", -math.pi, math.pi, "-pi to pi"), ("pitch", 0, math.pi, "0 to pi")), strict=False
+    ):
+        if not low - ANGLE_SLACK <= angle <= high + ANGLE_SLACK:
+            raise UserError(
+                f"camera_angles of {name} have {which} {angle:g}, outside {interval} (degrees?): store radians"
+            )
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value from a .json is a number that float32 holds."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 class InfiniteSampler(torch.utils.data.Sampler):

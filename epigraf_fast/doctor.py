@@ -6,7 +6,6 @@ $ python -m epigraf_fast.doctor --json
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -19,6 +18,8 @@ from typing import Any
 import torch
 
 from . import __version__
+from .arguments import Parser
+from .command import running
 from .ops import backends
 from .training.metrics import PACKAGES as METRICS_PACKAGES
 
@@ -184,14 +185,11 @@ def _runs(arch: str, capability: int) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m epigraf_fast.doctor",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    args = parser.parse_args()
-    print(json.dumps(report(), indent=2) if args.json else format_report(report()))
+    with running():
+        parser = Parser("doctor", __doc__)
+        parser.add_argument("--json", action="store_true", help="print JSON")
+        args = parser.parse_args()
+        print(json.dumps(report(), indent=2) if args.json else format_report(report()))
 
 
 if __name__ == "__main__":

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Iterator
-
 
 class UserError(ValueError):
     """A fault in the user's input: data, settings or a checkpoint.
@@ -23,11 +19,13 @@ class SaveError(UserError):
     """A checkpoint could not be written; the ones before are as they were."""
 
 
-@contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """How a command-line program ends on a `UserError` in this block: `error: ...` on stderr, exit code 2."""
-    try:
-        yield
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+class CheckpointError(UserError):
+    """A checkpoint is missing, damaged, or none."""
+
+
+class Stopped(BaseException):
+    """A signal of this number asks the program to stop; no `except Exception` is to catch it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by signal {number:d}")
+        self.signal = number

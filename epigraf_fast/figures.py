@@ -9,7 +9,6 @@ $ python -m epigraf_fast.figures curves runs/demo --out curves.png
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,10 +19,13 @@ import torch
 from torch import Tensor
 
 from . import plotting
+from .arguments import Parser, check_effect, real, whole
+from .command import running, waiting
 from .config import Config, PatchConfig
-from .errors import UserError, one_line_errors
+from .errors import UserError
 from .models.discriminator import Discriminator
 from .training.checkpoint import find_checkpoint, load_checkpoint
+from .training.identify import what_else
 from .training.log import read_stats
 from .training.schedule import patch_beta, patch_min_scale
 
@@ -73,7 +75,9 @@ def load_discriminator(path: Path) -> tuple[Config, Discriminator]:
     """Settings and discriminator of a checkpoint, or of the newest one of a run."""
     file = find_checkpoint("auto" if path.is_dir() else str(path), path)
     if file is None:
-        raise UserError(f"{path} holds no checkpoint: give a checkpoint or a run folder")
+        other = what_else(path)
+        hint = f"is {other}" if other else "holds no checkpoint: give a checkpoint or a run folder"
+        raise UserError(f"{path} {hint}")
     config, content = load_checkpoint(file)
     if config.discriminator.scales > 1:
         raise UserError("the discriminators of this run are not modulated: there is nothing to draw")
@@ -152,7 +156,14 @@ def draw_curves(run_dir: Path) -> Any:
     lines = read_stats(run_dir / "stats.jsonl")
     path = run_dir / "metrics.json"
     if path.is_file():
-        lines = [*lines, *({f"metrics/{k}": v for k, v in e.items()} | e for e in json.loads(path.read_text()))]
+        try:
+            entries = json.loads(path.read_text())
+            lines = [
+                *lines,
+                *({f"metrics/{k}": v for k, v in e.items()} | {"cur_nimg": e["cur_nimg"]} for e in entries),
+            ]
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise UserError(f"{path} is damaged: move it away to draw the rest") from None
     hidden = {"cur_nimg", "kimg", "seconds", "sec_per_kimg", "images", "metrics/cur_nimg", "metrics/images"}
     groups: dict[str, set[str]] = {}
     for line in lines:
@@ -173,44 +184,69 @@ def draw_curves(run_dir: Path) -> Any:
     return figure
 
 
-def parse(args: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m epigraf_fast.figures",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+# Flag -> the figures that it is for, and what holds without it.
+FOR_FIGURES = {
+    "run": ("modulation", "curves"),
+    "resolution": ("scales", "schedules"),
+    "patch": ("scales", "schedules"),
+    "anneal_kimg": ("scales", "schedules"),
+    "batch": ("schedules",),
+    "seed": ("modulation",),
+}
+PATCH = PatchConfig()
+DEFAULTS = {"resolution": 512, "patch": PATCH.resolution, "anneal_kimg": PATCH.anneal_kimg, "batch": 64, "seed": 0}
+
+
+def arguments() -> Parser:
+    parser = Parser("figures", __doc__)
     parser.add_argument("figure", choices=("scales", "schedules", "modulation", "curves"))
     parser.add_argument("run", type=Path, nargs="?", help="a checkpoint or run folder (modulation), a run (curves)")
     parser.add_argument("--out", type=Path, help="default: the figure's name, .png")
-    defaults = {f.name: f.default for f in dataclasses.fields(PatchConfig)}
+    parser.add_overwrite()
+    helps = {name: f"{{}} (default: {value:g})" for name, value in DEFAULTS.items()}
     parser.add_argument(
-        "--resolution", type=int, default=512, help="of the images in scales, schedules (default: %(default)s)"
+        "--resolution", type=whole(8, 16384), help=helps["resolution"].format("scales, schedules: of the images")
     )
-    parser.add_argument("--patch", type=int, default=defaults["resolution"], help="default: %(default)s")
-    parser.add_argument("--anneal-kimg", type=float, default=defaults["anneal_kimg"], help="default: %(default)s")
-    parser.add_argument("--batch", type=int, default=64, help="images per iteration (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of filters")
-    options = parser.parse_intermixed_args(args)
-    if options.run is None and options.figure in ("modulation", "curves"):
-        parser.error(f"{options.figure} needs a run")
-    return options
+    parser.add_argument(
+        "--patch", type=whole(1, 16384), help=helps["patch"].format("scales, schedules: pixels a side of a patch")
+    )
+    parser.add_argument(
+        "--anneal-kimg",
+        type=real(1e-3, 1e9),
+        help=helps["anneal_kimg"].format("scales, schedules: until patches have all scales"),
+    )
+    parser.add_argument(
+        "--batch", type=whole(1, 1_000_000), help=helps["batch"].format("schedules: images an iteration")
+    )
+    parser.add_argument(
+        "--seed", type=whole(0, 2**63 - 1), help=helps["seed"].format("modulation: of the filters shown")
+    )
+    return parser
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    options = parse(args)
-    with one_line_errors():
-        run(options)
+    with running():
+        run(arguments().parse_intermixed_args(args))
 
 
 def run(options: argparse.Namespace) -> None:
+    check_effect(vars(options), options.figure, FOR_FIGURES)
+    if options.run is None and options.figure in FOR_FIGURES["run"]:
+        raise UserError(f"{options.figure} needs a run: give its folder")
+    for name, value in DEFAULTS.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    if options.patch >= options.resolution:
+        raise UserError(f"--patch must be below the --resolution {options.resolution}, got {options.patch}")
     out = options.out or Path(f"{options.figure}.png")
-    plotting.check_path("--out", out)
+    plotting.check_figure("--out", out, overwrite=options.overwrite)
     if options.figure == "scales":
         figure = draw_scales(options.resolution, options.patch, options.anneal_kimg)
     elif options.figure == "schedules":
         figure = draw_schedules(options.resolution, options.patch, options.anneal_kimg, options.batch)
     elif options.figure == "modulation":
-        config, discriminator = load_discriminator(options.run)
+        with waiting("reading the checkpoint"):
+            config, discriminator = load_discriminator(options.run)
         figure = draw_modulation(discriminator, config.patch.resolution / config.resolution, options.seed)
     else:
         figure = draw_curves(options.run)

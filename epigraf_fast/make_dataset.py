@@ -20,7 +20,6 @@ import importlib.util
 import io
 import json
 import math
-import os
 import random
 import re
 import zipfile
@@ -30,10 +29,12 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import torch
-from tqdm import tqdm
 
+from .arguments import Parser, check_effect, real, whole
 from .camera import cam2world_matrix, sample_angles
-from .errors import UserError, one_line_errors
+from .command import Progress, check_output, heard, output, running, uninterrupted, waiting
+from .errors import UserError
+from .files import READ_ERRORS, reason, walk
 
 MESH_SUFFIXES = (".obj", ".ply", ".stl", ".glb", ".gltf")
 SUPERSAMPLING = 4
@@ -144,7 +145,10 @@ def folder_meshes(folder: Path) -> tuple[list[Mesh], list[str]]:
     """The meshes under a folder and, if they lie in subfolders, the class names (the first level of folders)."""
     if not folder.is_dir():
         raise UserError(f"--meshes {folder} is not a folder: give a folder of {', '.join(MESH_SUFFIXES)} files")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in MESH_SUFFIXES)
+    try:
+        paths = sorted(path for path in walk(folder) if path.suffix.lower() in MESH_SUFFIXES)
+    except READ_ERRORS as error:
+        raise UserError(f"--meshes {folder} cannot be listed ({reason(error)}): allow reading all of it") from None
     if not paths:
         raise UserError(f"--meshes {folder} has no {', '.join(MESH_SUFFIXES)} file: give a folder of meshes")
     relative = [path.relative_to(folder) for path in paths]
@@ -194,7 +198,13 @@ class Renderer:
             V images [R, R, 3] uint8 and their mean alpha, or None for a mesh without extent or below `min_box_volume`.
         """
         recipe, plotter = self.recipe, self.plotter
-        points = self._load(mesh)
+        try:
+            points = self._load(mesh)
+        except READ_ERRORS as error:
+            Progress.say(f"warning: {mesh.path} cannot be read ({reason(error)}) and is left out")
+            return None
+        if not len(points):
+            Progress.say(f"warning: {mesh.path} has no surface that can be read and is left out")
         if not (len(points) and np.isfinite(points).all() and np.ptp(points, axis=0).any()):
             return None
         centre, sides, sphere_radius = bounds(points)
@@ -262,6 +272,13 @@ class Renderer:
         return np.concatenate(points)
 
 
+def png_of(image: np.ndarray) -> bytes:
+    """The file of a uint8 [H, W, 3] image."""
+    png = io.BytesIO()
+    PIL.Image.fromarray(image).save(png, "png", optimize=True)
+    return png.getvalue()
+
+
 def render_dataset(
     meshes: Iterable[Mesh],
     out: Path,
@@ -280,15 +297,18 @@ def render_dataset(
 
     Returns:
         How many objects were kept and how many dropped.
+
+    Raises:
+        KeyboardInterrupt: After the objects that there are by then were written.
     """
-    renderer = Renderer(recipe, resolution)
+    with waiting("starting VTK"):
+        renderer = Renderer(recipe, resolution)
     generator = torch.Generator().manual_seed(seed)
     objects, labels, camera_angles, dropped = [], [], {}, 0
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f"{out.name}.partial")
-    try:
-        with zipfile.ZipFile(partial, "w") as archive:
-            for mesh in tqdm(meshes, desc="objects", unit="", disable=None):
+    interrupt = None
+    with output(out) as partial, zipfile.ZipFile(partial, "w") as archive:
+        try:
+            for mesh in Progress(meshes, "objects", limit):
                 if len(objects) == limit:
                     break
                 draws = torch.rand(recipe.views, 2, generator=generator)
@@ -297,75 +317,88 @@ def render_dataset(
                 if not views or alpha < recipe.min_alpha:
                     dropped += 1
                     continue
-                for view, image in enumerate(views):
-                    name = f"{len(objects):04d}/{view:03d}.png"
-                    png = io.BytesIO()
-                    PIL.Image.fromarray(image).save(png, "png", optimize=True)
-                    archive.writestr(zipfile.ZipInfo(name), png.getvalue())  # undated: equal runs, equal files
-                    camera_angles[name] = [round(angle, 6) for angle in angles[view].tolist()]
-                    labels.append([name, mesh.label])
-                objects.append(mesh.name)
-            metadata = {
-                "attribution": attribution,
-                "camera": recipe.camera(),
-                "objects": objects,
-                "classes": list(classes),
-                "labels": labels if classes else None,
-                "camera_angles": camera_angles,
-            }
-            archive.writestr(zipfile.ZipInfo("dataset.json"), json.dumps(metadata), zipfile.ZIP_DEFLATED)
+                pngs = [png_of(image) for image in views]
+                with uninterrupted():  # an object is in the set with all its views
+                    for view, png in enumerate(pngs):
+                        name = f"{len(objects):04d}/{view:03d}.png"
+                        archive.writestr(zipfile.ZipInfo(name), png)  # undated: equal runs, equal files
+                        camera_angles[name] = [round(angle, 6) for angle in angles[view].tolist()]
+                        labels.append([name, mesh.label])
+                    objects.append(mesh.name)
+        except KeyboardInterrupt as error:
+            interrupt = error
+            heard()
+        if interrupt is not None and not objects:
+            raise interrupt
         if not objects:
             raise UserError(f"all {dropped} meshes were dropped as too thin: lower --min-alpha or use other meshes")
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
+        metadata = {
+            "attribution": attribution,
+            "camera": recipe.camera(),
+            "objects": objects,
+            "classes": list(classes),
+            "labels": labels if classes else None,
+            "camera_angles": camera_angles,
+        }
+        archive.writestr(zipfile.ZipInfo("dataset.json"), json.dumps(metadata), zipfile.ZIP_DEFLATED)
+    if interrupt is not None:
+        print(f"{out}: the {len(objects)} objects that were rendered until the interruption", flush=True)
+        raise interrupt
     return len(objects), dropped
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m epigraf_fast.make_dataset",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+FOR_RECIPES = {"meshes": ("megascans",), "attribution": ("megascans",)}
+BUILTIN_OBJECTS = 400
+
+
+def arguments() -> Parser:
+    parser = Parser("make_dataset", __doc__)
     parser.add_argument("--recipe", choices=RECIPES, required=True, help="what to render, and how")
     parser.add_argument("--out", type=Path, required=True, help="the zip to write")
     parser.add_argument("--meshes", type=Path, help="folder of meshes (megascans); its subfolders become classes")
-    parser.add_argument("--resolution", type=int, default=64, help="of the images (default: %(default)s)")
-    parser.add_argument("--objects", type=int, help="how many objects at most (builtin: 400)")
-    parser.add_argument("--views", type=int, help="images per object (builtin: 10, megascans: 128)")
-    parser.add_argument("--min-alpha", type=float, help="drop objects covering less of the image (plants: 0.03)")
+    parser.add_argument("--resolution", type=whole(4, 4096), default=64, help="of the images (default: %(default)s)")
     parser.add_argument(
-        "--attribution", default="", help="megascans: source and licence of the meshes, for dataset.json"
+        "--objects", type=whole(1, 10_000_000), help=f"how many objects at most (builtin: {BUILTIN_OBJECTS})"
     )
+    parser.add_argument("--views", type=whole(1, 1000), help="images per object (builtin: 10, megascans: 128)")
+    parser.add_argument("--min-alpha", type=real(0, 1), help="drop objects covering less of the image (plants: 0.03)")
+    parser.add_argument("--attribution", help="megascans: source and licence of the meshes, for dataset.json")
     parser.add_argument(
         "--scale",
-        type=float,
+        type=real(1e-6, 1e6),
         default=1.0,
         help="factor on every length: the units of the scene, not the pictures (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of objects and cameras (default: %(default)s)")
-    options = parser.parse_args(args)
-    with one_line_errors():
-        run(options)
+    parser.add_argument(
+        "--seed", type=whole(0, 2**63 - 1), default=0, help="of objects and cameras (default: %(default)s)"
+    )
+    parser.add_overwrite()
+    return parser
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    with running():
+        run(arguments().parse_args(args))
 
 
 def run(options: argparse.Namespace) -> None:
+    check_effect(vars(options), options.recipe, FOR_RECIPES)
+    check_output("--out", options.out, (".zip",), overwrite=options.overwrite)
     overrides = {"views": options.views, "min_alpha": options.min_alpha}
     given = {key: value for key, value in overrides.items() if value is not None}
-    if not (math.isfinite(options.scale) and options.scale > 0):
-        raise UserError(f"--scale must be finite and positive, got {options.scale}")
     recipe = dataclasses.replace(RECIPES[options.recipe], **given).scaled(options.scale)
-    if options.resolution < 4 or options.resolution & (options.resolution - 1):
+    if options.resolution & (options.resolution - 1):
         raise UserError(f"--resolution must be a power of two, at least 4, got {options.resolution}")
     if options.recipe == "builtin":
         meshes, classes = pybullet_meshes(options.seed), []
-        limit, attribution = options.objects or 400, PYBULLET_ATTRIBUTION
+        limit, attribution = options.objects or BUILTIN_OBJECTS, PYBULLET_ATTRIBUTION
     else:
         if options.meshes is None:
             raise UserError("--recipe megascans needs --meshes FOLDER")
         meshes, classes = folder_meshes(options.meshes)
-        limit, attribution = options.objects, options.attribution
+        if options.out.exists() and any(mesh.path.samefile(options.out) for mesh in meshes):
+            raise UserError(f"--out {options.out} is one of the meshes: choose another output")
+        limit, attribution = options.objects, options.attribution or ""
     kept, dropped = render_dataset(
         meshes,
         options.out,

@@ -19,17 +19,23 @@ import PIL.ImageDraw
 import torch
 from torch import Tensor
 
+from .arguments import Parser, real, whole
 from .camera import cam2world_matrix, camera_rays, frustum_extent
-from .errors import UserError, one_line_errors
+from .command import Progress, check_output, output, require, running, waiting
+from .errors import UserError
 from .models.generator import Generator
-from .render import OPAQUE, Scene, add_generator_arguments, check_range, parse_numbers, progress_bar
-from .training.log import save_png
+from .render import OPAQUE, Scene, add_generator_arguments, check_generator_arguments, save_picture
 from .training.pretrained import load_generator
 from .training.sampling import circle_angles, surface_depth, turntable_angles
 
 MESHES = (".ply", ".obj", ".glb", ".png")
+MARCHING_CUBES = "skimage.measure", "scikit-image", "tools"  # module, package, extra
+TRIMESH = "trimesh", "trimesh", "tools"
+MRCFILE = "mrcfile", "mrcfile", "tools"
 CHUNK = 2**17  # points that are decoded at once
+SLAB = 32  # layers of the volume that marching cubes sees at once
 VIEWS, VIEW_SIZE = 6, 32  # what the automatic threshold looks at
+PROGRESS = Callable[[Any, str], Any]  # shows how far a loop over items of that name has got
 
 
 def no_progress(items: Any, unit: str) -> Any:
@@ -44,7 +50,7 @@ def _decode(generator: Generator, planes: Tensor, points: Tensor) -> Tensor:
 
 @torch.no_grad()
 def density_volume(
-    generator: Generator, planes: Tensor, resolution: int, progress: Callable[[Any, str], Any] = no_progress
+    generator: Generator, planes: Tensor, resolution: int, progress: PROGRESS = no_progress
 ) -> np.ndarray:
     """Raw densities at the points of a grid that spans the cube, corners included, computed in chunks.
 
@@ -55,6 +61,9 @@ def density_volume(
 
     Returns:
         [x, y, z] float32, `resolution` each.
+
+    Raises:
+        UserError: No point of so coarse a grid is within reach.
     """
     camera = generator.camera
     axis = torch.linspace(-camera.cube_scale, camera.cube_scale, resolution, device=planes.device)
@@ -67,13 +76,20 @@ def density_volume(
     volume = volume.reshape(resolution, resolution, resolution)
     squares = axis.cpu().numpy().astype(np.float64) ** 2
     reach = frustum_extent(camera.fov, camera.radius, camera.ray_start, camera.ray_end)
-    outside = squares[:, None, None] + squares[:, None] + squares > reach**2
-    volume[outside] = volume[~outside].min()
+    plane = squares[:, None] + squares
+    outside = [x + plane > reach**2 for x in squares]
+    inside = [float(values[~out].min()) for values, out in zip(volume, outside, strict=True) if not out.all()]
+    if not inside:
+        raise UserError(f"none of {resolution} points a side is within reach of the rays: raise --resolution")
+    for values, out in zip(volume, outside, strict=True):
+        values[out] = min(inside)
     return volume
 
 
 @torch.no_grad()
-def automatic_threshold(generator: Generator, planes: Tensor, whole_sphere: bool) -> float:
+def automatic_threshold(
+    generator: Generator, planes: Tensor, whole_sphere: bool, progress: PROGRESS = no_progress
+) -> float:
     """The median raw density where a few views see the surface: the level whose surface lies at the rendered depth.
 
     Raises:
@@ -85,7 +101,7 @@ def automatic_threshold(generator: Generator, planes: Tensor, whole_sphere: bool
     else:
         angles = circle_angles(VIEWS, generator.mean_camera_pose, 0.3, 0.15)
     found = []
-    for pose in angles.to(planes.device):
+    for pose in progress(angles.to(planes.device), "views"):
         images = generator.render(planes, pose[None], VIEW_SIZE, layer="foreground", stochastic=False)
         origins, directions = camera_rays(cam2world_matrix(pose[None], camera.radius), camera.fov, VIEW_SIZE)
         opaque = images.weight_sum.flatten() > OPAQUE
@@ -107,27 +123,55 @@ class Surface:
 
 
 @torch.no_grad()
-def extract(generator: Generator, planes: Tensor, volume: np.ndarray, threshold: float) -> Surface:
+def extract(
+    generator: Generator, planes: Tensor, volume: np.ndarray, threshold: float, progress: PROGRESS = no_progress
+) -> Surface:
     """The surface of a density level, closed where it meets the cube.
 
     Raises:
         UserError: The level is above or below all densities.
     """
-    try:
-        from skimage.measure import marching_cubes
-    except ImportError:
-        raise UserError("scikit-image is not installed: pip install 'epigraf_fast[tools]'") from None
     low, high = float(volume.min()), float(volume.max())
     if not low < threshold < high:
         raise UserError(f"--threshold must be between the densities {low:.4g} and {high:.4g}, got {threshold:.4g}")
     spacing = 2 * generator.camera.cube_scale / (len(volume) - 1)
-    padded = np.pad(volume, 1, constant_values=low)
-    vertices, faces, _, _ = marching_cubes(padded, threshold)
+    vertices, faces = level_set(np.pad(volume, 1, constant_values=low), threshold, progress)
     vertices = ((vertices - 1) * spacing - generator.camera.cube_scale).astype(np.float32)
-    points = torch.from_numpy(vertices).to(planes.device)
-    raw = torch.cat([_decode(generator, planes, part)[:, :3] for part in points.split(CHUNK)])
+    points = torch.from_numpy(vertices).to(planes.device).split(CHUNK)
+    raw = torch.cat([_decode(generator, planes, part)[:, :3] for part in progress(points, "colours")])
     colors = ((raw.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
     return Surface(vertices, faces[:, ::-1].astype(np.int64), colors)  # outwards
+
+
+def level_set(volume: np.ndarray, level: float, progress: PROGRESS = no_progress) -> tuple[np.ndarray, np.ndarray]:
+    """Marching cubes, slab by slab: a call for the whole of a large volume would hear nothing for minutes.
+
+    Slabs share a layer of points, and the vertices on it are those of both, which become one.
+
+    Returns:
+        Vertices [V, 3] in steps of the grid and faces [F, 3].
+    """
+    measure = require(*MARCHING_CUBES)
+    vertices, faces, count = [np.zeros((0, 3), np.float32)], [np.zeros((0, 3), np.int64)], 0
+    for first in progress(range(0, len(volume) - 1, SLAB), "slabs"):
+        slab = volume[first : first + SLAB + 1]
+        if not slab.min() < level < slab.max():
+            continue
+        found, corners, _, _ = measure.marching_cubes(slab, level)
+        vertices.append(found + np.array([first, 0, 0], np.float32))
+        faces.append(corners + count)
+        count += len(found)
+    points, triangles = np.concatenate(vertices), np.concatenate(faces)
+    shared = np.nonzero(points[:, 0] % SLAB == 0)[0]
+    _, firsts, which = np.unique(points[shared], axis=0, return_index=True, return_inverse=True)
+    same = np.arange(len(points))
+    same[shared] = shared[firsts[which.reshape(-1)]]
+    triangles = same[triangles]
+    a, b, c = triangles.T
+    triangles = triangles[(a != b) & (b != c) & (c != a)]
+    used = np.zeros(len(points), bool)
+    used[triangles] = True
+    return points[used], (np.cumsum(used) - 1)[triangles]
 
 
 def components(surface: Surface) -> np.ndarray:
@@ -154,10 +198,7 @@ def largest(surface: Surface) -> Surface:
 
 def to_trimesh(surface: Surface) -> Any:
     """A trimesh.Trimesh with vertex colours."""
-    try:
-        import trimesh
-    except ImportError:
-        raise UserError("trimesh is not installed: pip install 'epigraf_fast[tools]'") from None
+    trimesh = require(*TRIMESH)
     return trimesh.Trimesh(surface.vertices, surface.faces, vertex_colors=surface.colors, process=False)
 
 
@@ -175,13 +216,11 @@ def statistics(surface: Surface) -> Iterator[str]:
 
 def save_mesh(surface: Surface, path: Path) -> None:
     """Writes a .ply, .obj or .glb, whole or not at all."""
-    partial = path.with_suffix(f".partial{path.suffix}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    to_trimesh(surface).export(partial)
-    partial.replace(path)
+    with waiting(f"writing {path.name}"), output(path) as partial:
+        to_trimesh(surface).export(partial)
 
 
-def picture(surface: Surface, generator: Generator, size: int = 512) -> np.ndarray:
+def picture(surface: Surface, generator: Generator, size: int = 512, progress: PROGRESS = no_progress) -> np.ndarray:
     """The mesh from the mean pose, in its colours and beside that as clay: uint8 [size, 2 size, 3].
 
     Faces are painted from far to near, at twice the size, brighter the more they face the camera.
@@ -202,75 +241,85 @@ def picture(surface: Surface, generator: Generator, size: int = 512) -> np.ndarr
     for colors in (surface.colors[surface.faces].mean(axis=1) * (0.5 + 0.5 * light), 225 * light * np.ones(3)):
         image = PIL.Image.new("RGB", (2 * size, 2 * size), "white")
         draw = PIL.ImageDraw.Draw(image)
-        for face in order:
+        for face in progress(order, "faces"):
             draw.polygon(list(map(tuple, pixels[face])), fill=tuple(colors[face].astype(int)))
         halves.append(np.asarray(image.resize((size, size), PIL.Image.Resampling.BOX)))
     return np.concatenate(halves, axis=1)
 
 
 def save_mrc(volume: np.ndarray, voxel: float, path: Path) -> None:
-    """Writes a volume [x, y, z] as an MRC file, which stores z slowest."""
-    try:
-        import mrcfile
-    except ImportError:
-        raise UserError("mrcfile is not installed: pip install 'epigraf_fast[tools]'") from None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with mrcfile.new(partial, overwrite=True) as file:
+    """Writes a volume [x, y, z] as an MRC file, which stores z slowest; whole or not at all."""
+    with (
+        waiting(f"writing {path.name}"),
+        output(path) as partial,
+        require(*MRCFILE).new(partial, overwrite=True) as file,
+    ):
         file.set_data(np.ascontiguousarray(volume.transpose(2, 1, 0)))
         file.voxel_size = voxel
-    partial.replace(path)
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m epigraf_fast.mesh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def arguments() -> Parser:
+    parser = Parser("mesh", __doc__)
     add_generator_arguments(parser, seeds="0")
     parser.add_argument(
         "--out", type=Path, nargs="+", required=True, help="one or more of .ply .obj .glb .mrc .png (a picture)"
     )
-    parser.add_argument("--resolution", type=int, default=256, help="points along each side (default: %(default)s)")
-    parser.add_argument("--threshold", type=float, help="raw density (default: what the rendered depth says)")
+    parser.add_overwrite()
+    parser.add_argument(
+        "--resolution", type=whole(8, 1024), default=256, help="points along each side (default: %(default)s)"
+    )
+    parser.add_argument("--threshold", type=real(), help="raw density (default: what the rendered depth says)")
     parser.add_argument("--largest", action="store_true", help="drop all but the largest component")
-    options = parser.parse_args(args)
-    with one_line_errors():
-        run(options)
+    return parser
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    with running():
+        run(arguments().parse_args(args))
 
 
 def run(options: argparse.Namespace) -> None:
-    seeds = parse_numbers(options.seeds)
-    classes = parse_numbers(options.labels) if options.labels else []
-    wrong = [path for path in options.out if path.suffix not in (*MESHES, ".mrc")]
-    if wrong:
-        raise UserError(f"--out must end in {', '.join(MESHES)} or .mrc, got {wrong[0]}")
-    check_range("resolution", options.resolution, 2, 1024)
-    if options.threshold is not None:
-        check_range("threshold", options.threshold, -math.inf)
-    config, generator = load_generator(options.checkpoint, options.device)
+    files = {
+        seed: [p if len(options.seeds) == 1 else p.with_name(f"{p.stem}-{seed}{p.suffix}") for p in options.out]
+        for seed in options.seeds
+    }
+    every = [path for paths in files.values() for path in paths]
+    if len(files) < len(options.seeds) or len(set(every)) < len(every):
+        raise UserError("--seeds and --out must differ among themselves, as the files are named after them")
+    for path in every:
+        check_output("--out", path, (*MESHES, ".mrc"), overwrite=options.overwrite)
+    for path in options.out:
+        for package in (MRCFILE,) if path.suffix == ".mrc" else (MARCHING_CUBES, TRIMESH):
+            require(*package)
+    with waiting("reading the checkpoint"):
+        config, generator = load_generator(options.checkpoint, options.device)
+    check_generator_arguments(options, generator)
     scene = Scene(generator, config.resolution, truncation=options.truncation, cutoff=options.cutoff)
-    for seed, ws in zip(seeds, scene.ws(seeds, classes), strict=True):
-        planes = scene.paint(ws).planes
-        volume = density_volume(generator, planes, options.resolution, progress_bar)
+    for (seed, paths), ws in zip(files.items(), scene.ws(options.seeds, options.labels or ()), strict=True):
+        with waiting("painting the planes"):
+            planes = scene.paint(ws).planes
+        volume = density_volume(generator, planes, options.resolution, Progress)
         threshold, how = options.threshold, "given"
         if threshold is None:
-            threshold, how = automatic_threshold(generator, planes, config.camera.prior == "spherical_uniform"), "found"
+            whole_sphere = config.camera.prior == "spherical_uniform"
+            threshold, how = automatic_threshold(generator, planes, whole_sphere, Progress), "found"
         print(f"seed {seed}: densities {volume.min():.4g} to {volume.max():.4g}, threshold {threshold:.4g} ({how})")
-        paths = [p if len(seeds) == 1 else p.with_stem(f"{p.stem}-{seed}") for p in options.out]
         surface = None
         for path in paths:
             if path.suffix == ".mrc":
                 save_mrc(volume, 2 * config.camera.cube_scale / (options.resolution - 1), path)
                 continue
             if surface is None:
-                surface = extract(generator, planes, volume, threshold)
-                surface = largest(surface) if options.largest else surface
-                print(*(f"  {line}" for line in statistics(surface)), sep="\n")
+                surface = extract(generator, planes, volume, threshold, Progress)
+                with waiting("measuring the mesh"):
+                    surface = largest(surface) if options.largest else surface
+                    lines = list(statistics(surface))
+                print(*(f"  {line}" for line in lines), sep="\n")
             if path.suffix == ".png":
-                save_png(picture(surface, generator), path)
+                save_picture(picture(surface, generator, progress=Progress), path)
             else:
                 save_mesh(surface, path)
-        print(*(f"  wrote {path}" for path in paths), sep="\n")
+        print(*(f"  wrote {path}" for path in paths), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

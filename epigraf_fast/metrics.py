@@ -20,16 +20,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import plotting
+from .arguments import Parser, real, whole
 from .camera import cam2world_matrix, camera_rays
+from .command import Progress, check_output, output, running, waiting
 from .config import CameraConfig, Config
 from .data import ImageDataset
-from .errors import UserError, one_line_errors
+from .errors import UserError
 from .models.generator import Generator, Images
-from .render import check_range, progress_bar
 from .training.checkpoint import NAME, list_checkpoints
 from .training.metrics import FeatureDistance, ScriptFeatures, kernel_distance
 from .training.pretrained import find_generator, load_generator
-from .training.sampling import fixed_latents, surface_depth
+from .training.sampling import fixed_latents, known_labels, surface_depth
 from .training.snapshot import METRIC_SEED, measure_fakes, real_images
 
 SOLID = 0.9  # opacity of the rays whose points are carried over to the other view
@@ -80,9 +81,9 @@ def reprojection_error(
 @torch.no_grad()
 def consistency(generator: Generator, dataset: ImageDataset, config: Config, num: int, turn: float) -> dict[str, float]:
     """`reprojection_error` between two views `turn` radians of yaw apart, mean over `num` objects."""
-    z, label, angles = fixed_latents(num, generator, dataset, config.camera, METRIC_SEED)
+    latents = fixed_latents(num, generator, dataset, config.camera, METRIC_SEED)
     errors = []
-    for one, its_label, pose in zip(z, label, angles, strict=True):
+    for one, its_label, pose in Progress(list(zip(*latents, strict=True)), "re-projected objects"):
         ws = generator.ws(one[None], its_label[None])
         planes = generator.synthesis(ws, noise_mode="const")
         poses = [pose[None], pose[None] + torch.tensor([turn, 0.0, 0.0], device=pose.device)]
@@ -104,17 +105,20 @@ class Distances:
     """
 
     def __init__(self, dataset: ImageDataset, num_real: int, inception: Path | None, device: torch.device) -> None:
-        self.frechet = {"fd_efficientnet": FeatureDistance(device)}
-        self.features = None
-        if inception is not None:
-            self.features = ScriptFeatures(inception, device)
-            self.frechet["fid"] = FeatureDistance(device, self.features)
+        with waiting("reading the feature networks"):
+            self.frechet = {"fd_efficientnet": FeatureDistance(device)}
+            self.features = None
+            if inception is not None:
+                self.features = ScriptFeatures(inception, device)
+                self.frechet["fid"] = FeatureDistance(device, self.features)
         reals = []
-        for images in progress_bar(list(real_images(dataset, num_real)), "real images"):
-            for distance in self.frechet.values():
-                distance.update_real(images)
-            if self.features is not None:
-                reals.append(self.features(images))
+        with Progress(what="real images", total=min(num_real, len(dataset))) as bar:
+            for images in real_images(dataset, num_real):
+                for distance in self.frechet.values():
+                    distance.update_real(images)
+                if self.features is not None:
+                    reals.append(self.features(images))
+                bar.update(len(images))
         self.reals = torch.cat(reals) if reals else None
 
     def measure(self, generator: Generator, dataset: ImageDataset, config: Config, num: int) -> dict[str, float]:
@@ -130,11 +134,16 @@ class Distances:
                 fakes.append(self.features(images))
             bar.update(len(images))
 
-        with progress_bar(range(num), "generated images") as bar:
+        with Progress(what="generated images", total=num) as bar:
             measure_fakes(generator, dataset, config, num, use)
-        values = {name: distance.compute() for name, distance in self.frechet.items()}
+        values = {}
+        for name, distance in self.frechet.items():
+            with waiting(f"computing {name}"):
+                values[name] = distance.compute()
         if self.reals is not None:
-            values["kid"] = kernel_distance(self.reals, torch.cat(fakes))
+            values["kid"] = kernel_distance(
+                self.reals, torch.cat(fakes), progress=lambda subsets: Progress(subsets, "computing kid")
+            )
         return values
 
 
@@ -150,39 +159,46 @@ def plot(results: Sequence[dict], path: Path) -> None:
     plotting.save(figure, path, dpi=100)
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m epigraf_fast.metrics",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def arguments() -> Parser:
+    parser = Parser("metrics", __doc__)
     parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a folder: all its checkpoints")
     parser.add_argument("--data", help="the real images (default: what the run was trained on)")
-    parser.add_argument("--images", type=int, default=1000, help="generated, and real ones (default: %(default)s)")
+    parser.add_argument(
+        "--images", type=whole(2, 10_000_000), default=1000, help="generated, and real ones (default: %(default)s)"
+    )
     parser.add_argument("--all-reals", action="store_true", help="compare with every real image, as FID50k-full does")
     parser.add_argument("--inception", type=Path, help="TorchScript file of Inception: adds FID and KID")
     parser.add_argument(
         "--objects",
-        type=int,
+        type=whole(0, 1_000_000),
         default=16,
         help="of the re-projection error; 0 leaves it out, as 2D generators need (default: %(default)s)",
     )
     parser.add_argument(
-        "--turn", type=float, default=0.2, help="radians of yaw between the views it compares (default: %(default)s)"
+        "--turn",
+        type=real(-math.pi, math.pi),
+        default=0.2,
+        help="radians of yaw between the views it compares (default: %(default)s)",
     )
-    parser.add_argument("--out", type=Path, help="a JSON file to write the results to")
+    parser.add_argument("--out", type=Path, help="a .json to write the results to, after every checkpoint")
     parser.add_argument("--plot", type=Path, help="a .png, .pdf or .svg to draw the results of all checkpoints in")
     parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
-    options = parser.parse_args(args)
-    with one_line_errors():
-        run(options)
+    parser.add_overwrite()
+    return parser
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    with running():
+        run(arguments().parse_args(args))
 
 
 def run(options: argparse.Namespace) -> None:
-    plotting.check_path("--plot", options.plot)
-    check_range("images", options.images, 2)
-    check_range("objects", options.objects, 0)
-    check_range("turn", options.turn, -math.pi, math.pi)
+    if options.out is not None:
+        check_output("--out", options.out, (".json",), overwrite=options.overwrite)
+    if options.plot is not None:
+        plotting.check_figure("--plot", options.plot, overwrite=options.overwrite)
+    if options.turn == 0:
+        raise UserError("--turn must not be 0, which compares a view with itself; --objects 0 leaves the error out")
     folder = options.checkpoint.is_dir()
     paths = (
         (list_checkpoints(options.checkpoint) or sorted(options.checkpoint.glob("checkpoint-*.pt"))) if folder else []
@@ -190,16 +206,24 @@ def run(options: argparse.Namespace) -> None:
     paths = paths or [find_generator(options.checkpoint)]
     distances, results = None, []
     for path in paths:
-        config, generator = load_generator(path, options.device, three_d=options.objects > 0)
-        dataset = ImageDataset(
-            options.data or config.data,
-            config.resolution,
-            use_labels=generator.label_dim > 0,
-            mirror=config.loader.mirror,
-        )
+        with waiting("reading checkpoint and data set"):
+            config, generator = load_generator(path, options.device, three_d=options.objects > 0)
+            dataset = ImageDataset(
+                options.data or config.data,
+                config.resolution,
+                use_labels=generator.label_dim > 0,
+                mirror=config.loader.mirror,
+            )
         if dataset.label_dim != generator.label_dim:
             raise UserError(
                 f"{dataset.path} has {dataset.label_dim} classes, {path} was trained on {generator.label_dim}: "
+                "give the set it was trained on"
+            )
+        known, found = known_labels(generator), dataset.label_values
+        unknown = sorted(set(found.tolist()) - set(known.tolist())) if known.ndim == found.ndim == 1 else []
+        if unknown:
+            raise UserError(
+                f"{dataset.path} has images of class {unknown[0]}, without which {path} was trained: "
                 "give the set it was trained on"
             )
         if distances is None:
@@ -212,9 +236,10 @@ def run(options: argparse.Namespace) -> None:
             result |= consistency(generator, dataset, config, options.objects, options.turn)
         results.append(result)
         print(path.name, *(f"{k} {v:.4g}" for k, v in result.items() if isinstance(v, float)), sep="  ", flush=True)
+        if options.out is not None:  # after each, so that an interruption loses none that is measured
+            with output(options.out) as partial:
+                partial.write_text(json.dumps(results, indent=2) + "\n")
     if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(results, indent=2) + "\n")
         print(f"wrote {options.out}")
     if options.plot is not None:
         plot(results, options.plot)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import UserError
+from .command import check_output, output, require, waiting
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -13,25 +14,26 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".pdf", ".svg")
 
 
-def check_path(flag: str, path: Path | None) -> None:
-    """Raises UserError where a figure that a flag asks for could not be written under that name."""
-    if path is not None and path.suffix not in SUFFIXES:
-        raise UserError(f"{flag} must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, got {path}")
+def check_figure(flag: str, path: Path, *, overwrite: bool = False) -> None:
+    """Raises UserError where a figure that a flag asks for could not be drawn or not be written under that name."""
+    check_output(flag, path, SUFFIXES, overwrite=overwrite)
+    require("matplotlib", "matplotlib", "tools")
 
 
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure of that many inches."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("matplotlib is not installed: pip install 'epigraf_fast[tools]'") from None
+    require("matplotlib", "matplotlib", "tools")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def save(figure: Figure, path: Path, **options: Any) -> None:
-    """Writes a figure, in a folder that is made if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, **options)
+    """Writes a figure, whole or not at all, in a folder that is made if need be."""
+    with waiting(f"drawing {path.name}"), output(path) as partial:
+        content = io.BytesIO()  # a full disk then is an error of ours, and not of some library under way
+        figure.savefig(content, format=path.suffix[1:], **options)
+        partial.write_bytes(content.getvalue())

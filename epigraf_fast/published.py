@@ -2,7 +2,8 @@
 
 A pickle is a program that may call any function by name. Here only the names of `GLOBALS` are known, each met by a
 stand-in that keeps what it is given and does nothing; any other name is refused. The source text that the snapshots
-carry is dropped. What comes out are tensors, in the order of the networks' parameters, and plain settings.
+carry is dropped. What comes out are tensors, in the order of the networks' parameters, and plain settings: references
+among them, as `${training.patch}`, are followed through the stand-ins.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import io
 import pickle
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,8 +170,8 @@ class Snapshot:
     networks: dict[str, dict[str, Tensor]]  # G_ema, G, D -> name -> tensor
     parameters: dict[str, list[str]]  # network -> the names that are no buffers, in order
     optimizers: dict[str, Optimizer]  # G, D
-    augment_p: float
-    settings: dict[str, Any]  # of G and D, as dotted names
+    augment_p: float | None  # None where the file holds no augmentation
+    settings: dict[str, Any]  # by dotted name, see `_settings`
 
 
 def read_snapshot(path: Path) -> Snapshot:
@@ -196,16 +197,13 @@ def read_snapshot(path: Path) -> Snapshot:
 def _snapshot(content: object) -> Snapshot:
     if not isinstance(content, dict) or not isinstance(content.get("G_ema"), Record):
         raise UserError("it is no EpiGRAF snapshot: a dict with the network G_ema is expected")
-    networks, parameters, settings = {}, {}, {}
+    networks, parameters = {}, {}
     for name in ("G_ema", "G", "D"):
         if not isinstance(content.get(name), Record):
             continue
         found = list(_tensors(content[name]))
         networks[name] = {key: tensor for key, tensor, _ in found}
         parameters[name] = [key for key, _, trained in found if trained]
-        state = content[name].state
-        for arguments in (state.get("_init_kwargs"), *(state.get("_init_args") or ())):
-            settings |= dict(_plain(arguments))
     augment = content.get("augment_pipe")
     p = augment.state["_buffers"].get("p") if isinstance(augment, Record) else None
     optimizers = {}
@@ -214,7 +212,8 @@ def _snapshot(content: object) -> Snapshot:
         if isinstance(stored, Record) and isinstance(stored.state, dict):
             keys = [key for group in stored.state["param_groups"] for key in group["params"]]
             optimizers[name] = Optimizer([stored.state["state"].get(key) for key in keys])
-    return Snapshot(networks, parameters, optimizers, float(p) if isinstance(p, Tensor) else 0.0, settings)
+    p = float(p) if isinstance(p, Tensor) else None
+    return Snapshot(networks, parameters, optimizers, p, _settings(content))
 
 
 def _tensors(module: Record, prefix: str = "") -> Iterator[tuple[str, Tensor, bool]]:
@@ -229,12 +228,159 @@ def _tensors(module: Record, prefix: str = "") -> Iterator[tuple[str, Tensor, bo
             yield from _tensors(child, f"{prefix}{name}.")
 
 
-def _plain(value: object, name: str = "") -> Iterator[tuple[str, object]]:
-    """The numbers, words and truths in nested settings, by dotted name."""
-    if isinstance(value, Record) and isinstance(value.state, dict):
-        value = value.state.get("_content", value.state.get("_val"))
-    if isinstance(value, dict):
-        for key, part in value.items():
-            yield from _plain(part, f"{name}.{key}" if name else str(key))
-    elif isinstance(value, (bool, int, float, str)):
-        yield name, value
+# Settings. A node of omegaconf keeps what it holds as _content (a dict or list of nodes) or _val, and the container
+# that it stands in as _parent; an interpolation is a text that holds ${...}.
+
+
+@dataclass(frozen=True)
+class Unresolved:
+    """A setting that the file does not tell: missing, or an interpolation that asks for something elsewhere."""
+
+    text: str
+
+
+class _NotHere(Exception):
+    """An interpolation leads out of the file."""
+
+
+INTERPOLATION = re.compile(r"(?<!\\)\$\{([^${}]*)\}")  # an innermost one
+MISSING = "???"
+MOST_STEPS = 100_000  # a real snapshot takes some hundreds
+DEEPEST = 30
+LONGEST = 1000
+
+
+def _settings(content: dict[str, Any]) -> dict[str, Any]:
+    """Every number, word, truth and None of the settings that a snapshot keeps, by dotted name.
+
+    model.generator and model.discriminator are what the networks were built from, G and D their other arguments; then
+    come all settings of the run (model, training, dataset ...), where the networks' refer to them, training_set_kwargs
+    and stats. Entries of a list are numbered. What cannot be followed is `Unresolved`.
+    """
+    walk, settings, runs = _Walk(), {}, []
+    for name, letter, part in (
+        ("G_ema", "G", "model.generator"),
+        ("G", "G", "model.generator"),
+        ("D", "D", "model.discriminator"),
+    ):
+        state = content[name].state if isinstance(content.get(name), Record) else {}
+        arguments = dict(state.get("_init_kwargs") or {})
+        # The first argument, if it has no name.
+        config = arguments.pop("cfg", next(iter(state.get("_init_args") or ()), None))
+        above = _above(config)
+        runs += above[:1]
+        _join(settings, (*walk.flat(config, above, part), *walk.flat(arguments, (), letter)))
+    for run in runs:
+        _join(settings, walk.flat(run, (), ""))
+    for name in ("training_set_kwargs", "stats"):
+        settings |= dict(walk.flat(content.get(name), (), name))
+    return settings
+
+
+def _join(settings: dict[str, Any], more: Iterable[tuple[str, object]]) -> None:
+    """Adds what another network tells; where two differ, neither holds."""
+    for name, value in more:
+        known = settings.setdefault(name, value)
+        if known != value and not isinstance(known, Unresolved):
+            settings[name] = Unresolved(f"{known!r} here and {value!r} there"[:LONGEST])
+
+
+def _content(node: object) -> object:
+    """What a node holds, as it stands; anything but a node as it is."""
+    if isinstance(node, Record) and isinstance(node.state, dict):
+        return node.state.get("_content", node.state.get("_val"))
+    return node
+
+
+def _above(node: object) -> tuple[object, ...]:
+    """The containers that a node stands in, outermost first."""
+    above: list[object] = []
+    while isinstance(node, Record) and isinstance(node.state, dict):
+        node = node.state.get("_parent")
+        if node is None or any(node is other for other in above):
+            break
+        above.insert(0, node)
+    return tuple(above)
+
+
+class _Walk:
+    """Follows settings and the references among them, for a bounded number of steps."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def flat(self, node: object, above: tuple[object, ...], name: str) -> Iterator[tuple[str, object]]:
+        """Names and values below a node that stands in the containers `above`."""
+        self.step()
+        try:
+            node, content, above = self.follow(node, above)
+        except _NotHere as reference:
+            yield name, Unresolved(str(reference))
+            return
+        parts: Iterable[tuple[object, object]] = ()
+        if isinstance(content, dict):
+            parts = content.items()
+        elif isinstance(content, list):
+            parts = enumerate(content)
+        elif content is None or isinstance(content, (bool, int, float, str)):
+            yield name, content
+        if name.count(".") > DEEPEST:
+            raise UserError(f"its settings hold each other: {name[:60]}...")
+        for key, part in parts:
+            yield from self.flat(part, (*above, node), f"{name}.{key}" if name else str(key))
+
+    def follow(self, node: object, above: tuple[object, ...]) -> tuple[object, object, tuple[object, ...]]:
+        """The node at the end of interpolations, what it holds, and the containers that it stands in."""
+        content, rounds = _content(node), 0
+        text = content[:LONGEST] if isinstance(content, str) else ""
+        while isinstance(content, str) and "${" in content:
+            self.step()
+            rounds += 1
+            inner = INTERPOLATION.search(content)
+            if inner is None or len(content) > LONGEST or rounds > DEEPEST:
+                raise _NotHere(text)
+            try:
+                target, where = self.select(inner[1].strip(), above)
+                if inner[0] == content:
+                    node, above, content = target, where, _content(target)
+                    continue
+                value = self.follow(target, where)[1]
+            except (LookupError, RecursionError, _NotHere):
+                raise _NotHere(text) from None
+            if value is not None and not isinstance(value, (bool, int, float, str)):
+                raise _NotHere(text)
+            content = content.replace(inner[0], str(value), 1)
+        if content == MISSING:
+            raise _NotHere(MISSING)
+        return node, content, above
+
+    def select(self, reference: str, above: tuple[object, ...]) -> tuple[object, tuple[object, ...]]:
+        """The node that `a.b`, `a[b]`, or, from the container of the one that refers to it, `.b` or `..b` names.
+
+        Raises:
+            LookupError: It is not there, or asks for a resolver, as `oc.env:HOME`.
+        """
+        if ":" in reference:
+            raise LookupError(reference)
+        keys = [key for key in re.split(r"[.\[\]]+", reference) if key]
+        dots = len(reference) - len(reference.lstrip("."))
+        start = len(above) - dots if dots else 0
+        if not 0 <= start < len(above):
+            raise LookupError(reference)
+        node, above = above[start], above[:start]
+        for key in keys:
+            self.step()
+            node, content, above = self.follow(node, above)
+            above = (*above, node)
+            if isinstance(content, dict):
+                node = content[key]
+            elif isinstance(content, list) and key.isdecimal():
+                node = content[int(key)]
+            else:
+                raise LookupError(reference)
+        return node, above
+
+    def step(self) -> None:
+        self.steps += 1
+        if self.steps > MOST_STEPS:
+            raise UserError("its settings refer to each other without end")

@@ -13,37 +13,44 @@ import contextlib
 import dataclasses
 import itertools
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import PIL.Image
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .arguments import Parser, check_effect, numbers, real, whole
 from .camera import cam2world_matrix, camera_rays
-from .errors import UserError, one_line_errors
+from .command import Progress, check_output, output, require, running, waiting
+from .errors import UserError
 from .models.generator import Generator, Images
-from .training.log import depth_to_uint8, save_gif, save_png, tile, to_uint8
+from .training.log import depth_to_uint8, tile, to_uint8
 from .training.pretrained import load_generator
 from .training.sampling import circle_angles, latents_of_seeds, surface_depth, turntable_angles
 
 KINDS = ("grid", "turntable", "interpolation", "fly-around")
 SHOWN = ("rgb", "depth", "normals")
+FFMPEG = "imageio_ffmpeg", "imageio-ffmpeg", "tools", ", or write a .gif"
 OPAQUE = 0.5  # rays that gather less have no surface
-
-
-def parse_numbers(text: str) -> list[int]:
-    """`0-3,8` -> [0, 1, 2, 3, 8]."""
-    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
-        raise UserError(f"numbers must look like 0-15 or 1,4,7-9, got {text!r}")
-    ranges = [[int(end) for end in part.split("-")] for part in text.split(",")]
-    numbers = [n for ends in ranges for n in range(ends[0], ends[-1] + 1)]
-    if not numbers or max(numbers) >= 2**63:
-        raise UserError(f"numbers must be a range that goes up, below 2^63, got {text!r}")
-    return numbers
+MOST_PIXELS = 2**28  # of a picture, at three bytes each
+LONGEST_SIDE = 16384  # pixels, of a video and of an object: what H.264 can hold
+VIDEOS = KINDS[1:]
+CIRCLES = ("interpolation", "fly-around")
+# Flag -> the kinds that it is for, and what holds without it.
+FOR_KINDS = {
+    "yaw": ("grid",),
+    "columns": ("grid", "turntable", "fly-around"),
+    "frames": VIDEOS,
+    "fps": VIDEOS,
+    "yaw_range": CIRCLES,
+    "pitch_range": CIRCLES,
+    "zoom": ("fly-around",),
+}
+DEFAULTS = {"frames": 120, "fps": 30.0, "yaw_range": 0.4, "pitch_range": 0.2, "zoom": 1.5}
 
 
 def normals(images: Images, angles: Tensor, generator: Generator, fov: float | None = None) -> Tensor:
@@ -126,9 +133,13 @@ class Scene:
     def view(self, painted: Painted, angles: Tensor, fov: float | None = None) -> dict[str, Tensor]:
         """One object from one camera [3]: uint8 [1, 3, R, R] of each thing to show."""
         angles = angles.to(painted.planes.device)[None]
-        images = self.generator.render(
-            painted.planes, angles, self.resolution, ws=painted.ws, fov=fov, stochastic=False
-        )
+        with (
+            Progress(what="rays", total=self.resolution**2) as rays,
+            self.generator.renderer.register_forward_hook(lambda *call: rays.update(call[-1].rgb.shape[1])),
+        ):
+            images = self.generator.render(
+                painted.planes, angles, self.resolution, ws=painted.ws, fov=fov, stochastic=False
+            )
         return pictures(images, angles, self.generator, self.shown, fov)
 
 
@@ -169,7 +180,7 @@ def orbit(
     fovs: Sequence[float | None] = (None,),
 ) -> Iterator[Frame]:
     """Frames of all seeds along a path of poses [T, 3], with a field of view each."""
-    objects = [scene.paint(w) for w in scene.ws(seeds, classes)]
+    objects = [scene.paint(w) for w in progress(scene.ws(seeds, classes), "objects")]
     for pose, fov in zip(progress(path, "frames"), itertools.cycle(fovs), strict=False):
         yield tiled((scene.view(painted, pose, fov) for painted in objects), columns)
 
@@ -192,33 +203,47 @@ def video(path: Path, fps: float) -> Iterator[Callable[[np.ndarray], None]]:
     """Takes uint8 frames [H, W, 3] as they come and leaves an MP4 (H.264) or a GIF, whole or not at all."""
     if path.suffix == ".gif":
         frames: list[np.ndarray] = []
-        yield frames.append
-        save_gif(np.stack(frames), path, fps)
+        with output(path) as partial:
+            yield frames.append
+            with waiting(f"writing {path.name}"):
+                partial.write_bytes(gif_of(np.stack(frames), fps))
         return
-    try:
-        from imageio_ffmpeg import write_frames
-    except ImportError:
-        raise UserError("imageio-ffmpeg is not installed: pip install 'epigraf_fast[tools]', or write a .gif") from None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial.mp4")
-    writer = None
+    imageio_ffmpeg = require(*FFMPEG)
+    with output(path) as partial, contextlib.ExitStack() as stack:
+        writer, count = None, 0
 
-    def add(frame: np.ndarray) -> None:
-        nonlocal writer
-        height, width = (size - size % 2 for size in frame.shape[:2])  # the pixel format halves colours
-        if writer is None:
-            writer = write_frames(str(partial), (width, height), fps=fps, quality=8, macro_block_size=2)
-            writer.send(None)
-        writer.send(np.ascontiguousarray(frame[:height, :width]))
+        def add(frame: np.ndarray) -> None:
+            nonlocal writer, count
+            height, width = (size - size % 2 for size in frame.shape[:2])  # the pixel format halves colours
+            if writer is None:
+                size = width, height
+                writer = imageio_ffmpeg.write_frames(str(partial), size, fps=fps, quality=8, macro_block_size=2)
+                stack.callback(writer.close)
+                writer.send(None)
+            writer.send(np.ascontiguousarray(frame[:height, :width]))
+            count += 1
 
-    try:
         yield add
-        writer.close()
-        partial.replace(path)
-    finally:
-        if writer is not None:
+        with waiting(f"writing {path.name}"):
             writer.close()
-        partial.unlink(missing_ok=True)
+            check_video(partial, count)
+
+
+def gif_of(frames: np.ndarray, fps: float) -> bytes:
+    """The file of an endless GIF of uint8 frames [T, H, W, 3]."""
+    import imageio.v3
+
+    return imageio.v3.imwrite("<bytes>", frames, extension=".gif", duration=1000 / fps, loop=0)
+
+
+def check_video(path: Path, count: int) -> None:
+    """Raises OSError unless the file holds so many frames: an encoder that has died, on a full disk, says nothing."""
+    try:
+        found, _ = require(*FFMPEG).count_frames_and_secs(str(path))
+    except RuntimeError:
+        found = 0
+    if found != count:
+        raise OSError(f"{found} of {count} frames are in it: is the disk full?")
 
 
 def save_all(frames: Iterable[Frame], paths: dict[str, Path], fps: float) -> None:
@@ -230,116 +255,145 @@ def save_all(frames: Iterable[Frame], paths: dict[str, Path], fps: float) -> Non
                 add(frame[name])
 
 
-def progress_bar(items: Any, unit: str) -> Any:
-    """A bar on a terminal, nothing in a file."""
-    from tqdm import tqdm
-
-    return tqdm(items, desc=unit, unit="", disable=None, leave=False)
-
-
-def add_generator_arguments(parser: argparse.ArgumentParser, seeds: str = "0-15") -> None:
+def add_generator_arguments(parser: Parser, seeds: str = "0-15") -> None:
     """What every tool that looks at a generator asks for."""
     parser.add_argument("checkpoint", type=Path, help="a checkpoint, a run folder, or a converted one")
-    parser.add_argument("--seeds", default=seeds, help="as in 0-15 or 1,4,7-9 (default: %(default)s)")
-    parser.add_argument("--labels", help="classes, taken in turn (default: seed modulo the number of classes)")
-    parser.add_argument("--truncation", type=float, default=1.0, help="psi; 1 is none (default: %(default)s)")
-    parser.add_argument("--cutoff", type=int, help="style vectors that are truncated (default: all)")
+    parser.add_argument("--seeds", type=numbers, default=seeds, help="as in 0-15 or 1,4,7-9 (default: %(default)s)")
+    parser.add_argument(
+        "--labels", type=numbers, help="classes, taken in turn (default: seed modulo those that have images)"
+    )
+    parser.add_argument(
+        "--truncation", type=real(-1, 1), default=1.0, help="psi; 1 is none, 0 the mean (default: %(default)s)"
+    )
+    parser.add_argument("--cutoff", type=whole(0, 1000), help="style vectors that are truncated (default: all)")
     parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
 
 
-def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:
-    """Raises UserError unless low <= value <= high and finite."""
-    if not (low <= value <= high and math.isfinite(value)):
-        bound = f"from {low:g} to {high:g}" if high < math.inf else f"at least {low:g}" if low > -math.inf else "finite"
-        raise UserError(f"--{name} must be {bound}, got {value:g}")
+def check_generator_arguments(options: argparse.Namespace, generator: Generator) -> None:
+    """Raises UserError for those of `add_generator_arguments` that the generator cannot follow."""
+    classes, num_ws = generator.label_dim, generator.mapping.num_ws
+    if options.labels is not None and not classes:
+        raise UserError("--labels does nothing here, as the generator was trained without classes: leave it out")
+    if options.labels is not None and max(options.labels) >= classes:
+        raise UserError(f"--labels must be of class from 0 to {classes - 1}, got {max(options.labels)}")
+    if options.cutoff is not None and options.cutoff > num_ws:
+        raise UserError(f"--cutoff must be from 0 to {num_ws}, the style vectors that there are, got {options.cutoff}")
+    if options.cutoff is not None and options.truncation == 1:
+        raise UserError("--cutoff does nothing without a --truncation below 1: give one, or leave it out")
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m epigraf_fast.render",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def arguments() -> Parser:
+    parser = Parser("render", __doc__)
     parser.add_argument("kind", choices=KINDS)
     add_generator_arguments(parser)
     parser.add_argument(
         "--out", type=Path, required=True, help=".png (grid), .mp4 or .gif; others get -depth, -normals"
     )
+    parser.add_overwrite()
     parser.add_argument("--show", nargs="+", choices=SHOWN, default=["rgb"], help="one file each (default: rgb)")
-    parser.add_argument("--resolution", type=int, help="any (default: that of training)")
-    parser.add_argument("--ray-samples", type=int, help="coarse and fine samples a ray (default: as in training)")
-    parser.add_argument("--columns", type=int, help="objects a row (default: about a square)")
-    parser.add_argument("--yaw", type=float, nargs="+", help="grid: views, radians (default: the mean pose)")
-    parser.add_argument("--pitch", type=float, help="radians from straight above (default: the mean pose's)")
-    parser.add_argument("--frames", type=int, default=120, help="of the whole video (default: %(default)s)")
-    parser.add_argument("--fps", type=float, default=30.0, help="frames a second (default: %(default)s)")
+    parser.add_argument("--resolution", type=whole(2, LONGEST_SIDE), help="any (default: that of training)")
+    parser.add_argument(
+        "--ray-samples", type=whole(3, 4096), help="coarse and fine samples a ray (default: as in training)"
+    )
+    parser.add_argument("--columns", type=whole(1, 10_000), help="objects a row (default: about a square)")
+    parser.add_argument(
+        "--yaw",
+        type=real(-2 * math.pi, 2 * math.pi),
+        nargs="+",
+        help="grid: views, radians (default: the mean pose)",
+    )
+    parser.add_argument("--pitch", type=real(0, math.pi), help="radians from straight above (default: the mean pose's)")
+    parser.add_argument("--frames", type=whole(2, 100_000), help=f"of the whole video (default: {DEFAULTS['frames']})")
+    parser.add_argument("--fps", type=real(0.1, 240), help=f"frames a second (default: {DEFAULTS['fps']:g})")
     parser.add_argument(
         "--yaw-range",
-        type=float,
-        default=0.4,
-        help="fly-around, interpolation: radians to a side (default: %(default)s)",
+        type=real(0, math.pi),
+        help=f"fly-around, interpolation: radians to a side (default: {DEFAULTS['yaw_range']})",
     )
-    parser.add_argument("--pitch-range", type=float, default=0.2, help="the same up and down (default: %(default)s)")
     parser.add_argument(
-        "--zoom", type=float, default=1.5, help="fly-around: how much closer halfway; 1 is not (default: %(default)s)"
+        "--pitch-range",
+        type=real(0, math.pi / 2),
+        help=f"the same up and down (default: {DEFAULTS['pitch_range']})",
     )
-    options = parser.parse_args(args)
-    with one_line_errors():
-        run(options)
+    parser.add_argument(
+        "--zoom",
+        type=real(0.1, 10),
+        help=f"fly-around: how much closer halfway; 1 is not (default: {DEFAULTS['zoom']})",
+    )
+    return parser
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    with running():
+        run(arguments().parse_args(args))
 
 
 def run(options: argparse.Namespace) -> None:
-    seeds = parse_numbers(options.seeds)
-    classes = parse_numbers(options.labels) if options.labels else []
-    shown = list(dict.fromkeys(options.show))
+    check_effect(vars(options), options.kind, FOR_KINDS)
+    for name, value in DEFAULTS.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    seeds, shown = options.seeds, list(dict.fromkeys(options.show))
+    paths = {
+        name: options.out if name == shown[0] else options.out.with_stem(f"{options.out.stem}-{name}") for name in shown
+    }
     suffixes = (".png",) if options.kind == "grid" else (".mp4", ".gif")
-    if options.out.suffix not in suffixes:
-        raise UserError(f"--out must end in {' or '.join(suffixes)}, got {options.out}")
-    check_range("frames", options.frames, 2)
-    check_range("fps", options.fps, 0.1)
-    check_range("zoom", options.zoom, 0.1, 10)
-    config, generator = load_generator(options.checkpoint, options.device)
-    resolution = config.resolution if options.resolution is None else options.resolution
-    check_range("resolution", resolution, 2)
+    for path in paths.values():
+        check_output("--out", path, suffixes, overwrite=options.overwrite)
+    if options.out.suffix == ".mp4":
+        require(*FFMPEG)
+    with waiting("reading the checkpoint"):
+        config, generator = load_generator(options.checkpoint, options.device)
+    check_generator_arguments(options, generator)
+    resolution = options.resolution or config.resolution
     columns = options.columns or math.ceil(math.sqrt(len(seeds)))
-    check_range("columns", columns, 1)
+    check_size(options, resolution, columns)
     if options.ray_samples is not None:
-        check_range("ray-samples", options.ray_samples, 3)
         generator.renderer.config = dataclasses.replace(
             generator.renderer.config, coarse_samples=options.ray_samples, fine_samples=options.ray_samples
         )
     scene = Scene(generator, resolution, shown, truncation=options.truncation, cutoff=options.cutoff)
     centre = generator.mean_camera_pose.cpu().clone()
     if options.pitch is not None:
-        check_range("pitch", options.pitch, 0, math.pi)
         centre[1] = options.pitch
-    paths = {
-        name: options.out if name == shown[0] else options.out.with_stem(f"{options.out.stem}-{name}") for name in shown
-    }
     if options.kind == "grid":
         yaws = torch.tensor(options.yaw if options.yaw is not None else [float(centre[0])])
         poses = torch.stack([yaws, centre[1].expand_as(yaws), torch.zeros_like(yaws)], dim=1)
-        for name, picture in grid(scene, seeds, classes, poses, columns, progress_bar).items():
-            save_png(picture, paths[name])
+        for name, picture in grid(scene, seeds, options.labels or (), poses, columns, Progress).items():
+            save_picture(picture, paths[name])
     else:
-        circle = circle_angles(options.frames, centre, options.yaw_range, options.pitch_range)
-        if options.kind == "turntable":
-            frames = orbit(
-                scene,
-                seeds,
-                classes,
-                turntable_angles(options.frames, *([] if options.pitch is None else [options.pitch])),
-                columns,
-                progress_bar,
-            )
-        elif options.kind == "interpolation":
-            frames = interpolation(scene, seeds, classes, circle, progress_bar)
-        else:
-            fovs = zoomed(generator.camera.fov, options.zoom, options.frames)
-            frames = orbit(scene, seeds, classes, circle, columns, progress_bar, fovs)
-        save_all(frames, paths, options.fps)
+        save_all(frames_of(options, scene, centre, columns), paths, options.fps)
     for path in paths.values():
         print(f"wrote {path}")
+
+
+def frames_of(options: argparse.Namespace, scene: Scene, centre: Tensor, columns: int) -> Iterator[Frame]:
+    """The frames of the video that was asked for."""
+    seeds, classes = options.seeds, options.labels or ()
+    if options.kind == "turntable":
+        path = turntable_angles(options.frames, *([] if options.pitch is None else [options.pitch]))
+        return orbit(scene, seeds, classes, path, columns, Progress)
+    circle = circle_angles(options.frames, centre, options.yaw_range, options.pitch_range)
+    if options.kind == "interpolation":
+        return interpolation(scene, seeds, classes, circle, Progress)
+    fovs = zoomed(scene.generator.camera.fov, options.zoom, options.frames)
+    return orbit(scene, seeds, classes, circle, columns, Progress, fovs)
+
+
+def check_size(options: argparse.Namespace, resolution: int, columns: int) -> None:
+    """Raises UserError where the picture would not fit into memory, or a frame into a video."""
+    views = len(options.yaw or [0])
+    width, height = resolution * columns * views, resolution * math.ceil(len(options.seeds) / columns)
+    if options.kind == "interpolation":
+        width = height = resolution
+    if width * height > MOST_PIXELS or (options.kind != "grid" and max(width, height) > LONGEST_SIDE):
+        raise UserError(f"the picture would have {width}x{height} pixels: lower --resolution, or give fewer --seeds")
+
+
+def save_picture(picture: np.ndarray, path: Path) -> None:
+    """Writes a uint8 [H, W, 3] picture as a PNG, whole or not at all."""
+    with waiting(f"writing {path.name}"), output(path) as partial:
+        PIL.Image.fromarray(picture).save(partial, format="PNG")
 
 
 def zoomed(fov: float, zoom: float, frames: int) -> list[float]:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import itertools
 import math
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .arguments import Parser, whole
 from .camera import cam2world_matrix
+from .command import heard, require, running, waiting
 from .config import Config
-from .errors import UserError, one_line_errors
+from .errors import UserError
 from .mesh import automatic_threshold, density_volume, extract, statistics, to_trimesh
 from .models.generator import Generator
-from .render import Painted, Scene, check_range
+from .render import Painted, Scene
 from .training.log import to_uint8
 from .training.pretrained import load_generator
+from .training.sampling import known_labels
 
 FRAME_SECONDS = 0.1  # what a frame may take while something moves
 SMALLEST = 16  # pixels, the side of the coarsest frame
@@ -68,15 +72,28 @@ def canvas(picture: np.ndarray, aspect: float) -> np.ndarray:
     return out
 
 
-def check_port(host: str, port: int) -> None:
-    """Raises UserError if nothing can be served there."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            reason = error.strerror or error
-            raise UserError(f"port {port} of {host} cannot be used ({reason}): choose another with --port") from None
+def free_port(host: str, port: int) -> int:
+    """The port itself, or a free one for 0.
+
+    Raises:
+        UserError: There is no such host here, or nothing can be served there.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--host {host} is no name or address ({reason}): take 127.0.0.1 or 0.0.0.0") from None
+    family, _, _, _, address = found[0]
+    try:
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            return probe.getsockname()[1]
+    except OSError as error:
+        reason = error.strerror or error
+        if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+            raise UserError(f"--host {host} is not of this machine ({reason}): take 127.0.0.1 or 0.0.0.0") from None
+        raise UserError(f"port {port} of {host} cannot be used ({reason}): choose another with --port") from None
 
 
 @dataclasses.dataclass
@@ -101,15 +118,7 @@ class Viewer:
     """
 
     def __init__(self, config: Config, generator: Generator, host: str, port: int, resolution: int) -> None:
-        try:
-            import viser
-        except ImportError:
-            raise UserError("viser is not installed: pip install 'epigraf_fast[viewer]'") from None
-        if port == 0:
-            with socket.socket() as probe:
-                probe.bind((host, 0))
-                port = probe.getsockname()[1]
-        check_port(host, port)
+        viser, port = require("viser", "viser", "viewer"), free_port(host, port)
         self.config, self.generator, self.resolution = config, generator, resolution
         self.scene = Scene(generator, resolution)
         self.changed = threading.Condition()
@@ -118,7 +127,7 @@ class Viewer:
         self._painted: tuple[Any, Painted] | None = None
         self._painted_lock = threading.Lock()
         self.server = viser.ViserServer(host=host, port=port, verbose=False)
-        self.address = f"http://{host}:{self.server.get_port()}"
+        self.address = f"http://{f'[{host}]' if ':' in host else host}:{self.server.get_port()}"
         self.server.gui.configure_theme(show_logo=False, show_share_button=False)  # sharing goes through the net
         self.server.gui.main_panel.dock_right()
         self.server.scene.set_up_direction("+y")
@@ -144,7 +153,8 @@ class Viewer:
         gui, count = self.server.gui, self.generator.label_dim
         self.seed = gui.add_slider("Seed", 0, 999, 1, 0)
         self.truncation = gui.add_slider("Truncation", 0.0, 1.0, 0.05, 1.0, hint="1 is none, 0 the mean object")
-        self.label = gui.add_slider("Label", 0, count - 1, 1, 0) if count > 1 else None
+        known = known_labels(self.generator)
+        self.label = gui.add_slider("Label", 0, count - 1, 1, int(known[0])) if count > 1 and known.ndim == 1 else None
         with gui.add_folder("Interpolation"):
             self.other_seed = gui.add_slider("To seed", 0, 999, 1, 1)
             self.mix = gui.add_slider("Mix", 0.0, 1.0, 0.01, 0.0)
@@ -275,7 +285,7 @@ class Viewer:
 
         def outdated() -> bool:
             current = self.views.get(client_id)
-            return current is None or (view.painted == view.asked and current.asked != view.asked)
+            return not self.running or current is None or (view.painted == view.asked and current.asked != view.asked)
 
         begun = time.perf_counter()
         picture = self.frame(view, side, outdated)
@@ -292,7 +302,6 @@ class Viewer:
 
     def _build_mesh(self) -> None:
         self.build.disabled = True
-        self.status.content = "building the mesh ..."
         try:
             self.make_mesh()
             self.show_mesh.value = True
@@ -304,14 +313,22 @@ class Viewer:
     def make_mesh(self) -> None:
         """Puts the surface of the current object into the scene."""
         painted, threshold = self.painted_object(), float(self.threshold.value)
-        volume = density_volume(self.generator, painted.planes, int(self.mesh_resolution.value))
+        volume = density_volume(self.generator, painted.planes, int(self.mesh_resolution.value), self._progress)
         if not threshold:
-            whole = self.config.camera.prior == "spherical_uniform"
-            threshold = automatic_threshold(self.generator, painted.planes, whole)
-        surface = extract(self.generator, painted.planes, volume, threshold)
+            whole_sphere = self.config.camera.prior == "spherical_uniform"
+            threshold = automatic_threshold(self.generator, painted.planes, whole_sphere, self._progress)
+        surface = extract(self.generator, painted.planes, volume, threshold, self._progress)
         mesh = to_trimesh(surface)
         self.mesh = self.server.scene.add_mesh_trimesh("/mesh", mesh, visible=bool(self.show_mesh.value))
         self.status.content = f"threshold {threshold:.4g}\n\n" + "\n\n".join(statistics(surface))
+
+    def _progress(self, items: Sequence[Any], what: str) -> Iterator[Any]:
+        """Shows how far the mesh is, and gives it up when the viewer ends."""
+        for number, item in enumerate(items):
+            if not self.running:
+                raise UserError("the viewer ends")
+            self.status.content = f"building the mesh ... {what}: {number}/{len(items)}"
+            yield item
 
     def _show_mesh(self) -> None:
         if self.mesh is not None:
@@ -323,35 +340,42 @@ class Viewer:
         self.running = False
         with self.changed:
             self.changed.notify()
-        self.painter.join(timeout=30)
+        self.painter.join(timeout=3)
         self.server.stop()
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m epigraf_fast.viewer",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def arguments() -> Parser:
+    parser = Parser("viewer", __doc__)
     parser.add_argument("checkpoint", type=Path, help="a checkpoint, a run folder, or a converted one")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 serves the whole network (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=8080, help="0 takes a free one (default: %(default)s)")
+    parser.add_argument("--port", type=whole(0, 65535), default=8080, help="0 takes a free one (default: %(default)s)")
     parser.add_argument(
-        "--resolution", type=int, help="of sharp frames (default: four times that of training, 1024 at most)"
+        "--resolution",
+        type=whole(SMALLEST, 4096),
+        help="of sharp frames (default: four times that of training, 1024 at most)",
     )
     parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
-    options = parser.parse_args(args)
-    with one_line_errors():
-        check_range("port", options.port, 0, 65535)
+    return parser
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    with running():
+        run(arguments().parse_args(args))
+
+
+def run(options: argparse.Namespace) -> None:
+    require("viser", "viser", "viewer")
+    port = free_port(options.host, options.port)
+    with waiting("reading the checkpoint"):
         config, generator = load_generator(options.checkpoint, options.device)
         resolution = options.resolution or max(config.resolution, min(4 * config.resolution, 1024))
-        check_range("resolution", resolution, SMALLEST, 4096)
-        viewer = Viewer(config, generator, options.host, options.port, resolution)
+        viewer = Viewer(config, generator, options.host, port, resolution)
     print(f"viewer at {viewer.address} (Ctrl-C ends it)", flush=True)
     try:
         while True:
             time.sleep(3600)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # how a viewer is meant to end
+        heard()
         viewer.stop()
 
 

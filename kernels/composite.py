@@ -19,7 +19,7 @@ TRANSMITTANCE_FLOOR: tl.constexpr = tl.constexpr(1e-10)  # the reference's: adde
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2_HIGH: tl.constexpr = tl.constexpr(0.693359375)  # ten bits, so that small integers times it are exact
 LN2_LOW: tl.constexpr = tl.constexpr(-2.1219444005469057e-4)
-BEYOND: tl.constexpr = tl.constexpr(3e38)  # t where there is no sample
+MISSING: tl.constexpr = tl.constexpr(float("nan"))  # t where there is no sample; NaN comes last in any case
 PI: tl.constexpr = tl.constexpr(3.141592653589793)
 # Which numbers of a seed are drawn for what: one seed serves all of a rendering.
 IMPORTANCE_STREAM: tl.constexpr = tl.constexpr(0)
@@ -52,6 +52,10 @@ class Gradients(NamedTuple):
 
 
 # Numbers are limited by tl.where throughout: tl.maximum and tl.minimum would turn NaN into the limit.
+#
+# Products that are summed along a dimension are selected by tl.where too. The sum of two lanes would else be a fused
+# multiply-add of one's product and the other's rounded one: the lanes would hold two roundings of one sum, and what is
+# made of it depend on which of them is read.
 
 
 @triton.jit
@@ -129,15 +133,15 @@ def density(x, softplus_beta, RELU: tl.constexpr):
 
 
 @triton.jit
-def _density_slope(x, softplus_beta, RELU: tl.constexpr):
-    """The derivative of `density`: 1 / (1 + e^-y), or 1 where x is positive."""
+def _density_backward(x, grad, softplus_beta, RELU: tl.constexpr):
+    """The gradient `grad` to `density` times its derivative: 1 / (1 + e^-y), or 0 where x is not positive."""
     if RELU:
-        slope = tl.where(x > 0.0, 1.0, 0.0)
+        result = tl.where(x <= 0.0, 0.0, grad)
     else:
         y = x * softplus_beta
         z = exp_minus(tl.abs(y))
-        slope = tl.where(y > 0.0, 1.0, z) / (1.0 + z)
-    return slope
+        result = grad * (tl.where(y > 0.0, 1.0, z) / (1.0 + z))
+    return result
 
 
 @triton.jit
@@ -212,7 +216,7 @@ def _merged_samples(
 
     Returns:
         t, t of the next sample (anything for the last), whether the sample is a fine one, its index in its set, and the
-        pointer to its values. Indices are inside their sets even where t is NaN or not sorted.
+        pointer to its values. NaN comes last. Indices are inside their sets even where t is not sorted.
     """
     if S_FINE == 0:
         t = tl.load(t_ptr + p, mask=valid, other=0.0)
@@ -221,26 +225,28 @@ def _merged_samples(
         is_fine = index < 0
         source = values_ptr + index * CHANNELS
     else:
-        # Fine sample j is among the first p if it is not behind coarse sample p - 1 - j. True up to some j, then false.
+        # Fine sample j is among the first p if it is not behind coarse sample p - 1 - j; nothing is behind a NaN. True
+        # up to some j, then false.
         fine = tl.where(valid, 0, 0)
         for bit in tl.static_range(FINE_BITS):
             j = fine + (1 << (FINE_BITS - 1 - bit)) - 1
             i = p - 1 - j
             exists = valid & (j < S_FINE) & (i >= 0)
             t_j = tl.load(t_fine_ptr + j, mask=exists, other=0.0)
-            t_i = tl.load(t_ptr + i, mask=exists & (i < S_COARSE), other=BEYOND)
-            fine = tl.where(exists & (t_j <= t_i), j + 1, fine)
+            t_i = tl.load(t_ptr + i, mask=exists & (i < S_COARSE), other=MISSING)
+            fine = tl.where(exists & ((t_j <= t_i) | (t_i != t_i)), j + 1, fine)
         coarse = p - fine
-        t_fine = tl.load(t_fine_ptr + fine, mask=valid & (fine < S_FINE), other=BEYOND)
-        t_fine_next = tl.load(t_fine_ptr + fine + 1, mask=valid & (fine + 1 < S_FINE), other=BEYOND)
-        t_coarse = tl.load(t_ptr + coarse, mask=valid & (coarse < S_COARSE), other=BEYOND)
-        t_coarse_next = tl.load(t_ptr + coarse + 1, mask=valid & (coarse + 1 < S_COARSE), other=BEYOND)
-        is_fine = (coarse >= S_COARSE) | ((fine < S_FINE) & (t_fine <= t_coarse))
+        t_fine = tl.load(t_fine_ptr + fine, mask=valid & (fine < S_FINE), other=MISSING)
+        t_fine_next = tl.load(t_fine_ptr + fine + 1, mask=valid & (fine + 1 < S_FINE), other=MISSING)
+        t_coarse = tl.load(t_ptr + coarse, mask=valid & (coarse < S_COARSE), other=MISSING)
+        t_coarse_next = tl.load(t_ptr + coarse + 1, mask=valid & (coarse + 1 < S_COARSE), other=MISSING)
+        is_fine = (fine < S_FINE) & ((t_fine <= t_coarse) | (t_coarse != t_coarse))
         t = tl.where(valid, tl.where(is_fine, t_fine, t_coarse), 0.0)
         rival = tl.where(is_fine, t_coarse, t_fine)
         follower = tl.where(is_fine, t_fine_next, t_coarse_next)
         index = tl.where(valid, tl.where(is_fine, fine, coarse), 0)
-        t_next = tl.where(valid, tl.where(rival < follower, rival, follower), 0.0)
+        rival_is_next = (rival < follower) | (follower != follower)
+        t_next = tl.where(valid, tl.where(rival_is_next, rival, follower), 0.0)
         source = tl.where(is_fine, values_fine_ptr + index * CHANNELS, values_ptr + index * CHANNELS)
     return t, t_next, is_fine, index, source
 
@@ -380,12 +386,12 @@ def _composite_fwd_kernel(
     is_colour = ray_exists[:, None] & (c < CHANNELS - 1)
 
     alpha, T, _ = absorption(interval * density(x, softplus_beta, RELU), valid)
-    weights = alpha * T
+    weights = tl.where(valid, alpha * T, 0.0)
     weight_sum = tl.sum(weights, 1)
     final_transmittance = tl.sum(tl.where(p == S - 1, T, 0.0), 1)
     if LAST_BACK:
         weights += tl.where(p == S - 1, (1.0 - weight_sum)[:, None], 0.0)
-    rgb = tl.sum(weights[:, :, None] * values, 1)
+    rgb = tl.sum(tl.where(valid[:, :, None], weights[:, :, None] * values, 0.0), 1)
     if WHITE_BACKGROUND:
         rgb += tl.where(c < 3, (1.0 - weight_sum)[:, None], 0.0)
     if background_ptr is not None:
@@ -485,7 +491,7 @@ def _composite_bwd_kernel(
     is_last = p == S - 1
 
     alpha, T, passed = absorption(interval * density(x, softplus_beta, RELU), valid)
-    weights = alpha * T
+    weights = tl.where(valid, alpha * T, 0.0)
     if LAST_BACK:
         colour_weights = weights + tl.where(is_last, (1.0 - tl.sum(weights, 1))[:, None], 0.0)
     else:
@@ -506,13 +512,12 @@ def _composite_bwd_kernel(
         grad_final += tl.load(grad_final_transmittance_ptr + ray, mask=ray_exists, other=0.0)
     if grad_rgb_ptr is not None:
         grad_rgb = tl.load(grad_rgb_ptr + ray[:, None] * (CHANNELS - 1) + c, mask=is_colour, other=0.0)
-        colours = tl.where(c[:, None, :] < CHANNELS - 1, values, 0.0)
-        grad_weights += tl.sum(colours * grad_rgb[:, None, :], 2)
+        grad_weights += tl.sum(tl.where(c[:, None, :] < CHANNELS - 1, values * grad_rgb[:, None, :], 0.0), 2)
         if WHITE_BACKGROUND:
             grad_weight_sum -= tl.sum(tl.where(c < 3, grad_rgb, 0.0), 1)
         if background_ptr is not None:
             background = tl.load(background_ptr + ray[:, None] * background_stride + c, mask=is_colour, other=0.0)
-            grad_final += tl.sum(grad_rgb * background.to(tl.float32), 1)
+            grad_final += tl.sum(tl.where(is_colour, grad_rgb * background.to(tl.float32), 0.0), 1)
     if LAST_BACK:  # the last weight is 1 less the others
         grad_weights -= tl.sum(tl.where(is_last, grad_weights, 0.0), 1)[:, None]
     grad_weights = tl.where(valid, grad_weights + grad_weight_sum[:, None], 0.0)
@@ -520,7 +525,7 @@ def _composite_bwd_kernel(
     seen = weights * grad_weights + tl.where(is_last, T * grad_final[:, None], 0.0)
     behind = _sum_before(seen, REVERSE=True)
     grad_thickness = passed * (T * grad_weights - behind / (passed + TRANSMITTANCE_FLOOR))
-    grad_density = grad_thickness * interval * _density_slope(x, softplus_beta, RELU)
+    grad_density = _density_backward(x, grad_thickness * interval, softplus_beta, RELU)
 
     channel = c[:, None, :]
     grad_values = tl.where(

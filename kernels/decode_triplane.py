@@ -5,6 +5,7 @@ Points are given as such, or as depths along rays; the kernels see both as rays,
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -17,6 +18,8 @@ from .sample_triplane import (
     from_fixed_point,
     gather_features,
     image_and_point,
+    region_options,
+    region_start,
     scatter_gradient,
     strides,
     zero_planes,
@@ -148,6 +151,9 @@ def _decode_triplane_fwd_kernel(
     stride_c,
     stride_h,
     stride_w,
+    first_ptr,
+    whole_height,
+    whole_width,
     CHANNELS: tl.constexpr,
     HIDDEN: tl.constexpr,
     OUT: tl.constexpr,
@@ -163,6 +169,7 @@ def _decode_triplane_fwd_kernel(
     One program owns BLOCK_N points of one image: their features, hidden units and outputs.
     """
     image, first = image_and_point(num_points, BLOCK_N)
+    row_start, column_start = region_start(first_ptr, image)
     n = first + tl.arange(0, BLOCK_N)
     p0, p1, p2, valid = _points(origins_ptr, directions_ptr, t_ptr, inverse_cube_scale, image, n, num_points, samples)
     features = gather_features(
@@ -176,6 +183,10 @@ def _decode_triplane_fwd_kernel(
         stride_c,
         stride_h,
         stride_w,
+        row_start,
+        column_start,
+        whole_height,
+        whole_width,
         CHANNELS,
         BLOCK_C,
         UNIT,
@@ -212,6 +223,9 @@ def _decode_triplane_bwd_kernel(
     stride_c,
     stride_h,
     stride_w,
+    first_ptr,
+    whole_height,
+    whole_width,
     CHANNELS: tl.constexpr,
     HIDDEN: tl.constexpr,
     OUT: tl.constexpr,
@@ -236,6 +250,7 @@ def _decode_triplane_bwd_kernel(
     The planes' or the weights' are left out where their pointers are None.
     """
     image, first = image_and_point(num_points, BLOCK_N * TILES)
+    row_start, column_start = region_start(first_ptr, image)
     w0 = _load_matrix(w0_ptr, HIDDEN, CHANNELS, BLOCK_H, BLOCK_C)
     b0 = _load_vector(b0_ptr, HIDDEN, BLOCK_H)
     w1 = _load_matrix(w1_ptr, OUT, HIDDEN, BLOCK_O, BLOCK_H)
@@ -260,6 +275,10 @@ def _decode_triplane_bwd_kernel(
             stride_c,
             stride_h,
             stride_w,
+            row_start,
+            column_start,
+            whole_height,
+            whole_width,
             CHANNELS,
             BLOCK_C,
             UNIT,
@@ -275,7 +294,8 @@ def _decode_triplane_bwd_kernel(
             grad_w1 += _dot(before * slope, grad_y, PRECISION)
             grad_b1 += tl.sum(grad_y, axis=0)
             grad_w0 += _dot(grad_before, features, PRECISION)
-            grad_b0 += tl.sum(grad_before, axis=1)
+            # Selected, so that lanes which hold the same sum hold the same rounding of it: see `composite`.
+            grad_b0 += tl.sum(tl.where(valid[None, :], grad_before, 0.0), axis=1)
         if grad_planes_ptr is not None:
             # Read again, so that the twelve taps are worked out anew and not kept in registers all along.
             p0, p1, p2, valid = _points(
@@ -294,6 +314,10 @@ def _decode_triplane_bwd_kernel(
                 1,
                 width * (3 * CHANNELS),
                 3 * CHANNELS,
+                row_start,
+                column_start,
+                whole_height,
+                whole_width,
                 CHANNELS,
                 BLOCK_C,
                 1,
@@ -311,10 +335,17 @@ def _decode_triplane_bwd_kernel(
 
 
 def case(
-    way: str, planes: Tensor, w0: Tensor, w1: Tensor, precision: str, arch: int, deterministic: bool = False
+    way: str,
+    planes: Tensor,
+    w0: Tensor,
+    w1: Tensor,
+    precision: str,
+    arch: int,
+    deterministic: bool = False,
+    region: tuple[Tensor, tuple[int, int]] | None = None,
 ) -> Case:
-    """What `tuning` knows a problem by; `way` is fwd or bwd."""
-    (hidden, channels), size = w0.shape, planes.shape[2:]
+    """What `tuning` knows a problem by, that of whole planes for a part of them; `way` is fwd or bwd."""
+    (hidden, channels), size = w0.shape, planes.shape[2:] if region is None else region[1]
     texel = planes.element_size()
     return Case(f"decode_{way}", arch, channels, hidden, len(w1), *size, texel, precision, deterministic)
 
@@ -331,6 +362,7 @@ def fwd(
     cube_scale: float = 1.0,
     precision: str = "fp32",
     *,
+    region: tuple[Tensor, tuple[int, int]] | None = None,
     chosen: Plan | None = None,
     arch: int | None = None,
 ) -> Tensor:
@@ -343,20 +375,22 @@ def fwd(
         t: [B, R, S].
         w0, b0, w1, b1: [hidden, C], [hidden], [out, hidden], [out]; fp32, fp16 or bf16.
         precision: "fp32", "tf32" or "fp16": how operands of the matrix products are rounded. Sums are fp32.
+        region: (first [B, 2] integers, size of whole planes), where the planes are a part of such.
         chosen: Default: what `tuning` says.
         arch: Compute capability, as 80; default: that of the device.
 
     Returns:
-        [B, N, out] or [B, R, S, out], in the wider dtype of planes and w0.
+        [B, N, out] or [B, R, S, out], in the widest dtype of planes and network.
     """
     shape = origins.shape[:2] if t is None else t.shape
-    y = torch.empty(*shape, w1.shape[0], dtype=torch.promote_types(planes.dtype, w0.dtype), device=planes.device)
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in (planes, w0, b0, w1, b1)))
+    y = torch.empty(*shape, w1.shape[0], dtype=dtype, device=planes.device)
     if y.numel() == 0:
         return y
     arch = architecture(planes.device) if arch is None else arch
     batch, num_points, samples = len(planes), shape[1:].numel(), 1 if t is None else shape[2]
     unit, plane_strides = strides(planes)
-    (config,) = chosen or plan(case("fwd", planes, w0, w1, precision, arch))
+    (config,) = chosen or plan(case("fwd", planes, w0, w1, precision, arch, region=region))
     with torch.cuda.device_of(planes):
         _decode_triplane_fwd_kernel[(batch * triton.cdiv(num_points, config.block_n),)](
             planes,
@@ -368,6 +402,7 @@ def fwd(
             samples,
             *planes.shape[2:],
             *plane_strides,
+            **region_options(region),
             **_sizes(w0, w1),
             BLOCK_N=config.block_n,
             UNIT=unit,
@@ -395,6 +430,7 @@ def bwd(
     needs_network: bool = True,
     deterministic: bool = False,
     *,
+    region: tuple[Tensor, tuple[int, int]] | None = None,
     chosen: Plan | None = None,
     arch: int | None = None,
 ) -> tuple[Tensor | None, tuple[Tensor, ...] | None]:
@@ -405,6 +441,7 @@ def bwd(
     Args:
         grad_y: [B, N, out] or [B, R, S, out].
         needs_planes, needs_network: What to compute.
+        region: See `fwd`.
         deterministic: The same bits whatever the order of programs. The planes' sum is in int64, as in
             `sample_triplane`; those of the network are written a row a program and added up by torch.
 
@@ -426,7 +463,7 @@ def bwd(
         if fixed_point:
             scale = fixed_point_scale(_largest_grad_feature(grad_y, w0, w1), num_points)
         grad_y, unit, plane_strides = grad_y.contiguous(), *strides(planes)
-        chosen = chosen or plan(case("bwd", planes, w0, w1, precision, arch, deterministic))
+        chosen = chosen or plan(case("bwd", planes, w0, w1, precision, arch, deterministic, region))
         # (configuration, whether to planes, whether to the network) of every launch.
         launches = [(chosen[0], needs_planes, needs_network and len(chosen) == 1)]
         launches += [(config, False, needs_network) for config in chosen[1:]]
@@ -451,6 +488,7 @@ def bwd(
                     samples,
                     *planes.shape[2:],
                     *plane_strides,
+                    **region_options(region),
                     **_sizes(w0, w1),
                     BLOCK_N=config.block_n,
                     TILES=tiles,

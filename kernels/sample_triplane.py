@@ -27,23 +27,30 @@ def texel_offset(row, column, stride_h, stride_w, UNIT: tl.constexpr):
 
 
 @triton.jit
-def _axis_tap(coordinate, size, SIDE: tl.constexpr):
-    """One of the two texels that a coordinate lies between (SIDE 0: the lower, 1: the upper).
+def _axis_tap(coordinate, size, start, whole, SIDE: tl.constexpr):
+    """One of the two texels that a coordinate lies between (SIDE 0: the lower, 1: the upper), of the `size` ones that
+    are stored: all, or of `whole` ones those from `start` on.
 
-    Returns its index, 0 where that is outside; its weight; whether it is inside. NaN is outside, with a weight of NaN.
+    Returns its index, at most a plane's size off where it is outside; its weight; whether it is inside. NaN is texel 0,
+    with a weight of NaN.
     """
     # From 3 on every tap is outside, however small the plane; the clamp, which keeps NaN, makes infinities finite.
     coordinate = tl.where(coordinate > 3.0, 3.0, coordinate)
     coordinate = tl.where(coordinate < -3.0, -3.0, coordinate)
-    position = (coordinate + 1.0) * ((size - 1) * 0.5)
+    if start is None:
+        position = (coordinate + 1.0) * ((size - 1) * 0.5)
+    else:
+        position = (coordinate + 1.0) * ((whole - 1) * 0.5)
     lower = tl.floor(position)
     if SIDE == 1:
         weight = position - lower
     else:
         weight = 1.0 - (position - lower)
     texel = lower + SIDE
-    inside = (texel >= 0.0) & (texel < size)
-    return tl.where(inside, texel, 0.0).to(tl.int32), weight, inside
+    if start is not None:
+        texel -= start
+    outside = (texel < 0.0) | (texel >= size)
+    return tl.where(texel > 0.0, texel, 0.0).to(tl.int32), weight, ~outside
 
 
 @triton.jit
@@ -60,6 +67,10 @@ def tap(
     width,
     stride_h,
     stride_w,
+    row_start,
+    column_start,
+    whole_height,
+    whole_width,
     RIGHT: tl.constexpr,
     DOWN: tl.constexpr,
     UNIT: tl.constexpr,
@@ -68,8 +79,8 @@ def tap(
 
     All are [BLOCK_N].
     """
-    column, weight_x, inside_x = _axis_tap(horizontal, width, RIGHT)
-    row, weight_y, inside_y = _axis_tap(vertical, height, DOWN)
+    column, weight_x, inside_x = _axis_tap(horizontal, width, column_start, whole_width, RIGHT)
+    row, weight_y, inside_y = _axis_tap(vertical, height, row_start, whole_height, DOWN)
     return texel_offset(row, column, stride_h, stride_w, UNIT), weight_x * weight_y, inside_x & inside_y
 
 
@@ -85,13 +96,18 @@ def gather_features(
     stride_c,
     stride_h,
     stride_w,
+    row_start,
+    column_start,
+    whole_height,
+    whole_width,
     CHANNELS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     UNIT: tl.constexpr,
 ):
     """feature(p) = 1/3 sum_k bilinear(plane_k, p[axes_k]) of a tile of points of one image: [BLOCK_N, BLOCK_C] fp32.
 
-    Channels from CHANNELS on are 0, and so are points that are not `valid`.
+    Channels from CHANNELS on are 0, and so are points that are not `valid`. With a row_start and a column_start (see
+    `region_start`) points are relative to whole planes, of which height x width texels are stored from there on.
     """
     c = tl.arange(0, BLOCK_C)
     features = tl.zeros([p0.shape[0], BLOCK_C], tl.float32)
@@ -100,7 +116,19 @@ def gather_features(
         channel = (plane * CHANNELS + c).to(tl.int64) * stride_c
         for corner in tl.static_range(4):
             offset, weight, inside = tap(
-                horizontal, vertical, height, width, stride_h, stride_w, corner % 2, corner // 2, UNIT
+                horizontal,
+                vertical,
+                height,
+                width,
+                stride_h,
+                stride_w,
+                row_start,
+                column_start,
+                whole_height,
+                whole_width,
+                corner % 2,
+                corner // 2,
+                UNIT,
             )
             mask = (inside & valid)[:, None] & (c < CHANNELS)[None, :]
             texel = tl.load(planes_ptr + offset[:, None] + channel[None, :], mask=mask, other=0.0)
@@ -122,6 +150,10 @@ def scatter_gradient(
     stride_c,
     stride_h,
     stride_w,
+    row_start,
+    column_start,
+    whole_height,
+    whole_width,
     CHANNELS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     UNIT: tl.constexpr,
@@ -140,7 +172,19 @@ def scatter_gradient(
         channel = (plane * CHANNELS + c).to(tl.int64) * stride_c
         for corner in tl.static_range(4):
             offset, weight, inside = tap(
-                horizontal, vertical, height, width, stride_h, stride_w, corner % 2, corner // 2, UNIT
+                horizontal,
+                vertical,
+                height,
+                width,
+                stride_h,
+                stride_w,
+                row_start,
+                column_start,
+                whole_height,
+                whole_width,
+                corner % 2,
+                corner // 2,
+                UNIT,
             )
             mask = (inside & valid)[:, None] & (c < CHANNELS)[None, :]
             pointers = grad_planes_ptr + offset[:, None] + channel[None, :]
@@ -156,6 +200,16 @@ def image_and_point(num_points, POINTS: tl.constexpr):
     programs = tl.cdiv(num_points, POINTS)
     program = tl.program_id(0)
     return (program // programs).to(tl.int64), (program % programs) * POINTS
+
+
+@triton.jit
+def region_start(first_ptr, image):
+    """Row and column in whole planes of the first texel of an image's that is stored; None where all are."""
+    if first_ptr is None:
+        row, column = None, None
+    else:
+        row, column = tl.load(first_ptr + image * 2), tl.load(first_ptr + image * 2 + 1)
+    return row, column
 
 
 @triton.jit
@@ -178,6 +232,9 @@ def _sample_triplane_fwd_kernel(
     stride_c,
     stride_h,
     stride_w,
+    first_ptr,
+    whole_height,
+    whole_width,
     CHANNELS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -191,6 +248,7 @@ def _sample_triplane_fwd_kernel(
     n = first + tl.arange(0, BLOCK_N)
     valid = n < num_points
     point = image * num_points + n
+    row_start, column_start = region_start(first_ptr, image)
     p0, p1, p2 = _load_points(points_ptr + point * 3, valid)
     features = gather_features(
         planes_ptr + image * stride_b * UNIT,
@@ -203,6 +261,10 @@ def _sample_triplane_fwd_kernel(
         stride_c,
         stride_h,
         stride_w,
+        row_start,
+        column_start,
+        whole_height,
+        whole_width,
         CHANNELS,
         BLOCK_C,
         UNIT,
@@ -225,6 +287,9 @@ def _sample_triplane_bwd_kernel(
     stride_c,
     stride_h,
     stride_w,
+    first_ptr,
+    whole_height,
+    whole_width,
     CHANNELS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -239,6 +304,7 @@ def _sample_triplane_bwd_kernel(
     n = first + tl.arange(0, BLOCK_N)
     valid = n < num_points
     point = image * num_points + n
+    row_start, column_start = region_start(first_ptr, image)
     c = tl.arange(0, BLOCK_C)
     mask = valid[:, None] & (c < CHANNELS)[None, :]
     grad_features = tl.load(grad_features_ptr + (point * CHANNELS)[:, None] + c[None, :], mask=mask, other=0.0)
@@ -256,6 +322,10 @@ def _sample_triplane_bwd_kernel(
         stride_c,
         stride_h,
         stride_w,
+        row_start,
+        column_start,
+        whole_height,
+        whole_width,
         CHANNELS,
         BLOCK_C,
         UNIT,
@@ -273,6 +343,14 @@ def zero_planes(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
     """An accumulator of planes: zeros in channels_last, in which one tap of a plane is contiguous."""
     batch, channels, height, width = shape
     return torch.zeros(batch, height, width, channels, dtype=dtype, device=device).permute(0, 3, 1, 2)
+
+
+def region_options(region: tuple[Tensor, tuple[int, int]] | None) -> dict[str, Tensor | int | None]:
+    """What kernels are told of a region; None makes them those of whole planes."""
+    if region is None:
+        return {"first_ptr": None, "whole_height": None, "whole_width": None}
+    first, (height, width) = region
+    return {"first_ptr": first.contiguous(), "whole_height": height, "whole_width": width}
 
 
 def fixed_point_scale(largest: Tensor, addends: int) -> Tensor:
@@ -322,10 +400,18 @@ def case(
     return Case(f"sample_{way}", arch, channels, 0, 0, height, width, dtype.itemsize, name, deterministic)
 
 
-def fwd(planes: Tensor, points: Tensor, *, chosen: Plan | None = None, arch: int | None = None) -> Tensor:
+def fwd(
+    planes: Tensor,
+    points: Tensor,
+    *,
+    region: tuple[Tensor, tuple[int, int]] | None = None,
+    chosen: Plan | None = None,
+    arch: int | None = None,
+) -> Tensor:
     """planes [B, 3*C, H, W], fp32, fp16 or bf16, any strides; points [B, N, 3] fp32 -> features [B, N, C].
 
-    `chosen` and `arch` are what `tuning` and the device say, if not given.
+    With a `region`, (first [B, 2] integers, size of whole planes), the planes are a part of such. `chosen` and `arch`
+    are what `tuning` and the device say, if not given.
     """
     points = points.contiguous()
     batch, num_points, _ = points.shape
@@ -339,7 +425,16 @@ def fwd(planes: Tensor, points: Tensor, *, chosen: Plan | None = None, arch: int
     unit, plane_strides = strides(planes)
     with torch.cuda.device_of(planes):
         _sample_triplane_fwd_kernel[(batch * triton.cdiv(num_points, options["BLOCK_N"]),)](
-            planes, points, features, num_points, height, width, *plane_strides, UNIT=unit, **options
+            planes,
+            points,
+            features,
+            num_points,
+            height,
+            width,
+            *plane_strides,
+            **region_options(region),
+            UNIT=unit,
+            **options,
         )
     return features
 
@@ -351,6 +446,7 @@ def bwd(
     width: int,
     deterministic: bool = False,
     *,
+    region: tuple[Tensor, tuple[int, int]] | None = None,
     chosen: Plan | None = None,
     arch: int | None = None,
 ) -> Tensor:
@@ -380,6 +476,7 @@ def bwd(
             height,
             width,
             *plane_strides,
+            **region_options(region),
             UNIT=unit,
             **options,
         )

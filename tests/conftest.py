@@ -19,6 +19,7 @@ import PIL.Image
 import pytest
 import torch
 
+import compiled
 from epigraf_fast.config import (
     CameraConfig,
     Config,
@@ -31,6 +32,7 @@ from epigraf_fast.config import (
     check,
 )
 from epigraf_fast.data import ImageDataset, make_loader
+from epigraf_fast.training import networks, pretrained, start
 from epigraf_fast.training.step import Trainer
 
 if not torch.cuda.is_available():
@@ -42,12 +44,31 @@ RESOLUTION, IMAGES, CLASSES = 16, 24, 3
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--regenerate", action="store_true", help="record the golden losses anew")
+    compiled.options(parser)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    compiled.choose(config, items)
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     """Sums have one order, so that equal runs are equal to the last bit."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _arithmetic() -> None:
+    """A GPU rounds no product to TF32 and sums convolutions in one order, whatever the test before has set."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is told no device takes the CPU, also where there is a GPU: tests of the GPU name it."""
+    for module in (pretrained, start):
+        monkeypatch.setattr(module, "find_device", lambda name: networks.find_device(name or "cpu"))
 
 
 @pytest.fixture(autouse=True)
@@ -60,10 +81,14 @@ def _signal_handlers() -> Iterator[None]:
 
 
 @pytest.fixture
-def poisoned() -> Iterator[None]:
-    """`torch.empty` is full of NaN, so that what a kernel leaves unwritten shows."""
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """`torch.empty` is full of NaN, so that what a kernel leaves unwritten shows.
+
+    Our ops do not hear that torch is told to be deterministic for that: they sum as they do by default.
+    """
     assert torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -191,14 +216,14 @@ def tiny_dataset(tiny_data: Path) -> ImageDataset:
 
 @pytest.fixture
 def tiny_trainer() -> Callable[[Config], tuple[Trainer, Iterator]]:
-    """`tiny_trainer(config)`: a trainer and its batches, as train.py builds them from nothing."""
+    """`tiny_trainer(config)`: a trainer and its batches, as train.py builds them, on the device of the config."""
 
     def tiny_trainer(config: Config) -> tuple[Trainer, Iterator]:
         random.seed(config.seed)
         np.random.seed(config.seed)  # noqa: NPY002 - the global generator belongs to a run's state
         torch.manual_seed(config.seed)
         dataset = ImageDataset(config.data, use_labels=config.loader.labels, mirror=config.loader.mirror)
-        trainer = Trainer(config, dataset, torch.device("cpu"))
-        return trainer, make_loader(dataset, config.batch, config.seed)
+        device = torch.device(config.device)
+        return Trainer(config, dataset, device), make_loader(dataset, config.batch, config.seed, device=device)
 
     return tiny_trainer

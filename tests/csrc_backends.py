@@ -1,6 +1,6 @@
 """Which backends of csrc/ this machine has: tests run once on each; test_backends.py skips once for each other.
 
-"emulated" stands for the CUDA kernels on the CPU, see `emulated`.
+"emulated" stands for the CUDA kernels on the CPU, see `emulated`; "sm_70" and so on for their PTX, see `compiled`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from emulated import emulate
 
+import compiled
 from epigraf_fast.ops import backends
 
 OPS = ("bias_act", "upfirdn2d", "modulated_conv2d")
@@ -19,7 +21,19 @@ ALL = ("reference", *KERNELS)
 def here(op: str, names: tuple[str, ...] = ALL) -> list[Any]:
     """Those of the names that can run the op, as parameters; cuda is marked gpu."""
     found = [name for name in names if backends.status()[op]["cpu" if name == "emulated" else name] is None]
-    return [pytest.param(name, marks=pytest.mark.gpu) if name == "cuda" else name for name in found]
+    params = [pytest.param(name, marks=pytest.mark.gpu) if name == "cuda" else name for name in found]
+    return params + compiled.csrc_params() if "emulated" in found else params
+
+
+def use(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Makes a backend of those above ready for a test: the `backend` that its ops are then called with."""
+    if name == "emulated":
+        emulate(monkeypatch)
+    elif name.startswith("sm_"):
+        compiled.csrc_kernels(monkeypatch, int(name.removeprefix("sm_")))
+    else:
+        return name
+    return "cpu"
 
 
 def on_kernels(op: str) -> pytest.MarkDecorator:

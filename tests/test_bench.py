@@ -16,12 +16,12 @@ import pytest
 import torch
 
 from bench import cases as catalogue
-from bench import demo, parity, published, report, results, run, step, timing, verified
+from bench import demo, parity, published, report, results, run, step, timing, verified, waiting
 from bench.cases import SIZES, Work
 from checks import assert_error_within_reference
 from epigraf_fast import ops
 from epigraf_fast.ops import backends, ranges
-from epigraf_fast.training import profile
+from epigraf_fast.training import log, profile
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -444,13 +444,55 @@ def test_what_a_gpu_has_verified_is_what_it_has_whole(monkeypatch, tmp_path, cap
     assert tuple(stored["backends"]) == backends.VERIFIED
 
 
-def test_the_demo_leaves_out_what_is_missing(monkeypatch):
+def test_the_demo_leaves_out_what_is_missing(monkeypatch, tmp_path):
     assert demo.missing("torch", "no-such-package") == ["no-such-package"]
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # the real one comes back after the test
-    demo.without_tensorboard()
-    from torch.utils.tensorboard import SummaryWriter
+    monkeypatch.setattr(log, "Board", demo.NoBoard)
+    record = log.RunLog(tmp_path, 1.0, 0)
+    record.write(8, {"loss/G": 1.0})
+    record.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["stats.jsonl"]
 
-    SummaryWriter("somewhere", purge_step=1).add_scalar("name", 1.0, 2)
+
+def test_how_demos_wait_is_compared(monkeypatch, tmp_path, capsys):
+    """Ratios of medians to the base alone, which is measured whatever is asked for; and their table."""
+    speeds = {"libgomp's own": {1: 10.0, 2: 1.0}, "passive": {1: 9.9, 2: 9.0}}
+    factors = iter([1.0, 1.0, 1.0, 1.0, 7.0, 0.1, 7.0, 0.1, 1.0, 1.0, 1.0, 1.0])  # one round is disturbed
+
+    def speed(policy, together, *rest):
+        name = next(name for name, environment in waiting.POLICIES.items() if environment == policy)
+        return speeds[name][together] * next(factors)
+
+    monkeypatch.setattr(waiting, "speed", speed)
+    assert waiting.main(["--policy", "passive", "--json", str(tmp_path / "waiting.json")]) == 0
+    (found,) = results.load(tmp_path)
+    rows = [(row["policy"], row["alone"], row["pair"]) for row in found["cases"]]
+    assert rows == [("libgomp's own", 1.0, 0.1), ("passive", 0.99, 0.9)]
+    assert "passive: alone 0.990, two together 0.900 of libgomp's own, alone" in capsys.readouterr().out
+    assert "| `passive` | 0.99 | 0.90 |" in report.text([found])
+
+
+def test_the_speed_of_demos_together(monkeypatch):
+    """From when both have begun; and none of them stays behind."""
+    program = (
+        "import itertools, json, pathlib, sys, time\n"
+        "path = pathlib.Path(sys.argv[1], 'stats.jsonl')\n"
+        "path.parent.mkdir()\n"
+        "for n in itertools.count(8, 8):\n"
+        "    path.open('a').write(json.dumps({'cur_nimg': n}) + chr(10))\n"
+        "    time.sleep(0.001)\n"
+    )
+    started = []
+
+    def start(run_dir, policy, threads):
+        started.append(subprocess.Popen([sys.executable, "-c", program, str(run_dir)]))
+        return started[-1]
+
+    monkeypatch.setattr(waiting, "start", start)
+    assert waiting.speed({}, 2, 1, 16, 60.0) > 0
+    assert [process.returncode for process in started] == [-9, -9]
+    monkeypatch.setattr(waiting, "start", lambda *args: subprocess.Popen([sys.executable, "-c", ""]))
+    with pytest.raises(RuntimeError, match="a demo ended before it was measured"):
+        waiting.speed({}, 1, 1, 16, 60.0)
 
 
 def test_a_checkout_needs_no_installation(tmp_path):
@@ -492,7 +534,7 @@ def test_a_rehearsed_gpu_day_passes(tmp_path):
     done = gpu_day("--cpu", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     summary = done.stdout.partition("== cpu")[2].splitlines()
-    for part in ("build", "tests", "sanitize", "demo", "ops", "renderer", "step", "report"):
+    for part in ("build", "tests", "kernels", "sanitize", "demo", "ops", "renderer", "step", "report"):
         assert any(line.startswith(part) and line.endswith("ok") for line in summary), done.stdout
     assert len(summary) < 50
     for name in ("cpu-ops.json", "cpu-renderer.json", "cpu-step.json", "cpu-demo.json"):
@@ -501,11 +543,12 @@ def test_a_rehearsed_gpu_day_passes(tmp_path):
 
 def test_a_failing_part_of_a_gpu_day_is_reported(tmp_path):
     broken = tmp_path / "python"
-    broken.write_text(f'#!/bin/sh\ncase "$*" in *bench.run*) echo no luck; exit 7;; esac\nexec {sys.executable} "$@"\n')
+    fault = 'case "$*" in *bench.run*) echo "no luck on [$CUDA_VISIBLE_DEVICES]"; exit 7;; esac'
+    broken.write_text(f'#!/bin/sh\n{fault}\nexec {sys.executable} "$@"\n')
     broken.chmod(0o755)
-    done = gpu_day("--cpu", "--only", "ops", str(tmp_path / "out"), PYTHON=str(broken))
+    done = gpu_day("--cpu", "--only", "ops", str(tmp_path / "out"), PYTHON=str(broken), CUDA_VISIBLE_DEVICES="0")
     assert done.returncode == 1
     assert "FAILED: exit status 7" in done.stdout
-    assert "no luck" in done.stdout
+    assert "no luck on []" in done.stdout  # a rehearsal leaves the GPU alone, where there is one
     assert gpu_day("--only", "nothing").returncode == 2
     assert gpu_day("--no-such-option").returncode == 2

@@ -23,8 +23,11 @@ import torch
 
 import train
 from epigraf_fast.config import PRESETS, Config, differences, from_dict, preset
+from epigraf_fast.errors import UserError
+from epigraf_fast.ops import backends
 from epigraf_fast.training import snapshot, step
 from epigraf_fast.training.checkpoint import list_checkpoints, load_checkpoint
+from epigraf_fast.training.distributed import World
 from epigraf_fast.training.log import read_stats
 
 TinyConfig = Callable[..., Config]
@@ -362,7 +365,9 @@ def test_faults_in_the_settings(
     tiny_config: TinyConfig,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(backends, "_lacking_on", lambda op, backend, device_type: None)  # also where Triton is not here
     assert train.main([*flags(tiny_config(**overrides)), *(["--dry-run"] if dry else [])]) == 2
     captured = capsys.readouterr()
     assert_one_error_line(captured.err, *words)
@@ -374,7 +379,9 @@ def test_faults_in_the_settings(
     ("extra", "words"),
     [
         (["--micro-batch", "3"], ["batch must be a positive multiple of micro_batch, got 8 and 3"]),
-        (["--batch", "6"], ["set --micro-batch 4"]),
+        (["--batch", "6"], ["set --micro-batch 3 or --batch 8"]),
+        (["--batch", "7"], ["set --micro-batch 1 or --batch 8"]),
+        (["--augment.p", "5"], ["augment.p must be in [0, 1], got 5"]),
         (["--patch.resolution", "32"], ["set --patch.resolution 16"]),
         (["--optim.g-lr", "nan"], ["optim.g_lr must be finite and positive"]),
         (["--device", "abacus"], ["device must be cpu or cuda, got 'abacus'"]),
@@ -389,6 +396,32 @@ def test_faults_on_the_command_line(
     assert train.main([*flags(tiny_config()), *extra]) == 2
     assert_one_error_line(capsys.readouterr().err, *words)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+@pytest.mark.parametrize("size", [10**13, 10**18])
+def test_networks_of_any_size(
+    size: int, dry: list[str], tiny_config: TinyConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Larger than the memory, and than any number of bytes: an estimate, or one line."""
+    code = train.main([*flags(tiny_config()), "--generator.z-dim", str(size), *dry])
+    captured = capsys.readouterr()
+    if dry and size == 10**13:
+        assert code == 0
+        assert "parameters: G 160,000,000" in captured.out
+    else:
+        assert code == 2
+        assert_one_error_line(captured.err, "needs more memory than the", "not even one image fits")
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_processes_than_gpus(tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr("epigraf_fast.training.start.choose_backends", lambda *args: {})
+    monkeypatch.setattr("epigraf_fast.training.start.set_arithmetic", lambda *args: None)
+    with pytest.raises(UserError, match=r"LOCAL_RANK is 2, but torch sees 2 GPUs .*--nproc_per_node 2"):
+        train.pick_device(tiny_config(device="cuda"), World(2, 3, 2))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
@@ -589,16 +622,28 @@ def test_signals(
     assert losses(run_dir) == expected
 
 
-def test_a_second_interrupt_does_not_wait(
-    tiny_config: TinyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def iteration(trainer: step.Trainer, *batch: torch.Tensor) -> None:
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
+TWICE = """
+import signal, sys, train
+from epigraf_fast.training import step
+def iteration(trainer, *batch):
+    signal.raise_signal(signal.SIGINT)
+    print("the step goes on", flush=True)
+    signal.raise_signal(signal.SIGINT)
+    print("it is still there", flush=True)
+step.Trainer.iteration = iteration
+sys.exit(train.main(sys.argv[1:]))
+"""
 
-    monkeypatch.setattr(step.Trainer, "iteration", iteration)
-    with pytest.raises(KeyboardInterrupt):
-        run(tiny_config())
+
+def test_a_second_interrupt_ends_at_once(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    """Whatever the process does; the first one is confirmed."""
+    line = [sys.executable, "-c", TWICE, *flags(tiny_config())]
+    process = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert process.returncode == -signal.SIGINT, process.stderr
+    assert "the step goes on" in process.stdout
+    assert "still there" not in process.stdout
+    assert "stopping after this step; Ctrl-C ends at once, without saving" in process.stderr
+    assert "Traceback" not in process.stderr
     assert list_checkpoints(tmp_path / "run") == []
 
 

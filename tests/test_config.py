@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +19,7 @@ from epigraf_fast.config import (
     Config,
     check,
     differences,
+    flat,
     from_dict,
     preset,
     to_dict,
@@ -25,6 +28,7 @@ from epigraf_fast.config import (
 from epigraf_fast.errors import UserError
 
 TinyConfig = Callable[..., Config]
+GROUP = "discriminator.minibatch_std_group"
 
 
 def changed(config: Config, setting: str, value: Any) -> Config:
@@ -33,6 +37,15 @@ def changed(config: Config, setting: str, value: Any) -> Config:
     if part:
         return dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **{name: value})})
     return dataclasses.replace(config, **{name: value})
+
+
+def fault(config: Config) -> str:
+    """What `check` says of settings; nothing if they pass."""
+    try:
+        check(config)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 # Presets
@@ -109,7 +122,8 @@ def test_the_paper_otherwise(name: str) -> None:
     assert d.minibatch_std_group == 4
     assert (r.coarse_samples, r.fine_samples, r.density_activation, r.softplus_beta) == (48, 48, "softplus", 1)
     assert (r.density_shift, r.density_noise, r.density_noise_kimg) == (0, 1, 5000)
-    assert (r.last_interval, r.last_back) == (1e10, False)
+    assert (r.last_interval, r.last_back, r.white_foreground) == (1e10, False, False)
+    assert (g.clamp, d.clamp, g.noise, g.pose_dropout) == (256, 256, True, 0)
     assert (p.resolution, p.distribution, p.beta_start, p.beta_end) == (64, "beta", 0.001, 0.8)
     assert (p.anneal_kimg, p.groups) == (10_000, "strided")
     assert (o.g_lr, o.d_lr, o.beta1, o.beta2, o.r1_interval) == (0.0025, 0.002, 0, 0.99, 16)
@@ -146,11 +160,12 @@ def test_demo_needs_no_data_and_no_gpu() -> None:
         ("batch", 0, "batch must be a positive multiple of micro_batch, got 0 and 0"),
         ("batch", -8, "batch must be a positive multiple of micro_batch, got -8 and -8"),
         ("micro_batch", 0, "batch must be a positive multiple of micro_batch, got 8 and 0"),
-        ("micro_batch", 3, "batch must be a positive multiple of micro_batch, got 8 and 3"),
+        ("micro_batch", 3, "batch must be a positive multiple of micro_batch, got 8 and 3: set --micro-batch 2"),
         (
             "batch",
             6,
-            "micro_batch must be a multiple of discriminator.minibatch_std_group = 4, got 6: set --micro-batch 4",
+            "micro_batch must be a multiple of discriminator.minibatch_std_group = 4, got 6: "
+            "set --micro-batch 3 or --batch 8",
         ),
         ("discriminator.minibatch_std_group", 0, "discriminator.minibatch_std_group must be at least 1, got 0"),
         ("kimg", 0.0, "kimg must be finite and at least 0.001, which is one image, got 0.0"),
@@ -166,7 +181,8 @@ def test_demo_needs_no_data_and_no_gpu() -> None:
         ("optim.blur_kimg", 0.0, "optim.blur_kimg must be finite and positive, got 0.0"),
         ("optim.r1_gamma", -0.1, "optim.r1_gamma must be finite and zero or more, got -0.1"),
         ("optim.ema_kimg", -1.0, "optim.ema_kimg must be finite and zero or more, got -1.0"),
-        ("augment.p", -0.1, "augment.p must be finite and zero or more, got -0.1"),
+        ("augment.p", -0.1, "augment.p must be in [0, 1], got -0.1"),
+        ("augment.p", 5.0, "augment.p must be in [0, 1], got 5.0"),
         ("augment.kimg", 0.0, "augment.kimg must be finite and positive, got 0.0"),
         ("augment.interval", 0, "augment.interval must be finite and positive, got 0"),
         ("augment.target", 1.5, "augment.target must be in [-1, 1], the mean of a sign, got 1.5"),
@@ -175,6 +191,10 @@ def test_demo_needs_no_data_and_no_gpu() -> None:
         ("generator.z_dim", 0, "generator.z_dim must be finite and positive, got 0"),
         ("generator.mapping_layers", 0, "generator.mapping_layers must be finite and positive, got 0"),
         ("generator.pose_swap_probability", 1.5, "generator.pose_swap_probability must be in [0, 1], got 1.5"),
+        ("generator.pose_dropout", 1.5, "generator.pose_dropout must be in [0, 1], got 1.5"),
+        ("generator.clamp", -1.0, "generator.clamp must be finite and zero or more, got -1.0"),
+        ("discriminator.clamp", math.nan, "discriminator.clamp must be finite and zero or more, got nan"),
+        ("renderer.white_foreground", True, "white_foreground belongs to a background and white_background"),
         ("discriminator.camera_dropout", -0.5, "discriminator.camera_dropout must be in [0, 1], got -0.5"),
         ("discriminator.patch_steps", 0, "discriminator.patch_steps must be finite and positive, got 0"),
         ("patch.anneal_kimg", 0.0, "patch.anneal_kimg must be finite and positive, got 0.0"),
@@ -217,6 +237,10 @@ def test_demo_needs_no_data_and_no_gpu() -> None:
         ("camera.ray_start", 0.0, "camera.ray_start must be finite and positive, got 0.0"),
         ("camera.ray_end", 0.75, "camera.ray_end must exceed ray_start = 0.75, got 0.75"),
         ("camera.radius", -1.0, "camera.radius must be finite and positive, got -1.0"),
+        ("camera.ray_end", math.inf, "camera.ray_end must be finite, got inf"),
+        ("camera.yaw_mean", math.nan, "camera.yaw_mean must be finite, got nan"),
+        ("camera.pitch_spread", -0.5, "camera.pitch_spread must be finite and zero or more, got -0.5"),
+        ("renderer.density_shift", -math.inf, "renderer.density_shift must be finite, got -inf"),
     ],
 )
 def test_faults(setting: str, value: Any, message: str, tiny_config: TinyConfig) -> None:
@@ -224,6 +248,35 @@ def test_faults(setting: str, value: Any, message: str, tiny_config: TinyConfig)
         check(changed(tiny_config(), setting, value))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_number_passes_or_is_refused_in_one_line(name: str) -> None:
+    """NaN, infinities, the largest and smallest numbers: no other exception, and no number that is not finite."""
+    for setting, value in flat(preset(name)).items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        numbers = (-1, 0, 1, 10**18)
+        if isinstance(value, float):
+            numbers = (math.nan, math.inf, -math.inf, 1e308, -1.0, 0.0)
+        for number in numbers:
+            message = fault(changed(preset(name), setting, number))
+            assert "\n" not in message
+            assert message or math.isfinite(number), f"{setting} {number}"
+
+
+def test_advice_on_batches_is_accepted() -> None:
+    """Each of the settings that a message names, alone."""
+    base, advised = Config(), 0
+    for batch, micro, group in itertools.product(range(1, 14), (None, 1, 2, 3, 4, 6, 9, 20), (1, 2, 3, 4, 5)):
+        config = changed(dataclasses.replace(base, batch=batch, micro_batch=micro), GROUP, group)
+        if message := fault(config):
+            advice = re.findall(r"--(micro-batch|batch) (\d+)", message)
+            assert advice, message
+            for setting, value in advice:
+                check(changed(config, setting.replace("-", "_"), int(value)))
+                advised += 1
+    assert advised > 100
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -191,6 +192,76 @@ def test_metadata_faults(files, tmp_path, field, value, words):
     fault(lambda: ImageDataset(path, use_labels=True), str(path), "dataset.json", *words)
 
 
+HUGE = 10**400
+
+
+@pytest.mark.parametrize("number", [200_000_000, 10**20, 1e20, 2**63, 5000])
+def test_a_class_number_far_above_the_classes_is_one_line(files, tmp_path, number):
+    """And takes no memory: one-hot vectors of 2e8 numbers would be 2.4 GB, a square of them 142 PiB."""
+    files["dataset.json"]["labels"][1][1] = number
+    path = write(files, tmp_path)
+    tracemalloc.start()
+    fault(lambda: ImageDataset(path, use_labels=True), "the label of 00/b.png is", "only 3 classes", "from 0 on")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5e6
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("labels", [[NAMES[0], HUGE], [NAMES[1], 0], [NAMES[2], 0]], ("the label of 00/a.png", "write all labels")),
+        ("labels", {n: [HUGE, 0] for n in NAMES}, ("the label of 00/a.png", "write all labels alike")),
+        ("labels", {n: [1e39, 0] for n in NAMES}, ("the label of 00/a.png is [1e+39, 0]",)),  # infinite in float32
+        ("camera_angles", {n: [HUGE, 1, 0] for n in NAMES}, ("camera_angles of 00/a.png", "three finite numbers")),
+        ("camera_angles", {n: [0.5, 1, HUGE] for n in NAMES}, ("camera_angles of 00/a.png", "three finite numbers")),
+        ("camera", CAMERA | {"ray_end": HUGE}, ('"camera" needs a positive ray_end',)),
+        ("camera", CAMERA | {"ray_end": 1e308}, ('"camera" needs a positive ray_end',)),
+        ("camera", CAMERA | {"ray_end": 1e38}, ("view frustum", "raise cube_scale to")),
+    ],
+)
+def test_numbers_of_400_digits_are_one_short_line(files, tmp_path, field, value, words):
+    files["dataset.json"][field] = value
+    path = write(files, tmp_path)
+    fault(lambda: ImageDataset(path, use_labels=True), str(path), *words)
+    with pytest.raises(UserError) as caught:
+        ImageDataset(path, use_labels=True)
+    assert len(str(caught.value)) - len(str(path)) < 300
+
+
+def test_more_digits_than_python_reads(files, tmp_path):
+    path = write(files, tmp_path)
+    text = (path / "dataset.json").read_text().replace("1.25", "9" * 5000)
+    (path / "dataset.json").write_text(text)
+    fault(lambda: ImageDataset(path), "not valid JSON", "digits")
+
+
+def test_classes_without_images_are_known(files, tmp_path):
+    files["dataset.json"]["labels"] = dict(zip(NAMES, (2, 5, 2), strict=True))
+    dataset = ImageDataset(write(files, tmp_path), use_labels=True, mirror=False)
+    assert dataset.label_dim == 6
+    assert dataset.labels.argmax(dim=1).tolist() == [2, 5, 2]
+    assert dataset.labels.sum(dim=1).tolist() == [1, 1, 1]
+    assert dataset.label_values.tolist() == [2, 5]
+    assert dataset.remarks() == ["classes without an image, which are never drawn: 4 of 6: 0, 1, 3, 4"]
+
+
+def test_as_many_classes_as_images_and_more_memory_than_there_is(files, tmp_path, monkeypatch):
+    path = write(files, tmp_path)
+    assert ImageDataset(path, use_labels=True).label_values.tolist() == [0, 1, 2]
+    monkeypatch.setattr("epigraf_fast.data.LABEL_NUMBERS", 8)
+    fault(lambda: ImageDataset(path, use_labels=True), "3 classes of 3 images", "GiB", "join classes")
+
+
+def test_label_vectors_are_kept_to_draw_from(files, tmp_path):
+    vectors = ([0.5, -1], [0, 2], [0.5, -1])
+    files["dataset.json"]["labels"] = dict(zip(NAMES, vectors, strict=True))
+    dataset = ImageDataset(write(files, tmp_path), use_labels=True)
+    assert dataset.label_values.tolist() == [[0, 2], [0.5, -1]]
+    assert dataset.remarks() == []
+    assert ImageDataset(dataset.path).label_values.tolist() == []
+
+
 def test_files_at_the_limits_are_good(files, tmp_path):
     pi = float(np.float32(math.pi))  # a little more than pi
     files["dataset.json"]["camera_angles"] = dict(zip(NAMES, ([pi, pi, 0], [-pi, 0, 0], [1, 1, 0]), strict=True))
@@ -249,7 +320,7 @@ def test_same_name_twice(files, tmp_path):
         (encode(picture(1))[:-40], ("cannot be read",)),
         (encode(picture(1, 16)), ("is 16x16", "00/a.png is 8x8")),
         (encode(picture(1)[:, :4]), ("is 4x8",)),
-        (encode(np.dstack([picture(1), picture(1)[..., 0]])), ("transparent", "background", "RGB")),
+        (encode(np.dstack([picture(1), picture(1)[..., 0]])), ("transparent", "background", "8-bit RGB")),
         (encode(PIL.Image.new("LA", (8, 8))), ("transparent",)),
         (encode(PIL.Image.new("I;16", (8, 8))), ("I;16", "8-bit RGB")),
         (encode(PIL.Image.new("CMYK", (8, 8)), "jpeg"), ("CMYK", "8-bit RGB")),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from epigraf_fast import convert
+from epigraf_fast import convert, published_settings
 from epigraf_fast.config import PRESETS, Config, preset
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,6 +57,15 @@ def test_every_default_of_the_table_is_that_of_the_preset() -> None:
             assert value == expected, (flag, value, stated)
             checked += 1
     assert checked > 20
+
+
+def test_the_table_of_settings_is_that_of_the_importer() -> None:
+    text = GUIDE.partition("## What a snapshot's settings become")[2]
+    assert [line for line in text.splitlines() if line.startswith("|")] == published_settings.table()
+    for setting_of_theirs in published_settings.TABLE:
+        for name in setting_of_theirs.ours:
+            if name != published_settings.LABEL_DIM:
+                setting(name, Config())
 
 
 def test_the_table_of_tensors_is_what_the_importer_does() -> None:

@@ -91,6 +91,27 @@ def test_flat_folder_has_no_classes(tmp_path):
     assert [(mesh.name, mesh.label) for mesh in meshes] == [("a", None), ("b", None)]
 
 
+def test_meshes_in_linked_folders(tmp_path):
+    touch(tmp_path / "disk", "x.obj")
+    touch(tmp_path / "meshes", "fig/y.ply")
+    (tmp_path / "meshes/pear").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk/up").symlink_to(tmp_path / "meshes")
+    meshes, classes = make_dataset.folder_meshes(tmp_path / "meshes")
+    assert classes == ["fig", "pear"]
+    assert {mesh.name: mesh.label for mesh in meshes} == {"fig/y": 0, "pear/x": 1}
+
+
+def test_a_mesh_is_never_overwritten(tmp_path, capsys):
+    touch(tmp_path, "a.obj")
+    (tmp_path / "link.zip").hardlink_to(tmp_path / "a.obj")
+    arguments = ["--recipe", "megascans", "--meshes", str(tmp_path), "--overwrite"]
+    for name, words in (("a.obj", "--out must end in .zip"), ("link.zip", "is one of the meshes: choose another")):
+        with pytest.raises(SystemExit) as caught:
+            make_dataset.main([*arguments, "--out", str(tmp_path / name)])
+        assert caught.value.code == 2
+        assert words in capsys.readouterr().err
+
+
 def test_folder_faults(tmp_path):
     with pytest.raises(UserError, match="none is not a folder"):
         make_dataset.folder_meshes(tmp_path / "none")
@@ -207,6 +228,30 @@ def test_lights_stay_with_the_object(pyvista, tmp_path):
             np.testing.assert_allclose(view[16, 16], lambert(normal), atol=1.5)
             border = np.concatenate([view[0], view[-1], view[:, 0], view[:, -1]])
             assert (border == 255).all()
+
+
+@pytest.mark.filterwarnings("ignore:The VTK reader")
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.ply", b"ply\nformat ascii 1.0\nelement vertex 3\n"),
+        ("b.stl", b"nonsense"),
+        ("c.obj", b"v 0 0\nf 1 2 3\n"),
+        ("d.glb", b"glTF\x02\x00"),
+        ("e.gltf", b"{"),
+        ("f.ply", b""),
+    ],
+)
+def test_damaged_meshes_are_named(pyvista, tmp_path, capsys, name, content):
+    """A line each, and the others are rendered."""
+    path = tmp_path / name
+    path.write_bytes(content)
+    renderer = make_dataset.Renderer(RECIPES["builtin"], 16)
+    angles = torch.tensor([[0.1, 1.0, 0.0]])
+    assert renderer.render(make_dataset.Mesh("x", path), angles) is None
+    assert f"warning: {path} " in capsys.readouterr().err
+    pyvista.Cube().triangulate().save(tmp_path / "good.stl")
+    assert renderer.render(make_dataset.Mesh("x", tmp_path / "good.stl"), angles) is not None
 
 
 def test_folder_to_data_set(pyvista, tmp_path):

@@ -140,8 +140,9 @@ class SphereBackground(nn.Module):
     Args:
         w_dim: Width of the style vectors.
         camera: For radius and field of view.
-        samples, start: Inverse radii from `start` to 0.
+        samples, start: Inverse radii from `start`, in (0, 1], to 0.
         channel_base, channel_max: Width of block b is min(channel_base / 2^(b + 2), channel_max).
+        activation, softplus_beta: Of the density, see `ops.composite`; neither shift nor noise is added to it.
         white_background: Whether what the last sample lets through is white.
         backend: Of the integration, see `ops`.
     """
@@ -157,11 +158,16 @@ class SphereBackground(nn.Module):
         start: float = 1.0,
         channel_base: int = 32768,
         channel_max: int = 128,
+        activation: str = "softplus",
+        softplus_beta: float = 1.0,
         white_background: bool = False,
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        if not 0 < start <= 1:
+            raise ValueError(f"SphereBackground: start must be in (0, 1], got {start}")
         self.camera, self.samples, self.start = camera, samples, start
+        self.activation, self.softplus_beta = activation, softplus_beta
         self.white_background, self.backend = white_background, backend
         self.encoder = ScalarEncoder(ENCODER_STEPS)
         narrow, wide = (max(1, min(channel_base // 2 ** (block + 2), channel_max)) for block in (0, 1))
@@ -237,7 +243,14 @@ class SphereBackground(nn.Module):
         points = sphere_points(ray_origins, ray_directions, inverse)
         values = self.decode(points.flatten(1, 2), ws).view(*shape, 4)
         result = ops.composite(
-            -inverse, values, white_background=self.white_background, return_weights=with_depth, backend=self.backend
+            -inverse,
+            values,
+            activation=self.activation,
+            softplus_beta=self.softplus_beta,
+            white_background=self.white_background,
+            return_weights=with_depth,
+            t_sorted=True,
+            backend=self.backend,
         )
         if not with_depth:
             return result.rgb, None

@@ -35,7 +35,13 @@ class Decoder(nn.Module):
         self.fc1 = FullyConnected(hidden, colours + 1)
 
     def forward(
-        self, planes: Tensor, ray_origins: Tensor, ray_directions: Tensor, t: Tensor, cube_scale: float
+        self,
+        planes: Tensor,
+        ray_origins: Tensor,
+        ray_directions: Tensor,
+        t: Tensor,
+        cube_scale: float,
+        region: ops.PlaneRegion | None = None,
     ) -> Tensor:
         """Samples at t [B, R, S] of rays [B, R, 3] -> [B, R, S, colours + 1], raw density last."""
         return ops.decode_triplane_rays(
@@ -46,6 +52,7 @@ class Decoder(nn.Module):
             *self.fc0.effective(),
             *self.fc1.effective(),
             cube_scale,
+            region=region,
             **self.options,
         )
 
@@ -57,6 +64,7 @@ class Decoder(nn.Module):
         t: Tensor,
         resample: Callable[[Tensor], Tensor],
         cube_scale: float,
+        region: ops.PlaneRegion | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`forward` at t, and at the depths [B, R, K] that `resample` finds with the detached result.
 
@@ -72,6 +80,7 @@ class Decoder(nn.Module):
             *self.fc0.effective(),
             *self.fc1.effective(),
             cube_scale,
+            region=region,
             **self.options,
         )
 

@@ -44,6 +44,7 @@ class DiscriminatorBlock(nn.Module):
         down: 1 (leading blocks) or 2.
         modulate: "input" or "output", what of conv1 sigma scales (paper, Eq. 2: output), or "none".
         code_dim: Width of the patch code.
+        clamp: Of activations; None for never.
     """
 
     def __init__(
@@ -55,13 +56,15 @@ class DiscriminatorBlock(nn.Module):
         down: int,
         modulate: str,
         code_dim: int,
+        clamp: float | None = CLAMP,
         backend: str | None = None,
     ) -> None:
         super().__init__()
         self.modulate = modulate
-        self.from_rgb = Conv2d(image_channels, c_in, 1, backend=backend) if image_channels else None
-        self.conv0 = Conv2d(c_in, c_in, 3, backend=backend)
-        self.conv1 = Conv2d(c_in, c_out, 3, down=down, gain=math.sqrt(0.5), backend=backend)
+        options = {"clamp": clamp, "backend": backend}
+        self.from_rgb = Conv2d(image_channels, c_in, 1, **options) if image_channels else None
+        self.conv0 = Conv2d(c_in, c_in, 3, **options)
+        self.conv1 = Conv2d(c_in, c_out, 3, down=down, gain=math.sqrt(0.5), **options)
         self.skip = Conv2d(
             c_in, c_out, 1, down=down, act="linear", bias=False, clamp=None, gain=math.sqrt(0.5), backend=backend
         )
@@ -140,11 +143,12 @@ class Discriminator(nn.Module):
                 down=1 if res > self.input_resolution else 2,
                 modulate=config.modulate,
                 code_dim=config.code_dim,
+                clamp=config.clamp or None,
                 backend=backend,
             )
             self.add_module(f"b{res}", block)
         width = channels_at(4, config.channel_base, config.channel_max)
-        self.conv = Conv2d(width + 1, width, 3, clamp=CLAMP, backend=backend)
+        self.conv = Conv2d(width + 1, width, 3, clamp=config.clamp or None, backend=backend)
         self.fc = FullyConnected(width * 16, width, act="lrelu", backend=backend)
         self.out = FullyConnected(width, width if head_dim else 1)
         self.head = Mapping(0, head_dim, width, backend=backend) if head_dim else None

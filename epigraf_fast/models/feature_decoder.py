@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops.checks import checked_resample
 from .layers import FullyConnected, ScalarEncoder
 
 DIRECTION_FREQUENCIES = 3  # sines of each coordinate of a direction
@@ -58,12 +59,18 @@ class FeatureDecoder(nn.Module):
             self.view1 = FullyConnected(VIEW_HIDDEN, colours)
 
     def forward(
-        self, planes: Tensor, ray_origins: Tensor, ray_directions: Tensor, t: Tensor, cube_scale: float
+        self,
+        planes: Tensor,
+        ray_origins: Tensor,
+        ray_directions: Tensor,
+        t: Tensor,
+        cube_scale: float,
+        region: ops.PlaneRegion | None = None,
     ) -> Tensor:
         """Samples at t [B, R, S] of rays [B, R, 3] -> [B, R, S, colours + 1], raw density last."""
         points = ray_origins[:, :, None] + t[..., None] * ray_directions[:, :, None]
         directions = ray_directions[:, :, None].expand_as(points)
-        values = self._decode(planes, points.flatten(1, 2) / cube_scale, directions.flatten(1, 2))
+        values = self._decode(planes, points.flatten(1, 2) / cube_scale, directions.flatten(1, 2), region)
         return values.unflatten(1, t.shape[1:])
 
     def coarse_to_fine(
@@ -74,19 +81,23 @@ class FeatureDecoder(nn.Module):
         t: Tensor,
         resample: Callable[[Tensor], Tensor],
         cube_scale: float,
+        region: ops.PlaneRegion | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`forward` at t, the depths [B, R, K] that `resample` finds with the detached result, and `forward` there."""
-        coarse = self(planes, ray_origins, ray_directions, t, cube_scale)
-        t_fine = resample(coarse.detach())
-        return coarse, t_fine, self(planes, ray_origins, ray_directions, t_fine, cube_scale)
+        coarse = self(planes, ray_origins, ray_directions, t, cube_scale, region)
+        inputs = planes, ray_origins, ray_directions, t
+        t_fine = checked_resample("FeatureDecoder", resample, t, inputs)(coarse)
+        return coarse, t_fine, self(planes, ray_origins, ray_directions, t_fine, cube_scale, region)
 
     def at_points(self, planes: Tensor, points: Tensor, cube_scale: float) -> Tensor:
         """Points [B, N, 3] in world units -> [B, N, colours + 1], seen from outside: along -points."""
         directions = nn.functional.normalize(-points, dim=-1)
         return self._decode(planes, points / cube_scale, directions)
 
-    def _decode(self, planes: Tensor, points: Tensor, directions: Tensor) -> Tensor:  # [B, N, 3] -> [B, N, colours + 1]
-        x = ops.sample_triplane(planes, points, backend=self.backend).flatten(0, 1)
+    def _decode(
+        self, planes: Tensor, points: Tensor, directions: Tensor, region: ops.PlaneRegion | None = None
+    ) -> Tensor:  # [B, N, 3] -> [B, N, colours + 1]
+        x = ops.sample_triplane(planes, points, region=region, backend=self.backend).flatten(0, 1)
         if self.encoder is not None:
             x = torch.cat([x, self.encoder(points.flatten(0, 1))], dim=1)
         x = self.fc1(self.fc0(x))

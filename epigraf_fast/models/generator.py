@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from ..config import CameraConfig, GeneratorConfig, RendererConfig
+from ..ops import PlaneRegion
 from .background import PlaneBackground, SphereBackground
 from .decoder import Decoder
 from .feature_decoder import FeatureDecoder
 from .layers import camera_numbers
 from .mapping import StyleMapping, mix_styles
+from .region import Plan, boxes_of, plan, region_of
 from .renderer import Images, Renderer, render_planes
 from .synthesis import Synthesis
 
@@ -48,7 +50,7 @@ class Generator(nn.Module):
     ) -> None:
         super().__init__()
         self.z_dim, self.label_dim = config.z_dim, label_dim
-        self.pose_conditioning = config.pose_conditioning
+        self.pose_conditioning, self.pose_dropout = config.pose_conditioning, config.pose_dropout
         self.camera = camera
         self.plane_channels = 3 * config.plane_channels
         self.background: PlaneBackground | SphereBackground | None = None
@@ -61,18 +63,23 @@ class Generator(nn.Module):
                 samples=renderer.background_samples,
                 start=renderer.background_start,
                 channel_base=config.channel_base,
+                activation=renderer.density_activation,
+                softplus_beta=renderer.softplus_beta,
                 white_background=renderer.white_background,
                 backend=renderer_backend,
             )
         if self.background is not None:
             interval = min(renderer.last_interval, BACKGROUND_INTERVAL)
-            renderer = dataclasses.replace(renderer, last_interval=interval, white_background=False)
+            white = renderer.white_background and renderer.white_foreground
+            renderer = dataclasses.replace(renderer, last_interval=interval, white_background=white)
         self.synthesis = Synthesis(
             config.w_dim,
             config.plane_resolution,
             self.plane_channels + (self.background.extra_channels if self.background is not None else 0),
             channel_base=config.channel_base,
             channel_max=config.channel_max,
+            clamp=config.clamp or None,
+            noise=config.noise,
             half_blocks=half_blocks,
             backend=backend,
         )
@@ -100,6 +107,7 @@ class Generator(nn.Module):
             renderer, camera.ray_start, camera.ray_end, camera.cube_scale, backend=renderer_backend
         )
         self.register_buffer("mean_camera_pose", torch.tensor([camera.yaw_mean, camera.pitch_mean, 0.0]))
+        self.label_values: Tensor | None = None  # what it was trained on (see ImageDataset), where that is known
 
     def ws(
         self,
@@ -120,7 +128,7 @@ class Generator(nn.Module):
             condition.append(label)
         if self.pose_conditioning:
             pose = self.mean_camera_pose.expand(len(z), -1) if angles is None else angles
-            condition.append(camera_numbers(pose))
+            condition.append(nn.functional.dropout(camera_numbers(pose), self.pose_dropout, self.training))
         return self.mapping(z, torch.cat(condition, dim=1) if condition else None, **mapping_options)
 
     def render(
@@ -135,7 +143,7 @@ class Generator(nn.Module):
         layer: str = "both",
         background_jitter: Tensor | None = None,
         fov: float | Tensor | None = None,
-        **render_options: bool | float | Tensor | None,
+        **render_options: bool | float | Tensor | PlaneRegion | None,
     ) -> Images:
         """Renders planes [B, 3*C, H, W] as full images or patches of resolution^2 pixels; see `render_planes`.
 
@@ -174,6 +182,11 @@ class Generator(nn.Module):
             self.renderer, self.decoder, self.camera, planes, angles, *patch, fov=fov, **render_options
         )
 
+    @property
+    def takes_region(self) -> bool:
+        """Whether a part of the planes is all that an image can need: not where they have a background in them."""
+        return not isinstance(self.background, PlaneBackground)
+
     def forward(
         self,
         z: Tensor,
@@ -190,6 +203,7 @@ class Generator(nn.Module):
         update_w_avg: bool = False,
         style_mixing: float = 0.0,
         with_context: bool = False,
+        region: Plan | bool = False,
         **render_options: bool | float | Tensor | None,
     ) -> Images:
         """Images or patches [B, 3, resolution, resolution] of latent codes.
@@ -201,13 +215,25 @@ class Generator(nn.Module):
             noise_mode: "random", "const" or "none", the noise images of the synthesis network.
             style_mixing: Probability of `mix_styles` with fresh latent codes.
             with_context: Appends the whole image to rgb, at the same resolution: [B, 6, resolution, resolution].
+            region: Whether planes are computed only where rays look (docs/region.md), for the same images: the cameras
+                are then fetched from their device; or the plan of it. A plane background and the context take whole
+                planes.
             render_options: See `render`.
         """
         options = {"truncation_psi": truncation_psi, "truncation_cutoff": truncation_cutoff}
         ws = self.ws(z, label, conditioning_angles, update_w_avg=update_w_avg, **options)
         if style_mixing:
             ws = mix_styles(ws, self.ws(torch.randn_like(z), label, conditioning_angles, **options), style_mixing)
-        planes = self.synthesis(ws, noise_mode)
+        if with_context or not self.takes_region:
+            region = False
+        elif region is True:
+            whole, fov = self.synthesis.resolutions[-1], render_options.get("fov")
+            boxes = boxes_of(self.camera, whole, angles, patch_scale, patch_offset, fov)
+            region = plan(region_of(boxes, whole), whole, ws.device)
+        if region:
+            planes, render_options["region"] = self.synthesis.in_region(ws, region, noise_mode)
+        else:
+            planes = self.synthesis(ws, noise_mode)
         images = self.render(planes, angles, resolution, patch_scale, patch_offset, ws=ws, **render_options)
         if not with_context:
             return images

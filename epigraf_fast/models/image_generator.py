@@ -37,13 +37,15 @@ class ImageGenerator(nn.Module):
     ) -> None:
         super().__init__()
         self.z_dim, self.label_dim = config.z_dim, label_dim
-        self.pose_conditioning = config.pose_conditioning
+        self.pose_conditioning, self.pose_dropout = config.pose_conditioning, config.pose_dropout
         self.synthesis = Synthesis(
             config.w_dim,
             image_resolution,
             3,
             channel_base=config.channel_base,
             channel_max=config.channel_max,
+            clamp=config.clamp or None,
+            noise=config.noise,
             half_blocks=half_blocks,
             backend=backend,
         )
@@ -55,6 +57,9 @@ class ImageGenerator(nn.Module):
             config.mapping_layers,
         )
         self.register_buffer("mean_camera_pose", torch.tensor([camera.yaw_mean, camera.pitch_mean, 0.0]))
+        self.label_values: Tensor | None = None  # what it was trained on (see ImageDataset), where that is known
+
+    takes_region = False
 
     # Conditions and style vectors are those of the generator of planes, and so is the way from latent code to image.
     ws = Generator.ws

@@ -62,6 +62,7 @@ class Renderer(nn.Module):
         ray_origins: Tensor,
         ray_directions: Tensor,
         *,
+        region: ops.PlaneRegion | None = None,
         stochastic: bool | None = None,
         density_noise_std: float | Tensor = 0.0,
         jitter: Tensor | None = None,
@@ -78,6 +79,7 @@ class Renderer(nn.Module):
         Args:
             planes: [B, 3*C, H, W].
             ray_origins, ray_directions: [B, R, 3].
+            region: Where the planes lie in whole ones, see `ops.sample_triplane`.
             stochastic: Jitter and random importance samples; default: in training mode. False takes the evenly spaced
                 coarse depths and u = k / (K - 1).
             density_noise_std: Of the noise on raw densities, 0 for none; a tensor always adds noise.
@@ -126,7 +128,8 @@ class Renderer(nn.Module):
                 samples=None if u is not None else config.fine_samples,
                 stochastic=stochastic,
                 noise_std=density_noise_std if coarse_noise is None else 0.0,
-                sorted=triton,  # its composite merges two sets, each sorted
+                sorted=triton,  # its composite merges two sets, each sorted; the others sort both together
+                t_sorted=True,
                 **density,
                 **draws,
             )
@@ -134,9 +137,9 @@ class Renderer(nn.Module):
         samples = planes, ray_origins, ray_directions, t
         t_fine = fine = None
         if config.fine_samples:
-            coarse, t_fine, fine = decoder.coarse_to_fine(*samples, resample, self.cube_scale)
+            coarse, t_fine, fine = decoder.coarse_to_fine(*samples, resample, self.cube_scale, region)
         else:
-            coarse = decoder(*samples, self.cube_scale)
+            coarse = decoder(*samples, self.cube_scale, region)
         result = ops.composite(
             t,
             coarse,
@@ -147,6 +150,7 @@ class Renderer(nn.Module):
             white_background=config.white_background,
             last_back=config.last_back,
             background=background,
+            t_sorted=triton or t_fine is None,
             **density,
             **draws,
         )
@@ -164,7 +168,7 @@ def render_planes(
     patch_offset: Tensor | None = None,
     *,
     fov: float | Tensor | None = None,
-    **render_options: bool | float | Tensor | None,
+    **render_options: bool | float | Tensor | ops.PlaneRegion | None,
 ) -> Images:
     """Renders planes from cameras, as full images or patches of resolution^2 pixels.
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..ops.backends import resolve
 from .layers import CLAMP, LOW_PASS, FullyConnected, channels_at
+from .region import Level, Plan, Region, plan
 
 NOISE_MODES = ("random", "const", "none")
 
@@ -21,10 +22,18 @@ class SynthesisLayer(nn.Module):
     """style = affine(w); y = clamp(lrelu(demod conv(x style) + noise strength + bias) sqrt(2)), optionally up 2."""
 
     def __init__(
-        self, c_in: int, c_out: int, w_dim: int, resolution: int, *, up: int = 1, backend: str | None = None
+        self,
+        c_in: int,
+        c_out: int,
+        w_dim: int,
+        resolution: int,
+        *,
+        up: int = 1,
+        clamp: float | None = CLAMP,
+        backend: str | None = None,
     ) -> None:
         super().__init__()
-        self.resolution, self.up, self.backend = resolution, up, backend
+        self.resolution, self.up, self.clamp, self.backend = resolution, up, clamp, backend
         self.affine = FullyConnected(w_dim, c_in, bias_init=1.0)
         self.weight = nn.Parameter(torch.randn(c_out, c_in, 3, 3))
         self.bias = nn.Parameter(torch.zeros(c_out))
@@ -32,20 +41,25 @@ class SynthesisLayer(nn.Module):
         self.register_buffer("noise_const", torch.randn(resolution, resolution))
         self.register_buffer("low_pass", torch.tensor(LOW_PASS), persistent=False)
 
-    def noise(self, x: Tensor, noise_mode: str) -> Tensor | None:
-        """The noise image, without its strength, of a batch x."""
+    def noise(self, x: Tensor, noise_mode: str, first: Tensor | None) -> Tensor | None:
+        """The noise image, without its strength, of what comes of x; see `forward`."""
+        size = tuple(n * self.up for n in x.shape[2:])
         if noise_mode == "random":
-            size = len(x), 1, self.resolution, self.resolution
-            return torch.randn(size, device=x.device, dtype=self.noise_strength.dtype)
-        return self.noise_const if noise_mode == "const" else None
+            return torch.randn(len(x), 1, *size, device=x.device, dtype=self.noise_strength.dtype)
+        if noise_mode == "none":
+            return None
+        if first is None:
+            return self.noise_const
+        return ops.cut(self.noise_const.expand(len(x), 1, -1, -1), first, size)
 
     def modulation(self, w: Tensor, dtype: torch.dtype) -> ops.Modulation:
         """Weight, style and demodulation coefficients for style vectors w [B, w_dim]."""
         affine = self.affine.weight, self.affine.bias, self.affine.factor
         return ops.modulation(self.weight, w, dtype, affine=affine, backend=self.backend)
 
-    def forward(self, x: Tensor, w: Tensor, noise_mode: str = "random") -> Tensor:
-        noise = self.noise(x, noise_mode)
+    def forward(self, x: Tensor, w: Tensor, noise_mode: str = "random", first: Tensor | None = None) -> Tensor:
+        """`first` [B, 2] is the first texel of what comes out, where x is a part of its level."""
+        noise = self.noise(x, noise_mode, first)
         return ops.modulated_conv2d(
             x,
             self.weight,
@@ -55,15 +69,20 @@ class SynthesisLayer(nn.Module):
             noise=None if noise is None else noise * self.noise_strength,
             bias=self.bias,
             act="lrelu",
-            clamp=CLAMP,
+            clamp=self.clamp,
             backend=self.backend,
         )
 
     def chained(
-        self, x: Tensor, modulation: ops.Modulation, noise_mode: str, styles: Sequence[Tensor | None]
+        self,
+        x: Tensor,
+        modulation: ops.Modulation,
+        noise_mode: str,
+        styles: Sequence[Tensor | None],
+        first: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """`forward` between others: x comes times this layer's style; out go y times each of the styles that follow."""
-        noise = self.noise(x, noise_mode)
+        noise = self.noise(x, noise_mode, first)
         return ops.modulated_layer(
             x,
             modulation.weight,
@@ -75,7 +94,7 @@ class SynthesisLayer(nn.Module):
             bias=self.bias,
             styles=styles,
             act="lrelu",
-            clamp=CLAMP,
+            clamp=self.clamp,
             backend=self.backend,
         )
 
@@ -83,9 +102,11 @@ class SynthesisLayer(nn.Module):
 class ToPlanes(nn.Module):
     """A modulated 1x1 convolution without demodulation, the style divided by sqrt(c_in); bias, clamp."""
 
-    def __init__(self, c_in: int, c_out: int, w_dim: int, *, backend: str | None = None) -> None:
+    def __init__(
+        self, c_in: int, c_out: int, w_dim: int, *, clamp: float | None = CLAMP, backend: str | None = None
+    ) -> None:
         super().__init__()
-        self.backend = backend
+        self.clamp, self.backend = clamp, backend
         self.affine = FullyConnected(w_dim, c_in, bias_init=1.0)
         self.weight = nn.Parameter(torch.randn(c_out, c_in, 1, 1))
         self.bias = nn.Parameter(torch.zeros(c_out))
@@ -93,7 +114,7 @@ class ToPlanes(nn.Module):
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         style = self.affine(w) / math.sqrt(self.weight.shape[1])
         return ops.modulated_conv2d(
-            x, self.weight, style, demodulate=False, bias=self.bias, clamp=CLAMP, backend=self.backend
+            x, self.weight, style, demodulate=False, bias=self.bias, clamp=self.clamp, backend=self.backend
         )
 
     def product(self, x: Tensor, w: Tensor) -> Tensor:
@@ -108,17 +129,25 @@ class SynthesisBlock(nn.Module):
     """One resolution: conv0 (up 2, absent at 4x4), conv1, and the layer that adds to the running sum of planes."""
 
     def __init__(
-        self, c_in: int, c_out: int, plane_channels: int, w_dim: int, resolution: int, *, backend: str | None = None
+        self,
+        c_in: int,
+        c_out: int,
+        plane_channels: int,
+        w_dim: int,
+        resolution: int,
+        *,
+        clamp: float | None = CLAMP,
+        backend: str | None = None,
     ) -> None:
         super().__init__()
         self.first = c_in == 0
-        self.backend = backend
+        self.clamp, self.backend = clamp, backend
         if self.first:
             self.const = nn.Parameter(torch.randn(c_out, resolution, resolution))
         else:
-            self.conv0 = SynthesisLayer(c_in, c_out, w_dim, resolution, up=2, backend=backend)
-        self.conv1 = SynthesisLayer(c_out, c_out, w_dim, resolution, backend=backend)
-        self.to_planes = ToPlanes(c_out, plane_channels, w_dim, backend=backend)
+            self.conv0 = SynthesisLayer(c_in, c_out, w_dim, resolution, up=2, clamp=clamp, backend=backend)
+        self.conv1 = SynthesisLayer(c_out, c_out, w_dim, resolution, clamp=clamp, backend=backend)
+        self.to_planes = ToPlanes(c_out, plane_channels, w_dim, clamp=clamp, backend=backend)
         self.register_buffer("low_pass", torch.tensor(LOW_PASS), persistent=False)
         self.num_convs = 1 if self.first else 2
 
@@ -126,16 +155,29 @@ class SynthesisBlock(nn.Module):
         return [self.conv1] if self.first else [self.conv0, self.conv1]
 
     def forward(
-        self, x: Tensor | None, planes: Tensor | None, ws: Tensor, dtype: torch.dtype, noise_mode: str
+        self,
+        x: Tensor | None,
+        planes: Tensor | None,
+        ws: Tensor,
+        dtype: torch.dtype,
+        noise_mode: str,
+        level: Level | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """ws [B, num_convs + 1, w_dim]; x and planes at half the resolution (None at the first)."""
+        """ws [B, num_convs + 1, w_dim]; x and planes at half the resolution (None at the first).
+
+        With a `level`, only what that says is computed, of what the level below hands on.
+        """
         if self.first:
             x = self.const.to(dtype).expand(len(ws), -1, -1, -1).contiguous(memory_format=torch.channels_last)
-        else:
+        elif level is None:
             x = self.conv0(x.to(dtype), ws[:, 0], noise_mode)
-        x = self.conv1(x, ws[:, self.num_convs - 1], noise_mode)
+        else:
+            x = ops.cut(x, level.below, level.below_size)
+            x = self.conv0(x.to(dtype), ws[:, 0], noise_mode, level.frame)
+            x = ops.cut(x, level.between, level.size)
+        x = self.conv1(x, ws[:, self.num_convs - 1], noise_mode, None if level is None else level.first)
         added = self.to_planes(x, ws[:, self.num_convs]).to(ws.dtype)
-        return x, added if planes is None else self.upsample(planes) + added
+        return x, added if planes is None else self.upsample(planes, level) + added
 
     def chained(
         self,
@@ -145,6 +187,7 @@ class SynthesisBlock(nn.Module):
         modulations: Sequence[ops.Modulation],
         next_style: Tensor | None,
         noise_mode: str,
+        level: Level | None = None,
     ) -> tuple[Tensor | None, Tensor]:
         """`forward` in a chain: x comes and goes times the style of the convolution that reads it.
 
@@ -156,21 +199,30 @@ class SynthesisBlock(nn.Module):
         if self.first:
             x = self.const.to(last.weight.dtype) * last.style.to(last.weight.dtype)[:, :, None, None]
             x = x.contiguous(memory_format=torch.channels_last)
-        else:
+        elif level is None:
             (x,) = self.conv0.chained(x, modulations[0], noise_mode, (last.style,))
-        y, *following = self.conv1.chained(x, last, noise_mode, (None,) if next_style is None else (None, next_style))
+        else:
+            x = ops.cut(x, level.below, level.below_size)
+            (x,) = self.conv0.chained(x, modulations[0], noise_mode, (last.style,), level.frame)
+            x = ops.cut(x, level.between, level.size)
+        styles, first = (None,) if next_style is None else (None, next_style), None if level is None else level.first
+        y, *following = self.conv1.chained(x, last, noise_mode, styles, first)
         product, bias = self.to_planes.product(y, ws[:, self.num_convs]), self.to_planes.bias
         if planes is None:
-            planes = ops.bias_act(product, bias, clamp=CLAMP, backend=self.backend).to(ws.dtype)
+            planes = ops.bias_act(product, bias, clamp=self.clamp, backend=self.backend).to(ws.dtype)
+        elif level is None:
+            planes = self.upsample(planes, added=product, bias=bias, clamp=self.clamp)
         else:
-            planes = self.upsample(planes, added=product, bias=bias, clamp=CLAMP)
+            added = ops.bias_act(product, bias, clamp=self.clamp, backend=self.backend).to(ws.dtype)
+            planes = self.upsample(planes, level) + added
         return following[0] if following else None, planes
 
-    def upsample(self, planes: Tensor, **added: Any) -> Tensor:
-        """The running sum times 2; see `ops.upfirdn2d` for what may be added to it."""
+    def upsample(self, planes: Tensor, level: Level | None = None, **added: Any) -> Tensor:
+        """The running sum times 2, or the part of it that a level hands on; `ops.upfirdn2d` says what may be added."""
         # "Same size" padding of an up-2 filter: (n + 1) // 2 before, (n - 2) // 2 after.
         pads = ((len(LOW_PASS) + 1) // 2, (len(LOW_PASS) - 2) // 2)
-        return ops.upfirdn2d(planes, self.low_pass, up=2, padding=pads * 2, gain=4, backend=self.backend, **added)
+        planes = ops.upfirdn2d(planes, self.low_pass, up=2, padding=pads * 2, gain=4, backend=self.backend, **added)
+        return planes if level is None else ops.cut(planes, level.planes, level.size)
 
 
 class Synthesis(nn.Module):
@@ -180,6 +232,8 @@ class Synthesis(nn.Module):
         w_dim: Width of the style vectors.
         resolution: Of the planes, a power of two of at least 8.
         plane_channels: Numbers that come out, 3 * C.
+        clamp: Of activations and of what is added to the planes; None for never.
+        noise: Whether noise images are added; False is noise mode "none" whatever is asked for.
         half_blocks: Blocks, counted from the highest resolution, that run in fp16 on a GPU.
         backend: See `ops`.
     """
@@ -192,25 +246,44 @@ class Synthesis(nn.Module):
         *,
         channel_base: int = 32768,
         channel_max: int = 512,
+        clamp: float | None = CLAMP,
+        noise: bool = True,
         half_blocks: int = 0,
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        self.backend = backend
+        self.noise, self.backend = noise, backend
         self.resolutions = [2**i for i in range(2, resolution.bit_length())]
         self.half_resolutions = self.resolutions[::-1][:half_blocks]
         c_in = 0
         for res in self.resolutions:
             c_out = channels_at(res, channel_base, channel_max)
-            self.add_module(f"b{res}", SynthesisBlock(c_in, c_out, plane_channels, w_dim, res, backend=backend))
+            block = SynthesisBlock(c_in, c_out, plane_channels, w_dim, res, clamp=clamp, backend=backend)
+            self.add_module(f"b{res}", block)
             c_in = c_out
         # Every convolution has a style vector; a to-planes layer shares the next one, and the last has its own.
         self.num_ws = 2 * len(self.resolutions)
 
     def forward(self, ws: Tensor, noise_mode: str = "random") -> Tensor:
         """ws [B, num_ws, w_dim] -> planes [B, 3*C, H, W], channels_last, dtype of ws."""
+        return self._planes(ws, noise_mode, {})
+
+    def in_region(
+        self, ws: Tensor, region: Region | Plan, noise_mode: str = "random"
+    ) -> tuple[Tensor, ops.PlaneRegion | None]:
+        """`forward`, but for what lies outside of a region.
+
+        Returns:
+            Planes [B, 3*C, h, w], a little larger than the region, and where they lie; those of their texels that lie
+            in the region are right, the rest need not be.
+        """
+        work = region if isinstance(region, Plan) else plan(region, self.resolutions[-1], ws.device)
+        return self._planes(ws, noise_mode, work.levels), work.planes
+
+    def _planes(self, ws: Tensor, noise_mode: str, levels: dict[int, Level]) -> Tensor:
         if noise_mode not in NOISE_MODES:
             raise ValueError(f"Synthesis: noise_mode must be one of {', '.join(NOISE_MODES)}, got {noise_mode!r}")
+        noise_mode = noise_mode if self.noise else "none"
         blocks = [getattr(self, f"b{res}") for res in self.resolutions]
         halves = [ws.is_cuda and res in self.half_resolutions for res in self.resolutions]
         dtypes = [torch.float16 if half else ws.dtype for half in halves]
@@ -218,8 +291,8 @@ class Synthesis(nn.Module):
         vectors = [ws[:, i : i + block.num_convs + 1] for i, block in zip(firsts, blocks, strict=True)]
         x = planes = None
         if resolve("modulated_conv2d", self.backend, ws.device.type) == "reference":
-            for block, block_ws, dtype in zip(blocks, vectors, dtypes, strict=True):
-                x, planes = block(x, planes, block_ws, dtype, noise_mode)
+            for res, block, block_ws, dtype in zip(self.resolutions, blocks, vectors, dtypes, strict=True):
+                x, planes = block(x, planes, block_ws, dtype, noise_mode, levels.get(res))
         else:
             modulations = [
                 [conv.modulation(block_ws[:, i], dtype) for i, conv in enumerate(block.convs())]
@@ -229,5 +302,6 @@ class Synthesis(nn.Module):
             for i, block in enumerate(blocks):
                 if x is not None:
                     x = x.to(dtypes[i])
-                x, planes = block.chained(x, planes, vectors[i], modulations[i], next_styles[i], noise_mode)
+                level = levels.get(self.resolutions[i])
+                x, planes = block.chained(x, planes, vectors[i], modulations[i], next_styles[i], noise_mode, level)
         return planes.contiguous(memory_format=torch.channels_last)

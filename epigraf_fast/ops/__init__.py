@@ -12,6 +12,7 @@ planes are [B, 3*C, H, W]; points [B, N, 3]; t, a distance along a unit ray in w
 
 from .bias_act import bias_act
 from .composite import Composite, composite
+from .cut import cut
 from .decode_triplane import decode_triplane, decode_triplane_coarse_to_fine, decode_triplane_rays
 from .draws import draw_seed
 from .modulated_conv2d import (
@@ -23,15 +24,17 @@ from .modulated_conv2d import (
     modulation,
 )
 from .sample_importance import invert_cdf, sample_importance, sample_stratified
-from .sample_triplane import sample_triplane
+from .sample_triplane import PlaneRegion, sample_triplane
 from .upfirdn2d import upfirdn2d
 
 __all__ = [
     "Composite",
     "Modulation",
+    "PlaneRegion",
     "bias_act",
     "composite",
     "conv2d_resample",
+    "cut",
     "decode_triplane",
     "decode_triplane_coarse_to_fine",
     "decode_triplane_rays",

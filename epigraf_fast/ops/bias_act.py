@@ -14,7 +14,7 @@ from ..reference.bias_act import ACTIVATIONS
 from ..reference.bias_act import bias_act as _reference
 from . import library, native
 from .backends import resolve
-from .checks import check_choice, check_clamp, check_dtype, check_shape, check_together
+from .checks import check_choice, check_clamp, check_dtype, check_gain, check_integers, check_shape, check_together
 
 
 def bias_act(
@@ -33,26 +33,28 @@ def bias_act(
         x: Any shape.
         bias: [x.shape[dim]].
         act: linear, relu, lrelu (slope 0.2), tanh, sigmoid, elu, selu, softplus or swish (x sigmoid(x)).
-        gain: Default sqrt(2) for relu, lrelu and swish, 1 for the others.
+        gain: Finite; default sqrt(2) for relu, lrelu and swish, 1 for the others.
         clamp: Positive, or None. The gradient is 0 where clipped.
 
     Returns:
-        Shape and dtype of x.
+        Shape and dtype of x. NaN stays NaN.
 
     Derivatives: reference any order; cpu and cuda the second, the bias's summed in one fixed order.
 
     Raises:
-        ValueError, TypeError: Wrong shape, dtype, device, dim or activation; a clamp that is not positive; unknown or
-            missing backend.
+        ValueError, TypeError: Wrong shape, dtype, device, dim or activation; a clamp that is not positive, a gain that
+            is not finite; unknown or missing backend.
         NotImplementedError: cpu, cuda: a third derivative is asked for.
     """
     check_together("bias_act", x=x, bias=bias)
     check_choice("bias_act", "act", act, tuple(ACTIVATIONS))
     if bias is not None:
+        check_integers("bias_act", dim=dim)
         if not -x.ndim <= dim < x.ndim:
             raise ValueError(f"bias_act: dim must be a dimension of x, which has {x.ndim}, got {dim}")
         check_shape("bias_act", "bias", bias, (x.shape[dim],))
-    check_clamp("bias_act", clamp)
+    check_gain("bias_act", gain)
+    clamp = check_clamp("bias_act", clamp)
     chosen = resolve("bias_act", backend, x.device.type)
     route = library.route(x, bias)
     if "reference" in (chosen, route):

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+from numbers import Integral, Real
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from ..reference.sample_triplane import PlaneRegion
+from . import library
+
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+NUMBER, INTEGER = (Real, torch.SymFloat, torch.SymInt), (Integral, torch.SymInt)
 
 
 def check_shape(op: str, name: str, tensor: Tensor, expected: tuple[int | str, ...]) -> None:
@@ -64,10 +73,50 @@ def check_broadcast(op: str, name: str, tensor: Tensor, target: tuple[int, ...])
         raise ValueError(f"{op}: {name} must broadcast to {list(target)}, got {list(tensor.shape)}")
 
 
-def check_clamp(op: str, clamp: float | None) -> None:
-    """Raises ValueError when `clamp` is neither None nor positive."""
-    if clamp is not None and not clamp > 0:
+def check_finite(op: str, name: str, value: Any) -> None:
+    """Raises ValueError unless `value` is a finite number."""
+    if not (isinstance(value, NUMBER) and math.isfinite(value)):
+        raise ValueError(f"{op}: {name} must be a finite number, got {value}")
+
+
+def check_positive(op: str, name: str, value: Any, *, or_zero: bool = False) -> None:
+    """Raises ValueError unless `value` is a finite number above 0, or `or_zero` 0."""
+    if not (isinstance(value, NUMBER) and math.isfinite(value) and (value > 0 or (or_zero and value == 0))):
+        raise ValueError(f"{op}: {name} must be finite and {'not negative' if or_zero else 'positive'}, got {value}")
+
+
+def check_integers(op: str, **values: Any) -> None:
+    """Raises TypeError unless all are whole numbers."""
+    for name, value in values.items():
+        if not isinstance(value, INTEGER):
+            if isinstance(value, Tensor) and torch.jit.is_tracing():  # what sizes are while torch.jit.trace records
+                continue
+            raise TypeError(f"{op}: {name} must be an integer, got {value!r}")
+
+
+def check_clamp(op: str, clamp: float | None) -> float | None:
+    """The clamp, None for an infinite one. Raises ValueError when it is neither None nor a positive number."""
+    if clamp is not None and not (isinstance(clamp, NUMBER) and clamp > 0):
         raise ValueError(f"{op}: clamp must be positive or None, got {clamp}")
+    return None if clamp == math.inf else clamp
+
+
+def check_gain(op: str, gain: float | None) -> None:
+    """Raises ValueError when `gain` is neither None nor a finite number."""
+    if gain is not None:
+        check_finite(op, "gain", gain)
+
+
+def check_density(
+    op: str, activation: str, softplus_beta: float, density_shift: float, last_interval: float, t: Tensor
+) -> None:
+    """What turns raw density into opacity: raises ValueError where it cannot, be it only in the dtype of t."""
+    check_choice(op, "activation", activation, ("softplus", "relu"))
+    check_positive(op, "softplus_beta", softplus_beta)
+    check_finite(op, "density_shift", density_shift)
+    check_positive(op, "last_interval", last_interval, or_zero=True)
+    if last_interval > torch.finfo(t.dtype).max:
+        raise ValueError(f"{op}: last_interval must be finite in {t.dtype} (because t is), got {last_interval}")
 
 
 def check_planes(op: str, planes: Tensor) -> None:
@@ -80,11 +129,67 @@ def check_planes(op: str, planes: Tensor) -> None:
         )
 
 
+def check_region(op: str, region: PlaneRegion | None, planes: Tensor) -> None:
+    """The region fits planes [B, 3*C, h, w]; where its texels lie only a CPU looks, and not while tracing.
+
+    Raises:
+        TypeError, ValueError: It does not.
+    """
+    if region is None:
+        return
+    first, whole = region
+    check_shape(op, "region.first", first, (len(planes), 2))
+    check_dtype(op, "region.first", first, (torch.int32, torch.int64), "it counts texels")
+    if first.device != planes.device:
+        raise ValueError(f"{op}: region.first must be on {planes.device} as planes is, got {first.device}")
+    size = planes.shape[2:]
+    if len(whole) != 2 or not all(n <= most for n, most in zip(size, whole, strict=True)):
+        raise ValueError(f"{op}: region.whole must be at least the size {list(size)} of planes, got {list(whole)}")
+    if planes.device.type == "cpu" and library.route(planes, first) is library.PLAIN:
+        room = first.new_tensor(whole) - first.new_tensor(size)
+        if bool(((first < 0) | (first > room)).any()):
+            raise ValueError(
+                f"{op}: region.first must leave room for {list(size)} in {list(whole)}, got {first.tolist()}"
+            )
+
+
 def check_dtype(op: str, name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], because: str) -> None:
     """Raises TypeError when the dtype is none of `dtypes`; `because` says who asks for it."""
     if tensor.dtype not in dtypes:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{op}: {name} must be {names} (because {because}), got {tensor.dtype}")
+
+
+def checked_resample(
+    op: str, resample: Callable[[Tensor], Tensor], t: Tensor, inputs: Sequence[Tensor] | None
+) -> Callable[[Tensor], Tensor]:
+    """`resample` of the detached argument, its result detached, and an error where it does not keep to its contract.
+
+    Args:
+        inputs: What it must not change, or None where versions are not to be had, as while tracing.
+    """
+
+    def checked(coarse: Tensor) -> Tensor:
+        if inputs is None:
+            given, watched = coarse.detach().clone(), []
+        elif coarse.is_inference():  # whose changes torch does not count: what is changed is a copy
+            given, watched = coarse.clone(), [x for x in inputs if not x.is_inference()]
+        else:
+            given, watched = coarse.detach(), [coarse, *inputs]
+        before = [x._version for x in watched]
+        with torch.no_grad():
+            t_fine = resample(given)
+        if [x._version for x in watched] != before:
+            raise ValueError(
+                f"{op}: resample must not change tensors in place (because the result and the gradients depend on "
+                f"them), got one changed: let it clone what it changes"
+            )
+        check_together(op, **{"t": t, "what resample returns": t_fine})
+        check_shape(op, "what resample returns", t_fine, (*t.shape[:2], "K"))
+        check_dtype(op, "what resample returns", t_fine, (t.dtype,), "t is")
+        return t_fine.detach()
+
+    return checked
 
 
 def check_no_gradient(op: str, **tensors: Tensor | None) -> None:

@@ -13,7 +13,7 @@ from . import library
 from .backends import resolve
 from .checks import (
     TRITON_DTYPES,
-    check_choice,
+    check_density,
     check_dtype,
     check_no_gradient,
     check_shape,
@@ -22,8 +22,6 @@ from .checks import (
 )
 from .draws import check_no_seed, check_noise_std, is_noisy, seed_for_kernel, std_for_kernel
 from .ranges import annotate
-
-DENSITY_ACTIVATIONS = ("softplus", "relu")
 
 
 def composite(
@@ -43,6 +41,7 @@ def composite(
     white_background: bool = False,
     background: Tensor | None = None,
     return_weights: bool = False,
+    t_sorted: bool = False,
     backend: str | None = None,
 ) -> Composite:
     """rgb = sum_i w_i c_i, depth = sum_i w_i t_i over both sets in order of t (SPEC section 4).
@@ -55,32 +54,35 @@ def composite(
         t: [B, R, S_coarse], distance along the ray, world units.
         values: [B, R, S_coarse, C+1], colours (any number, linear), raw density last.
         t_fine, values_fine: [B, R, S_fine], [B, R, S_fine, C+1], or None for one set alone.
-        activation: "softplus" (softplus(b x) / b with b = softplus_beta) or "relu".
+        activation: "softplus" (softplus(b x) / b with b = softplus_beta, positive) or "relu".
         density_noise: [B, R, S_coarse + S_fine], added to the raw density of the sorted samples.
         noise_std: Standard deviation of normal noise that is drawn in place of density_noise: a number (0 for none) or
             a tensor of one, which always draws.
         seed: [1] int64 on the device of t, for backend triton, which draws noise from it by Philox, and again in the
             backward; a CUDA graph reads it anew at each replay. Default: drawn from torch's generator, as the noise
             itself is by the reference.
-        last_interval: 1e10 without a background, 1e-3 in front of one.
+        last_interval: 1e10 without a background, 1e-3 in front of one; finite, not negative.
         last_back: Adds 1 - sum(w) to the last weight.
-        white_background: Adds 1 - sum(w), sum(w) before `last_back`, to the first three colours.
+        white_background: Adds 1 - sum(w), sum(w) before `last_back`, to the first three colours, of which there are.
         background: [B, R, C], added times the final transmittance.
         return_weights: Whether to return the weights too.
+        t_sorted: The caller's word that t, and t_fine, rise along every ray, as those of `sample_stratified` and
+            `sample_importance` do. Saves sorting one set alone, and each of two, which backend triton merges.
 
     Returns:
         rgb [B, R, C]; depth [B, R], not normalized; weight_sum [B, R], before `last_back`; final_transmittance [B, R],
         T in front of the last sample; weights [B, R, S_coarse + S_fine] in order of t, or None.
 
-    Backend triton: t is fp32 and each set sorted (it merges them, and does not sort), values fp32, fp16 or bf16; the
-    results are fp32. Rows of samples are read in place where they are dense and evenly spaced, else copied. Both sets
-    together hold at most 2048 samples of up to 4 numbers (1024 of 8, 512 of 16, 128 of 32).
+    Backend triton: t is fp32, values fp32, fp16 or bf16; the results are fp32. Rows of samples are read in place where
+    they are dense and evenly spaced, else copied. Both sets together hold at most 2048 samples of up to 4 numbers (1024
+    of 8, 512 of 16, 128 of 32).
 
     Derivatives: reference any order, to everything (through the merge, too); triton the first, to everything but t.
 
     Raises:
-        ValueError, TypeError: Wrong ranks, shapes, dtypes, devices or activation; half of the second set missing;
-            density_noise beside noise_std; `seed` for another backend; unknown or missing backend.
+        ValueError, TypeError: Wrong ranks, shapes, dtypes, devices, activation or numbers; half of the second set
+            missing; a white background of less than three colours; density_noise beside noise_std; `seed` for another
+            backend; unknown or missing backend.
         NotImplementedError: With triton a gradient to t, or a second derivative.
     """
     check_together(
@@ -109,16 +111,21 @@ def composite(
         check_shape("composite", "density_noise", density_noise, (*t.shape[:2], samples))
     if background is not None:
         check_shape("composite", "background", background, (*t.shape[:2], values.shape[-1] - 1))
-    check_choice("composite", "activation", activation, DENSITY_ACTIVATIONS)
+    check_density("composite", activation, softplus_beta, density_shift, last_interval, t)
+    if white_background and values.shape[-1] < 4:
+        raise ValueError(
+            f"composite: values must hold at least 3 colours and a density (because white_background is set), "
+            f"got {list(values.shape)}"
+        )
     check_noise_std("composite", noise_std, t.device)
     noisy = is_noisy(noise_std)
     if noisy and density_noise is not None:
         raise ValueError(f"composite: noise_std must be 0 where density_noise is given, got {noise_std}")
     settings = {
         "activation": activation,
-        "softplus_beta": softplus_beta,
-        "density_shift": density_shift,
-        "last_interval": last_interval,
+        "softplus_beta": float(softplus_beta),
+        "density_shift": float(density_shift),
+        "last_interval": float(last_interval),
         "last_back": last_back,
         "white_background": white_background,
     }
@@ -139,12 +146,17 @@ def composite(
                 f"composite: t and t_fine must hold at most {kernels.max_samples(channels)} samples of {channels} "
                 f'numbers together (because backend is "triton"), got {samples}'
             )
+        if not t_sorted:
+            t, values = sort_samples(t, values)
+            t_fine, values_fine = (None, None) if t_fine is None else sort_samples(t_fine, values_fine)
         seed = seed_for_kernel("composite", seed, t.device) if noisy else None
         std, number = std_for_kernel(noise_std) if noisy else (None, None)
         inputs = t, values, t_fine, values_fine, density_noise, background, seed, std
         return Composite(*library.call(route, _Composite, *inputs, _Settings(**settings), return_weights, number))
     if noisy or chosen != "triton":
         check_no_seed("composite", seed)
+    if t_fine is None and not t_sorted:  # two sets are sorted together in any case
+        t, values = sort_samples(t, values)
     if noisy:
         density_noise = noise_std * torch.randn(*t.shape[:2], samples, dtype=t.dtype, device=t.device)
     return _reference(
@@ -157,6 +169,14 @@ def composite(
         return_weights=return_weights,
         **settings,
     )
+
+
+def sort_samples(t: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, R, S] in rising order, and with it [B, R, S] or [B, R, S, C]; equal ones keep theirs."""
+    t, order = t.sort(dim=-1, stable=True)
+    if values.ndim > t.ndim:
+        order = order[..., None].expand_as(values)
+    return t, values.gather(2, order)
 
 
 def _check_triton(t: Tensor, values: Tensor, t_fine: Tensor | None, values_fine: Tensor | None) -> None:

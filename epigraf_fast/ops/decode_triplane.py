@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from ..reference.decode_triplane import decode_features, points_on_rays
 from ..reference.decode_triplane import decode_triplane as _reference
 from ..reference.decode_triplane import decode_triplane_rays as _reference_rays
+from ..reference.sample_triplane import PlaneRegion
 from . import decode_triplane_cpu, library
 from .backends import resolve
 from .checks import (
@@ -22,14 +22,17 @@ from .checks import (
     check_dtype,
     check_no_gradient,
     check_planes,
+    check_positive,
+    check_region,
     check_shape,
     check_together,
     check_triton_planes,
+    checked_resample,
     no_second_derivative,
     resolve_deterministic,
 )
 from .ranges import annotate
-from .sample_triplane import sample_triplane_cpu
+from .sample_triplane import as_region, sample_triplane_cpu
 
 PRECISIONS = ("fp32", "tf32", "fp16")
 
@@ -66,6 +69,7 @@ def decode_triplane(
     w1: Tensor,
     b1: Tensor,
     *,
+    region: PlaneRegion | None = None,
     precision: str = "fp32",
     deterministic: bool | None = None,
     backend: str | None = None,
@@ -77,14 +81,15 @@ def decode_triplane(
             multiple of 8 and at most 64.
         points: [B, N, 3], in units of the cube's half size. triton: fp32.
         w0, b0: [hidden, C], [hidden], the equalized learning rate folded in. triton: hidden 16 to 128.
-        w1, b1: [out, hidden], [out]. triton: out 2 to 16; the network may be in another dtype than the planes.
+        w1, b1: [out, hidden], [out]. triton: out 2 to 16. Planes and network may be in different dtypes.
+        region: Where the planes lie in whole ones, see `sample_triplane`.
         precision: triton: how the factors of the network's products are rounded: "fp32", "tf32" or "fp16" (gradients in
             tf32 then). Sums are fp32. The other backends follow torch's settings.
         deterministic: triton: whether the gradients have the same bits in every run, as in `sample_triplane`; those of
             the network are then written once a program and added in a fixed order.
 
     Returns:
-        [B, N, out]: raw colour, raw density last; the wider dtype of planes and network.
+        [B, N, out]: raw colour, raw density last; the widest dtype of planes and network (of fp16 and bf16 fp32).
 
     Derivatives: reference any order, to everything; cpu the first, summed in a fixed order (by the extension where all
         is fp32 or all fp64 and no gradient to points is asked for, else by torch's grid sampler); triton the first, to
@@ -98,13 +103,15 @@ def decode_triplane(
     _check_network("decode_triplane", planes, w0, b0, w1, b1)
     check_shape("decode_triplane", "points", points, (planes.shape[0], "N", 3))
     check_choice("decode_triplane", "precision", precision, PRECISIONS)
+    check_region("decode_triplane", region, planes)
     chosen = resolve("decode_triplane", backend, planes.device.type)
     route = library.route(planes, points, w0, b0, w1, b1)
     if "reference" in (chosen, route):
-        return _reference(planes, points, w0, b0, w1, b1)
+        return _reference(planes, points, w0, b0, w1, b1, region)
     if chosen == "triton":
         _check_triton("decode_triplane", planes, {"w0": w0, "b0": b0, "w1": w1, "b1": b1}, {"points": points})
-    return _decode(route, chosen, planes, (points, None, None), (w0, b0, w1, b1), 1.0, precision, deterministic)
+    rays, network = (points, None, None), (w0, b0, w1, b1)
+    return _decode(route, chosen, planes, rays, network, 1.0, region, precision, deterministic)
 
 
 def _is_fused(planes: Tensor, rays: tuple[Tensor | None, ...], network: tuple[Tensor, ...]) -> bool:
@@ -122,18 +129,20 @@ def _decode(
     rays: tuple[Tensor, Tensor | None, Tensor | None],
     network: tuple[Tensor, Tensor, Tensor, Tensor],
     cube_scale: float,
+    region: PlaneRegion | None,
     precision: str,
     deterministic: bool | None,
 ) -> Tensor:
     """At points, or at rays and their t, by triton or cpu."""
     if chosen == "triton" or _is_fused(planes, rays, network):
-        settings = _Settings(float(cube_scale), precision, resolve_deterministic(deterministic), chosen)
-        return library.call(route, _DecodeTriplane, planes, *rays, *network, settings)
+        first, settings = _settings(cube_scale, region, precision, deterministic, chosen)
+        return library.call(route, _DecodeTriplane, planes, *rays, *network, first, settings)
     points, directions, t = rays
     if t is None:
-        return decode_features(sample_triplane_cpu(planes, points), *network)
+        return decode_features(sample_triplane_cpu(planes, points, region), *network)
     points = points_on_rays(points, directions, t) / cube_scale
-    return decode_features(sample_triplane_cpu(planes, points.flatten(1, 2)), *network).unflatten(1, t.shape[1:])
+    features = sample_triplane_cpu(planes, points.flatten(1, 2), region)
+    return decode_features(features, *network).unflatten(1, t.shape[1:])
 
 
 def decode_triplane_rays(
@@ -147,6 +156,7 @@ def decode_triplane_rays(
     b1: Tensor,
     cube_scale: float = 1.0,
     *,
+    region: PlaneRegion | None = None,
     precision: str = "fp32",
     deterministic: bool | None = None,
     backend: str | None = None,
@@ -157,10 +167,10 @@ def decode_triplane_rays(
         ray_origins, ray_directions: [B, R, 3], world units, directions of length one.
         t: [B, R, S], distance along the ray, world units.
         cube_scale: Half size of the cube that the planes span, world units.
-        planes, w0, b0, w1, b1, precision, deterministic: See `decode_triplane`.
+        planes, w0, b0, w1, b1, region, precision, deterministic: See `decode_triplane`.
 
     Returns:
-        [B, R, S, out]: raw colour, raw density last.
+        [B, R, S, out]: raw colour, raw density last; dtype as of `decode_triplane`.
 
     Derivatives: reference any order, to everything; cpu the first; triton the first, to planes and network.
 
@@ -170,10 +180,10 @@ def decode_triplane_rays(
         NotImplementedError: triton: a gradient to rays or t, or a second derivative, is asked for.
     """
     op, rays, network = "decode_triplane_rays", (ray_origins, ray_directions, t), (w0, b0, w1, b1)
-    route, chosen = _check_rays(op, planes, rays, network, cube_scale, precision, backend)
+    route, chosen = check_rays(op, planes, rays, network, cube_scale, region, precision, backend)
     if chosen == "reference":
-        return _reference_rays(planes, *rays, *network, cube_scale)
-    return _decode(route, chosen, planes, rays, network, cube_scale, precision, deterministic)
+        return _reference_rays(planes, *rays, *network, cube_scale, region)
+    return _decode(route, chosen, planes, rays, network, cube_scale, region, precision, deterministic)
 
 
 def decode_triplane_coarse_to_fine(
@@ -188,6 +198,7 @@ def decode_triplane_coarse_to_fine(
     b1: Tensor,
     cube_scale: float = 1.0,
     *,
+    region: PlaneRegion | None = None,
     precision: str = "fp32",
     deterministic: bool | None = None,
     backend: str | None = None,
@@ -197,8 +208,9 @@ def decode_triplane_coarse_to_fine(
     The same as two calls; but with triton one backward launch serves both, and one gradient of the planes.
 
     Args:
-        resample: Maps the coarse result [B, R, S, out], detached, to fine t [B, R, K].
-        planes, ray_origins, ray_directions, t, w0, b0, w1, b1, cube_scale, precision, deterministic: See
+        resample: Maps the coarse result [B, R, S, out], detached, to fine t [B, R, K], dtype and device of t. It must
+            not change any argument in place.
+        planes, ray_origins, ray_directions, t, w0, b0, w1, b1, cube_scale, region, precision, deterministic: See
             `decode_triplane_rays`.
 
     Returns:
@@ -207,26 +219,29 @@ def decode_triplane_coarse_to_fine(
     Derivatives: as `decode_triplane_rays`; none through `resample`.
 
     Raises:
-        As `decode_triplane_rays`.
+        As `decode_triplane_rays`; also where `resample` gives something else, or changes what it was given.
     """
     op, rays, network = "decode_triplane_coarse_to_fine", (ray_origins, ray_directions, t), (w0, b0, w1, b1)
-    route, chosen = _check_rays(op, planes, rays, network, cube_scale, precision, backend)
-    if route is library.PLAIN and (chosen == "triton" or (chosen == "cpu" and _is_fused(planes, rays, network))):
-        settings = _Settings(float(cube_scale), precision, resolve_deterministic(deterministic), chosen)
-        return _DecodeCoarseToFine.apply(planes, *rays, resample, *network, settings)
-    options = {"precision": precision, "deterministic": deterministic, "backend": chosen}
+    route, chosen = check_rays(op, planes, rays, network, cube_scale, region, precision, backend)
+    plain = route is library.PLAIN
+    resample = checked_resample(op, resample, t, (planes, *rays, *network) if plain else None)
+    if plain and (chosen == "triton" or (chosen == "cpu" and _is_fused(planes, rays, network))):
+        first, settings = _settings(cube_scale, region, precision, deterministic, chosen)
+        return _DecodeCoarseToFine.apply(planes, *rays, resample, *network, first, settings)
+    options = {"region": region, "precision": precision, "deterministic": deterministic, "backend": chosen}
     coarse = decode_triplane_rays(planes, *rays, *network, cube_scale, **options)
-    t_fine = resample(coarse.detach())
+    t_fine = resample(coarse)
     fine = decode_triplane_rays(planes, *rays[:2], t_fine, *network, cube_scale, **options)
     return coarse, t_fine, fine
 
 
-def _check_rays(
+def check_rays(
     op: str,
     planes: Tensor,
     rays: tuple[Tensor, Tensor, Tensor],
     network: tuple[Tensor, Tensor, Tensor, Tensor],
     cube_scale: float,
+    region: PlaneRegion | None,
     precision: str,
     backend: str | None,
 ) -> tuple[str, str]:
@@ -235,11 +250,11 @@ def _check_rays(
     network = dict(zip(("w0", "b0", "w1", "b1"), network, strict=True))
     check_together(op, planes=planes, **rays, **network)
     _check_network(op, planes, **network)
+    check_region(op, region, planes)
     check_shape(op, "ray_origins", rays["ray_origins"], (planes.shape[0], "R", 3))
     check_shape(op, "ray_directions", rays["ray_directions"], tuple(rays["ray_origins"].shape))
     check_shape(op, "t", rays["t"], (planes.shape[0], rays["ray_origins"].shape[1], "S"))
-    if not (math.isfinite(cube_scale) and cube_scale > 0):
-        raise ValueError(f"{op}: cube_scale must be finite and positive (it divides the points), got {cube_scale}")
+    check_positive(op, "cube_scale", cube_scale)
     check_choice(op, "precision", precision, PRECISIONS)
     chosen = resolve("decode_triplane", backend, planes.device.type)
     route = library.route(planes, *rays.values(), *network.values())
@@ -255,10 +270,18 @@ class _Settings(NamedTuple):
     precision: str
     deterministic: bool
     backend: str
+    whole: Sequence[int] | None  # of the region, of which `first` is among the tensors
 
     @property
     def kernels(self) -> ModuleType:
         return decode_triplane_cpu if self.backend == "cpu" else _triton_kernels()
+
+
+def _settings(
+    cube_scale: float, region: PlaneRegion | None, precision: str, deterministic: bool | None, backend: str
+) -> tuple[Tensor | None, _Settings]:
+    first, whole = (None, None) if region is None else region
+    return first, _Settings(float(cube_scale), precision, resolve_deterministic(deterministic), backend, whole)
 
 
 @functools.cache
@@ -269,7 +292,7 @@ def _triton_kernels() -> ModuleType:
 
 
 _INPUTS = "Tensor planes, Tensor origins, Tensor? directions, Tensor? t, Tensor w0, Tensor b0, Tensor w1"
-_OPTIONS = "float cube_scale, str precision, bool deterministic, str backend"
+_OPTIONS = "Tensor? first, float cube_scale, str precision, bool deterministic, str backend, SymInt[2]? whole"
 
 
 @library.register(f"decode_triplane({_INPUTS}, Tensor b1, {_OPTIONS}) -> Tensor")
@@ -285,33 +308,35 @@ class _DecodeTriplane:
     @staticmethod
     @annotate("decode_triplane_fwd")
     def run(*args: Any) -> Tensor:
-        *tensors, settings = args
-        return settings.kernels.fwd(*tensors, settings.cube_scale, settings.precision)
+        *tensors, first, settings = args
+        region = as_region(first, settings.whole)
+        return settings.kernels.fwd(*tensors, settings.cube_scale, settings.precision, region=region)
 
     @staticmethod
     def empty(planes: Tensor, origins: Tensor, directions: Tensor | None, t: Tensor | None, *args: Any) -> Tensor:
-        *network, _ = args
+        *network, _, _ = args
         dtype = functools.reduce(torch.promote_types, (x.dtype for x in network), planes.dtype)
         return planes.new_empty(*(origins.shape[:2] if t is None else t.shape), len(network[2]), dtype=dtype)
 
     @staticmethod
     def reference(planes: Tensor, origins: Tensor, directions: Tensor | None, t: Tensor | None, *args: Any) -> Tensor:
-        *network, settings = args
+        *network, first, settings = args
+        region = as_region(first, settings.whole)
         if t is None:
-            return _reference(planes, origins, *network)
-        return _reference_rays(planes, origins, directions, t, *network, settings.cube_scale)
+            return _reference(planes, origins, *network, region)
+        return _reference_rays(planes, origins, directions, t, *network, settings.cube_scale, region)
 
     @staticmethod
     def keep(ctx: Any, inputs: tuple[Any, ...], y: Tensor) -> None:
-        *tensors, b1, ctx.settings = inputs
+        *tensors, b1, first, ctx.settings = inputs
         ctx.b1_dtype = b1.dtype
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(*tensors, first)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         options = ctx.settings, ctx.b1_dtype, (ctx.needs_input_grad[0], any(ctx.needs_input_grad[4:8]))
         gradients = library.apply(_DecodeTriplaneBackward, grad_y, *ctx.saved_tensors, *options)
-        return gradients[0], None, None, None, *gradients[1:], None
+        return gradients[0], None, None, None, *gradients[1:], None, None
 
 
 class _DecodeCoarseToFine(torch.autograd.Function):
@@ -330,14 +355,16 @@ class _DecodeCoarseToFine(torch.autograd.Function):
         b0: Tensor,
         w1: Tensor,
         b1: Tensor,
+        first: Tensor | None,
         settings: _Settings,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         network, options = (w0, b0, w1, b1), (settings.cube_scale, settings.precision)
-        coarse = settings.kernels.fwd(planes, origins, directions, t, *network, *options)
+        region = as_region(first, settings.whole)
+        coarse = settings.kernels.fwd(planes, origins, directions, t, *network, *options, region=region)
         t_fine = resample(coarse)
-        fine = settings.kernels.fwd(planes, origins, directions, t_fine, *network, *options)
-        ctx.save_for_backward(planes, origins, directions, t, t_fine, w0, b0, w1)
+        fine = settings.kernels.fwd(planes, origins, directions, t_fine, *network, *options, region=region)
+        ctx.save_for_backward(planes, origins, directions, t, t_fine, w0, b0, w1, first)
         ctx.mark_non_differentiable(t_fine)
         ctx.settings, ctx.b1_dtype = settings, b1.dtype
         return coarse, t_fine, fine
@@ -354,7 +381,7 @@ class _DecodeCoarseToFine(torch.autograd.Function):
             grad_y, all_t = _joined(grad_coarse, grad_fine), torch.cat([t, t_fine], dim=-1)
         saved = planes, origins, directions, all_t, *network
         gradients = library.apply(_DecodeTriplaneBackward, grad_y, *saved, *options)
-        return gradients[0], None, None, None, None, *gradients[1:], None
+        return gradients[0], None, None, None, None, *gradients[1:], None, None
 
 
 def _joined(first: Tensor, second: Tensor) -> Tensor:
@@ -383,9 +410,10 @@ class _DecodeTriplaneBackward:
     @staticmethod
     @annotate("decode_triplane_bwd")
     def run(grad_y: Tensor, planes: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
-        *rays, w0, b0, w1, settings, b1_dtype, needs = args
+        *rays, w0, b0, w1, first, settings, b1_dtype, needs = args
         options = settings.cube_scale, settings.precision, *needs, settings.deterministic
-        grad_planes, grad_network = settings.kernels.bwd(grad_y, planes, *rays, w0, b0, w1, *options)
+        region = as_region(first, settings.whole)
+        grad_planes, grad_network = settings.kernels.bwd(grad_y, planes, *rays, w0, b0, w1, *options, region=region)
         if grad_planes is not None:
             grad_planes = grad_planes.to(planes.dtype)
         if grad_network is None:
@@ -395,7 +423,7 @@ class _DecodeTriplaneBackward:
 
     @staticmethod
     def empty(grad_y: Tensor, planes: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
-        *_, w0, b0, w1, _, b1_dtype, needs = args
+        *_, w0, b0, w1, _, _, b1_dtype, needs = args
         grad_planes = torch.empty_like(planes, memory_format=torch.channels_last) if needs[0] else None
         if not needs[1]:
             return grad_planes, None, None, None, None
@@ -403,10 +431,10 @@ class _DecodeTriplaneBackward:
 
     @staticmethod
     def reference(grad_y: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
-        *tensors, settings, b1_dtype, _ = args
+        *tensors, first, settings, b1_dtype, _ = args
 
         def forward(*tensors: Tensor | None) -> Tensor:
-            return _DecodeTriplane.reference(*tensors, settings)
+            return _DecodeTriplane.reference(*tensors, first, settings)
 
         b1 = grad_y.new_zeros(grad_y.shape[-1], dtype=b1_dtype)  # no gradient depends on it
         gradients = library.pull_back(forward, (*tensors, b1), (grad_y,))

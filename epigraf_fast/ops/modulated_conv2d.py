@@ -19,7 +19,17 @@ from ..reference.modulated_conv2d import normalize_weight
 from . import library, native
 from .backends import resolve
 from .bias_act import bias_act
-from .checks import check_broadcast, check_choice, check_clamp, check_dtype, check_shape, check_together
+from .checks import (
+    check_broadcast,
+    check_choice,
+    check_clamp,
+    check_dtype,
+    check_finite,
+    check_gain,
+    check_integers,
+    check_shape,
+    check_together,
+)
 from .layer_epilogue import SLOPES, Epilogue, LayerEpilogue
 from .modulation import Modulating, ModulationOfWeight
 from .upfirdn2d import upfirdn2d
@@ -31,6 +41,7 @@ def _check_convolution(op: str, x: Tensor, weight: Tensor, kernel: Tensor | None
     k = weight.shape[-1]
     if weight.shape[-2] != k or k % 2 == 0:
         raise ValueError(f"{op}: weight must be square with an odd number of taps, got {list(weight.shape)}")
+    check_integers(op, up=up, down=down)
     if up < 1 or down < 1 or (up > 1 and down > 1):
         raise ValueError(f"{op}: up and down must be at least 1, and one of them 1, got {up} and {down}")
     if up * down > 1:
@@ -144,7 +155,8 @@ def modulated_conv2d(
     if bias is not None:
         check_shape("modulated_conv2d", "bias", bias, (weight.shape[0],))
     check_choice("modulated_conv2d", "act", act, tuple(ACTIVATIONS))
-    check_clamp("modulated_conv2d", clamp)
+    check_gain("modulated_conv2d", gain)
+    clamp = check_clamp("modulated_conv2d", clamp)
     chosen = _resolve("modulated_conv2d", backend, x.device.type, kernel)
     if chosen == "reference":
         return _reference(
@@ -216,6 +228,9 @@ def modulation(
     """
     matrix, bias, factor = (None, None, 1.0) if affine is None else affine
     check_together("modulation", weight=weight, style=style, matrix=matrix, bias=bias)
+    check_finite("modulation", "affine's factor", factor)
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"modulation: dtype must be floating point, got {dtype}")
     check_shape("modulation", "weight", weight, ("C_out", "C_in", "k", "k"))
     if affine is None:
         check_shape("modulation", "style", style, ("B", weight.shape[1]))
@@ -261,6 +276,7 @@ def modulated_layer(
 
     Returns, derivatives, raises: As `layer_epilogue`.
     """
+    check_together("modulated_layer", x=x, weight=weight, demod=demod, kernel=kernel)
     _check_convolution("modulated_layer", x, weight, kernel, up, 1)
     chosen = _resolve("modulated_layer", backend, x.device.type, kernel)
     fused = up == 2 and weight.shape[-1] == 3 and tuple(kernel.shape) == (4,) and chosen != "reference"
@@ -309,7 +325,10 @@ def layer_epilogue(
         NotImplementedError: cpu, cuda: a third derivative is asked for.
     """
     op = "layer_epilogue"
-    check_together(op, x=x, blur=blur, demod=demod, noise=noise, strength=strength, bias=bias)
+    if len(styles) not in (1, 2):
+        raise ValueError(f"{op}: styles must be one or two, got {len(styles)}")
+    of_styles = {f"styles[{k}]": style for k, style in enumerate(styles)}
+    check_together(op, x=x, blur=blur, demod=demod, noise=noise, strength=strength, bias=bias, **of_styles)
     check_shape(op, "x", x, ("B", "C", "H", "W"))
     batch, channels, height, width = x.shape
     if blur is not None:
@@ -317,11 +336,9 @@ def layer_epilogue(
         if height < 2 or width < 2:
             raise ValueError(f"{op}: x must have at least 2 rows and columns (because it is blurred), got {[*x.shape]}")
         height, width = height - 1, width - 1
-    for name, vector in (("demod", demod), ("styles", styles[0]), ("styles", styles[-1])):
+    for name, vector in (("demod", demod), *of_styles.items()):
         if vector is not None:
             check_shape(op, name, vector, (batch, channels))
-    if len(styles) not in (1, 2):
-        raise ValueError(f"{op}: styles must be one or two, got {len(styles)}")
     if noise is not None:
         check_broadcast(op, "noise", noise, (batch, 1, height, width))
     if strength is not None:
@@ -329,7 +346,8 @@ def layer_epilogue(
     if bias is not None:
         check_shape(op, "bias", bias, (channels,))
     check_choice(op, "act", act, tuple(SLOPES))
-    check_clamp(op, clamp)
+    check_gain(op, gain)
+    clamp = check_clamp(op, clamp)
     chosen = _resolve(op, backend, x.device.type, blur)
     route = library.route(x, blur, demod, noise, strength, bias, *styles)
     if "reference" in (chosen, route):
@@ -347,7 +365,9 @@ def layer_epilogue(
         )
     check_dtype(op, "x", x, tuple(native.DTYPES), f'backend is "{chosen}"')
     dtype = native.compute_dtype(x.dtype)
-    if noise is not None:
+    if noise is None:
+        strength = None
+    else:
         shape = (1,) * (4 - noise.ndim) + tuple(noise.shape)
         noise = noise.reshape(shape[0], *shape[2:]).expand(-1, height, width)  # [1 or B, H, W]
     vectors = [None if v is None else v.to(dtype) for v in (blur, demod, bias, noise, strength, *styles)]

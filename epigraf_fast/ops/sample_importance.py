@@ -14,8 +14,8 @@ from ..reference.sample_importance import sample_importance as _reference
 from ..reference.sample_importance import sample_stratified as _reference_stratified
 from . import library
 from .backends import resolve
-from .checks import check_choice, check_dtype, check_shape, check_together
-from .composite import DENSITY_ACTIVATIONS
+from .checks import check_density, check_dtype, check_integers, check_shape, check_together
+from .composite import sort_samples
 from .draws import check_no_seed, check_noise_std, is_noisy, seed_for_kernel, std_for_kernel
 from .ranges import annotate
 
@@ -59,6 +59,7 @@ def sample_stratified(
             another backend; unknown or missing backend.
     """
     op, shape = "sample_stratified", (batch, rays, samples)
+    check_integers(op, batch=batch, rays=rays, samples=samples)
     if min(batch, rays) < 0 or samples < 1:
         raise ValueError(f"{op}: samples must be at least 1, batch and rays 0, got {samples}, {batch}, {rays}")
     if not (math.isfinite(ray_start) and math.isfinite(ray_end) and ray_start < ray_end):
@@ -148,31 +149,33 @@ def sample_importance(
     density_shift: float = 0.0,
     noise_std: float | Tensor = 0.0,
     last_interval: float = INFINITE_INTERVAL,
-    sorted: bool = False,
+    sorted: bool = True,
     stochastic: bool = True,
     samples: int | None = None,
     seed: Tensor | None = None,
+    t_sorted: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Integrates coarse samples to weights w, then inverts (w + 1e-5)[1:-1] over the midpoints of t (SPEC section 5).
 
     Args:
-        t: [B, R, S], sorted distances along the rays, world units; S of at least 3.
+        t: [B, R, S], distances along the rays, world units; S of at least 3.
         raw_density: [B, R, S], before the activation.
         u: [B, R, K] in [0, 1]; None draws it.
         activation, softplus_beta, density_shift, last_interval: See `composite`. (The last interval decides the last
             weight alone, and that one is dropped.)
         noise_std: Standard deviation of normal noise that is drawn and added to raw_density, a number (0 for none) or a
             tensor of one, which always draws. Noise of one's own goes into raw_density.
-        sorted: Whether every ray's result is sorted, as `composite` with backend triton needs it.
+        sorted: Whether every ray's result is sorted; else it comes in the order of u, as published.
         stochastic: False takes u_k = k / (K - 1) where u is None.
         samples: K where u is None; default S.
         seed: [1] int64 on the device of t, for backend triton, which draws u and noise from it by Philox; a CUDA graph
             reads it anew at each replay. Default: drawn from torch's generator, as noise and then u themselves are by
             the other backends. It may be the seed of `sample_stratified` and `composite` too: each draws other numbers.
+        t_sorted: The caller's word that t rises along every ray, as that of `sample_stratified` does: saves sorting it.
 
     Returns:
-        [B, R, K] fine t, in the order of u, or sorted.
+        [B, R, K] fine t, sorted, or in the order of u.
 
     Backend triton: t is fp32, and so is the result; given u is sorted first, by a launch of its own, if `sorted` is.
     S and K are at most 4096.
@@ -180,8 +183,8 @@ def sample_importance(
     Derivatives: none; the result carries no gradient.
 
     Raises:
-        ValueError, TypeError: Wrong shapes, dtypes or devices; fewer than 3 samples; `samples` beside u; `seed` for
-            another backend; a negative noise_std; unknown or missing backend.
+        ValueError, TypeError: Wrong shapes, dtypes, devices, activation or numbers; fewer than 3 samples; `samples`
+            beside u; `seed` for another backend; a negative noise_std; unknown or missing backend.
     """
     op = "sample_importance"
     check_together(op, t=t, raw_density=raw_density, u=u)
@@ -196,13 +199,20 @@ def sample_importance(
         if samples is not None:
             raise ValueError(f"{op}: samples must be None where u is given (it is for drawing it), got {samples}")
         samples = u.shape[-1]
-    elif samples is None:
-        samples = t.shape[-1]
-    elif samples < 0:
-        raise ValueError(f"{op}: samples must not be negative, got {samples}")
-    check_choice(op, "activation", activation, DENSITY_ACTIVATIONS)
-    density = {"activation": activation, "softplus_beta": softplus_beta, "density_shift": density_shift}
+    else:
+        samples = t.shape[-1] if samples is None else samples
+        check_integers(op, samples=samples)
+        if samples < 0:
+            raise ValueError(f"{op}: samples must not be negative, got {samples}")
+    check_density(op, activation, softplus_beta, density_shift, last_interval, t)
+    density = {
+        "activation": activation,
+        "softplus_beta": float(softplus_beta),
+        "density_shift": float(density_shift),
+    }
     t, raw_density, u = t.detach(), raw_density.detach(), None if u is None else u.detach()
+    if not t_sorted:
+        t, raw_density = sort_samples(t, raw_density)
     chosen = resolve("sample_importance", backend, t.device.type)
     route = library.route(t, raw_density, u)
     draws = noisy or (u is None and stochastic)

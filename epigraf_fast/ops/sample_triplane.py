@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..reference.sample_triplane import PlaneRegion
 from ..reference.sample_triplane import sample_triplane as _reference
 from . import library
 from .backends import resolve
@@ -14,6 +17,7 @@ from .checks import (
     check_dtype,
     check_no_gradient,
     check_planes,
+    check_region,
     check_shape,
     check_together,
     check_triton_planes,
@@ -24,7 +28,12 @@ from .ranges import annotate
 
 
 def sample_triplane(
-    planes: Tensor, points: Tensor, *, deterministic: bool | None = None, backend: str | None = None
+    planes: Tensor,
+    points: Tensor,
+    *,
+    region: PlaneRegion | None = None,
+    deterministic: bool | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """The mean of three bilinear samples, one from each axis-aligned plane (paper, section 3.1).
 
@@ -35,6 +44,9 @@ def sample_triplane(
         planes: [B, 3*C, H, W]; channels_last is read without a copy, and fastest. triton: fp32, fp16 or bf16, C a
             multiple of 8 and at most 64.
         points: [B, N, 3], in units of the cube's half size. triton: fp32.
+        region: Where the planes lie in whole ones, which points are then relative to: an image's first texel, and the
+            size of the whole. Texels that are not stored count as zero; points should not ask for them (the reference
+            on a CPU raises ValueError). The gradient to planes has the size of planes.
         deterministic: triton: whether the gradient to planes has the same bits in every run. Default: what
             `torch.use_deterministic_algorithms` says, which the other backends follow anyway.
 
@@ -53,32 +65,53 @@ def sample_triplane(
     check_together("sample_triplane", planes=planes, points=points)
     check_planes("sample_triplane", planes)
     check_shape("sample_triplane", "points", points, (planes.shape[0], "N", 3))
+    check_region("sample_triplane", region, planes)
     chosen = resolve("sample_triplane", backend, planes.device.type)
     route = library.route(planes, points)
     if "reference" in (chosen, route):
-        return _reference(planes, points)
+        return _reference(planes, points, region)
     if chosen == "triton":
         check_triton_planes("sample_triplane", planes)
         check_dtype("sample_triplane", "points", points, (torch.float32,), 'backend is "triton"')
         check_no_gradient("sample_triplane", points=points)
-        return library.call(route, _SampleTriplane, planes, points, resolve_deterministic(deterministic))
-    return sample_triplane_cpu(planes, points)
+        first, whole = (None, None) if region is None else region
+        options = whole, resolve_deterministic(deterministic)
+        return library.call(route, _SampleTriplane, planes, points, first, *options)
+    return sample_triplane_cpu(planes, points, region)
 
 
-def sample_triplane_cpu(planes: Tensor, points: Tensor) -> Tensor:
+def sample_triplane_cpu(planes: Tensor, points: Tensor, region: PlaneRegion | None = None) -> Tensor:
     """The same by torch's vectorized grid sampler. Before torch 2.13 it has no second derivative, and says so."""
     batch, channels, height, width = planes.shape
     dtype = torch.promote_types(planes.dtype, points.dtype)  # coordinates need more bits than features
     # The sampler is many times faster on contiguous planes and grids: copies pay.
     texels = planes.to(dtype).reshape(batch * 3, channels // 3, height, width).contiguous()
+    if region is not None:  # a line that is alone would be met at every coordinate
+        texels = torch.nn.functional.pad(texels, (0, int(width == 1), 0, int(height == 1)))
     grid = torch.stack([points[..., :2], points[..., ::2], points[..., 1:]], dim=1)  # [B, 3, N, 2], as PLANE_AXES
     # All taps of what lies beyond +-3 are outside; infinite coordinates would make the sampler's weights NaN.
-    grid = grid.to(dtype).clamp(-3, 3).flatten(0, 1)[:, :, None]  # [3*B, N, 1, 2]
+    grid = grid.to(dtype).clamp(-3, 3)
+    if region is not None:
+        grid = _in_part(grid, region, *texels.shape[2:])
+    grid = grid.flatten(0, 1)[:, :, None]  # [3*B, N, 1, 2]
     features = torch.nn.functional.grid_sample(texels, grid, padding_mode="zeros", align_corners=True)
     return features.squeeze(3).unflatten(0, (batch, 3)).mean(dim=1).transpose(1, 2).to(planes.dtype)
 
 
-@library.register("sample_triplane(Tensor planes, Tensor points, bool deterministic) -> Tensor")
+def _in_part(grid: Tensor, region: PlaneRegion, height: int, width: int) -> Tensor:
+    """Coordinates [B, 3, N, 2] of whole planes as those of a part of so many texels."""
+    last = grid.new_tensor([region.whole[1] - 1, region.whole[0] - 1])  # horizontal first, as the coordinates
+    first = region.first.to(grid).flip(1)[:, None, None]
+    return ((grid + 1) * (last / 2) - first) * (2 / grid.new_tensor([width - 1, height - 1])) - 1
+
+
+def as_region(first: Tensor | None, whole: Sequence[int] | None) -> PlaneRegion | None:
+    return None if first is None else PlaneRegion(first, tuple(whole))
+
+
+@library.register(
+    "sample_triplane(Tensor planes, Tensor points, Tensor? first, SymInt[2]? whole, bool deterministic) -> Tensor"
+)
 class _SampleTriplane:
     """Features by the Triton kernel. They are linear in planes: points are all that the backward needs."""
 
@@ -86,53 +119,62 @@ class _SampleTriplane:
 
     @staticmethod
     @annotate("sample_triplane_fwd")
-    def run(planes: Tensor, points: Tensor, deterministic: bool) -> Tensor:
+    def run(planes: Tensor, points: Tensor, first: Tensor | None, whole: Sequence[int] | None, _: bool) -> Tensor:
         from ..kernels import sample_triplane as kernels
 
-        return kernels.fwd(planes, points)
+        return kernels.fwd(planes, points, region=as_region(first, whole))
 
     @staticmethod
-    def empty(planes: Tensor, points: Tensor, deterministic: bool) -> Tensor:
+    def empty(planes: Tensor, points: Tensor, *_: Any) -> Tensor:
         return planes.new_empty(*points.shape[:2], planes.shape[1] // 3)
 
     @staticmethod
     def keep(ctx: Any, inputs: tuple[Any, ...], features: Tensor) -> None:
-        planes, points, ctx.deterministic = inputs
+        planes, points, first, ctx.whole, ctx.deterministic = inputs
         ctx.size, ctx.dtype = planes.shape[2:], planes.dtype
-        ctx.save_for_backward(points)
+        ctx.save_for_backward(points, first)
 
     @staticmethod
-    def backward(ctx: Any, grad_features: Tensor) -> tuple[Tensor, None, None]:
-        (points,) = ctx.saved_tensors
-        options = *ctx.size, ctx.dtype, ctx.deterministic
-        return library.apply(_SampleTriplaneBackward, grad_features, points, *options), None, None
+    def backward(ctx: Any, grad_features: Tensor) -> tuple[Tensor, None, None, None, None]:
+        options = ctx.whole, *ctx.size, ctx.dtype, ctx.deterministic
+        grad_planes = library.apply(_SampleTriplaneBackward, grad_features, *ctx.saved_tensors, *options)
+        return grad_planes, None, None, None, None
 
 
 @library.register(
-    "sample_triplane_backward(Tensor grad_features, Tensor points, SymInt height, SymInt width, "
-    "ScalarType dtype, bool deterministic) -> Tensor"
+    "sample_triplane_backward(Tensor grad_features, Tensor points, Tensor? first, SymInt[2]? whole, "
+    "SymInt height, SymInt width, ScalarType dtype, bool deterministic) -> Tensor"
 )
 class _SampleTriplaneBackward:
     @staticmethod
     @annotate("sample_triplane_bwd")
     def run(
-        grad_features: Tensor, points: Tensor, height: int, width: int, dtype: torch.dtype, deterministic: bool
+        grad_features: Tensor,
+        points: Tensor,
+        first: Tensor | None,
+        whole: Sequence[int] | None,
+        height: int,
+        width: int,
+        dtype: torch.dtype,
+        deterministic: bool,
     ) -> Tensor:
         from ..kernels import sample_triplane as kernels
 
-        return kernels.bwd(grad_features, points, height, width, deterministic).to(dtype)
+        size = height, width
+        return kernels.bwd(grad_features, points, *size, deterministic, region=as_region(first, whole)).to(dtype)
 
     @staticmethod
-    def empty(grad_features: Tensor, points: Tensor, height: int, width: int, dtype: torch.dtype, _: bool) -> Tensor:
+    def empty(grad_features: Tensor, points: Tensor, *options: Any) -> Tensor:
+        _, _, height, width, dtype, _ = options
         size = len(points), 3 * grad_features.shape[2], height, width
         return torch.empty(size, dtype=dtype, device=points.device, memory_format=torch.channels_last)
 
     @staticmethod
-    def reference(
-        grad_features: Tensor, points: Tensor, height: int, width: int, dtype: torch.dtype, _: bool
-    ) -> Tensor:
+    def reference(grad_features: Tensor, points: Tensor, *options: Any) -> Tensor:
+        first, whole, height, width, dtype, _ = options
         planes = points.new_zeros(len(points), 3 * grad_features.shape[2], height, width, dtype=dtype)
-        return library.pull_back(_reference, (planes, points), (grad_features,))[0]
+        forward = functools.partial(_reference, points=points, region=as_region(first, whole))
+        return library.pull_back(forward, (planes,), (grad_features,))[0]
 
     @staticmethod
     def keep(ctx: Any, inputs: tuple[Any, ...], grad_planes: Tensor) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .checks import resolve_deterministic
+from .decode_triplane import check_rays
 
 
 def tune_decode_triplane(
@@ -37,6 +38,8 @@ def tune_decode_triplane(
     """
     if resolve_deterministic(deterministic) or (timer is None and planes.device.type != "cuda"):
         return
+    rays = ray_origins, ray_directions, t
+    check_rays("tune_decode_triplane", planes, rays, (w0, b0, w1, b1), cube_scale, None, precision, "triton")
     from ..kernels import decode_triplane as kernels
     from ..kernels import tuning
 

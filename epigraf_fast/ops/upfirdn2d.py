@@ -13,7 +13,7 @@ from ..reference.upfirdn2d import upfirdn2d as _reference
 from . import library, native
 from .backends import resolve
 from .bias_act import BiasActSettings, bias_act_backward
-from .checks import check_clamp, check_dtype, check_shape, check_together
+from .checks import check_clamp, check_dtype, check_finite, check_integers, check_shape, check_together
 
 
 def upfirdn2d(
@@ -40,7 +40,7 @@ def upfirdn2d(
         up, down: Integers of at least 1.
         padding: One number, or (x before, x after, y before, y after), in upsampled samples; negative numbers crop.
         flip: False convolves, True correlates.
-        gain: Multiplies the 2-D filter.
+        gain: Multiplies the 2-D filter; finite.
         added: [B, C, H', W'], of the dtype of x, or fp16.
         bias: [C], of `added`.
         clamp: Positive, or None, of `added`. The gradient is 0 where clipped.
@@ -52,19 +52,23 @@ def upfirdn2d(
         kernel. A call without a named backend takes the reference where a gradient to the kernel is asked for.
 
     Raises:
-        ValueError, TypeError: Wrong ranks, dtypes, devices, factors; nothing left to filter; unknown or missing
-            backend.
+        ValueError, TypeError: Wrong ranks, dtypes, devices, factors; a gain that is not finite, a clamp that is not
+            positive; nothing left to filter; unknown or missing backend.
         NotImplementedError: cpu, cuda: a gradient to the kernel is asked for.
     """
     check_together("upfirdn2d", x=x, kernel=kernel, added=added, bias=bias)
     check_shape("upfirdn2d", "x", x, ("B", "C", "H", "W"))
     if kernel.ndim not in (1, 2) or kernel.numel() == 0:
         raise ValueError(f"upfirdn2d: kernel must have shape [k] or [kh, kw], got {list(kernel.shape)}")
+    check_integers("upfirdn2d", up=up, down=down)
     if up < 1 or down < 1:
         raise ValueError(f"upfirdn2d: up and down must be at least 1, got {up} and {down}")
-    padding = (padding,) * 4 if isinstance(padding, int) else tuple(padding)
+    padding = tuple(padding) if isinstance(padding, Sequence) else (padding,) * 4
     if len(padding) != 4:
         raise ValueError(f"upfirdn2d: padding must be one number or four (x, x, y, y), got {len(padding)}")
+    for pad in padding:
+        check_integers("upfirdn2d", padding=pad)
+    check_finite("upfirdn2d", "gain", gain)
     width = x.shape[3] * up + padding[0] + padding[1] - kernel.shape[-1]
     height = x.shape[2] * up + padding[2] + padding[3] - kernel.shape[0]
     if width < 0 or height < 0:
@@ -81,7 +85,7 @@ def upfirdn2d(
         raise ValueError("upfirdn2d: added must be given where bias or clamp is, got None")
     if bias is not None:
         check_shape("upfirdn2d", "bias", bias, (x.shape[1],))
-    check_clamp("upfirdn2d", clamp)
+    clamp = check_clamp("upfirdn2d", clamp)
     chosen = resolve("upfirdn2d", backend, x.device.type)
     route = library.route(x, kernel, added, bias)
     if "reference" not in (chosen, route) and kernel.requires_grad and torch.is_grad_enabled():
@@ -188,7 +192,7 @@ class _UpFirDn2d:
     "SymInt[2] size, int up, int down, SymInt[2] padding, bool flip, float gain, float clamp) -> Tensor"
 )
 class _UpFirDn2dAndAdd:
-    """What is added has the derivatives of `bias_act`."""
+    """What is added, which is dense, has the derivatives of `bias_act`."""
 
     Settings = _Settings
     constants = ("kernel",)
@@ -196,7 +200,13 @@ class _UpFirDn2dAndAdd:
 
     @staticmethod
     def ready(x: Tensor, kernel: Tensor, added: Tensor, bias: Tensor | None, *settings: Any) -> tuple[Any, ...]:
-        return native.dense(x), kernel.contiguous(), added, None if bias is None else bias.contiguous(), *settings
+        return (
+            native.dense(x),
+            kernel.contiguous(),
+            native.dense(added),
+            None if bias is None else bias.contiguous(),
+            *settings,
+        )
 
     @staticmethod
     def empty(x: Tensor, kernel: Tensor, added: Tensor, bias: Tensor | None, settings: _Settings, _: float) -> Tensor:

@@ -75,7 +75,7 @@ def composite(
     always the sum before `last_back`.
 
     Args:
-        t: [B, R, S_coarse] distances along the rays.
+        t: [B, R, S_coarse] distances along the rays, sorted if there is no second set.
         values: [B, R, S_coarse, C+1] colours, raw density last.
         t_fine, values_fine: The second set, or None.
         density_noise: [B, R, S] added to the raw density of the sorted samples.

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from .sample_triplane import sample_triplane
+from .sample_triplane import PlaneRegion, sample_triplane
 
 
-def decode_triplane(planes: Tensor, points: Tensor, w0: Tensor, b0: Tensor, w1: Tensor, b1: Tensor) -> Tensor:
+def decode_triplane(
+    planes: Tensor,
+    points: Tensor,
+    w0: Tensor,
+    b0: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    region: PlaneRegion | None = None,
+) -> Tensor:
     """out = w1 lrelu(w0 feature + b0) + b1, lrelu with slope 0.2 and gain sqrt(2).
 
     Args:
@@ -16,15 +26,18 @@ def decode_triplane(planes: Tensor, points: Tensor, w0: Tensor, b0: Tensor, w1: 
         points: [B, N, 3], in units of the cube's half size.
         w0, b0: [hidden, C], [hidden]; the equalized learning rate is already in them.
         w1, b1: [out, hidden], [out].
+        region: See `sample_triplane`.
 
     Returns:
-        [B, N, out]: raw colour, then raw density last.
+        [B, N, out]: raw colour, then raw density last; the widest dtype of planes and network.
     """
-    return decode_features(sample_triplane(planes, points), w0, b0, w1, b1)
+    return decode_features(sample_triplane(planes, points, region), w0, b0, w1, b1)
 
 
 def decode_features(features: Tensor, w0: Tensor, b0: Tensor, w1: Tensor, b1: Tensor) -> Tensor:
-    """The network alone: [B, N, C] -> [B, N, out]."""
+    """The network alone: [B, N, C] -> [B, N, out], in the widest dtype of all."""
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in (features, w0, b0, w1, b1)))
+    features, w0, b0, w1, b1 = (x.to(dtype) for x in (features, w0, b0, w1, b1))
     hidden = torch.nn.functional.linear(features, w0, b0)
     hidden = torch.nn.functional.leaky_relu(hidden, 0.2) * 2**0.5
     return torch.nn.functional.linear(hidden, w1, b1)
@@ -40,6 +53,7 @@ def decode_triplane_rays(
     w1: Tensor,
     b1: Tensor,
     cube_scale: float = 1.0,
+    region: PlaneRegion | None = None,
 ) -> Tensor:
     """The same at the points (ray_origin + t ray_direction) / cube_scale.
 
@@ -47,12 +61,13 @@ def decode_triplane_rays(
         ray_origins, ray_directions: [B, R, 3], world units.
         t: [B, R, S], distances along the rays, world units.
         cube_scale: Half size of the cube that the planes span, world units.
+        region: See `sample_triplane`.
 
     Returns:
         [B, R, S, out].
     """
     points = points_on_rays(ray_origins, ray_directions, t) / cube_scale
-    return decode_triplane(planes, points.flatten(1, 2), w0, b0, w1, b1).unflatten(1, t.shape[1:])
+    return decode_triplane(planes, points.flatten(1, 2), w0, b0, w1, b1, region).unflatten(1, t.shape[1:])
 
 
 def points_on_rays(ray_origins: Tensor, ray_directions: Tensor, t: Tensor) -> Tensor:

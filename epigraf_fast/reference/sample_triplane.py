@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,14 @@ from torch import Tensor
 PLANE_AXES = ((0, 1), (0, 2), (1, 2))
 
 
-def sample_triplane(planes: Tensor, points: Tensor) -> Tensor:
+class PlaneRegion(NamedTuple):
+    """Which part of whole planes is stored: planes[b, :, y, x] is texel (first[b, 0] + y, first[b, 1] + x)."""
+
+    first: Tensor  # [B, 2] int32 or int64, row and column, on the device of the planes
+    whole: tuple[int, int]  # rows and columns of whole planes
+
+
+def sample_triplane(planes: Tensor, points: Tensor, region: PlaneRegion | None = None) -> Tensor:
     """feature(p) = 1/3 sum_k bilinear(plane_k, p[axes_k]); -1 and +1 are the centres of the border texels.
 
     Texels outside a plane count as zero. Bilinear sampling is written with gathers, so that it has every derivative, to
@@ -18,25 +27,35 @@ def sample_triplane(planes: Tensor, points: Tensor) -> Tensor:
     Args:
         planes: [B, 3*C, H, W], channels 0..C-1 being the first plane; no copy when channels_last.
         points: [B, N, 3].
+        region: Where the planes lie in whole ones, which points are then relative to. A texel that is not stored counts
+            as zero, too; on a CPU one that has a weight is an error.
 
     Returns:
         [B, N, C].
     """
     batch, channels, height, width = planes.shape
+    rows, columns = (height, width) if region is None else region.whole
     channels //= 3
     texels = planes.permute(0, 2, 3, 1).reshape(batch * height * width * 3, channels)  # row: ((b*H + y)*W + x)*3 + k
 
     # From 3 on every tap is outside, however small the plane; the clamp keeps the integer conversion in range.
     coordinates = points.clamp(-3, 3).unbind(dim=-1)
     x, y = (torch.stack([coordinates[axis] for axis in axes], dim=-1) for axes in zip(*PLANE_AXES, strict=True))
-    x, y = (x + 1) * ((width - 1) / 2), (y + 1) * ((height - 1) / 2)  # [B, N, 3]
+    x, y = (x + 1) * ((columns - 1) / 2), (y + 1) * ((rows - 1) / 2)  # [B, N, 3]
     x_floor, y_floor = x.detach().floor(), y.detach().floor()
     right, down = x - x_floor, y - y_floor
     x_corners = torch.stack([x_floor, x_floor, x_floor + 1, x_floor + 1], dim=-1)  # [B, N, 3, 4]
     y_corners = torch.stack([y_floor, y_floor + 1, y_floor, y_floor + 1], dim=-1)
     tap_weights = torch.stack([1 - right, 1 - right, right, right], dim=-1)
     tap_weights = tap_weights * torch.stack([1 - down, down, 1 - down, down], dim=-1)
-    inside = (x_corners >= 0) & (x_corners < width) & (y_corners >= 0) & (y_corners < height)
+    inside = (x_corners >= 0) & (x_corners < columns) & (y_corners >= 0) & (y_corners < rows)
+    if region is not None:
+        asked = inside & (tap_weights > 0)
+        first = region.first.to(x_corners)[:, :, None, None, None]  # [B, 2, 1, 1, 1]
+        x_corners, y_corners = x_corners - first[:, 1], y_corners - first[:, 0]
+        inside = (x_corners >= 0) & (x_corners < width) & (y_corners >= 0) & (y_corners < height)
+        if planes.device.type == "cpu" and bool((asked & ~inside).any()):
+            raise ValueError("sample_triplane: points must keep to the region, got some that read texels outside of it")
     tap_weights = (tap_weights * inside).to(planes.dtype)
 
     column = x_corners.long().clamp(0, width - 1)

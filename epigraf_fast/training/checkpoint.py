@@ -5,6 +5,7 @@ A checkpoint is `torch.save` of nested dicts, lists, tensors and numbers, and lo
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
@@ -18,7 +19,9 @@ import numpy as np
 import torch
 
 from ..config import Config, differences, from_dict, to_dict
-from ..errors import SaveError, UserError
+from ..errors import CheckpointError, SaveError, UserError
+from .files import replacing
+from .identify import what_else
 
 FORMAT = "epigraf_fast"
 VERSION = 1
@@ -87,30 +90,27 @@ def save_checkpoint(
         "trainer": trainer_state,
         "random": random_states or [random_state()],
     }
-    temporary = path.with_suffix(".tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with replacing(path) as temporary, open(temporary, "wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch's writer raises the latter while it handles the former
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = cause.strerror if isinstance(cause, OSError) else str(error).strip().splitlines()[0][:120]
+        kept = list_checkpoints(run_dir)
+        last = f"the last one is {kept[-1].name}" if kept else "there is none yet"
+        raise SaveError(f"checkpoint {path} could not be written ({reason}): make room; {last}") from None
+    with contextlib.suppress(OSError):
         directory = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(directory)  # the rename itself survives a power cut
         finally:
             os.close(directory)
-    except (OSError, RuntimeError) as error:  # the latter is how torch's writer wraps the former
-        temporary.unlink(missing_ok=True)
-        reason = error.strerror if isinstance(error, OSError) else str(error).strip().splitlines()[0][:120]
-        kept = list_checkpoints(run_dir)
-        last = f"the last one is {kept[-1].name}" if kept else "there is none yet"
-        raise SaveError(f"checkpoint {path} could not be written ({reason}): make room; {last}") from None
     for old in list_checkpoints(run_dir)[:-keep]:
         if old != path:  # which is not the last one where a damaged one was passed over on resume
-            old.unlink()
-    for left in path.parent.glob("*.tmp"):  # of a process that was killed while writing
-        left.unlink()
+            with contextlib.suppress(OSError):
+                old.unlink()
     return path
 
 
@@ -119,13 +119,12 @@ def keep_best(run_dir: Path, cur_nimg: int) -> Path | None:
     path = checkpoint_path(run_dir, cur_nimg)
     if not path.is_file():
         return None
-    best, temporary = path.with_name("best.pt"), path.with_name("best.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(path, temporary)
-    except OSError:  # a file system without links
-        shutil.copyfile(path, temporary)
-    os.replace(temporary, best)
+    best = path.with_name("best.pt")
+    with replacing(best) as temporary:
+        try:
+            os.link(path, temporary)
+        except OSError:  # a file system without links
+            shutil.copyfile(path, temporary)
     return best
 
 
@@ -137,10 +136,14 @@ def load_checkpoint(path: Path) -> tuple[Config, dict[str, Any]]:
         process (for `set_random_state`).
 
     Raises:
-        UserError: Missing, damaged, or not a checkpoint of this format and version.
+        CheckpointError: Missing, damaged, or no checkpoint.
+        UserError: Of another version.
     """
     if not path.is_file():
-        raise UserError(f"there is no checkpoint {path}: give a checkpoint file or a run folder")
+        raise CheckpointError(f"there is no checkpoint {path}: give a checkpoint file or a run folder")
+    other = what_else(path)
+    if other is not None:
+        raise CheckpointError(f"{path} is no checkpoint but {other}")
     try:
         # The file is a zip whose checksums torch writes, but does not compare on reading: a flipped bit would pass.
         with zipfile.ZipFile(path) as archive:
@@ -152,9 +155,9 @@ def load_checkpoint(path: Path) -> tuple[Config, dict[str, Any]]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes torch trip in every possible way
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"checkpoint {path} cannot be read ({reason[:120]}): use the one before it") from None
+        raise CheckpointError(f"checkpoint {path} cannot be read ({reason[:120]}): use the one before it") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path} is not a checkpoint of epigraf_fast")
+        raise CheckpointError(f"{path} is not a checkpoint of epigraf_fast")
     if content.get("version") != VERSION:
         raise UserError(f"checkpoint {path} has version {content.get('version')}, this release reads version {VERSION}")
     random_states = content["random"] if isinstance(content["random"], list) else [content["random"]]
@@ -193,7 +196,8 @@ def find_checkpoint(resume: str | None, run_dir: Path) -> Path | None:
         return candidate
     if resume == "auto" and not candidates:
         return None
-    raise UserError(f"{path} holds no readable checkpoint: give a checkpoint file or a run folder")
+    advice = "choose another --run-dir to begin anew" if resume == "auto" else "give a checkpoint file or a run folder"
+    raise CheckpointError(f"{path} holds no readable checkpoint: {advice}")
 
 
 # What a checkpoint's networks and optimizers depend on; everything else may change on resume.
@@ -210,6 +214,7 @@ STRUCTURE = (
 FREE = (
     "generator.pose_swap_probability",
     "generator.pose_swap_kimg",
+    "generator.pose_dropout",
     "generator.style_mixing",
     "renderer.background_samples",
     "renderer.background_start",

@@ -4,28 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import io
+import math
 import os
+import signal
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..config import Config
-from ..errors import UserError
+from ..config import Config, micro_batch_for
+from ..errors import Stopped, UserError
+from .progress import waiting
 
 # While rank 0 draws pictures or measures FID, the others wait. A dead process is noticed by torchrun, not by this.
 TIMEOUT = datetime.timedelta(hours=4)
+JOIN = datetime.timedelta(minutes=10)  # that a process waits at the beginning for the others to come
 
 BUCKET = 2**22  # numbers, 16 MiB, of gradients that travel together
 
 FAULT = 1000  # what a process says that has no batch, where others say the number of the signal that stops them, or 0
-VARIABLES = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))  # that torchrun sets, and what holds without it
+
+Content = TypeVar("Content")
 
 
 class World:
     """The processes of a job; without torchrun, one alone, for which everything here does nothing.
+
+    A process that is gone makes every exchange raise UserError in the others.
 
     Args:
         rank, size: Of this process.
@@ -35,28 +43,121 @@ class World:
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0) -> None:
         self.rank, self.size, self.local_rank = rank, size, local_rank
         self.control: dist.ProcessGroup | None = None  # for words between the CPUs, which must not wait for a GPU
+        self.data: dist.ProcessGroup | None = None  # for gradients
 
     @classmethod
     def from_environment(cls) -> World:
-        """What torchrun says."""
-        return cls(*(int(os.environ.get(name, default)) for name, default in VARIABLES))
+        """What torchrun says.
+
+        Raises:
+            UserError: It says something else.
+        """
+
+        def number(name: str, default: int, least: int, below: float = math.inf) -> int:
+            text = os.environ.get(name) or str(default)
+            if not (text.isdecimal() and least <= int(text) < below):
+                limit = f"at least {least}" if below == math.inf else f"in [{least}, {below})"
+                raise UserError(
+                    f"{name} must be an integer {limit}, got {text!r}: start the processes by torchrun, or unset {name}"
+                )
+            return int(text)
+
+        size = number("WORLD_SIZE", 1, 1)
+        rank, local_rank = number("RANK", 0, 0, size), number("LOCAL_RANK", 0, 0)
+        if size > 1:
+            if not os.environ.get("MASTER_ADDR"):
+                raise UserError(
+                    f"WORLD_SIZE is {size}, but MASTER_ADDR is not set, where the processes would meet: start them by "
+                    "torchrun, or unset WORLD_SIZE to train with one process"
+                )
+            number("MASTER_PORT", 0, 1, 65536)
+        return cls(rank, size, local_rank)
+
+    def join(self) -> None:
+        """Waits for the other processes.
+
+        Raises:
+            UserError: They do not come.
+        """
+        if self.size == 1 or self.control is not None:
+            return
+        address = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        try:
+            with waiting(f"rank {self.rank}: waiting for the other {self.size - 1} at {address}"):
+                dist.init_process_group("gloo", timeout=JOIN, rank=self.rank, world_size=self.size)
+                self.control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"the {self.size} processes do not meet at {address} ({_reason(error)}): start as many with the same "
+                "MASTER_ADDR and MASTER_PORT, which must be free, and see what the others say"
+            ) from None
 
     def connect(self, device: torch.device) -> None:
-        """Joins the processes: NCCL between GPUs, gloo between CPUs."""
-        if self.size > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
-            self.control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        """Joins the processes, and prepares for gradients: NCCL between GPUs, gloo between CPUs."""
+        self.join()
+        if self.size > 1:
+            self.data = dist.new_group(backend="nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
 
     def close(self) -> None:
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+            self.control = self.data = None
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """A block that all processes enter: what fails in it on one ends it on all, where others say whose fault it is.
+
+        Raises:
+            UserError: It failed elsewhere.
+        """
+        if self.size == 1:
+            yield
+            return
+        fault: BaseException | None = None
+        try:
+            yield
+        except BaseException as error:  # an interruption, too, must not leave the others waiting
+            if isinstance(error, SystemExit) and not error.code:  # the help was asked for
+                raise
+            fault = error
+        try:
+            words = self.exchange(None if fault is None else _reason(fault))
+        finally:
+            if fault is not None:
+                raise fault
+        for rank, word in enumerate(words):
+            if word is not None:
+                raise UserError(f"rank {rank} has stopped: {word}")
+
+    def exchange(self, value: Content) -> list[Content]:
+        """The plain values of all processes, in order."""
+        if self.size == 1:
+            return [value]
+        self.join()
+        values: list[Any] = [None] * self.size
+        with _noticing():
+            dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def broadcast(self, content: dict[str, Any]) -> dict[str, Any]:
+        """Tensors and plain values of rank 0, for all, on the CPU. The others' `content` is not looked at."""
+        if self.size == 1:
+            return content
+        buffer = io.BytesIO()
+        if self.rank == 0:
+            torch.save(content, buffer)
+        sent = [buffer.getvalue()]
+        with _noticing():
+            dist.broadcast_object_list(sent, src=0, group=self.control)
+        return torch.load(io.BytesIO(sent[0]), map_location="cpu", weights_only=True)
 
     def average(self, tensors: Sequence[Tensor]) -> None:
         """Replaces tensors of one dtype by their means over the processes, in one all-reduce."""
         if self.size == 1 or not tensors:
             return
         flat = torch.cat([tensor.flatten() for tensor in tensors])
-        dist.all_reduce(flat)
+        with _noticing():
+            dist.all_reduce(flat, group=self.data)
         flat /= self.size
         for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(mean.view(tensor.shape))
@@ -72,7 +173,7 @@ class World:
         if self.size == 1:
             yield
             return
-        buckets = _Buckets(parameters)
+        buckets = _Buckets(parameters, self.data)
         try:
             yield
         finally:
@@ -85,7 +186,8 @@ class World:
         if self.size == 1:
             return list(words)
         largest = torch.tensor(words)
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.control)
+        with _noticing():
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.control)
         return largest.tolist()
 
     def gather(self, value: Any) -> list[Any] | None:
@@ -93,7 +195,8 @@ class World:
         if self.size == 1:
             return [value]
         values = [None] * self.size if self.rank == 0 else None
-        dist.gather_object(value, values, group=self.control)
+        with _noticing():
+            dist.gather_object(value, values, group=self.control)
         return values
 
     def reseed(self, seed: int, cur_nimg: int) -> None:
@@ -103,10 +206,34 @@ class World:
             torch.manual_seed(((seed * 1_000_003 + cur_nimg) * 1_000_003 + self.rank + 1) % 2**32)
 
 
+@contextlib.contextmanager
+def _noticing() -> Iterator[None]:
+    """Around an exchange, which raises some RuntimeError when another process is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise UserError(
+            f"another process is gone ({_reason(error)}): its own message says why; go on with --resume auto"
+        ) from None
+
+
+def _reason(error: BaseException) -> str:
+    """An exception in one line."""
+    if isinstance(error, SystemExit):
+        return "its command line is wrong"
+    if isinstance(error, KeyboardInterrupt):
+        return f"stopped by signal {signal.SIGINT:d}"
+    lines = str(error).strip().splitlines()
+    if isinstance(error, UserError | Stopped) and lines:
+        return lines[0]
+    return f"{type(error).__name__}: {lines[0][:120]}" if lines else type(error).__name__
+
+
 class _Buckets:
     """Gradients on their way: sent by hooks during a backward pass, brought home by `finish`."""
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, parameters: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
+        self.group = group
         self.buckets: list[list[Tensor]] = []
         size = BUCKET
         for p in reversed(parameters):
@@ -131,7 +258,8 @@ class _Buckets:
     def _send(self) -> None:
         bucket = self.buckets[len(self.sent)]
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket])
-        self.sent.append((flat, dist.all_reduce(flat, async_op=True)))
+        with _noticing():
+            self.sent.append((flat, dist.all_reduce(flat, group=self.group, async_op=True)))
 
     def detach(self) -> None:
         for hook in self.hooks:
@@ -142,7 +270,8 @@ class _Buckets:
         while len(self.sent) < len(self.buckets):
             self._send()
         for bucket, (flat, work) in zip(self.buckets, self.sent, strict=True):
-            work.wait()
+            with _noticing():
+                work.wait()
             flat /= processes
             for p, mean in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
                 if id(p) in wanted:
@@ -151,12 +280,26 @@ class _Buckets:
 
 def check_world(config: Config, world: World) -> None:
     """Raises UserError unless the batch can be shared by the processes."""
-    if config.batch % world.size:
-        raise UserError(f"batch must be a multiple of the {world.size} processes, got {config.batch}")
-    share, group = config.batch // world.size, config.discriminator.minibatch_std_group
-    micro = min(config.micro, share)
-    if share % micro or micro % min(group, micro):
+    size, group = world.size, config.discriminator.minibatch_std_group
+
+    def fits(images: int, micro: int) -> bool:
+        return images % micro == 0 and micro % min(group, micro) == 0
+
+    def shared(batch: int) -> bool:
+        """Whether one process could train on so many images, and these processes, too."""
+        shares = [batch, batch // size]
+        return batch % size == 0 and all(fits(share, min(config.micro_batch or share, share)) for share in shares)
+
+    if config.batch % size:
+        whole = size * math.lcm(config.micro_batch or 1, group)  # in most settings multiples of this can be shared
+        batch = next((batch for batch in range(config.batch, config.batch + whole + 1) if shared(batch)), None)
+        advice = f"--batch {batch}" if batch else f"--batch {-(-config.batch // whole) * whole} --micro-batch {group}"
+        raise UserError(f"batch must be a multiple of the {size} processes, got {config.batch}: set {advice}")
+    if not shared(config.batch):
+        share = config.batch // size
+        micro = min(config.micro, share)
         raise UserError(
-            f"the share of a process, batch / {world.size} = {share}, must be a multiple of micro_batch = {micro}, and "
-            f"that of discriminator.minibatch_std_group = {group}: set --micro-batch {min(group, share)}"
+            f"the share of a process, batch / {size} = {share}, must be a multiple of micro_batch = {micro}, and "
+            f"that of discriminator.minibatch_std_group = {group}: set --micro-batch "
+            f"{micro_batch_for(share, micro, group)}"
         )

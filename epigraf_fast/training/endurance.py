@@ -3,34 +3,80 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from ..config import Config
-from ..errors import DivergenceError, UserError
+from ..errors import DivergenceError, Stopped, UserError
 from .checkpoint import list_checkpoints
 from .memory import meta_networks, step_bytes
 from .step import Trainer
 
+Result = TypeVar("Result")
+
+TOO_LARGE = "can't allocate memory", "Storage size calculation overflowed", "integer multiplication overflow"
+REPEATED = 0.5  # seconds in which signals are one: those who start programs pass them on, beside the terminal
 USABLE = 0.9  # of a device's memory: libraries and fragments take the rest
 
 
 class StopRequest:
-    """SIGTERM and Ctrl-C ask the loop to save and leave; a second Ctrl-C interrupts at once."""
+    """Ctrl-C, SIGTERM and a terminal that is closed, in the block of this context manager.
 
-    def __init__(self) -> None:
-        self.signal = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._asked)
+    Before training begins they interrupt at once, by `Stopped`. From then on they are kept in `signal` until the loop
+    has come to the end of a step, saves and leaves; but what `at_once` does they interrupt. A second Ctrl-C ends the
+    process, whatever it does.
+
+    Args:
+        talks: Whether to confirm on stderr that it was heard, where that can take a while.
+    """
+
+    def __init__(self, talks: bool = True) -> None:
+        self.signal, self.talks, self.patient, self.hears = 0, talks, False, True
+
+    def __enter__(self) -> StopRequest:
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+            numbers.append(signal.SIGHUP)
+        self.before = {number: signal.signal(number, self._asked) for number in numbers}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # None: not Python's
 
     def _asked(self, number: int, frame: object) -> None:
-        self.signal = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if not self.hears:
+            return
+        self.signal, self.hears = number, False
+        time.sleep(REPEATED)
+        self.hears = True
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if not self.patient:
+            raise Stopped(number)
+        if self.talks:
+            word = b"\nstopping after this step; Ctrl-C ends at once, without saving\n"
+            with contextlib.suppress(OSError):
+                os.write(2, word)  # print is not for a signal that comes while something is printed
+
+    def at_once(self, work: Callable[[], Result]) -> Result | None:
+        """Does work that can be left half-done; None where a signal came before or interrupts it."""
+        try:
+            self.patient = False
+            if self.signal:
+                return None
+            return work()
+        except Stopped:
+            return None
+        finally:
+            self.patient = True
 
 
 def require_finite(trainer: Trainer, run_dir: Path) -> dict[str, float]:
@@ -47,23 +93,33 @@ def require_finite(trainer: Trainer, run_dir: Path) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def explain_out_of_memory(config: Config, label_dim: int, device: torch.device) -> Iterator[None]:
-    """Turns an out-of-memory error into a UserError that names the micro-batch that would fit."""
+def explain_out_of_memory(config: Config, label_dim: int, device: torch.device, processes: int = 1) -> Iterator[None]:
+    """Turns an out-of-memory error into a UserError that names the micro-batch that would fit.
+
+    Args:
+        processes: That share a batch.
+    """
+    config = dataclasses.replace(config, batch=config.batch // processes)
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         available = device_bytes(device)
-        fits = micro_batch_that_fits(config, label_dim, available)
+        try:
+            fits = micro_batch_that_fits(config, label_dim, available)
+        except RuntimeError:  # there is no tensor that large
+            fits = None
         advice = f"set --micro-batch {fits}" if fits else "not even one image fits: make the networks smaller"
         memory = f"{available / 2**30:.1f} GiB of {device}"
         raise UserError(f"a micro-batch of {config.micro} needs more memory than the {memory}: {advice}") from None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of a GPU or of the CPU, whose allocator of torch raises a plain RuntimeError."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    """Of a GPU or of the CPU, whose allocator of torch raises a plain RuntimeError; or more than any memory."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return any(words in str(error) for words in TOO_LARGE)
 
 
 def device_bytes(device: torch.device) -> int:

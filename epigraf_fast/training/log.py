@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import PIL.Image
@@ -15,13 +18,17 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from .board import Board
+from .files import append, replacing
 
 
 class RunLog:
     """Writes what a run measures.
 
     `stats.jsonl` has one object per line: cur_nimg, kimg, seconds (over all sessions), sec_per_kimg, img_per_sec, and
-    every statistic. A resumed run drops the lines beyond its checkpoint, so that no image counts twice.
+    every statistic. A resumed run drops the lines beyond its checkpoint, so that no image counts twice, and damaged
+    ones, with a word. What cannot be written, as on a full disk, is said once, and lines and events are kept for
+    later.
 
     Args:
         run_dir: Where.
@@ -30,17 +37,10 @@ class RunLog:
     """
 
     def __init__(self, run_dir: Path, kimg: float, cur_nimg: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
         from tqdm import tqdm
 
         self.path = run_dir / "stats.jsonl"
-        kept = [line for line in read_stats(self.path) if line["cur_nimg"] <= cur_nimg]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self.seconds_before = kept[-1]["seconds"] if kept else 0.0
-        self.started = self.last_time = time.perf_counter()
-        self.idle = 0.0  # seconds since the last line that were not training
-        self.last_nimg = cur_nimg
-        self.board = SummaryWriter(run_dir / "tensorboard", purge_step=cur_nimg + 1)
+        self.failing: set[str] = set()  # what cannot be written at present
         self.bar = tqdm(
             total=round(kimg, 3),
             initial=round(cur_nimg / 1000, 3),
@@ -48,7 +48,30 @@ class RunLog:
             dynamic_ncols=True,
             mininterval=0.5,
             bar_format="{percentage:3.0f}%|{bar}| {n:.1f}/{total:.1f} kimg [{elapsed}<{remaining}]{postfix}",
+            file=_Sparing(sys.stderr),
         )
+        self.board = Board(run_dir / "tensorboard", cur_nimg + 1)
+        self.pending = b""  # lines that are not written yet
+        self.restart: bytes | None = None  # what the file has to begin with, if it must be written anew
+        self.seconds_before = self._cut_back(cur_nimg)
+        self.started = self.last_time = time.perf_counter()
+        self.idle = 0.0  # seconds since the last line that were not training
+        self.last_nimg = cur_nimg
+
+    def _cut_back(self, cur_nimg: int) -> float:
+        """Drops the lines beyond an image count, and damaged ones; returns the seconds of the last that stays."""
+        lines, damaged, cut_off = _read(self.path)
+        if damaged:
+            aside = unused(self.path.with_name("stats-damaged.jsonl"))
+            with self.sparing("the copy of stats.jsonl"):
+                self.path.rename(aside)
+                self.say(f"warning: {self.path}: line {damaged[0]} is damaged; {len(damaged)} such, kept in {aside}")
+        elif cut_off:
+            self.say(f"{self.path}: the last line was cut off and is left out")
+        kept = [line for line in lines if line["cur_nimg"] <= cur_nimg]
+        self.restart = b"".join(json.dumps(line).encode() + b"\n" for line in kept)
+        self.flush()
+        return kept[-1].get("seconds", 0.0) if kept else 0.0
 
     def advance(self, cur_nimg: int) -> None:
         """Moves the bar."""
@@ -67,10 +90,10 @@ class RunLog:
             **speed,
             **statistics,
         }
-        with open(self.path, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        self.pending += json.dumps(line).encode() + b"\n"
         for name, value in (speed | statistics).items():
-            self.board.add_scalar(name, value, cur_nimg)
+            self.board.scalar(name, value, cur_nimg)
+        self.flush()
         shown = {name.removeprefix("loss/"): f"{value:.3f}" for name, value in statistics.items() if "loss/" in name}
         if images:
             shown = {"s/kimg": f"{speed['sec_per_kimg']:.1f}", "img/s": f"{speed['img_per_sec']:.1f}"} | shown
@@ -80,39 +103,118 @@ class RunLog:
     def pause(self) -> Iterator[None]:
         """For work that is not training (pictures, checkpoints, metrics): speeds leave it out."""
         begun = time.perf_counter()
-        yield
-        self.idle += time.perf_counter() - begun
+        try:
+            yield
+        finally:
+            self.idle += time.perf_counter() - begun
+
+    @contextlib.contextmanager
+    def sparing(self, what: str) -> Iterator[None]:
+        """A block that writes something without which a run goes on; that it cannot is said, once until it can."""
+        try:
+            yield
+        except OSError as error:
+            if what not in self.failing:
+                self.say(f"warning: {what} cannot be written ({error.strerror or error}): make room; training goes on")
+            self.failing.add(what)
+        else:
+            self.failing.discard(what)
 
     def image(self, name: str, picture: np.ndarray, cur_nimg: int) -> None:
         """Adds a uint8 [H, W, 3] picture to TensorBoard."""
-        self.board.add_image(name, picture, cur_nimg, dataformats="HWC")
+        self.board.image(name, picture, cur_nimg)
 
     def scalar(self, name: str, value: float, cur_nimg: int) -> None:
         """Adds a number to TensorBoard alone."""
-        self.board.add_scalar(name, value, cur_nimg)
+        self.board.scalar(name, value, cur_nimg)
+
+    def flush(self) -> None:
+        """Brings to the disk what can be."""
+        with self.sparing("stats.jsonl"):
+            if self.restart is not None:
+                with replacing(self.path) as temporary:
+                    temporary.write_bytes(self.restart + self.pending)
+            elif self.pending:
+                append(self.path, self.pending)
+            self.restart, self.pending = None, b""
+        with self.sparing("tensorboard/"):
+            self.board.flush()
 
     def say(self, text: str) -> None:
         """Prints a line above the bar."""
-        self.bar.write(text)
+        with contextlib.suppress(OSError):
+            self.bar.write(text)
 
     def close(self) -> None:
+        self.flush()
         self.bar.close()
-        self.board.close()
+
+
+class _Sparing:
+    """A stream whose writes may fail, as those of a log file on a full disk."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+
+def flush_output() -> None:
+    """Writes out what was printed; what cannot be is given up, rather than reported by Python when it ends."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def read_stats(path: Path) -> list[dict[str, Any]]:
-    """The lines of a stats.jsonl; a last line that was cut off by a kill is left out."""
-    if not path.is_file():
-        return []
-    lines = path.read_text().splitlines()
-    out = []
-    for number, line in enumerate(lines, start=1):
+    """The lines of a stats.jsonl; a last line that was cut off by a kill is left out.
+
+    Raises:
+        UserError: Another line is damaged.
+    """
+    lines, damaged, _ = _read(path)
+    if damaged:
+        raise UserError(f"{path}: line {damaged[0]} is damaged; train.py --resume mends it, or move the file away")
+    return lines
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], list[int], bool]:
+    """The good lines of a stats.jsonl, the numbers of the damaged ones, and whether the last line was cut off."""
+    lines, damaged, cut_off = [], [], False
+    content = path.read_bytes() if path.is_file() else b""
+    for number, line in enumerate(content.splitlines(keepends=True), start=1):
         try:
-            out.append(json.loads(line))
-        except ValueError:
-            if number != len(lines):
-                raise UserError(f"{path}: line {number} is not JSON; move the file away to go on") from None
-    return out
+            value = json.loads(line)
+        except (ValueError, RecursionError):  # the former also where it is not UTF-8
+            value = None
+        if isinstance(value, dict) and _is_number(value.get("cur_nimg")) and _is_number(value.get("seconds", 0)):
+            lines.append(value)
+        elif line.endswith(b"\n"):
+            damaged.append(number)
+        else:
+            cut_off = True
+    return lines, damaged, cut_off
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def unused(path: Path) -> Path:
+    """This path, or one with a number, where nothing is yet."""
+    numbered = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
+    return next(candidate for candidate in itertools.chain([path], numbered) if not candidate.exists())
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -136,15 +238,13 @@ def tile(images: Tensor, columns: int) -> np.ndarray:
 
 def save_png(picture: np.ndarray, path: Path) -> None:
     """Writes a uint8 [H, W, 3] picture, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    PIL.Image.fromarray(picture).save(temporary, format="PNG")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        PIL.Image.fromarray(picture).save(temporary, format="PNG")
 
 
 def save_gif(frames: np.ndarray, path: Path, frames_per_second: float) -> None:
-    """Writes uint8 frames [T, H, W, 3] as an endless GIF."""
+    """Writes uint8 frames [T, H, W, 3] as an endless GIF, whole or not at all."""
     import imageio.v3
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    imageio.v3.imwrite(path, frames, duration=1000 / frames_per_second, loop=0)
+    with replacing(path) as temporary:
+        imageio.v3.imwrite(temporary, frames, extension=".gif", duration=1000 / frames_per_second, loop=0)

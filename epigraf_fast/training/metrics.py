@@ -12,6 +12,7 @@ Nor do distances of different numbers of images: the estimate falls as the numbe
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -142,19 +143,28 @@ class ScriptFeatures(nn.Module):
         return torch.cat([chunk.float().cpu().flatten(1) for chunk in chunks])
 
 
-def kernel_distance(real: Tensor, fake: Tensor, *, subset: int = 1000, subsets: int = 100, seed: int = 0) -> float:
+def kernel_distance(
+    real: Tensor,
+    fake: Tensor,
+    *,
+    subset: int = 1000,
+    subsets: int = 100,
+    seed: int = 0,
+    progress: Callable[[range], Iterable[int]] = iter,
+) -> float:
     """The kernel distance between two sets of features [N, F] (Binkowski et al. 2018), an unbiased estimate of
 
         E k(x, x') + E k(y, y') - 2 E k(x, y),   k(x, y) = (x . y / F + 1)^3
 
     averaged over random subsets of `subset` features of each, at most as many as there are. Can be slightly negative.
+    `progress` shows how many subsets are done.
     """
     size = min(subset, len(real), len(fake))
     if size < 2:
         raise ValueError(f"kernel_distance: needs at least 2 features of each kind, got {len(real)} and {len(fake)}")
     rng = torch.Generator().manual_seed(seed)
     total = 0.0
-    for _ in range(subsets):
+    for _ in progress(range(subsets)):
         x = real[torch.randperm(len(real), generator=rng)[:size]].double()
         y = fake[torch.randperm(len(fake), generator=rng)[:size]].double()
         xx, yy, xy = ((a @ b.T / a.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))

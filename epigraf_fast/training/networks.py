@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import torch
 
@@ -20,8 +21,13 @@ HALF_BLOCKS = 4  # top resolutions of G and blocks of D in fp16, with precision 
 def find_device(name: str | None) -> torch.device:
     """The device of that name; default: a GPU if there is one."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("device is cuda, but torch sees no GPU: see python -m epigraf_fast.doctor")
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
+        raise UserError(f"--device must be cpu, cuda or cuda:N, got {name}")
+    if name.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise UserError("device is cuda, but torch sees no GPU: see python -m epigraf_fast.doctor")
+        if int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
+            raise UserError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs, counted from cuda:0")
     return torch.device(name)
 
 

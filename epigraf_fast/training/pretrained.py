@@ -15,13 +15,14 @@ from ..errors import UserError
 from ..models.generator import Generator
 from ..models.image_generator import ImageGenerator
 from .checkpoint import list_checkpoints, load_checkpoint
+from .identify import what_else
 from .networks import build_generator, find_device
 
 
 def load_generator(
     path: Path, device: str | None = None, *, three_d: bool = True
 ) -> tuple[Config, Generator | ImageGenerator]:
-    """Settings and average generator, in evaluation mode and without gradients.
+    """Settings and average generator, with the labels that it knows, in evaluation mode and without gradients.
 
     Args:
         path: A checkpoint, a safetensors file of `save_safetensors`, or a folder: its newest checkpoint, or else its
@@ -34,10 +35,11 @@ def load_generator(
     """
     path, device = find_generator(path), find_device(device)
     if path.suffix == ".safetensors":
-        config, state = load_safetensors(path)
+        config, state, label_values = load_safetensors(path)
     else:
         config, content = load_checkpoint(path)
         state = content["trainer"]["average"]
+        label_values = content["trainer"].get("label_values")  # which older checkpoints have not
     if three_d and config.generator.backbone == "image":
         raise UserError(f"{path} is a generator of images (generator.backbone image): it has no planes to look into")
     config = dataclasses.replace(config, backend="auto")  # that of the run need not be here
@@ -50,6 +52,7 @@ def load_generator(
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()  # the first line names the class
         raise UserError(f"{path}: the generator does not fit its settings: {reason[:200]}") from None
+    generator.label_values = label_values
     return config, generator.eval().requires_grad_(False).to(device)
 
 
@@ -58,22 +61,28 @@ def find_generator(path: Path) -> Path:
     if path.is_dir():
         found = list_checkpoints(path) or sorted(path.glob("checkpoint-*.pt")) or sorted(path.glob("G_ema.safetensors"))
         if not found:
-            raise UserError(f"{path} holds no checkpoint: give a checkpoint, a run folder or a converted one")
+            other = what_else(path)
+            hint = f"is {other}" if other else "holds no checkpoint: give a checkpoint, a run folder or a converted one"
+            raise UserError(f"{path} {hint}")
         return found[-1]
     return path
 
 
-def save_safetensors(state: dict[str, Tensor], config: Config, path: Path) -> None:
-    """Writes tensors, with the settings in the file's header."""
+def save_safetensors(state: dict[str, Tensor], config: Config, path: Path, label_values: Tensor | None = None) -> None:
+    """Writes tensors, with the settings and, where they are known, the `label_values` in the file's header."""
     _require_safetensors()
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    save_file(content, path, metadata={"config": json.dumps(to_dict(config))})
+    metadata = {"config": json.dumps(to_dict(config))}
+    if label_values is not None:
+        metadata["label_values"] = json.dumps(label_values.tolist())
+    # Written here, since the package's own writer leaves a file that nobody else may read.
+    path.write_bytes(save(content, metadata=metadata))
 
 
-def load_safetensors(path: Path) -> tuple[Config, dict[str, Tensor]]:
-    """The inverse of `save_safetensors`."""
+def load_safetensors(path: Path) -> tuple[Config, dict[str, Tensor], Tensor | None]:
+    """The inverse of `save_safetensors`: settings, tensors, label values."""
     _require_safetensors()
     from safetensors import safe_open
 
@@ -86,7 +95,10 @@ def load_safetensors(path: Path) -> tuple[Config, dict[str, Tensor]]:
     except Exception as error:
         raise UserError(f"{path} cannot be read as safetensors ({str(error).splitlines()[0]})") from None
     try:
-        return from_dict(json.loads(metadata["config"])), state
+        stored = json.loads(metadata.get("label_values", "null"))
+        dtype = torch.int64 if not stored or isinstance(stored[0], int) else torch.float32
+        label_values = None if stored is None else torch.tensor(stored, dtype=dtype)
+        return from_dict(json.loads(metadata["config"])), state, label_values
     except (KeyError, json.JSONDecodeError, AttributeError):
         raise UserError(f"{path} was not written by epigraf_fast: its header has no config") from None
 

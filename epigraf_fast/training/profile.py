@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 
 from ..ops import ranges as op_ranges
+from .files import replacing
+from .progress import say
 
 TRACE_SKIPS = 5  # iterations before the trace: compilations, and the first regularization
 TRACE_ITERATIONS = 3
@@ -54,8 +57,15 @@ def traced(path: Path | None) -> Iterator[None]:
     schedule = torch.profiler.schedule(wait=TRACE_SKIPS - 1, warmup=1, active=TRACE_ITERATIONS, repeat=1)
 
     def write(profiler: torch.profiler.profile) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(path))
+        try:
+            with replacing(path) as temporary:
+                half = temporary.with_name(f"{temporary.name}.tmp")  # torch's, which it leaves where it fails, silently
+                try:
+                    profiler.export_chrome_trace(str(temporary))
+                finally:
+                    half.unlink(missing_ok=True)
+        except OSError as error:
+            say(f"warning: {path} cannot be written ({error.strerror}); training goes on", sys.stderr)
 
     @contextlib.contextmanager
     def count(name: str) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -10,7 +11,9 @@ from ..data import ImageDataset
 from ..errors import SaveError
 from .checkpoint import checkpoint_path, keep_best, random_state, save_checkpoint
 from .endurance import require_finite
+from .files import replacing, require_writable
 from .log import RunLog
+from .progress import waiting
 from .snapshot import Snapshots, is_best
 from .step import Trainer
 
@@ -18,34 +21,48 @@ from .step import Trainer
 class Record:
     """The run folder. All processes call the same methods in the same order; rank 0 writes.
 
+    What cannot be written is a warning, unless it is the folders at the beginning or the last checkpoint.
+
     Args:
         config, dataset, trainer: Of the run.
     """
 
     def __init__(self, config: Config, dataset: ImageDataset, trainer: Trainer) -> None:
         self.config, self.trainer, self.run_dir = config, trainer, Path(config.run_dir)
+        self.remarks = dataset.remarks()
         self.log: RunLog | None = None
+        self.first_step = contextlib.ExitStack()  # says that it takes its time: kernels are compiled, workers started
         if trainer.world.rank == 0:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            (self.run_dir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
+            for folder in ("checkpoints", "samples", "tensorboard"):
+                require_writable(self.run_dir / folder)
             self.log = RunLog(self.run_dir, config.kimg, trainer.cur_nimg)
+            with self.log.sparing("config.json"), replacing(self.run_dir / "config.json") as temporary:
+                temporary.write_text(json.dumps(to_dict(config), indent=2) + "\n")
             self.snapshots = Snapshots(config, dataset, trainer.average, self.log)
+            if config.metric_images:
+                self.snapshots.open_distances()
 
     def say(self, text: str) -> None:
         if self.log is not None:
             self.log.say(text)
 
     def begin(self) -> None:
-        """What is there before the first step of a new run."""
-        if self.log is not None and self.trainer.cur_nimg == 0:
+        """What should be known of the data, and what is there before the first step of a new run."""
+        if self.log is None:
+            return
+        for remark in self.remarks:
+            self.say(f"warning: {remark}")
+        if self.trainer.cur_nimg == 0:
             with self.log.pause():
                 self.say(f"real images:     {self.snapshots.reals()}")
                 self.say(f"initial samples: {self.snapshots.grids(0)[0]}")
             if self.config.metric_images:
                 self.measure()
+        self.first_step.enter_context(waiting("the first step"))
 
     def advance(self) -> None:
         """Moves the bar."""
+        self.first_step.close()
         if self.log is not None:
             self.log.advance(self.trainer.cur_nimg)
 
@@ -61,6 +78,7 @@ class Record:
         if self.log is not None:
             with self.log.pause():
                 self.snapshots.grids(self.trainer.cur_nimg)
+            self.log.flush()
 
     def save(self, *, must: bool = True) -> Path:
         """Writes a checkpoint and names it; where it `must` not be, a full disk is but a warning.
@@ -74,7 +92,7 @@ class Record:
         random_states = self.trainer.world.gather(random_state())
         if self.log is not None:
             state, keep = self.trainer.state_dict(), self.config.keep_checkpoints
-            with self.log.pause():
+            with self.log.pause(), waiting("saving the checkpoint"):
                 try:
                     save_checkpoint(self.run_dir, self.config, state, keep, random_states)
                 except SaveError as error:
@@ -89,8 +107,9 @@ class Record:
             with self.log.pause():
                 for name, value in self.snapshots.measure(self.trainer.cur_nimg).items():
                     self.say(f"{f'{name}:':<16} {value:.1f} ({self.run_dir / 'metrics.json'})")
-                if is_best(self.run_dir):
-                    keep_best(self.run_dir, self.trainer.cur_nimg)
+                if is_best(self.snapshots.entries):
+                    with self.log.sparing("best.pt"):
+                        keep_best(self.run_dir, self.trainer.cur_nimg)
 
     def finish(self) -> None:
         """What a finished run leaves."""
@@ -102,5 +121,6 @@ class Record:
                 self.measure()
 
     def close(self) -> None:
+        self.first_step.close()
         if self.log is not None:
             self.log.close()

@@ -7,12 +7,14 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..camera import sample_angles
 from ..config import CameraConfig
 from ..data import ImageDataset
 from ..errors import UserError
 from ..models.generator import Generator, Images
+from .progress import progress
 
 BATCH = 8  # images rendered at once
 
@@ -56,27 +58,37 @@ def fixed_latents(
     return z.to(device), dataset.labels[entry].to(device), angles.to(device)
 
 
+def known_labels(generator: Generator) -> Tensor:
+    """The classes [K] or vectors [K, L] that a generator was trained on; all classes, if it does not know."""
+    return torch.arange(generator.label_dim) if generator.label_values is None else generator.label_values
+
+
 def latents_of_seeds(generator: Generator, seeds: Sequence[int], classes: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
     """z [num, z_dim] and label [num, L], one a seed, on the generator's device.
 
     Args:
-        classes: Taken in turn; default: seed modulo the number of classes. Without labels: not looked at.
+        classes: Taken in turn; default: seed modulo the classes that had images, or the vectors of labels that the
+            generator was trained on. Without labels: not looked at.
 
     Raises:
         UserError: A class that the generator has not.
     """
     rngs = [torch.Generator().manual_seed(seed) for seed in seeds]
     z = torch.stack([torch.randn(generator.z_dim, generator=rng) for rng in rngs])
-    count = generator.label_dim
-    label = torch.zeros(len(seeds), count)
-    if count:
-        chosen = [classes[i % len(classes)] if classes else seed % count for i, seed in enumerate(seeds)]
-        for row, number in zip(label, chosen, strict=True):
-            if not 0 <= number < count:
-                raise UserError(f"label must be a class from 0 to {count - 1}, got {number}")
-            row[number] = 1
-    device = generator.mean_camera_pose.device
-    return z.to(device), label.to(device)
+    device, count = generator.mean_camera_pose.device, generator.label_dim
+    known = known_labels(generator)
+    if not count:
+        label = torch.zeros(len(seeds), 0)
+    elif not classes:
+        label = known[[seed % len(known) for seed in seeds]]  # classes, or vectors
+    elif known.ndim > 1:
+        raise UserError("the generator was trained on vectors of labels: it has no classes to choose from")
+    else:
+        wrong = next((number for number in classes if not 0 <= number < count), None)
+        if wrong is not None:
+            raise UserError(f"label must be a class from 0 to {count - 1}, got {wrong}")
+        label = torch.tensor([classes[i % len(classes)] for i in range(len(seeds))])
+    return z.to(device), (F.one_hot(label, count).float() if label.ndim == 1 else label).to(device)
 
 
 def surface_depth(images: Images, ray_end: float) -> Tensor:
@@ -121,6 +133,7 @@ def render_turntable(generator: Generator, z: Tensor, label: Tensor, frames: int
     ws = generator.ws(z, label)
     planes = generator.synthesis(ws, noise_mode="const")
     views = [
-        generator.render(planes, angle.expand(len(z), -1), resolution, ws=ws, stochastic=False).rgb for angle in angles
+        generator.render(planes, angle.expand(len(z), -1), resolution, ws=ws, stochastic=False).rgb
+        for angle in progress(angles, frames, "drawing the turntable", "frame")
     ]
     return torch.stack(views)

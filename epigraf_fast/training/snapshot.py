@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -12,10 +13,13 @@ from torch import Tensor
 
 from ..config import CameraConfig, Config
 from ..data import ImageDataset
+from ..errors import UserError
 from ..models.generator import Generator
 from ..models.renderer import Images
-from .log import RunLog, depth_to_uint8, save_gif, save_png, tile, to_uint8
+from .files import replacing
+from .log import RunLog, depth_to_uint8, save_gif, save_png, tile, to_uint8, unused
 from .metrics import FeatureDistance, ScriptFeatures
+from .progress import progress, waiting
 from .sampling import BATCH, fixed_latents, render_images, render_turntable, surface_depth
 
 TURNTABLE_FRAMES = 36
@@ -39,7 +43,8 @@ def measure_fakes(
     latents = fixed_latents(num, generator, dataset, config.camera, METRIC_SEED)
     with torch.random.fork_rng():  # the noise images must not move the run's random state
         torch.manual_seed(METRIC_SEED)
-        for images in render_images(generator, *latents, config.resolution, noise_mode="random"):
+        batches = render_images(generator, *latents, config.resolution, noise_mode="random")
+        for images in progress(batches, math.ceil(num / BATCH), "measuring: generated images"):
             use(to_uint8(images.rgb))
 
 
@@ -56,7 +61,9 @@ class Snapshots:
         self.config, self.dataset, self.generator, self.log = config, dataset, generator, log
         self.run_dir = Path(config.run_dir)
         columns, rows = config.grid
-        self.distances: dict[str, FeatureDistance] = {}  # once needed, with the real images seen
+        self.distances: dict[str, FeatureDistance] = {}  # once needed
+        self.reals_seen = False  # by them
+        self.entries = self._read_entries()  # of metrics.json
         self.latents = fixed_latents(columns * rows, generator, dataset, config.camera, config.seed)
 
     def reals(self) -> Path:
@@ -65,20 +72,23 @@ class Snapshots:
         index = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(self.config.seed))
         images = torch.stack([self.dataset[i][0] for i in index.repeat(columns * rows)[: columns * rows].tolist()])
         path = self.run_dir / "samples" / "reals.png"
-        save_png(tile(images, columns), path)
+        with self.log.sparing("samples/"):
+            save_png(tile(images, columns), path)
         return path
 
     def grids(self, cur_nimg: int) -> tuple[Path, Path]:
         """Grids of images and of their depth."""
         camera, columns = self.config.camera, self.config.grid[0]
-        batches = list(render_images(self.generator, *self.latents, self.config.resolution))
+        batches = render_images(self.generator, *self.latents, self.config.resolution)
+        batches = list(progress(batches, math.ceil(len(self.latents[0]) / BATCH), "drawing the samples"))
         rgb = tile(to_uint8(torch.cat([b.rgb for b in batches])), columns)
         depth = torch.cat([surface_depth(b, camera.ray_end) for b in batches])
         depth = tile(depth_to_uint8(depth, camera.ray_start, camera.ray_end), columns)
         paths = []
         for name, picture in (("images", rgb), ("depth", depth)):
             paths.append(self.run_dir / "samples" / f"{name}-{cur_nimg:09d}.png")
-            save_png(picture, paths[-1])
+            with self.log.sparing("samples/"):
+                save_png(picture, paths[-1])
             self.log.image(f"samples/{name}", picture, cur_nimg)
         if self.config.generator.backbone == "triplane":
             share = non_flat_share(batches, camera)
@@ -93,23 +103,34 @@ class Snapshots:
         frames = render_turntable(self.generator, *latents, TURNTABLE_FRAMES, self.config.resolution)
         frames = np.stack([tile(to_uint8(frame), frame.shape[0]) for frame in frames])  # [T, H, B*W, 3]
         path = self.run_dir / "turntable.gif"
-        save_gif(frames, path, TURNTABLE_FRAMES / TURNTABLE_SECONDS)
+        with self.log.sparing("turntable.gif"):
+            save_gif(frames, path, TURNTABLE_FRAMES / TURNTABLE_SECONDS)
         return path
+
+    def open_distances(self) -> None:
+        """Builds what measures, unless it is there. Raises UserError where a package or a file is missing."""
+        if self.distances:
+            return
+        device = self.latents[0].device
+        with waiting("loading what measures"):
+            distances = {"fd_efficientnet": FeatureDistance(device)}
+            if self.config.inception is not None:
+                distances["fid"] = FeatureDistance(device, ScriptFeatures(Path(self.config.inception), device))
+        self.distances, self.reals_seen = distances, False
 
     def measure(self, cur_nimg: int) -> dict[str, float]:
         """Distances of `metric_images` generated to as many real images; added to metrics.json.
 
         They are fd_efficientnet, and fid where Inception's weights are given.
         """
-        num, device = self.config.metric_images, self.latents[0].device
-        if not self.distances:
-            distances = {"fd_efficientnet": FeatureDistance(device)}
-            if self.config.inception is not None:
-                distances["fid"] = FeatureDistance(device, ScriptFeatures(Path(self.config.inception), device))
-            for images in real_images(self.dataset, num):
-                for distance in distances.values():
+        num = self.config.metric_images
+        self.open_distances()
+        if not self.reals_seen:
+            batches = real_images(self.dataset, num)
+            for images in progress(batches, math.ceil(min(num, len(self.dataset)) / BATCH), "measuring: real images"):
+                for distance in self.distances.values():
                     distance.update_real(images)
-            self.distances = distances
+            self.reals_seen = True
         for distance in self.distances.values():
             distance.reset_fake()
 
@@ -118,25 +139,46 @@ class Snapshots:
                 distance.update_fake(images)
 
         measure_fakes(self.generator, self.dataset, self.config, num, use)
-        values = {name: distance.compute() for name, distance in self.distances.items()}
-        entries = [entry for entry in read_metrics(self.run_dir) if entry["cur_nimg"] < cur_nimg]
-        entries.append({"cur_nimg": cur_nimg, **values, "images": num})
-        path = self.run_dir / "metrics.json"
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(entries, indent=2) + "\n")
-        temporary.replace(path)
+        with waiting("measuring: distances"):
+            values = {name: distance.compute() for name, distance in self.distances.items()}
+        self.entries = [entry for entry in self.entries if entry["cur_nimg"] < cur_nimg]
+        self.entries.append({"cur_nimg": cur_nimg, **values, "images": num})
+        with self.log.sparing("metrics.json"), replacing(self.run_dir / "metrics.json") as temporary:
+            temporary.write_text(json.dumps(self.entries, indent=2) + "\n")
         return values
+
+    def _read_entries(self) -> list[dict[str, float]]:
+        """The entries of metrics.json; a damaged one is put aside."""
+        path = self.run_dir / "metrics.json"
+        try:
+            return read_metrics(self.run_dir)
+        except UserError:
+            aside = unused(path.with_name("metrics-damaged.json"))
+            with self.log.sparing("the copy of metrics.json"):
+                path.rename(aside)
+                self.log.say(f"warning: {path} is damaged, and is now {aside}")
+            return []
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    """The entries of metrics.json, oldest first."""
+    """The entries of metrics.json, oldest first. Raises UserError where it is damaged."""
     path = run_dir / "metrics.json"
-    return json.loads(path.read_text()) if path.is_file() else []
+    if not path.is_file():
+        return []
+    try:
+        entries = json.loads(path.read_bytes())
+        good = all(
+            isinstance(entry["cur_nimg"], int) and {*map(type, entry.values())} <= {int, float} for entry in entries
+        )
+    except (ValueError, RecursionError, TypeError, LookupError, AttributeError):
+        good = False
+    if not (good and isinstance(entries, list)):
+        raise UserError(f"{path} is damaged: train.py --resume starts another one, or move the file away")
+    return entries
 
 
-def is_best(run_dir: Path) -> bool:
+def is_best(entries: Sequence[dict[str, float]]) -> bool:
     """Whether the last measurement is the best so far, by FID if it was measured, else by fd_efficientnet."""
-    entries = read_metrics(run_dir)
     name = "fid" if "fid" in entries[-1] else "fd_efficientnet"
     return entries[-1][name] <= min(entry[name] for entry in entries if name in entry)
 

@@ -85,6 +85,7 @@ class Trainer:
         self.micro = min(config.micro, self.share)
         self.backends = choose_backends(config, device.type)
         self.labels, self.angles = dataset.labels.to(device), dataset.angles.to(device)
+        self.label_values = dataset.label_values  # for those who draw labels from the trained generator
         self.generator = build_generator(config, dataset.label_dim, device.type)
         if config.camera.prior == "custom":
             self.generator.mean_camera_pose.copy_(dataset.mean_camera_pose)
@@ -411,6 +412,7 @@ class Trainer:
             "path_length": self.path_length,
             "sums": self.sums,
             "counts": self.counts,
+            "label_values": self.label_values,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from ..camera import cam2world_matrix, camera_rays
 from ..config import Config
 from ..models.decoder import Decoder
 from ..ops import tuning
+from .files import replacing
+from .progress import say, waiting
 from .step import Trainer
 
 FILE = "kernels.json"
@@ -82,16 +83,18 @@ def choose_kernels(
     path = run_dir / FILE
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     if path.exists():
-        stored = json.loads(path.read_text())
-        if stored["device"] == name:
-            try:
+        try:
+            stored = json.loads(path.read_bytes())
+            if stored["device"] == name:
                 tuning.import_choices(stored["choices"])
                 return False
-            except ValueError as error:
-                print(f"{path} is of another version, the kernels are timed anew: {error}")
-    tuning.tune_decode_triplane(*rays, *network, cube_scale, precision=precision, timer=timer)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")  # processes of one run never see half a file
-    part.write_text(json.dumps({"device": name, "choices": tuning.export_choices()}, indent=2) + "\n")
-    part.replace(path)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            say(f"{path} is damaged or of another version, the kernels are timed anew: {error}")
+    with waiting("timing the kernels"):
+        tuning.tune_decode_triplane(*rays, *network, cube_scale, precision=precision, timer=timer)
+    try:
+        with replacing(path) as temporary:  # processes of one run never see half a file
+            temporary.write_text(json.dumps({"device": name, "choices": tuning.export_choices()}, indent=2) + "\n")
+    except OSError as error:
+        say(f"warning: {path} cannot be written ({error.strerror}): the next start times the kernels again")
     return True

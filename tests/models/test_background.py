@@ -169,6 +169,31 @@ def test_integration_by_hand(white: bool) -> None:
     assert_close(depth, expected, "depth", "hand")
 
 
+@pytest.mark.parametrize(
+    ("settings", "density"),
+    [
+        ({"activation": "relu"}, 0.5),
+        ({"softplus_beta": 4.0}, math.log1p(math.exp(4 * 0.5)) / 4),
+        ({}, math.log1p(math.exp(0.5))),
+    ],
+)
+def test_the_density_has_the_activation_of_the_settings(settings: dict, density: float) -> None:
+    """The first sample's colour is 1 and all others' 0: what is seen is the opacity of the first interval, 1/5 long."""
+    network = background(**settings)
+    values = torch.tensor([[0.0, 0.0, 0.0, 0.5]]).repeat(6, 1).double()
+    values[0, :3] = 1
+    network.decode = lambda points, ws: values.repeat(points.shape[1] // 6, 1).expand(len(points), -1, 4)
+    rgb, _ = network.integrate(draw(2, 4, 8), *rays())
+    assert_close(rgb, torch.full((2, 25, 3), 1 - math.exp(-density / 5)).double(), "colour", "hand")
+
+
+def test_relu_lets_negative_densities_through() -> None:
+    network = background(activation="relu", white_background=True)
+    network.decode = lambda points, ws: torch.tensor([0.1, 0.2, 0.3, -0.5]).double().expand(*points.shape[:2], 4)
+    rgb, _ = network.integrate(draw(2, 4, 8), *rays())
+    assert_close(rgb, torch.ones(2, 25, 3).double(), "colour", "hand")
+
+
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     network, ws = background(), draw(2, 7, 8)
     with torch.no_grad():
@@ -243,6 +268,31 @@ def test_white_is_behind_the_background_alone(tiny_generator) -> None:
     generator = tiny_generator(renderer={"background": "sphere", "white_background": True})
     assert not generator.renderer.config.white_background
     assert generator.background.white_background
+
+
+@pytest.mark.parametrize("kind", ["sphere", "plane"])
+@pytest.mark.parametrize("last_back", [False, True])
+def test_published_white_is_in_front_too(tiny_generator, kind: str, last_back: bool) -> None:
+    """1 - sum(w), taken before `last_back`, is added to the foreground; nothing else changes."""
+    settings = {"background": kind, "white_background": True, "density_shift": -3.0, "last_back": last_back}
+    ours, published = (
+        tiny_generator(renderer={**settings, "white_foreground": white}).eval() for white in (False, True)
+    )
+    ws = ours.ws(draw(2, 6))
+    planes = ours.synthesis(ws, "const")
+    for layer in ("both", "foreground", "background"):
+        a, b = (generator.render(planes, ANGLES, 4, ws=ws, layer=layer) for generator in (ours, published))
+        added = 0 if layer == "background" else 1 - a.weight_sum
+        assert_close(b.rgb, a.rgb + added, layer)
+        assert layer == "background" or (added > 0.01).all()
+        assert torch.equal(a.depth, b.depth)
+
+
+def test_the_sphere_follows_the_settings_of_the_density(tiny_generator) -> None:
+    generator = tiny_generator(
+        renderer={"background": "sphere", "density_activation": "relu", "softplus_beta": 2.0, "density_shift": 1.0}
+    )
+    assert (generator.background.activation, generator.background.softplus_beta) == ("relu", 2.0)
 
 
 def test_without_a_background(tiny_generator) -> None:

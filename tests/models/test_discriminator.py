@@ -156,6 +156,22 @@ def test_block_equals_the_formula(modulate, down):
     assert block.conv0.clamp == block.from_rgb.clamp == 256
 
 
+def test_clamps_are_those_of_the_settings(tiny_discriminator):
+    """In every convolution but the skips, the last one too; 0 is none."""
+    for clamp, expected in ((0.0, None), (5.0, 5.0)):
+        discriminator = tiny_discriminator(clamp=clamp)
+        for res in discriminator.resolutions:
+            block = getattr(discriminator, f"b{res}")
+            assert block.conv0.clamp == expected
+            assert block.conv1.clamp == (expected and pytest.approx(expected * 0.5**0.5))
+            assert block.skip.clamp is None
+        assert discriminator.b16.from_rgb.clamp == discriminator.conv.clamp == expected
+    clamped, free = (tiny_discriminator(clamp=clamp).eval() for clamp in (256.0, 0.0))
+    small, large = PATCHES, 1e5 * PATCHES
+    assert_close(free(small, SCALE, OFFSET), clamped(small, SCALE, OFFSET), "logits that no clamp reaches", "exact")
+    assert (free(large, SCALE, OFFSET) - clamped(large, SCALE, OFFSET)).abs().min() > 10
+
+
 @pytest.mark.parametrize("modulate", ["input", "output"])
 def test_every_block_is_modulated_by_the_code(tiny_discriminator, modulate):
     discriminator = tiny_discriminator(modulate=modulate, resolution=32)

@@ -11,6 +11,7 @@ import torch
 from checks import assert_close, assert_finite, draw
 from epigraf_fast.config import GeneratorConfig, RendererConfig, preset
 from epigraf_fast.models.generator import Generator
+from epigraf_fast.models.image_generator import generator_class
 from epigraf_fast.training.memory import meta_networks, parameter_count
 
 ANGLES = torch.tensor([[0.4, 1.2, 0.0], [-2.0, 2.0, 0.0]], dtype=torch.float64)
@@ -100,6 +101,33 @@ def test_no_pose_is_the_mean_pose(tiny_generator):
     rgb = {"resolution": 3, "noise_mode": "none", "stochastic": False}
     expected = generator(z, ANGLES, conditioning_angles=mean, **rgb).rgb
     assert_close(generator(z, ANGLES, **rgb).rgb, expected, "the renderer's cameras are not the mapping's", "exact")
+
+
+def test_pose_dropout_in_training_only(tiny_generator):
+    """Each of the two numbers is doubled or gone, at dropout 0.5."""
+    generator = tiny_generator(pose_conditioning=True, pose_dropout=0.5)
+    seen, mapping = [], generator.mapping.forward
+    generator.mapping.forward = lambda z, c, **options: seen.append(c) or mapping(z, c, **options)
+    numbers = ANGLES[:, :2].sign() * (ANGLES[:, :2].abs() % (2 * math.pi)) / (2 * math.pi)
+    for _ in range(20):
+        generator.ws(draw(2, 6), angles=ANGLES)
+    ratios = torch.stack(seen) / numbers
+    for value in (0.0, 2.0):
+        assert_close(ratios[(ratios - value).abs() < 1e-9].mean(), value, "ratio", "hand")
+    assert (((ratios - 0).abs() < 1e-9) | ((ratios - 2).abs() < 1e-9)).all()
+    generator.eval().ws(draw(2, 6), angles=ANGLES)
+    assert_close(seen[-1], numbers, "numbers in evaluation", "exact")
+
+
+@pytest.mark.parametrize("backbone", ["triplane", "image"])
+@pytest.mark.parametrize(("clamp", "expected"), [(0.0, None), (5.0, 5.0)])
+def test_clamps_and_noise_are_those_of_the_settings(backbone, clamp, expected):
+    config = dataclasses.replace(preset("demo").generator, clamp=clamp, noise=False, backbone=backbone)
+    with torch.device("meta"):
+        generator = generator_class(config)(config, RendererConfig(), preset("ffhq").camera, image_resolution=16)
+    assert not generator.synthesis.noise
+    for block in (getattr(generator.synthesis, f"b{res}") for res in generator.synthesis.resolutions):
+        assert [layer.clamp for layer in (*block.convs(), block.to_planes, block)] == [expected] * (2 + block.num_convs)
 
 
 def test_without_pose_conditioning_the_pose_is_not_seen(tiny_generator):

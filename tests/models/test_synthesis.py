@@ -109,6 +109,44 @@ def test_layer_clamps():
     assert_close(layer(draw(1, 3, 4, 4), draw(1, 5)), torch.full((1, 4, 4, 4), -256.0), "y", "exact")
 
 
+@pytest.mark.parametrize("backend", ["reference", *available("modulated_conv2d")])
+def test_without_clamps(backend):
+    """Biases beyond the clamp arrive whole, in the layers and in the planes."""
+    clamped, free = (everything_on(make(backend=backend, clamp=clamp)) for clamp in (256.0, None))
+    ws = draw(2, 6, 6, seed=1)
+    with torch.no_grad():
+        assert_close(free(ws, "const"), clamped(ws, "const"), "planes that no clamp reaches", "exact")
+        for synthesis in (clamped, free):
+            torch.nn.init.constant_(synthesis.b4.to_planes.bias, 1e4)
+            torch.nn.init.constant_(synthesis.b16.to_planes.bias, -1e4)
+            torch.nn.init.constant_(synthesis.b16.conv1.bias, 1e4)
+        a, b = clamped(ws, "const"), free(ws, "const")
+    assert a.abs().max() < 1100
+    assert b.abs().max() > 2000
+
+
+def test_clamps_are_those_of_the_settings():
+    """In the layers by themselves, where other numbers would hide it."""
+    layer, to_planes = SynthesisLayer(3, 4, 5, 4, clamp=None).double(), ToPlanes(4, 9, 5, clamp=10.0).double()
+    torch.nn.init.constant_(layer.bias, -1e6)
+    torch.nn.init.constant_(to_planes.bias, 1e6)
+    assert (layer(draw(1, 3, 4, 4), draw(1, 5)) < -2e5).all()
+    assert_close(to_planes(draw(1, 4, 4, 4), draw(1, 5)), torch.full((1, 9, 4, 4), 10.0), "planes", "exact")
+
+
+@pytest.mark.parametrize("backend", ["reference", *available("modulated_conv2d")])
+def test_without_noise_images(backend):
+    """Whatever mode is asked for; the strengths get no gradient, so that training leaves them alone."""
+    synthesis = with_noise(make(backend=backend, noise=False))
+    ws = draw(2, 6, 6, seed=1)
+    planes = {mode: synthesis(ws, mode) for mode in NOISE_MODES}
+    assert torch.equal(planes["random"], planes["none"])
+    assert torch.equal(planes["const"], planes["none"])
+    planes["random"].sum().backward()
+    for name, parameter in synthesis.named_parameters():
+        assert (parameter.grad is None) == name.endswith("noise_strength"), name
+
+
 def test_to_planes_equals_the_formula():
     torch.manual_seed(0)
     layer = ToPlanes(4, 9, 5).double()

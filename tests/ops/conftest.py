@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from emulated import emulate
 from torch import Tensor
 
-from csrc_backends import here
+import compiled
+from csrc_backends import here, use
 from epigraf_fast import ops
 from epigraf_fast.ops import backends
 
 
 @pytest.fixture(params=here("bias_act"))
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param != "emulated":
-        return request.param
-    emulate(monkeypatch)
-    return "cpu"
+    return use(request.param, monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def triton_kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What runs the Triton kernels of a test, see `compiled.on_triton`."""
+    arch = getattr(request, "param", None)
+    if arch is None:
+        yield
+    else:
+        with compiled.triton_kernels(arch):
+            yield
 
 
 def on_backend(op: Callable[..., Tensor], backend: str) -> Callable[..., Tensor]:

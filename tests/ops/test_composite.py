@@ -1,6 +1,6 @@
 """composite: the reference against closed forms and rays worked by hand.
 
-The Triton kernels against the reference: in Triton's interpreter, or on the GPU where there is one.
+The Triton kernels against the reference: in Triton's interpreter and compiled, or on the GPU where there is one.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ import re
 import pytest
 import torch
 
+import compiled
 from checks import (
     SIGMAS,
     assert_close,
     assert_error_within_reference,
     assert_finite,
+    assert_same_specials,
     draw,
     draw_uniform,
     gradcheck,
@@ -24,11 +26,9 @@ from checks import (
     layouts,
 )
 from epigraf_fast import ops
-from epigraf_fast.ops import backends
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-LACKING = backends.status()["composite"]["triton"]
-needs_triton = pytest.mark.skipif(LACKING is not None, reason=LACKING or "")
+needs_triton = compiled.on_triton()
 
 composite = functools.partial(ops.composite, backend="reference")
 LN2 = math.log(2)
@@ -104,11 +104,10 @@ def test_background_by_hand():
     assert_close(result.rgb, ray([30.125, 54.125, 84.125, 113]), "rgb with everything", "hand")
 
 
-@pytest.mark.parametrize("colours", [1, 2, 3])
-def test_white_background_of_few_colours(colours):
-    values = torch.cat([HAND_VALUES[..., :colours], HAND_VALUES[..., -1:]], dim=-1)
+def test_white_background_of_three_colours():
+    values = torch.cat([HAND_VALUES[..., :3], HAND_VALUES[..., -1:]], dim=-1)
     actual = composite(HAND_T, values, activation="relu", last_interval=1.0, white_background=True).rgb
-    assert_close(actual, ray([15.625, 31.125, 46.625][:colours]), "rgb", "hand")
+    assert_close(actual, ray([15.625, 31.125, 46.625]), "rgb", "hand")
 
 
 @pytest.mark.parametrize(
@@ -170,9 +169,9 @@ def test_constant_density_has_a_closed_form(samples):
 
 def test_opaque_ray():
     # The first sample stops everything but the floor: T = 1, 1e-10, 1e-20.
-    values = ray([[1, OPAQUE], [10, OPAQUE], [100, OPAQUE]])
+    values = ray([[1, 1, 1, OPAQUE], [10, 10, 10, OPAQUE], [100, 100, 100, OPAQUE]])
     result = composite(HAND_T, values, white_background=True, return_weights=True)
-    assert_close(result.rgb, ray([1.0]), "rgb", "hand")
+    assert_close(result.rgb, ray([1.0, 1.0, 1.0]), "rgb", "hand")
     assert_close(result.weights[..., 0], ray(1.0), "first weight", "hand")
     assert_close(result.weights[..., 1] * 1e10, ray(1.0), "second weight, times 1e10", "hand")
     assert_close(result.final_transmittance * 1e20, ray(1.0), "final_transmittance, times 1e20", "hand")
@@ -180,16 +179,16 @@ def test_opaque_ray():
 
 
 def test_empty_ray():
-    values = ray([[1, -5], [10, -5], [100, -5]])
+    values = ray([[1, 1, 1, -5], [10, 10, 10, -5], [100, 100, 100, -5]])
     empty = functools.partial(composite, HAND_T, values, activation="relu")
     result = empty(return_weights=True)
     assert_close(result.weights, ray([0.0, 0.0, 0.0]), "weights", "exact")
-    assert_close(result.rgb, ray([0.0]), "rgb (mid-grey)", "exact")
+    assert_close(result.rgb, ray([0.0, 0.0, 0.0]), "rgb (mid-grey)", "exact")
     assert_close(result.final_transmittance, ray(1.0), "final_transmittance", "hand")
-    assert_close(empty(white_background=True).rgb, ray([1.0]), "rgb before white", "exact")
-    assert_close(empty(last_back=True).rgb, ray([100.0]), "rgb with last_back", "exact")
+    assert_close(empty(white_background=True).rgb, ray([1.0, 1.0, 1.0]), "rgb before white", "exact")
+    assert_close(empty(last_back=True).rgb, ray([100.0, 100.0, 100.0]), "rgb with last_back", "exact")
     assert_close(empty(last_back=True).depth, ray(3.0), "depth with last_back", "exact")
-    assert_close(empty(background=ray([-0.4])).rgb, ray([-0.4]), "rgb before a background", "hand")
+    assert_close(empty(background=ray([-0.4, 0, 3])).rgb, ray([-0.4, 0, 3]), "rgb before a background", "hand")
 
 
 def test_thin_media_keep_their_precision():
@@ -222,6 +221,64 @@ def test_second_set_need_not_be_sorted():
     order = torch.tensor([3, 0, 4, 1, 2])
     shuffled = {**sets, "t_fine": sets["t_fine"][..., order], "values_fine": sets["values_fine"][..., order, :]}
     assert_close(composite(**shuffled).rgb, composite(**sets).rgb, "rgb", "exact")
+
+
+BOTH = pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_triton)])
+
+
+@BOTH
+def test_one_unsorted_set_by_hand(backend):
+    # HAND with its samples at t = 3, 1, 2: the same ray.
+    order = torch.tensor([2, 0, 1])
+    t, values = HAND_T[..., order].float().to(DEVICE), HAND_VALUES[..., order, :].float().to(DEVICE)
+    result = ops.composite(t, values, activation="relu", last_interval=1.0, return_weights=True, backend=backend)
+    assert_close(result.weights, ray([0.5, 0.25, 0.125]), "weights", "hand")
+    assert_close(result.rgb, ray([15.5, 31, 46.5, 62]), "rgb", "hand")
+    assert_close(result.depth, ray(1.375), "depth", "hand")
+
+
+@BOTH
+@pytest.mark.parametrize("fine", [0, 5])
+def test_sets_need_not_be_sorted(backend, fine):
+    inputs = {name: x.float().to(DEVICE) for name, x in random_ray_sets(coarse=4, fine=fine, batch=2).items()}
+    settings = {"density_noise": draw(2, 2, 4 + fine, seed=5).float().to(DEVICE), "return_weights": True}
+    orders = {"": torch.tensor([3, 0, 2, 1]), "_fine": torch.tensor([3, 0, 4, 1, 2])}
+    if not fine:
+        del inputs["t_fine"], inputs["values_fine"], orders["_fine"]
+    shuffled = dict(inputs)
+    for end, order in orders.items():
+        order = order.to(DEVICE)
+        shuffled |= {f"t{end}": inputs[f"t{end}"][..., order], f"values{end}": inputs[f"values{end}"][:, :, order]}
+    results = []
+    for sets, t_sorted in ((inputs, True), (inputs, False), (shuffled, False)):
+        sets = {name: x.clone().requires_grad_(name.startswith("values")) for name, x in sets.items()}
+        result = ops.composite(**sets, **settings, t_sorted=t_sorted, backend=backend)
+        leaves = {name: x for name, x in sets.items() if name.startswith("values")}
+        gradients = torch.autograd.grad(result.rgb.square().sum() + result.depth.sum(), leaves.values())
+        results.append((result._asdict(), dict(zip(leaves, gradients, strict=True))))
+    (expected, expected_gradients), *rest = results
+    for number, (actual, gradients) in enumerate(rest):
+        for name in OUTPUTS:
+            assert_close(actual[name], expected[name], f"{name} {number}", "exact")
+        for end, order in orders.items():
+            gradient = expected_gradients[f"values{end}"]
+            gradient = gradient[:, :, order.to(DEVICE)] if number else gradient
+            assert_close(gradients[f"values{end}"], gradient, f"gradient to values{end} {number}", "exact")
+
+
+@BOTH
+def test_importance_samples_go_straight_to_composite(backend):
+    # Drawn in any order, as published: what comes out is what sorted samples give.
+    t = ops.sample_stratified(1, 2, 6, 1.0, 2.0, jitter=draw_uniform(1, 2, 6).float().to(DEVICE), backend=backend)
+    raw, u = draw(1, 2, 6, seed=1).float().to(DEVICE), draw_uniform(1, 2, 7, seed=2).float().to(DEVICE)
+    rgb = []
+    for options in ({}, {"sorted": False}):
+        t_fine = ops.sample_importance(t, raw, u, **options, backend=backend)
+        values = torch.stack([t_fine, t_fine.sin()], dim=-1)  # what a sample is depends on its place alone
+        result = ops.composite(t_fine, values, backend=backend)
+        assert (result.weight_sum > 0).all()
+        rgb.append(result.rgb)
+    assert_close(rgb[1], rgb[0], "rgb")
 
 
 def test_equal_depths_list_fine_first():
@@ -265,7 +322,7 @@ def differentiable(**settings):
     ],
 )
 def test_derivatives_of_one_set(settings):
-    sets = random_ray_sets(coarse=4)
+    sets = random_ray_sets(coarse=4, colours=3)
     inputs = {"t": sets["t"], "values": sets["values"], "density_noise": draw(1, 2, 4, seed=7)}
     gradcheck(differentiable(**settings), inputs, "composite")
     gradgradcheck(differentiable(**settings), inputs, "composite")
@@ -273,9 +330,9 @@ def test_derivatives_of_one_set(settings):
 
 def test_derivatives_of_two_sets():
     inputs = {
-        **random_ray_sets(coarse=3, fine=2, colours=1),
+        **random_ray_sets(coarse=3, fine=2, colours=3),
         "density_noise": draw(1, 2, 5, seed=5),
-        "background": draw(1, 2, 1, seed=6),
+        "background": draw(1, 2, 3, seed=6),
     }
     gradcheck(differentiable(last_interval=0.4, white_background=True), inputs, "composite")
     gradgradcheck(differentiable(last_interval=0.4, white_background=True), inputs, "composite")
@@ -336,16 +393,16 @@ def test_opaque_ray_has_the_gradients_of_its_first_sample():
 @pytest.mark.parametrize(("batch", "rays"), [(0, 2), (2, 0)])
 @pytest.mark.parametrize("fine", [None, 0, 3])
 def test_no_rays(batch, rays, fine):
-    sets = {"t": draw(batch, rays, 4), "values": draw(batch, rays, 4, 3).requires_grad_()}
+    sets = {"t": draw(batch, rays, 4), "values": draw(batch, rays, 4, 4).requires_grad_()}
     if fine is not None:
-        sets |= {"t_fine": draw(batch, rays, fine), "values_fine": draw(batch, rays, fine, 3)}
+        sets |= {"t_fine": draw(batch, rays, fine), "values_fine": draw(batch, rays, fine, 4)}
     result = composite(**sets, last_back=True, white_background=True, return_weights=True)
-    assert result.rgb.shape == (batch, rays, 2)
+    assert result.rgb.shape == (batch, rays, 3)
     assert result.weights.shape == (batch, rays, 4 + (fine or 0))
     for single in result[1:4]:
         assert single.shape == (batch, rays)
     (gradient,) = torch.autograd.grad(result.rgb.sum(), sets["values"])
-    assert gradient.shape == (batch, rays, 4, 3)
+    assert gradient.shape == (batch, rays, 4, 4)
 
 
 def test_empty_second_set_changes_nothing():
@@ -414,6 +471,18 @@ def test_float32_derivatives(scale):
         ({"values": torch.zeros(1, 2, 4, 3).int()}, TypeError, "values must be floating point, got torch.int32"),
         ({"t_fine": torch.zeros(1, 2, 3, device="meta")}, ValueError, "t_fine must be on cpu as t is, got meta"),
         ({"activation": "exp"}, ValueError, "activation must be one of softplus, relu, got 'exp'"),
+        ({"last_interval": -1e-3}, ValueError, "last_interval must be finite and not negative, got -0.001"),
+        ({"last_interval": math.inf}, ValueError, "last_interval must be finite and not negative, got inf"),
+        ({"last_interval": math.nan}, ValueError, "last_interval must be finite and not negative, got nan"),
+        ({"last_interval": torch.ones(())}, ValueError, "last_interval must be finite and not negative, got 1.0"),
+        ({"softplus_beta": 0.0}, ValueError, "softplus_beta must be finite and positive, got 0.0"),
+        ({"softplus_beta": -1.0}, ValueError, "softplus_beta must be finite and positive, got -1.0"),
+        ({"softplus_beta": math.inf}, ValueError, "softplus_beta must be finite and positive, got inf"),
+        ({"softplus_beta": math.nan}, ValueError, "softplus_beta must be finite and positive, got nan"),
+        ({"density_shift": math.nan}, ValueError, "density_shift must be a finite number, got nan"),
+        ({"density_shift": -math.inf}, ValueError, "density_shift must be a finite number, got -inf"),
+        ({"white_background": True}, ValueError, "values must hold at least 3 colours and a density (because white_b"),
+        ({"noise_std": math.nan}, ValueError, "noise_std must be finite and not negative, got nan"),
         ({"noise_std": -1.0}, ValueError, "noise_std must be finite and not negative, got -1.0"),
         ({"noise_std": 1.0, "density_noise": draw(1, 2, 7)}, ValueError, "noise_std must be 0 where density_noise is"),
         (
@@ -428,7 +497,7 @@ def test_errors(change, error, message):
         composite(**{**random_ray_sets(), **change})
 
 
-triton_composite = functools.partial(ops.composite, backend="triton")
+triton_composite = functools.partial(ops.composite, t_sorted=True, backend="triton")
 OUTPUTS = ops.Composite._fields
 
 
@@ -482,6 +551,7 @@ def assert_triton_errs_no_more(inputs, settings, what="", **options):
     ("coarse", "fine", "colours", "rays"), [(1, 0, 1, 1), (5, 0, 3, 20), (4, 7, 3, 3), (9, 1, 2, 5), (3, 2, 15, 2)]
 )
 def test_triton_errs_no_more_than_the_reference(poisoned, coarse, fine, colours, rays, settings):
+    colours = max(colours, 3) if "white_background" in settings else colours
     assert_triton_errs_no_more(with_everything(coarse, fine, colours, rays), settings)
 
 
@@ -601,14 +671,28 @@ def test_triton_empty(poisoned, batch, rays, fine):
 
 
 @needs_triton
+@pytest.mark.parametrize(
+    "nan", [{"t": (3,)}, {"t_fine": (2,)}, {"t": (2, 3), "t_fine": (1, 2)}, {"t": (0, 1, 2, 3)}], ids=str
+)
+def test_triton_merges_nan_last(nan):
+    inputs = with_everything(4, 3, 2, rays=2)
+    for name, places in nan.items():
+        inputs[name][..., list(places)] = torch.nan
+    actual, expected = (function(**inputs, return_weights=True) for function in (triton_composite, composite))
+    for name in OUTPUTS:
+        assert_same_specials(getattr(actual, name), getattr(expected, name), name)
+
+
+@needs_triton
 def test_triton_shows_what_is_nan():
     inputs = with_everything(4, 3, 2, rays=2)
     expected = triton_composite(**inputs)
     for name in ("values", "values_fine", "t", "t_fine", "density_noise"):
         x = inputs[name].clone()
         x[0, 0, 1] = torch.nan
-        result = triton_composite(**{**inputs, name: x})
-        assert result.depth[0, 0].isnan(), name
+        result = triton_composite(**{**inputs, name: x}, t_sorted=False)
+        for field in ("rgb", "depth", "weight_sum", "final_transmittance"):
+            assert getattr(result, field)[0, 0].isnan().all(), f"{field} of a NaN in {name}"
         assert_close(result.rgb[0, 1], expected.rgb[0, 1], f"the ray beside a NaN in {name}", "exact")
 
 
@@ -703,7 +787,7 @@ def test_triton_noise_is_normal(poisoned):
 @needs_triton
 def test_triton_drawn_noise_has_the_gradients_of_noise_handed_in(poisoned):
     """Noise sits in the sum with the raw density: shifting that shifts the argument of the activation alike."""
-    sets = {name: x.float().to(DEVICE) for name, x in random_ray_sets(rays=5).items()}
+    sets = {name: x.float().to(DEVICE) for name, x in random_ray_sets(colours=3, rays=5).items()}
     seed, settings = torch.tensor([3], device=DEVICE), {"last_interval": 0.2, "white_background": True}
 
     def run(density_noise=None, **options):
@@ -744,6 +828,6 @@ def test_reference_noise_is_torchs():
 def test_triton_gradients_of_both_sets_lie_side_by_side():
     sets = {name: x.float().to(DEVICE) for name, x in random_ray_sets().items()}
     values = sets["values"].requires_grad_(), sets["values_fine"].requires_grad_()
-    coarse, fine = torch.autograd.grad(ops.composite(**sets, backend="triton").rgb.sum(), values)
+    coarse, fine = torch.autograd.grad(triton_composite(**sets).rgb.sum(), values)
     assert coarse.stride() == fine.stride() == (2 * 7 * 3, 7 * 3, 3, 1)
     assert fine.data_ptr() - coarse.data_ptr() == 4 * 4 * 3

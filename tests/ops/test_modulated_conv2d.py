@@ -10,7 +10,6 @@ import re
 
 import pytest
 import torch
-from emulated import emulate
 
 from checks import (
     SIGMAS,
@@ -22,7 +21,7 @@ from checks import (
     gradgradcheck,
     layouts,
 )
-from csrc_backends import here
+from csrc_backends import here, use
 from epigraf_fast import ops
 from epigraf_fast.ops import backends
 
@@ -31,10 +30,7 @@ BLUR = torch.tensor([1, 3, 3, 1], dtype=torch.float64) / 8
 
 @pytest.fixture(params=here("modulated_conv2d"))
 def backend(request, monkeypatch):
-    if request.param != "emulated":
-        return request.param
-    emulate(monkeypatch)
-    return "cpu"
+    return use(request.param, monkeypatch)
 
 
 def on_backend(op, backend):
@@ -641,7 +637,7 @@ def test_errors_of_modulation(modulation, change, message):
     ("change", "message"),
     [
         ({"demod": draw(2, 4)}, "demod must have shape [2, 3], got [2, 4]"),
-        ({"styles": (draw(3, 3),)}, "styles must have shape [2, 3], got [3, 3]"),
+        ({"styles": (draw(3, 3),)}, "styles[0] must have shape [2, 3], got [3, 3]"),
         ({"styles": (None, None, None)}, "styles must be one or two, got 3"),
         ({"strength": draw(1)}, "strength must have shape [], got [1]"),
         ({"noise": draw(2, 2, 4, 5)}, "noise must broadcast to [2, 1, 4, 5]"),

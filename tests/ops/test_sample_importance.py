@@ -1,6 +1,6 @@
 """sample_importance and invert_cdf: the reference against SPEC section 5 in plain Python and against the density.
 
-The Triton kernels against the reference: in Triton's interpreter, or on the GPU where there is one.
+The Triton kernels against the reference: in Triton's interpreter and compiled, or on the GPU where there is one.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import compiled
 from checks import (
     SIGMAS,
     assert_close,
@@ -23,13 +24,11 @@ from checks import (
     layouts,
 )
 from epigraf_fast import ops
-from epigraf_fast.ops import backends
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-LACKING = backends.status()["sample_importance"]["triton"]
-needs_triton = pytest.mark.skipif(LACKING is not None, reason=LACKING or "")
+needs_triton = compiled.on_triton()
 
-sample_importance = functools.partial(ops.sample_importance, backend="reference")
+sample_importance = functools.partial(ops.sample_importance, sorted=False, backend="reference")
 sample_stratified = functools.partial(ops.sample_stratified, backend="reference")
 invert_cdf = functools.partial(ops.invert_cdf, backend="reference")
 
@@ -247,10 +246,29 @@ def test_samples_says_how_many_are_drawn():
     assert_close(samples, sample_importance(**inputs, u=u), "samples", "exact")
 
 
-def test_sorted():
-    inputs = rays()
-    expected = sample_importance(**inputs).sort(dim=-1).values
-    assert_close(sample_importance(**inputs, sorted=True), expected, "samples", "exact")
+BOTH = pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_triton)])
+
+
+@BOTH
+def test_sorted_by_default(backend):
+    inputs = {name: x.float().to(DEVICE) for name, x in rays().items()}
+    expected = ops.sample_importance(**inputs, sorted=False, backend=backend).sort(dim=-1).values
+    actual = ops.sample_importance(**inputs, backend=backend)
+    assert (actual.diff(dim=-1) >= 0).all()
+    assert_close(actual, expected, "samples", "exact" if backend == "reference" else None)
+    drawn = ops.sample_importance(inputs["t"], inputs["raw_density"], backend=backend)
+    assert (drawn.diff(dim=-1) >= 0).all()
+
+
+@BOTH
+@pytest.mark.parametrize("sorted", [False, True])
+def test_unsorted_t_is_sorted_with_its_densities(backend, sorted):
+    inputs = {name: x.float().to(DEVICE) for name, x in rays().items()}
+    expected = ops.sample_importance(**inputs, sorted=sorted, t_sorted=True, backend=backend)
+    order = torch.tensor([3, 0, 5, 1, 4, 2], device=DEVICE)
+    for name in ("t", "raw_density"):
+        inputs[name] = inputs[name][..., order]
+    assert_close(ops.sample_importance(**inputs, sorted=sorted, backend=backend), expected, "samples", "exact")
 
 
 def test_result_is_in_the_order_of_u():
@@ -378,7 +396,7 @@ def test_even_u_and_noise_are_those_handed_in():
         assert_close(actual, sample_importance(t, raw + 0.5 * noise, u), f"noise of {std}", "exact")
 
 
-triton_importance = functools.partial(ops.sample_importance, backend="triton")
+triton_importance = functools.partial(ops.sample_importance, sorted=False, backend="triton")
 triton_stratified = functools.partial(ops.sample_stratified, backend="triton", device=DEVICE)
 triton_invert_cdf = functools.partial(ops.invert_cdf, backend="triton")
 

@@ -1,6 +1,6 @@
 """sample_triplane: the reference and the cpu backend against numbers worked by hand and against torch's grid_sample.
 
-The Triton kernels against the reference: in Triton's interpreter, or on the GPU where there is one.
+The Triton kernels against the reference: in Triton's interpreter and compiled, or on the GPU where there is one.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 import pytest
 import torch
 
+import compiled
 from checks import (
     assert_close,
     assert_error_within_reference,
@@ -26,7 +27,7 @@ from epigraf_fast.ops import backends
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LACKING = backends.status()["sample_triplane"]["triton"]
-needs_triton = pytest.mark.skipif(LACKING is not None, reason=LACKING or "")
+needs_triton = compiled.on_triton()
 if LACKING is None:
     import triton
     import triton.language as tl
@@ -330,15 +331,18 @@ def test_triton_deterministic_gradient_shows_what_is_not_finite(value):
 
 
 @needs_triton
-def test_triton_follows_torch_in_being_deterministic(poisoned, monkeypatch):
+def test_triton_follows_torch_in_being_deterministic(monkeypatch):
     from epigraf_fast.kernels import sample_triplane as kernels
 
     asked, bwd = [], kernels.bwd
-    monkeypatch.setattr(kernels, "bwd", lambda *args: asked.append(args[4]) or bwd(*args))
+    monkeypatch.setattr(kernels, "bwd", lambda *args, **options: asked.append(args[4]) or bwd(*args, **options))
     planes, points = torch.zeros(1, 24, 3, 4, device=DEVICE, requires_grad=True), torch.zeros(1, 1, 3, device=DEVICE)
-    for deterministic in (None, False):
-        triton_sample(planes, points, deterministic).sum().backward()
-    torch.use_deterministic_algorithms(False)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        for deterministic in (None, False):
+            triton_sample(planes, points, deterministic).sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
     triton_sample(planes, points).sum().backward()
     assert asked == [True, False, False]
 
@@ -418,7 +422,7 @@ def test_triton_has_no_second_derivative():
         gradient.sum().backward()
 
 
-@needs_triton
+@compiled.on_triton(compiled=False)  # which only kernels of the package are
 def test_triton_offsets_have_64_bits():
     rows, columns = [0, 3, 46341, 2**29], [7, 2**30, 46341, 5]
     offsets = torch.zeros(4, dtype=torch.int64, device=DEVICE)

@@ -77,7 +77,8 @@ def test_launches_take_the_fastest_plan(monkeypatch):
     assert asked == [tuning.plans(case("fwd", arch))[-1]]
 
 
-def test_a_deterministic_run_keeps_to_the_defaults(poisoned):
+def test_a_deterministic_run_keeps_to_the_defaults(monkeypatch):
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     rays, network = inputs()
     ops_tuning.tune_decode_triplane(*rays, *network, timer=last_is_fastest())  # as torch is told to be
     ops_tuning.tune_decode_triplane(*rays, *network, deterministic=True, timer=last_is_fastest())
@@ -133,7 +134,7 @@ def test_a_run_times_the_decoder_of_its_micro_batch(tiny_config, tiny_trainer, m
     """Once, before the loop, and without touching its random numbers; the choices lie in the run folder."""
     sizes = {"plane_channels": 8, "decoder_hidden": 16}
     small = {"batch": 2, "renderer": {"coarse_samples": 3, "fine_samples": 2}, "kimg": 0.004}
-    config = tiny_config(generator=sizes, backend="triton", precision="fp32", **small)
+    config = tiny_config(generator=sizes, backend="triton", precision="fp32", device=DEVICE, **small)
     trainer, _ = tiny_trainer(config)
     before = torch.get_rng_state()
     assert warm_up(trainer, timer=last_is_fastest())

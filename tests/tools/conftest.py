@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from epigraf_fast import command
 from epigraf_fast.config import (
     CameraConfig,
     Config,
@@ -67,6 +69,12 @@ def tiny_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             save_checkpoint(run_dir, config, trainer.state_dict(), keep=3)
     (run_dir / "config.json").write_text(json.dumps(to_dict(config)))
     return run_dir
+
+
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is said of waits, however slow the machine is: what a test reads are results and errors."""
+    monkeypatch.setattr(command, "PATIENCE", {True: threading.TIMEOUT_MAX, False: threading.TIMEOUT_MAX})
 
 
 @pytest.fixture

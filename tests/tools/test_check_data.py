@@ -23,7 +23,7 @@ def test_report_and_plot(tiny_data: Path, tmp_path: Path, capsys: pytest.Capture
     check_data.main([str(tiny_data), "--labels", "--plot", str(out)])
     printed = capsys.readouterr().out
     assert "24 images of 16x16, 48 with the mirrored, all readable" in printed
-    assert "labels: 3, 8 to 8 images each" in printed
+    assert "labels: 3 classes, 8 to 8 images each" in printed
     assert "camera (stored in the set): fov 30" in printed
     assert "warning" not in printed
     with PIL.Image.open(out) as image:
@@ -47,6 +47,30 @@ def test_the_numbers_are_those_of_the_set(
     assert "pitch: 1.500 to 1.500" in printed
     assert "camera (of the preset): fov 30, radius 1, rays 0.75 to 1.25" in printed
     assert "warning: the yaws are not centred at zero (mean 1.00" in printed
+
+
+def test_classes_without_images_and_poses_without_an_image_are_named(
+    tmp_path: Path, write_data: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def edit(files: dict, metadata: dict) -> None:
+        metadata["labels"] = [[name, 1 + number % 2] for number, (name, _) in enumerate(metadata["labels"])]
+        metadata["camera_angles"] |= {"gone/x.png": [1.0, 1.5, 0.0]}
+
+    check_data.main([str(write_data(tmp_path / "x.zip", edit=edit)), "--labels"])
+    printed = capsys.readouterr().out
+    assert "labels: 2 classes, 12 to 12 images each" in printed
+    assert "warning: classes without an image, which are never drawn: 1 of 3: 0\n" in printed
+    assert 'warning: names in "camera_angles" without an image: 1, first gone/x.png' in printed
+
+
+def test_labels_that_are_vectors(
+    tmp_path: Path, write_data: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def edit(files: dict, metadata: dict) -> None:
+        metadata["labels"] = [[name, [number, 0.5]] for number, (name, _) in enumerate(metadata["labels"])]
+
+    check_data.main([str(write_data(tmp_path / "x.zip", edit=edit)), "--labels"])
+    assert "labels: vectors of 2 numbers" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg"])

@@ -60,6 +60,38 @@ def test_the_volume_has_the_axes_of_the_world(generator: Generator, monkeypatch:
     assert whole[0, 0, 0] == whole.min()  # beyond every ray
 
 
+def test_a_volume_that_no_ray_reaches_is_one_line(generator: Generator) -> None:
+    """The corners of the cube alone."""
+    with pytest.raises(mesh.UserError, match="none of 2 points a side is within reach of the rays: raise --resolution"):
+        mesh.density_volume(generator, PLANES, 2)
+
+
+@pytest.mark.parametrize("slab", [1, 5, 16, 100])
+def test_slabs_give_the_surface_of_the_whole(slab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Closed, with as many corners and faces, at the same places; also where the level is met on a shared layer."""
+    marching_cubes = pytest.importorskip("skimage.measure", reason="needs the extra tools").marching_cubes
+    monkeypatch.setattr(mesh, "SLAB", slab)
+    axis = np.linspace(-3, 3, 34)
+    x, y, z = axis[:, None, None], axis[:, None], axis
+    gyroid = np.sin(2 * x) * np.cos(2 * y) + np.sin(2 * y) * np.cos(2 * z) + np.sin(2 * z) * np.cos(2 * x)
+    volume = np.pad(gyroid.astype(np.float32), 1, constant_values=-2)
+    vertices, faces = mesh.level_set(volume, 0.3)
+    whole_vertices, whole_faces, _, _ = marching_cubes(volume, 0.3)
+    assert vertices.shape == whole_vertices.shape
+    assert faces.shape == whole_faces.shape
+    ours, theirs = (trimesh.Trimesh(v, f, process=False) for v, f in ((vertices, faces), (whole_vertices, whole_faces)))
+    assert ours.is_watertight
+    assert ours.is_winding_consistent
+    assert ours.volume == pytest.approx(theirs.volume, rel=1e-6)
+    assert ours.area == pytest.approx(theirs.area, rel=1e-6)
+
+    cube = np.zeros((34, 34, 34), np.float32)
+    cube[5:20, 5:20, 5:20], cube[6:19, 6:19, 6:19] = 1, 2
+    solid = trimesh.Trimesh(*mesh.level_set(cube, 1.0), process=False)  # the level of whole layers
+    assert solid.is_winding_consistent
+    assert solid.volume == pytest.approx(trimesh.Trimesh(*marching_cubes(cube, 1.0)[:2]).volume, rel=1e-6)
+
+
 def test_a_ball_is_found(generator: Generator) -> None:
     """At the depth that rays see: along a radius the density S x is reached with transmittance exp(-S x^2 / 2), so the
     mean depth below the surface is sqrt(pi / (2 S)); rays that come in aslant see less deep."""
@@ -150,9 +182,9 @@ def test_several_seeds_and_a_given_threshold(tiny_run: Path, tmp_path: Path) -> 
     ("arguments", "words"),
     [
         (("--out", "x.stl"), "must end in .ply, .obj, .glb, .png or .mrc"),
-        (("--out", "x.ply", "--resolution", "1"), "--resolution must be from 2 to 1024"),
+        (("--out", "x.ply", "--resolution", "7"), "--resolution must be a whole number from 8 to 1024, got 7"),
         (("--out", "x.ply", "--resolution", "8", "--threshold", "1e9"), "--threshold must be between the densities"),
-        (("--out", "x.ply", "--threshold", "nan"), "--threshold must be finite"),
+        (("--out", "x.ply", "--threshold", "nan"), "--threshold must be a finite number, got nan"),
     ],
 )
 def test_faults_are_one_line(

@@ -16,6 +16,7 @@ from epigraf_fast import metrics
 from epigraf_fast.camera import cam2world_matrix, camera_rays
 from epigraf_fast.config import CameraConfig
 from epigraf_fast.models.renderer import Images
+from epigraf_fast.training.checkpoint import list_checkpoints
 from epigraf_fast.training.metrics import ScriptFeatures, kernel_distance
 
 CAMERA = CameraConfig(fov=30.0, radius=1.0, ray_start=0.75, ray_end=1.25, cube_scale=0.475)
@@ -144,7 +145,7 @@ def test_a_folder_of_checkpoints(
         assert result["fd_efficientnet"] > 0
         assert result["fid"] > 0
         assert f"fid {result['fid']:.4g}" in printed
-    metrics.main([results[1]["checkpoint"], *arguments, "--out", str(out)])
+    metrics.main([results[1]["checkpoint"], *arguments, "--out", str(out), "--overwrite"])
     assert json.loads(out.read_text()) == results[1:]
 
 
@@ -152,7 +153,7 @@ def test_a_folder_of_checkpoints(
     ("arguments", "words"),
     [
         (("RUN", "--plot", "x.txt"), "--plot must end in"),
-        (("RUN", "--images", "1"), "--images must be at least 2"),
+        (("RUN", "--images", "1"), "--images must be a whole number from 2 to 10000000, got 1"),
         (("RUN", "--data", "nowhere.zip"), "there is no such data set"),
         (("RUN", "--data", "builtin"), "but resolution 16 was asked for"),
         (("RUN", "--inception", "none.pt"), "there are no weights none.pt"),
@@ -176,6 +177,18 @@ def test_another_number_of_classes_is_one_line(
 
     data = write_data(tmp_path / "two.zip", edit=edit)
     assert "has 2 classes" in one_error_line(metrics.main, tiny_run, "--data", data)
+
+
+def test_a_class_that_was_not_trained_is_one_line(
+    tiny_run: Path, tmp_path: Path, tiny_data: Path, one_error_line: Callable[..., str]
+) -> None:
+    """The set has classes 0 to 2, the generator was trained on 1 and 2."""
+    path = list_checkpoints(tiny_run)[-1]
+    content = torch.load(path, weights_only=True)
+    content["trainer"]["label_values"] = torch.tensor([1, 2])
+    torch.save(content, tmp_path / path.name)
+    message = one_error_line(metrics.main, tmp_path / path.name, "--data", tiny_data)
+    assert "has images of class 0, without which" in message
 
 
 def test_weights_without_features_are_one_line(

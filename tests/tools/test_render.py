@@ -17,7 +17,6 @@ import torch
 from checks import assert_close
 from epigraf_fast import render
 from epigraf_fast.camera import cam2world_matrix, camera_rays
-from epigraf_fast.errors import UserError
 from epigraf_fast.models.renderer import Images
 from epigraf_fast.training.pretrained import load_generator
 
@@ -29,14 +28,6 @@ def read(path: Path) -> np.ndarray:
 
 def run(*arguments: object) -> None:
     render.main([str(argument) for argument in arguments])
-
-
-def test_numbers() -> None:
-    assert render.parse_numbers("0-3,8") == [0, 1, 2, 3, 8]
-    assert render.parse_numbers("7") == [7]
-    for text in ("", "a", "3-", "1,,2", "5-3", "-1", "9" * 30):
-        with pytest.raises(UserError):
-            render.parse_numbers(text)
 
 
 def test_a_grid_shows_every_seed_from_every_side(tiny_run: Path, tmp_path: Path) -> None:
@@ -65,7 +56,7 @@ def test_truncation_seeds_and_labels(tiny_run: Path, tmp_path: Path) -> None:
     """psi = 0 shows one object for all seeds of a class; other classes differ, other seeds too."""
 
     def cells(*arguments: object) -> list[bytes]:
-        run("grid", tiny_run, "--out", tmp_path / "x.png", "--columns", 3, *arguments)
+        run("grid", tiny_run, "--out", tmp_path / "x.png", "--overwrite", "--columns", 3, *arguments)
         picture = read(tmp_path / "x.png")
         return [picture[:, 16 * i : 16 * i + 16].tobytes() for i in range(3)]
 
@@ -109,7 +100,7 @@ from epigraf_fast import render
 sizes = []
 for size in (16, 1024):
     render.main(["grid", {str(tiny_run)!r}, "--out", {str(tmp_path / "x.png")!r}, "--seeds", "0", "--ray-samples", "10",
-                 "--resolution", str(size)])
+                 "--resolution", str(size), "--device", "cpu", "--overwrite"])
     sizes.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 print((sizes[1] - sizes[0]) // 1024)
 """
@@ -151,12 +142,15 @@ def test_zoom_comes_back() -> None:
     [
         (("grid", "RUN", "--out", "x.jpg"), "must end in .png"),
         (("turntable", "RUN", "--out", "x.png"), "must end in .mp4 or .gif"),
-        (("grid", "RUN", "--out", "x.png", "--seeds", "a"), "numbers must look like"),
+        (("grid", "RUN", "--out", "x.png", "--seeds", "a"), "--seeds must look like 0-15 or 1,4,7-9, got 'a'"),
         (("grid", "RUN", "--out", "x.png", "--labels", "3"), "class from 0 to 2, got 3"),
-        (("grid", "RUN", "--out", "x.png", "--resolution", "1"), "--resolution must be at least 2"),
-        (("grid", "RUN", "--out", "x.png", "--pitch", "4"), "--pitch must be from 0 to 3.14159, got 4"),
-        (("grid", "RUN", "--out", "x.png", "--ray-samples", "2"), "--ray-samples must be at least 3"),
-        (("turntable", "RUN", "--out", "x.mp4", "--frames", "1"), "--frames must be at least 2"),
+        (("grid", "RUN", "--out", "x.png", "--resolution", "1"), "--resolution must be a whole number from 2 to 16384"),
+        (("grid", "RUN", "--out", "x.png", "--pitch", "4"), "--pitch must be a finite number from 0 to 3.14159, got 4"),
+        (
+            ("grid", "RUN", "--out", "x.png", "--ray-samples", "2"),
+            "--ray-samples must be a whole number from 3 to 4096",
+        ),
+        (("turntable", "RUN", "--out", "x.mp4", "--frames", "1"), "--frames must be a whole number from 2 to 100000"),
         (("grid", "NOWHERE", "--out", "x.png"), "there is no checkpoint"),
         (("grid", "EMPTY", "--out", "x.png"), "holds no checkpoint"),
         (("grid", "RUN", "--out", "x.png", "--device", "cuda"), "torch sees no GPU"),
@@ -181,6 +175,21 @@ def test_missing_ffmpeg_is_one_line(
     message = one_error_line(render.main, "turntable", tiny_run, "--out", tmp_path / "x.mp4", "--frames", 2)
     assert "imageio-ffmpeg is not installed" in message
     assert not list(tmp_path.iterdir())
+
+
+def test_a_video_that_lost_frames_is_no_video(tmp_path: Path) -> None:
+    """As on a full disk, where the encoder dies and says nothing."""
+    frame = np.zeros((16, 16, 3), np.uint8)
+    with render.video(tmp_path / "x.mp4", 10) as add:
+        for _ in range(3):
+            add(frame)
+    render.check_video(tmp_path / "x.mp4", 3)
+    with pytest.raises(OSError, match="3 of 4 frames are in it: is the disk full"):
+        render.check_video(tmp_path / "x.mp4", 4)
+    content = (tmp_path / "x.mp4").read_bytes()
+    (tmp_path / "x.mp4").write_bytes(content[: len(content) // 2])
+    with pytest.raises(OSError, match="0 of 3 frames"):
+        render.check_video(tmp_path / "x.mp4", 3)
 
 
 def test_an_interrupted_video_leaves_nothing(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import shutil
 import socket
 import sys
@@ -66,6 +67,62 @@ def test_an_occupied_port_is_one_line(tiny_run: Path, one_error_line: Callable[.
     assert "there is no checkpoint" in one_error_line(viewer.main, "nowhere")
 
 
+@pytest.mark.parametrize("port", [0, 8080])
+def test_a_host_that_is_not_here_is_one_line_before_any_work(port: int, one_error_line: Callable[..., str]) -> None:
+    pytest.importorskip("viser", reason="needs the extra viewer")
+    for host, words in (
+        ("no.such.host.invalid", "--host no.such.host.invalid is no name or address ("),
+        ("a..b", "--host a..b is no name or address ("),
+        ("x" * 70, "is no name or address ("),
+        ("192.0.2.1", "--host 192.0.2.1 is not of this machine (Cannot assign requested address): take 127.0.0.1"),
+        ("2001:db8::1", "--host 2001:db8::1 is not of this machine ("),
+        ("[::1]", "--host [::1] is no name or address ("),
+    ):
+        assert words in one_error_line(viewer.main, "nowhere", "--host", host, "--port", port)
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+            return True
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="there is no IPv6 on this machine")
+def test_ipv6_is_served(tiny_run: Path) -> None:
+    pytest.importorskip("viser", reason="needs the extra viewer")
+    config, generator = load_generator(tiny_run, "cpu")
+    running = viewer.Viewer(config, generator, "::1", 0, RESOLUTION)
+    try:
+        assert re.fullmatch(r"http://\[::1\]:\d+", running.address)
+        with urllib.request.urlopen(running.address, timeout=30) as answer:
+            assert answer.status == 200
+    finally:
+        running.stop()
+
+
+def test_ctrl_c_ends_a_viewer(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is what the page's line says, and no fault."""
+    pytest.importorskip("viser", reason="needs the extra viewer")
+    stopped, stop = [], viewer.Viewer.stop
+
+    def sleep(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    def stopping(self: viewer.Viewer) -> None:
+        stopped.append(self)
+        monkeypatch.undo()
+        stop(self)
+
+    monkeypatch.setattr(viewer.Viewer, "stop", stopping)
+    monkeypatch.setattr(viewer, "time", SimpleNamespace(sleep=sleep, perf_counter=time.perf_counter))
+    viewer.main([str(tiny_run), "--port", "0", "--device", "cpu"])
+    assert len(stopped) == 1
+    assert not stopped[0].painter.is_alive()
+
+
 def test_missing_viser_is_one_line(
     tiny_run: Path, one_error_line: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,6 +137,22 @@ def running(tiny_run: Path) -> Iterator[viewer.Viewer]:
     running = viewer.Viewer(config, generator, "127.0.0.1", 0, RESOLUTION)
     yield running
     running.stop()
+
+
+@pytest.mark.parametrize(("values", "first"), [([1, 2], 1), ([[0.5, 1.0, 0.0]], None)])
+def test_the_first_object_is_of_a_class_with_images(tiny_run: Path, values: list, first: int | None) -> None:
+    """And where labels are vectors there is no class to choose."""
+    pytest.importorskip("viser", reason="needs the extra viewer")
+    config, generator = load_generator(tiny_run, "cpu")
+    generator.label_values = torch.tensor(values)
+    running = viewer.Viewer(config, generator, "127.0.0.1", 0, RESOLUTION)
+    try:
+        assert (running.label and running.label.value) == first
+        painted = running.painted_object()
+        expected = running.scene.ws([0], [] if first is None else [first])
+        assert_close(painted.ws, expected, "ws")
+    finally:
+        running.stop()
 
 
 class Page:
@@ -194,6 +267,15 @@ def test_the_mesh_comes_and_goes(running: viewer.Viewer, page: Page) -> None:
     assert not running.build.disabled
 
 
+def test_a_mesh_shows_how_far_it_is_and_ends_with_the_viewer(running: viewer.Viewer) -> None:
+    steps = running._progress(range(4), "points")
+    assert [next(steps), next(steps)] == [0, 1]
+    assert running.status.content == "building the mesh ... points: 1/4"
+    running.running = False
+    with pytest.raises(UserError, match="the viewer ends"):
+        next(steps)
+
+
 def test_the_page_is_served_here_alone(running: viewer.Viewer) -> None:
     with urllib.request.urlopen(running.address, timeout=30) as answer:
         page = answer.read().decode()
@@ -202,7 +284,7 @@ def test_the_page_is_served_here_alone(running: viewer.Viewer) -> None:
     assert running.server.get_host() == "127.0.0.1"
     port = running.server.get_port()
     with pytest.raises(UserError, match=f"port {port} of 127.0.0.1 cannot be used"):
-        viewer.check_port("127.0.0.1", port)
+        viewer.free_port("127.0.0.1", port)
 
 
 # A real browser

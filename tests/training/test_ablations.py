@@ -49,6 +49,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "patch importance": {"patch": {"importance": 8}},
     "Fourier features": {"generator": {"decoder_fourier": 8}},
     "view direction": {"generator": {"view_direction": True}},
+    "no clamps": {"generator": {"clamp": 0.0}, "discriminator": {"clamp": 0.0}},
+    "pose dropout": {"generator": {"pose_dropout": 0.5}},
+    "sphere of relu, white in front too": {
+        "renderer": {
+            "background": "sphere",
+            "background_samples": 4,
+            "white_foreground": True,
+            "density_activation": "relu",
+        }
+    },
 }
 
 

@@ -193,7 +193,7 @@ def test_code_in_a_checkpoint_is_refused(legacy: bool, tmp_path: Path) -> None:
     path, target = tmp_path / "evil.pt", tmp_path / "broken_in"
     content = {"format": "epigraf_fast", "version": 1, "trainer": Malicious(target)}
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is no checkpoint but a pickle" if legacy else "cannot be read"):
         load_checkpoint(path)
     assert not target.exists()
     torch.load(path, weights_only=False)
@@ -204,7 +204,7 @@ def test_code_in_a_checkpoint_is_refused(legacy: bool, tmp_path: Path) -> None:
 def test_a_bare_pickle_is_refused(tmp_path: Path) -> None:
     path, target = tmp_path / "evil.pt", tmp_path / "broken_in"
     path.write_bytes(pickle.dumps(Malicious(target)))
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is no checkpoint but a pickle"):
         load_checkpoint(path)
     assert not target.exists()
 
@@ -294,8 +294,8 @@ def test_a_truncated_temporary_file_is_no_checkpoint(tmp_path: Path, tiny_config
         warnings.simplefilter("error")
         assert find_checkpoint("auto", tmp_path) == good
     save_tiny(tmp_path, tiny_config(), 16)
-    assert not left.exists()
     assert names(tmp_path) == [8, 16]
+    assert left.exists()  # another process may be writing it; see test_lock.py
 
 
 @pytest.mark.parametrize("resume", ["auto", "folder"])
@@ -326,7 +326,7 @@ def test_a_full_disk_of_a_real_file(tmp_path: Path, tiny_config: TinyConfig) -> 
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
         with pytest.raises(
-            SaveError, match=r"could not be written .*: make room; the last one is checkpoint-000000008"
+            SaveError, match=r"could not be written \(File too large\): make room; the last one is checkpoint-000000008"
         ):
             save_tiny(tmp_path, config, 16)
     finally:
@@ -466,6 +466,9 @@ def test_other_files_are_no_checkpoints(tmp_path: Path, tiny_config: TinyConfig)
         ("generator", {"pose_conditioning": False}),
         ("discriminator", {"modulate": "output"}),
         ("discriminator", {"minibatch_std_group": 2}),
+        ("discriminator", {"clamp": 0.0}),
+        ("generator", {"clamp": 0.0}),
+        ("generator", {"noise": False}),
         ("patch", {"resolution": 16}),
         ("loader", {"labels": False}),
         ("loader", {"mirror": False}),
@@ -486,7 +489,7 @@ def test_harmless_differences(tiny_config: TinyConfig) -> None:
         batch=16,
         run_dir="runs/elsewhere",
         optim={"g_lr": 0.001},
-        generator={"pose_swap_kimg": 3.0},
+        generator={"pose_swap_kimg": 3.0, "pose_dropout": 0.5},
         discriminator={"camera_dropout": 0.1},
         patch={"anneal_kimg": 7.0},
         loader={"workers": 3},
@@ -500,6 +503,7 @@ def test_harmless_differences(tiny_config: TinyConfig) -> None:
         "run_dir",
         "optim.g_lr",
         "generator.pose_swap_kimg",
+        "generator.pose_dropout",
         "discriminator.camera_dropout",
         "patch.anneal_kimg",
         "loader.workers",

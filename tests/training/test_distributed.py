@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -19,7 +21,7 @@ import torch
 from test_cli import flags
 
 from checks import assert_close
-from epigraf_fast.config import Config, to_dict
+from epigraf_fast.config import Config, DiscriminatorConfig, check, to_dict
 from epigraf_fast.data import ImageDataset, make_loader
 from epigraf_fast.errors import UserError
 from epigraf_fast.training.checkpoint import list_checkpoints, load_checkpoint
@@ -223,7 +225,8 @@ def test_alone_nothing_is_exchanged() -> None:
 
 
 def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "1")):
+    variables = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
     world = World.from_environment()
     assert (world.rank, world.size, world.local_rank) == (5, 8, 1)
@@ -240,7 +243,7 @@ def test_every_process_has_its_random_numbers() -> None:
 @pytest.mark.parametrize(
     ("size", "settings", "message"),
     [
-        (3, {}, "batch must be a multiple of the 3 processes, got 8"),
+        (3, {}, "batch must be a multiple of the 3 processes, got 8: set --batch 12"),
         (2, {"batch": 16, "micro_batch": 16}, None),
         (2, {"batch": 24, "micro_batch": 8}, "= 12, must be a multiple of micro_batch = 8"),
         (2, {"batch": 12}, "must be a multiple of micro_batch = 6, and that of discriminator.minibatch_std_group = 4"),
@@ -254,6 +257,28 @@ def test_the_batch_is_shared(size: int, settings: dict[str, Any], message: str |
     else:
         with pytest.raises(UserError, match=message):
             check_world(config, World(0, size))
+
+
+def test_advice_on_shares_is_accepted() -> None:
+    """By the check of one process, too."""
+    advised = 0
+    for batch, micro, group in itertools.product(range(1, 17), (None, 1, 2, 3, 4, 8), (1, 2, 3, 4)):
+        config = Config(batch=batch, micro_batch=micro, discriminator=DiscriminatorConfig(minibatch_std_group=group))
+        try:
+            check(config)
+        except UserError:
+            continue
+        for size in (2, 3, 5, 8):
+            try:
+                check_world(config, World(0, size))
+            except UserError as error:
+                advice = re.findall(r"--(micro-batch|batch) (\d+)", str(error))
+                assert advice
+                better = dataclasses.replace(config, **{name.replace("-", "_"): int(value) for name, value in advice})
+                check(better)
+                check_world(better, World(0, size))
+                advised += 1
+    assert advised > 100
 
 
 def test_shares_make_the_batch(tiny_config: TinyConfig, tiny_dataset: ImageDataset) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 import train
 from epigraf_fast.config import Config, check
-from epigraf_fast.data import ImageDataset
+from epigraf_fast.data import ImageDataset, InfiniteSampler
 from epigraf_fast.errors import SaveError, UserError
 from epigraf_fast.training import endurance, record, snapshot
 from epigraf_fast.training.checkpoint import list_checkpoints, load_checkpoint
@@ -81,6 +82,18 @@ def test_out_of_memory_in_the_first_step(
         UserError, match=f"a micro-batch of 8 needs more memory than the {gib:.1f} GiB of cpu: {advice}"
     ):
         run(tiny_config(), tiny_dataset)
+
+
+def test_the_micro_batch_that_fits_is_one_of_the_share(
+    tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes share 24 images: 12 each is what did not fit, so 8, which divides the batch, is no advice."""
+    monkeypatch.setattr(endurance, "device_bytes", lambda device: 2**40)
+    with (
+        pytest.raises(UserError, match=r"a micro-batch of 12 needs .*: set --micro-batch 4$"),
+        explain_out_of_memory(tiny_config(batch=24), 3, CPU, processes=2),
+    ):
+        raise MemoryError
 
 
 def test_other_errors_pass(tiny_config: TinyConfig) -> None:
@@ -152,6 +165,65 @@ def test_what_was_trained_is_saved_when_the_data_break(
     expected = load_checkpoint(list_checkpoints(Path(whole.run_dir))[-1])[1]["trainer"]
     for network in ("generator", "discriminator", "average"):
         assert all(torch.equal(resumed[network][name], value) for name, value in expected[network].items())
+
+
+def deflate64(path: Path, name: str) -> None:
+    """Says of a member of a zip that it is packed by a method that Python does not know."""
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        local = archive.getinfo(name).header_offset
+    central = content.index(name.encode(), content.index(b"PK\x01\x02")) - 46
+    content[local + 8] = content[central + 10] = 9
+    path.write_bytes(content)
+
+
+def flip(path: Path, name: str) -> None:
+    """Damages the content of a member."""
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        content[archive.getinfo(name).header_offset + 100] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("spoil", "words"), [(deflate64, "repack with Deflate"), (flip, "replace it")])
+def test_a_damaged_archive_loses_nothing_that_was_trained(
+    workers: int,
+    spoil: Callable[[Path, str], None],
+    words: str,
+    tiny_config: TinyConfig,
+    write_data: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    """The last image of the epoch that the run meets: the batches before it are trained, and saved."""
+    data = write_data(tmp_path / "x.zip")
+    config = tiny_config(data=str(data), kimg=0.096, grid=(1, 1), loader={"workers": workers})
+    dataset = ImageDataset(data, use_labels=True)
+    real = torch.randperm(48, generator=torch.Generator().manual_seed(config.seed))[0] % 24  # in the grid of reals
+    order = [index % 24 for index in itertools.islice(InfiniteSampler(48, config.seed), 48)]
+    last = max(set(range(24)) - {int(real)}, key=order.index)
+    before = order.index(last) // config.batch * config.batch
+    assert before >= 8
+    spoil(data, dataset.files[last])
+    dataset = ImageDataset(data, use_labels=True)
+    with pytest.raises(UserError, match=rf"image {dataset.files[last]} cannot be read .*{words}.* \(saved ") as caught:
+        run(config, dataset)
+    assert "\n" not in str(caught.value)
+    assert [int(path.stem[-9:]) for path in list_checkpoints(Path(config.run_dir))] == [before]
+
+
+def test_a_run_says_what_its_data_lack(
+    tiny_config: TinyConfig, write_data: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def edit(files: dict, metadata: dict) -> None:
+        metadata["labels"] = [[name, 1 + number % 2] for number, (name, _) in enumerate(metadata["labels"])]
+        metadata["camera_angles"] |= {"gone.png": [1.0, 1.5, 0.0]}
+
+    config = tiny_config(data=str(write_data(tmp_path / "x.zip", edit=edit)), kimg=0.008)
+    assert run(config, ImageDataset(config.data, use_labels=True)) == 0
+    printed = capsys.readouterr().out
+    assert "warning: classes without an image, which are never drawn: 1 of 3: 0" in printed
+    assert 'warning: names in "camera_angles" without an image: 1, first gone.png' in printed
 
 
 def test_data_that_break_at_once_save_nothing(

@@ -132,7 +132,7 @@ def test_a_last_line_cut_off_by_a_kill_is_left_out(tmp_path: Path, open_log: Cal
 def test_a_damaged_line_before_the_last_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "stats.jsonl"
     path.write_text('{"cur_nimg": 8}\n{"cur_ni\n{"cur_nimg": 24}\n')
-    with pytest.raises(UserError, match="line 2 is not JSON; move the file away to go on"):
+    with pytest.raises(UserError, match=r"line 2 is damaged; train.py --resume mends it, or move the file away"):
         read_stats(path)
 
 

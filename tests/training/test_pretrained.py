@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from epigraf_fast.config import Config
+from epigraf_fast.convert import export_generator
 from epigraf_fast.errors import UserError
 from epigraf_fast.training.checkpoint import save_checkpoint
 from epigraf_fast.training.networks import find_device
@@ -22,6 +23,7 @@ from epigraf_fast.training.pretrained import (
     load_safetensors,
     save_safetensors,
 )
+from epigraf_fast.training.sampling import latents_of_seeds
 from epigraf_fast.training.step import Trainer
 
 TinyConfig = Callable[..., Config]
@@ -60,8 +62,9 @@ def test_safetensors_hold_settings_and_tensors(saved: tuple[Config, Trainer, Pat
     path = tmp_path / "converted" / "G_ema.safetensors"
     path.parent.mkdir()
     save_safetensors(state, config, path)
-    loaded, tensors = load_safetensors(path)
+    loaded, tensors, label_values = load_safetensors(path)
     assert loaded == config
+    assert label_values is None
     assert tensors.keys() == state.keys()
     assert find_generator(path.parent) == path
     assert torch.equal(load_generator(path.parent, "cpu")[1].decoder.fc0.weight, trainer.average.decoder.fc0.weight)
@@ -126,6 +129,53 @@ def test_faults_are_one_line(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"safetensors is not installed: pip install 'epigraf_fast\[tools\]'"):
         save_safetensors(trainer.average.state_dict(), config, tmp_path / "y.safetensors")
+
+
+def skip_class_0(files: dict, metadata: dict) -> None:
+    metadata["labels"] = [[name, 1 + 2 * (number % 2)] for number, (name, _) in enumerate(metadata["labels"])]
+
+
+def vectors(files: dict, metadata: dict) -> None:
+    metadata["labels"] = [[name, [0.5, number % 2]] for number, (name, _) in enumerate(metadata["labels"])]
+
+
+def test_labels_are_drawn_from_those_that_have_images(
+    tiny_config: TinyConfig, tiny_trainer: TinyTrainer, tmp_path: Path, write_data: Callable[..., Path]
+) -> None:
+    """Classes 1 and 3 of four: the checkpoint and its export know them, a checkpoint of before draws all."""
+    config = tiny_config(data=str(write_data(tmp_path / "x.zip", edit=skip_class_0)))
+    trainer, _ = tiny_trainer(config)
+    path = save_checkpoint(tmp_path / "run", config, trainer.state_dict(), keep=1)
+    _, generator = load_generator(path, "cpu")
+    assert latents_of_seeds(generator, range(4))[1].argmax(dim=1).tolist() == [1, 3, 1, 3]
+    assert latents_of_seeds(generator, range(4), [0, 2])[1].argmax(dim=1).tolist() == [0, 2, 0, 2]  # if one wants so
+    with pytest.raises(UserError, match="from 0 to 3, got 4"):
+        latents_of_seeds(generator, [0], [1, 4])
+
+    export_generator(path, tmp_path / "exported")
+    assert load_generator(tmp_path / "exported", "cpu")[1].label_values.tolist() == [1, 3]
+
+    state = trainer.state_dict()
+    del state["label_values"]
+    _, generator = load_generator(save_checkpoint(tmp_path / "old", config, state, keep=1), "cpu")
+    assert latents_of_seeds(generator, range(4))[1].argmax(dim=1).tolist() == [0, 1, 2, 3]
+    trainer.load_state_dict(state)  # goes on, and knows them from then on
+    assert trainer.state_dict()["label_values"].tolist() == [1, 3]
+
+
+def test_vectors_of_labels_are_drawn_as_they_were(
+    tiny_config: TinyConfig, tiny_trainer: TinyTrainer, tmp_path: Path, write_data: Callable[..., Path]
+) -> None:
+    """Not as classes, of which a vector has none."""
+    config = tiny_config(data=str(write_data(tmp_path / "x.zip", edit=vectors)))
+    trainer, _ = tiny_trainer(config)
+    path = save_checkpoint(tmp_path / "run", config, trainer.state_dict(), keep=1)
+    export_generator(path, tmp_path / "exported")
+    for source in (path, tmp_path / "exported"):
+        _, generator = load_generator(source, "cpu")
+        assert latents_of_seeds(generator, range(3))[1].tolist() == [[0.5, 0], [0.5, 1], [0.5, 0]]
+        with pytest.raises(UserError, match="vectors of labels: it has no classes"):
+            latents_of_seeds(generator, [0], [1])
 
 
 def test_a_damaged_checkpoint_is_one_line(saved: tuple[Config, Trainer, Path], tmp_path: Path) -> None:

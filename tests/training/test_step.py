@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from checks import TOLERANCES, assert_close, draw
+from compiled import on_each_device
 from epigraf_fast.config import Config
 from epigraf_fast.data import ImageDataset
 from epigraf_fast.errors import UserError
@@ -637,13 +638,14 @@ def test_the_networks_take_the_backends_of_the_run(
 # Determinism
 
 
-@pytest.mark.skipif(
-    not backends._interpreting() or backends.status()["composite"]["triton"] is not None,
-    reason="needs Triton's interpreter: TRITON_INTERPRET=1",
-)
+@on_each_device()
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_deterministic_reaches_torch_and_the_kernels(
-    tiny_config: TinyConfig, tiny_trainer: TinyTrainer, monkeypatch: pytest.MonkeyPatch, deterministic: bool
+    tiny_config: TinyConfig,
+    tiny_trainer: TinyTrainer,
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    deterministic: bool,
 ) -> None:
     """Two runs with the flag have the same gradients, bit by bit, from kernels whose sums have no order."""
     from epigraf_fast.kernels import decode_triplane as kernels
@@ -655,6 +657,7 @@ def test_deterministic_reaches_torch_and_the_kernels(
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     config = tiny_config(
         batch=2,
+        device=device,
         backend="triton",
         deterministic=deterministic,
         generator={"plane_channels": 8, "decoder_hidden": 16},
@@ -700,27 +703,25 @@ def test_golden_losses(tiny_config: TinyConfig, tiny_trainer: TinyTrainer, reque
             )
 
 
-@pytest.mark.skipif(
-    not backends._interpreting() or backends.status()["composite"]["triton"] is not None,
-    reason="needs Triton's interpreter: TRITON_INTERPRET=1",
-)
+@on_each_device()
 def test_ten_steps_on_triton_have_the_losses_of_the_reference(
-    tiny_config: TinyConfig, tiny_trainer: TinyTrainer, monkeypatch: pytest.MonkeyPatch
+    tiny_config: TinyConfig, tiny_trainer: TinyTrainer, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
     """With the same random numbers: those of the renderer are drawn here, in the order of the reference."""
     render = Renderer.forward
 
     def with_draws(self: Renderer, planes: Tensor, decoder: nn.Module, *rays: Tensor, **options: Any) -> Any:
         shape, coarse, fine = rays[0].shape[:2], self.config.coarse_samples, self.config.fine_samples
-        options["jitter"] = torch.rand(*shape, coarse)
-        options["coarse_noise"] = torch.randn(*shape, coarse)
-        options["u"] = torch.rand(*shape, fine)
-        options["fine_noise"] = torch.randn(*shape, coarse + fine)
+        options["jitter"] = torch.rand(*shape, coarse, device=device)
+        options["coarse_noise"] = torch.randn(*shape, coarse, device=device)
+        options["u"] = torch.rand(*shape, fine, device=device)
+        options["fine_noise"] = torch.randn(*shape, coarse + fine, device=device)
         return render(self, planes, decoder, *rays, **options)
 
     monkeypatch.setattr(Renderer, "forward", with_draws)
     tiny = {  # as small as the kernels allow: the interpreter is slow
         "batch": 2,
+        "device": device,
         "generator": {"plane_channels": 8, "decoder_hidden": 16},
         "renderer": {"coarse_samples": 3, "fine_samples": 2},
     }

@@ -3,8 +3,11 @@
 // The threads of a block are fibers. One runs until it waits for others, at __syncthreads or a shuffle; then the next one
 // does. Blocks run one after the other. What is found so are wrong indices, sums and forgotten barriers of shared memory
 // that the order of threads shows; what is not are races within a warp, and speed.
+//
+// Where there is a recorder, kernels are not run here but handed to it: see bench/ptx/csrc_host.py.
 #pragma once
 
+#include <dlfcn.h>
 #include <setjmp.h>
 #include <ucontext.h>
 
@@ -126,13 +129,33 @@ inline void run_block(size_t threads) {
   }
 }
 
-// kernel<<<grid, block, 0, stream>>>(...), where `kernel` is called with all its arguments.
-template <typename F>
-void launch(dim3 grid, dim3 block, const F& kernel) {
+// A kernel's mangled name, grid, block, and its arguments as a GPU gets them: one after the other, each aligned.
+using Recorder = void (*)(const char* kernel, const unsigned* grid, const unsigned* block, const void* arguments,
+                          size_t bytes);
+inline Recorder recorder = nullptr;
+
+template <typename P>
+void append(std::vector<unsigned char>& buffer, const P& argument) {
+  const size_t at = (buffer.size() + alignof(P) - 1) / alignof(P) * alignof(P);
+  buffer.resize(at + sizeof(P));
+  memcpy(buffer.data() + at, &argument, sizeof(P));
+}
+
+// kernel<<<grid, block, 0, stream>>>(arguments...)
+template <typename... P, typename... A>
+void launch(dim3 grid, dim3 block, void (*kernel)(P...), const A&... arguments) {
+  if (recorder != nullptr) {
+    std::vector<unsigned char> buffer;
+    (append<P>(buffer, arguments), ...);
+    Dl_info symbol{};
+    dladdr(reinterpret_cast<void*>(kernel), &symbol);
+    const unsigned grid_sizes[] = {grid.x, grid.y, grid.z}, block_sizes[] = {block.x, block.y, block.z};
+    return recorder(symbol.dli_sname ? symbol.dli_sname : "", grid_sizes, block_sizes, buffer.data(), buffer.size());
+  }
   const std::lock_guard<std::mutex> lock(one_launch);
   const size_t threads = size_t(block.x) * block.y * block.z;
   while (fibers.size() < threads) add_fiber();
-  body = kernel;
+  body = [=] { kernel(arguments...); };
   blockDim = block;
   gridDim = grid;
   for (unsigned z = 0; z < grid.z; z++)
@@ -154,6 +177,10 @@ S shuffle(S value, size_t from) {
 }
 
 }  // namespace emulation
+
+extern "C" inline __attribute__((used)) void emulation_record(emulation::Recorder recorder) {
+  emulation::recorder = recorder;
+}
 
 inline void __syncthreads() { emulation::wait(emulation::Waits::for_block); }
 inline void __threadfence() {}

@@ -1,0 +1,157 @@
+"""csrc's launches on CPU tensors: X.cu's host code, compiled as C++, decides what is launched with which grid and
+arguments. The kernels then run in C++, thread by thread (csrc/tests/emulation), or go to whom they are recorded for.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import ctypes
+import fcntl
+import functools
+import hashlib
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .. import resources_cuda
+
+CSRC = resources_cuda.CSRC
+EMULATION = CSRC / "tests" / "emulation"
+FLAGS = ["-std=c++17", "-O1", "-fPIC", "-w", f"-I{CSRC}", f"-I{EMULATION}"]
+CUDA = ['-DEPIGRAF_CUDA="emulated"', '-DEPIGRAF_CUDA_ARCHS=""']
+MOST_BLOCKS = (2**31 - 1, 65535, 65535)
+MOST_THREADS = 1024
+
+
+class Launch(NamedTuple):
+    """What a GPU would be given."""
+
+    kernel: str  # the mangled name
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    params: bytes
+
+
+def without_launch_syntax(source: str) -> str:
+    """`k<T><<<grid, block, 0, stream>>>(a);` -> `emulation::launch(grid, block, k<T>, a);`."""
+    while (at := source.find("<<<")) >= 0:
+        start, depth = at, 0
+        while depth or source[start - 1].isalnum() or source[start - 1] in "_>":
+            start -= 1
+            depth += {">": 1, "<": -1}.get(source[start], 0)
+        end = source.index(">>>", at)
+        grid, block = source[at + 3 : end].split(", ")[:2]
+        opening = source.index("(", end)
+        call = f"emulation::launch({grid}, {block}, {source[start:at]}, "
+        source = source[:start] + call + source[opening + 1 :]
+    return source
+
+
+@functools.cache
+def module() -> ModuleType | str:
+    """The extension with emulated launchers X_cuda, built once for all processes; or why it cannot be had."""
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    if shutil.which(compiler[0]) is None:
+        return "there is no C++ compiler"
+    try:
+        import pybind11
+    except ImportError:
+        return "pybind11 is not installed"
+    files = sorted([*CSRC.glob("*.h"), *CSRC.glob("*.c*"), *EMULATION.glob("*"), Path(__file__)])
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+    folder = CSRC.parent / "build" / "emulated"
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"_C_{digest}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+            _build(compiler, includes, target)
+    spec = importlib.util.spec_from_file_location("_C", target)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def _build(compiler: list[str], includes: list[str], target: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=target.parent) as name:
+        folder = Path(name)
+
+        def compile_(source: Path) -> Path:
+            flags = [*FLAGS, "-DEPIGRAF_ISA=base"]
+            if source.suffix == ".cu":
+                text = without_launch_syntax(source.read_text())
+                source = folder / f"{source.stem}_cuda.cpp"
+                source.write_text(text)
+                flags = [*FLAGS, *CUDA, "-DEPIGRAF_EMULATED", "-include", "cuda_runtime.h"]
+            elif source.stem == "bindings":
+                flags += [*CUDA, *includes]
+            out = folder / f"{source.stem}.o"
+            subprocess.run([*compiler, *flags, "-c", str(source), "-o", str(out)], check=True)
+            return out
+
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            objects = list(pool.map(compile_, sorted([*CSRC.glob("*.cpp"), *CSRC.glob("*.cu")])))
+        linked = folder / target.name
+        subprocess.run([*compiler, "-shared", *map(str, objects), "-ldl", "-o", str(linked)], check=True)
+        linked.replace(target)
+
+
+def launch_emulated(name: str, tensors: Sequence[Tensor | None], *numbers: float) -> None:
+    """What `ops.native.launch` does on a GPU, with the emulation's launcher, on CPU tensors."""
+    addresses = (0 if x is None else x.data_ptr() for x in tensors)
+    getattr(module(), f"{name}_cuda")(*addresses, *numbers, 0)
+
+
+@contextmanager
+def recorded(run: Callable[[Launch], None]) -> Iterator[None]:
+    """Kernels that `launch_emulated` launches in this block go to `run`; what that raises is raised at the end."""
+    failed: list[BaseException] = []
+
+    @ctypes.CFUNCTYPE(
+        None,
+        ctypes.c_char_p,
+        ctypes.POINTER(ctypes.c_uint * 3),
+        ctypes.POINTER(ctypes.c_uint * 3),
+        ctypes.c_void_p,
+        ctypes.c_size_t,
+    )
+    def recorder(kernel: bytes, grid: Any, block: Any, arguments: int, size: int) -> None:
+        if failed:
+            return
+        try:
+            sizes = tuple(grid.contents), tuple(block.contents)
+            launch = Launch(kernel.decode(), *sizes, ctypes.string_at(arguments, size))
+            check(launch)
+            run(launch)
+        except BaseException as error:  # C++ is between here and who should hear of it
+            failed.append(error)
+
+    library = ctypes.CDLL(module().__file__)
+    library.emulation_record(recorder)
+    try:
+        yield
+    finally:
+        library.emulation_record(None)
+    if failed:
+        raise failed[0]
+
+
+def check(launch: Launch) -> None:
+    """Raises ValueError for what no GPU launches."""
+    blocks, threads = launch.grid, launch.block[0] * launch.block[1] * launch.block[2]
+    if not all(0 < n <= most for n, most in zip(blocks, MOST_BLOCKS, strict=True)):
+        raise ValueError(f"{launch.kernel}: a grid must have 1 to {MOST_BLOCKS} blocks, got {blocks}")
+    if not 0 < threads <= MOST_THREADS:
+        raise ValueError(f"{launch.kernel}: a block must have 1 to {MOST_THREADS} threads, got {launch.block}")

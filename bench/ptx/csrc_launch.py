@@ -1,0 +1,72 @@
+"""csrc's launches on CPU tensors, run as the PTX that nvcc (sm_80, sm_90) or NVRTC (sm_70) makes of the kernels."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .. import resources_cuda
+from . import Counts, Program
+from .csrc_host import CSRC, Launch, launch_emulated, recorded
+
+
+@functools.cache
+def entries(arch: int) -> dict[str, Path]:
+    """Kernel -> the PTX file that has it.
+
+    Raises:
+        RuntimeError: A compiler is missing.
+    """
+    reason = resources_cuda.lacking(arch)
+    if reason is not None:
+        raise RuntimeError(f"csrc for sm_{arch}: {reason}")
+    found = {}
+    for source in resources_cuda.sources():
+        ptx = resources_cuda.compiled(source, arch)[1]
+        found |= dict.fromkeys(re.findall(r"\.entry (\w+)\(", ptx.read_text()), ptx)
+    return found
+
+
+@functools.cache
+def _program(ptx: Path) -> Program:
+    return Program(ptx.read_text())
+
+
+def launch_compiled(
+    arch: int, name: str, tensors: Sequence[Tensor | None], *numbers: float, **options: Any
+) -> list[tuple[str, Counts]]:
+    """What `ops.native.launch` does on a GPU of an architecture, by the machine, on CPU tensors.
+
+    Args:
+        name, tensors, numbers: As of `ops.native.launch`.
+        options: For `Program.launch`.
+
+    Returns:
+        The kernels that were launched, by their mangled names, and what each of them did.
+    """
+    names = argument_names(name)
+    memory = {names[i]: x for i, x in enumerate(tensors) if x is not None}
+    made = []
+
+    def run(launch: Launch) -> None:
+        program = _program(entries(arch)[launch.kernel])
+        sizes = {"grid": launch.grid, "block": launch.block}
+        counts = program.launch(launch.kernel, **sizes, params=launch.params, tensors=memory, arch=arch, **options)
+        made.append((launch.kernel, counts))
+
+    with recorded(run):
+        launch_emulated(name, tensors, *numbers)
+    return made
+
+
+@functools.cache
+def argument_names(name: str) -> tuple[str, ...]:
+    """What bindings.cpp calls the tensors of a launcher, in their order."""
+    source = (CSRC / "bindings.cpp").read_text()
+    signature = re.search(rf"\b{name}\(const Check& \w+,([^)]*)\)", source)
+    return tuple(re.findall(r"\bPointer (\w+)", signature[1]))

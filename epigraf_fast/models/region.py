@@ -1,0 +1,141 @@
+"""Which texels of every level the synthesis network needs, to paint a part of the planes (docs/region.md).
+
+Convolutions are local: planes over a box need features over the box and a rim of a few texels, which need those of the
+level below over half of that and a rim, and so on down to where the whole level is needed.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..camera import cam2world_matrix, patch_boxes
+from ..config import CameraConfig
+from ..ops import PlaneRegion
+
+WHOLE_BELOW = 128  # levels of fewer texels a side are computed whole: there is nothing to save
+BUCKETS = 8  # steps of a box's size, in parts of the planes' side
+
+
+class Region(NamedTuple):
+    """A part of the planes, of one size for a batch and at a place of each image's own."""
+
+    first: Tensor  # [B, 2] int64 on the CPU, row and column of the first texel
+    size: tuple[int, int]  # rows, columns
+
+
+class Level(NamedTuple):
+    """What one level of the network computes. Places are [B, 2] int64 on the device, row and column.
+
+    Every level hands on features and planes of `size` texels from `first` on; those at a cut edge are spoiled, and none
+    of the next level's, or of the box, depends on them.
+    """
+
+    below: Tensor  # where the features of the level below are cut, counted in what it hands on
+    below_size: tuple[int, int]
+    frame: Tensor  # the first texel of conv0's output
+    between: Tensor  # where conv0's output is cut, counted in it
+    planes: Tensor  # where the running sum times 2 is cut, counted in it
+    first: Tensor
+    size: tuple[int, int]
+
+
+class Plan(NamedTuple):
+    """What the network computes for a region: tensors on a device and plain numbers, as a CUDA graph takes them."""
+
+    levels: dict[int, Level]  # by resolution; those that are missing are computed whole
+    planes: PlaneRegion | None  # where the planes that come out lie in whole ones; None: they are whole
+    share: float  # of the planes, that is computed
+
+
+def boxes_of(
+    camera: CameraConfig,
+    resolution: int,
+    angles: Tensor,
+    patch_scale: Tensor | None = None,
+    patch_offset: Tensor | None = None,
+    fov: float | Tensor | None = None,
+) -> Tensor:
+    """`patch_boxes` of cameras [B, 3] and patches, in float64 on the CPU; a GPU that they lie on is waited for.
+
+    Args:
+        resolution: Of the planes.
+        fov: Degrees, a number or [B]; default: the camera's.
+    """
+    angles, patch_scale, patch_offset, fov = (
+        x.detach().cpu() if isinstance(x, Tensor) else x for x in (angles, patch_scale, patch_offset, fov)
+    )
+    rays = camera.fov if fov is None else fov, camera.ray_start, camera.ray_end, camera.cube_scale
+    matrix = cam2world_matrix(angles.double(), camera.radius)
+    return patch_boxes(matrix, *rays, resolution, patch_scale, patch_offset)
+
+
+def bucket(extent: int, resolution: int) -> int:
+    """The least multiple of resolution / BUCKETS that holds `extent` texels."""
+    step = max(resolution // BUCKETS, 2)
+    return min(-(-extent // step) * step, resolution)
+
+
+def size_of(boxes: Tensor, resolution: int) -> tuple[int, int]:
+    """The bucket of the most rows and of the most columns of boxes."""
+    first, last = boxes.split(2, dim=1)
+    rows, columns = (bucket(extent, resolution) for extent in (last - first).amax(dim=0).tolist())
+    return rows, columns
+
+
+def region_of(boxes: Tensor, resolution: int, size: tuple[int, int] | None = None) -> Region:
+    """One region for a batch of boxes, whose places hold each box.
+
+    Args:
+        boxes: [B, 4] int64 on the CPU, see `camera.patch_boxes`.
+        resolution: Of the planes.
+        size: Rows and columns, at least those of every box; default: `size_of` the boxes.
+    """
+    first, size = boxes[:, :2], size_of(boxes, resolution) if size is None else size
+    return Region(first.minimum(resolution - first.new_tensor(size)), size)
+
+
+def levels(region: Region, resolution: int, device: torch.device | str | None = None) -> dict[int, Level]:
+    """Resolution -> what it computes, for the levels that are not computed whole.
+
+    Args:
+        region: Of the planes.
+        resolution: Of the planes.
+        device: Where the places go.
+    """
+    asked = []  # from the top down: resolution, what conv0 reads and what comes between conv0 and conv1
+    first, size = region
+    while resolution >= WHOLE_BELOW and min(size) < resolution:
+        # conv1 reads one texel more on every side; what conv0 gives starts and ends at even texels.
+        between_size = tuple(min(2 * (n // 2) + 4, resolution) for n in size)
+        between = _inside(2 * ((first - 1) // 2), between_size, resolution)
+        size = tuple(min(n // 2 + 4, resolution // 2) for n in between_size)
+        first = _inside(between // 2 - 2, size, resolution // 2)
+        asked.append((resolution, first, size, between, between_size))
+        resolution //= 2
+    found, given = {}, torch.zeros_like(region.first)  # the first texel that the level below hands on
+    for resolution, below, below_size, between, between_size in reversed(asked):
+        places = torch.stack([below - given, 2 * below, between - 2 * below, between - 2 * given, between])
+        if torch.device(device or "cpu").type == "cuda":
+            places = places.pin_memory().to(device, non_blocking=True)
+        below, frame, cut, planes, first = places.unbind()
+        found[resolution] = Level(below, below_size, frame, cut, planes, first, between_size)
+        given = between
+    return found
+
+
+def _inside(first: Tensor, size: tuple[int, int], resolution: int) -> Tensor:
+    """Places moved inwards where a rectangle would leave its level: all that lies in both stays covered."""
+    return first.clamp(min=0).minimum(resolution - first.new_tensor(size))
+
+
+def plan(region: Region, resolution: int, device: torch.device | str | None = None) -> Plan:
+    """`levels`, and what comes out of them: a little more than the region."""
+    found = levels(region, resolution, device)
+    if resolution not in found:
+        return Plan(found, None, 1.0)
+    top = found[resolution]
+    share = top.size[0] * top.size[1] / resolution**2
+    return Plan(found, PlaneRegion(top.first, (resolution, resolution)), share)

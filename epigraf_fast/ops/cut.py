@@ -1,0 +1,125 @@
+"""Rectangles of images, at a place of each image's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference.cut import cut as _reference
+from ..reference.cut import paste as _reference_paste
+from . import library
+from .checks import check_shape
+
+
+def cut(x: Tensor, first: Tensor, size: tuple[int, int]) -> Tensor:
+    """y[b, c, i, j] = x[b, c, first[b, 0] + i, first[b, 1] + j]: the part of every image that is asked for.
+
+    Args:
+        x: [B, C, H, W], any dtype; channels_last stays so.
+        first: [B, 2] int32 or int64 on the device of x, row and column of the first pixel. The rectangle must lie
+            inside of the image; on a GPU nothing looks, as that would make it wait.
+        size: Rows and columns of y, at most those of x.
+
+    Returns:
+        [B, C, *size].
+
+    Derivatives: any order, to x; each is the same copy, or its transpose `paste`, without atomics.
+
+    Raises:
+        TypeError, ValueError: Wrong shape, dtype or device; on a CPU a rectangle that leaves its image.
+    """
+    check_shape("cut", "x", x, ("B", "C", "H", "W"))
+    check_shape("cut", "first", first, (len(x), 2))
+    if first.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cut: first must be int32 or int64 (because it counts pixels), got {first.dtype}")
+    if first.device != x.device:
+        raise ValueError(f"cut: first must be on {x.device} as x is, got {first.device}")
+    if len(size) != 2 or not all(1 <= part <= whole for part, whole in zip(size, x.shape[2:], strict=True)):
+        raise ValueError(f"cut: size must be two numbers from 1 to {list(x.shape[2:])}, those of x, got {list(size)}")
+    route = library.route(x, first)
+    if route is library.REFERENCE:
+        return _reference(x, first, size)
+    if tuple(size) == tuple(x.shape[2:]):
+        if route is library.PLAIN:
+            _check_room(first, size, x.shape[2:])
+        return x
+    return library.call(route, _Cut, x, first, tuple(size))
+
+
+def _check_room(first: Tensor, size: Sequence[int], whole: Sequence[int]) -> None:
+    room = first.new_tensor(whole) - first.new_tensor(size)
+    if first.device.type == "cpu" and bool(((first < 0) | (first > room)).any()):
+        raise ValueError(f"cut: first must leave room for {list(size)} in {list(whole)}, got {first.tolist()}")
+
+
+@library.register("cut(Tensor x, Tensor first, SymInt[2] size) -> Tensor")
+class _Cut:
+    @staticmethod
+    def empty(x: Tensor, first: Tensor, size: Sequence[int]) -> Tensor:
+        return _like(x, size)
+
+    @staticmethod
+    def run(x: Tensor, first: Tensor, size: Sequence[int]) -> Tensor:
+        _check_room(first, size, x.shape[2:])
+        if x.device.type != "cpu":
+            return _reference(x, first, size)
+        y = _like(x, size)
+        for image, (row, column) in enumerate(first.tolist()):
+            y[image] = x[image, :, row : row + size[0], column : column + size[1]]
+        return y
+
+    @staticmethod
+    def reference(x: Tensor, first: Tensor, size: Sequence[int]) -> Tensor:
+        return _reference(x, first, size)
+
+    @staticmethod
+    def keep(ctx: Any, inputs: tuple[Any, ...], y: Tensor) -> None:
+        x, first, _ = inputs
+        ctx.size = tuple(x.shape[2:])
+        ctx.save_for_backward(first)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None]:
+        return library.apply(_Paste, grad_y, *ctx.saved_tensors, ctx.size), None, None
+
+
+@library.register("paste(Tensor y, Tensor first, SymInt[2] size) -> Tensor")
+class _Paste:
+    """The transpose of `_Cut`: zeros around."""
+
+    @staticmethod
+    def empty(y: Tensor, first: Tensor, size: Sequence[int]) -> Tensor:
+        return _like(y, size)
+
+    @staticmethod
+    def run(y: Tensor, first: Tensor, size: Sequence[int]) -> Tensor:
+        if y.device.type != "cpu":
+            return _reference_paste(y, first, size)
+        x = _like(y, size).zero_()
+        for image, (row, column) in enumerate(first.tolist()):
+            x[image, :, row : row + y.shape[2], column : column + y.shape[3]] = y[image]
+        return x
+
+    @staticmethod
+    def reference(y: Tensor, first: Tensor, size: Sequence[int]) -> Tensor:
+        return _reference_paste(y, first, size)
+
+    @staticmethod
+    def keep(ctx: Any, inputs: tuple[Any, ...], x: Tensor) -> None:
+        y, first, _ = inputs
+        ctx.size = tuple(y.shape[2:])
+        ctx.save_for_backward(first)
+
+    @staticmethod
+    def backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor, None, None]:
+        return library.apply(_Cut, grad_x, *ctx.saved_tensors, ctx.size), None, None
+
+
+def _like(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Memory for [B, C, *size] in the layout of x; a GPU's copies leave channels last."""
+    last = x.device.type != "cpu" or (not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last))
+    layout = torch.channels_last if last else torch.contiguous_format
+    return torch.empty(*x.shape[:2], *size, dtype=x.dtype, device=x.device, memory_format=layout)

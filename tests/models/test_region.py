@@ -1,0 +1,92 @@
+"""Planes of a region against the same texels of the whole planes, and their gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from checks import assert_close, draw
+from epigraf_fast.models import region as regions
+from epigraf_fast.models.region import Region, bucket, levels, region_of
+from epigraf_fast.models.synthesis import Synthesis
+
+RESOLUTION = 64
+# Firsts of three images, and one size: odd and even places, every border, a texel, a line, all of it.
+CASES = {
+    "odd and even": ([[0, 0], [5, 7], [20, 33]], (20, 13)),
+    "corners": ([[0, 51], [44, 0], [44, 51]], (20, 13)),
+    "small": ([[0, 0], [31, 30], [61, 61]], (3, 3)),
+    "a texel": ([[0, 0], [17, 42], [63, 63]], (1, 1)),
+    "columns": ([[0, 0], [0, 5], [0, 55]], (64, 9)),
+    "rows": ([[0, 0], [6, 0], [54, 0]], (10, 64)),
+    "nearly whole": ([[0, 0], [1, 0], [1, 1]], (63, 63)),
+    "whole": ([[0, 0], [0, 0], [0, 0]], (64, 64)),
+}
+
+
+@pytest.fixture(params=["reference", None])
+def synthesis(request, monkeypatch):
+    """Of 64x64 planes, computed whole below 16, with noise and biases that are not zero; on both chains."""
+    monkeypatch.setattr(regions, "WHOLE_BELOW", 16)
+    torch.manual_seed(0)
+    network = Synthesis(8, RESOLUTION, 6, channel_base=256, channel_max=8, backend=request.param).double()
+    for name, p in network.named_parameters():
+        if name.endswith("noise_strength"):
+            p.data.fill_(0.5)
+        elif name.endswith("bias") and "affine" not in name:
+            p.data.normal_()
+    return network
+
+
+def part_of(planes, at, region):
+    """The region's texels of planes that lie where `at` says; None: they are whole."""
+    height, width = region.size
+    places = (region.first - (0 if at is None else at.first)).tolist()
+    return torch.stack([x[:, r : r + height, c : c + width] for x, (r, c) in zip(planes, places, strict=True)])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_planes_and_gradients_are_those_of_the_whole_network(synthesis, case):
+    first, size = CASES[case]
+    region = Region(torch.tensor(first), size)
+    ws = draw(3, synthesis.num_ws, 8).requires_grad_(True)
+    parameters = dict(synthesis.named_parameters())
+    inputs = [ws, *parameters.values()]
+    whole = part_of(synthesis(ws, "const"), None, region)
+    incoming = draw(*whole.shape, seed=1)
+    expected = torch.autograd.grad(whole, inputs, incoming)
+    planes, at = synthesis.in_region(ws, region, "const")
+    part = part_of(planes, at, region)
+    assert_close(part, whole, "planes")
+    gradients = torch.autograd.grad(part, inputs, incoming)
+    for name, got, want in zip(["ws", *parameters], gradients, expected, strict=True):
+        assert_close(got / want.abs().amax().clamp(min=1e-30), want / want.abs().amax().clamp(min=1e-30), name)
+
+
+def test_work_shrinks_with_the_region(synthesis):
+    """As many texels are computed as the rim rules say: a box of 13 by 13 at 20, 21 of 64."""
+    plan = levels(Region(torch.tensor([[20, 21]]), (13, 13)), RESOLUTION)
+    assert {resolution: level.size for resolution, level in plan.items()} == {16: (16, 16), 32: (16, 16), 64: (16, 16)}
+    assert plan[64].first.tolist() == [[18, 20]]  # 19 and 20 less one, rounded down to even
+    assert plan[64].below_size == (12, 12)  # 8 and two on either side
+    assert plan[64].frame.tolist() == [[14, 16]]
+    planes, at = synthesis.in_region(draw(1, synthesis.num_ws, 8), Region(torch.tensor([[20, 21]]), (13, 13)))
+    assert tuple(planes.shape[2:]) == (16, 16)
+    assert at.first.tolist() == [[18, 20]]
+    assert at.whole == (RESOLUTION, RESOLUTION)
+
+
+@pytest.mark.parametrize(("extent", "expected"), [(1, 64), (64, 64), (65, 128), (449, 512), (512, 512)])
+def test_buckets_are_eighths(extent, expected):
+    assert bucket(extent, 512) == expected
+
+
+def test_a_region_holds_every_box():
+    boxes = torch.tensor([[0, 0, 100, 60], [500, 450, 512, 512], [200, 37, 260, 165]])
+    region = region_of(boxes, 512)
+    assert region.size == (128, 128)
+    last = region.first + torch.tensor(region.size)
+    assert (region.first >= 0).all()
+    assert (last <= 512).all()
+    assert (region.first <= boxes[:, :2]).all()
+    assert (last >= boxes[:, 2:]).all()

@@ -1,0 +1,594 @@
+"""All tools alike: what each number may be, where each file may go, what stands for a checkpoint and what does not."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import os
+import re
+import resource
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import PIL.Image
+import pytest
+import torch
+from torch import nn
+
+from epigraf_fast import command
+from epigraf_fast.arguments import numbers
+from epigraf_fast.data import ImageDataset
+from epigraf_fast.training.checkpoint import list_checkpoints
+from epigraf_fast.training.identify import what_else
+from epigraf_fast.training.pretrained import load_generator, save_safetensors
+
+# What each tool cannot do without; its numbers and outputs are tested on top. RUN and DATA exist.
+REQUIRED = {
+    "render": ["grid", "RUN", "--out", "out.png"],
+    "mesh": ["RUN", "--out", "out.ply"],
+    "metrics": ["RUN"],
+    "viewer": ["RUN"],
+    "figures": ["scales"],
+    "convert": ["RUN", "out"],
+    "convert_data": ["to-eg3d", "DATA", "out.json"],
+    "check_data": ["DATA"],
+    "make_dataset": ["--recipe", "builtin", "--out", "out.zip"],
+}
+WORDS = {"--set", "--device", "--host", "--data", "--attribution", "data"}  # arguments that are free text
+
+
+def module(tool: str) -> ModuleType:
+    return importlib.import_module(f"epigraf_fast.{tool}")
+
+
+def actions(tool: str) -> list[argparse.Action]:
+    return [action for action in module(tool).arguments()._actions if action.nargs != 0]
+
+
+def name_of(action: argparse.Action) -> str:
+    return action.option_strings[0] if action.option_strings else action.dest
+
+
+def is_number(action: argparse.Action) -> bool:
+    return getattr(action.type, "__name__", "") in ("whole_number", "number")
+
+
+NUMBERS = [(tool, name_of(action)) for tool in REQUIRED for action in actions(tool) if is_number(action)]
+RANGES = [(tool, name_of(action)) for tool in REQUIRED for action in actions(tool) if action.type is numbers]
+
+
+@pytest.mark.parametrize("tool", REQUIRED)
+def test_every_argument_has_a_type(tool: str) -> None:
+    for action in actions(tool):
+        known = action.choices or action.type in (Path, numbers) or is_number(action) or name_of(action) in WORDS
+        assert known, f"{tool} {name_of(action)} takes any text"
+
+
+def test_the_numbers_are_all_here() -> None:
+    assert len(NUMBERS) >= 42
+    assert RANGES == [("render", "--seeds"), ("render", "--labels"), ("mesh", "--seeds"), ("mesh", "--labels")]
+
+
+# Where zero, a negative or a huge number has a meaning.
+ZERO = {
+    *(("render", flag) for flag in ("--truncation", "--cutoff", "--yaw", "--pitch", "--yaw-range", "--pitch-range")),
+    *(("mesh", flag) for flag in ("--truncation", "--cutoff", "--threshold")),
+    *(("metrics", flag) for flag in ("--objects", "--turn")),  # `run` says what is wrong with no turn
+    ("viewer", "--port"),
+    ("figures", "--seed"),
+    ("convert", "--kimg"),
+    *(("convert_data", flag) for flag in ("--yaw-offset", "--tolerance", "--distance-tolerance")),
+    *(("make_dataset", flag) for flag in ("--min-alpha", "--seed")),
+}
+NEGATIVE = {
+    *(("render", flag) for flag in ("--truncation", "--yaw")),
+    *(("mesh", flag) for flag in ("--truncation", "--threshold")),
+    ("metrics", "--turn"),
+    ("convert_data", "--yaw-offset"),
+}
+HUGE = {("mesh", "--threshold")}
+
+
+def parse(tool: str, text: str) -> None:
+    module(tool).arguments().parse_args([*REQUIRED[tool], text])
+
+
+@pytest.mark.parametrize(("tool", "flag"), NUMBERS)
+def test_numbers_out_of_bounds_are_one_line(tool: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = {"nan", "inf", "-inf", "1e999", "abc", ""}
+    texts |= set() if (tool, flag) in HUGE else {"1e30", "9" * 30, "-1e30"}
+    texts |= set() if (tool, flag) in ZERO else {"0"}
+    texts |= set() if (tool, flag) in NEGATIVE else {"-1", "-0.5"}
+    for text in texts:
+        with pytest.raises(SystemExit) as caught:
+            parse(tool, f"{flag}={text}")
+        assert caught.value.code == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {flag} must be a "), (text, error)
+        assert error.count("\n") == 1
+    for texts, tools in (("0", ZERO), ("-1", NEGATIVE), ("1e30", HUGE)):
+        if (tool, flag) in tools:
+            parse(tool, f"{flag}={texts}")
+
+
+@pytest.mark.parametrize(("tool", "flag"), RANGES)
+def test_wrong_ranges_are_one_line(tool: str, flag: str, one_error_line: Callable[..., str]) -> None:
+    for text in ("abc", "0-2,9-5", "-3", "nan", "1-", "", "0-99999999", "9" * 30):
+        message = one_error_line(module(tool).main, *REQUIRED[tool], f"{flag}={text}")
+        assert message.startswith(f"error: {flag} must ")
+
+
+# Flags that would do nothing
+
+
+@pytest.fixture(scope="session")
+def plain_run(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A generator without classes, as a folder with G_ema.safetensors alone."""
+    config, generator = load_generator(tiny_run, "cpu")
+    state = generator.state_dict()
+    state["mapping.embed.weight"] = state["mapping.embed.weight"][:, -2:].clone()
+    folder = tmp_path_factory.mktemp("plain")
+    save_safetensors(state, config, folder / "G_ema.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (
+            "render grid PLAIN --out OUT.png --labels 0",
+            "--labels does nothing here, as the generator was trained witho",
+        ),
+        ("mesh PLAIN --out OUT.ply --labels 0", "--labels does nothing here, as the generator was trained without"),
+        ("mesh RUN --out OUT.ply --labels 1,3", "--labels must be of class from 0 to 2, got 3"),
+        ("render grid RUN --out OUT.png --cutoff 3", "--cutoff does nothing without a --truncation below 1"),
+        ("render grid RUN --out OUT.png --truncation 0 --cutoff 7", "--cutoff must be from 0 to 6, the style vectors"),
+        (
+            "render grid RUN --out OUT.png --frames 9",
+            "--frames does nothing for grid, only for turntable, interpolation",
+        ),
+        ("render grid RUN --out OUT.png --fps 9", "--fps does nothing for grid"),
+        ("render turntable RUN --out OUT.gif --yaw 0", "--yaw does nothing for turntable, only for grid: leave it out"),
+        ("render turntable RUN --out OUT.gif --yaw-range 1", "--yaw-range does nothing for turntable"),
+        ("render interpolation RUN --out OUT.gif --columns 2", "--columns does nothing for interpolation"),
+        ("render interpolation RUN --out OUT.gif --zoom 2", "--zoom does nothing for interpolation"),
+        ("render grid RUN --out OUT.png --seeds 0-9999 --resolution 9999", "pixels: lower --resolution, or give fewer"),
+        ("render turntable RUN --out OUT.mp4 --columns 9 --resolution 2048", "pixels: lower --resolution"),
+        ("mesh RUN --out OUT.ply --seeds 4,4", "--seeds and --out must differ among themselves"),
+        ("mesh RUN --out OUT.ply OUT.ply", "--seeds and --out must differ among themselves"),
+        ("metrics RUN --turn 0", "--turn must not be 0"),
+        ("figures curves RUN --out OUT.png --seed 3", "--seed does nothing for curves, only for modulation"),
+        ("figures scales RUN --out OUT.png", "--run does nothing for scales"),
+        ("figures scales --out OUT.png --batch 8", "--batch does nothing for scales, only for schedules"),
+        ("figures schedules --out OUT.png --patch 512", "--patch must be below the --resolution 512, got 512"),
+        ("figures modulation --out OUT.png", "modulation needs a run"),
+        ("convert RUN OUT --kimg 3", "--kimg does nothing for a checkpoint of ours, only for a .pkl"),
+        ("convert RUN OUT --preset cats", "--preset does nothing for a checkpoint of ours"),
+        ("convert x.pkl OUT --names ours", "--names does nothing for a .pkl"),
+        (
+            "convert_data to-eg3d DATA OUT.json --ray-start 1",
+            "--ray-start does nothing for to-eg3d, only for from-eg3d",
+        ),
+        ("convert_data from-eg3d DATA OUT.json --fov 30", "--fov does nothing for from-eg3d"),
+        (
+            "make_dataset --recipe builtin --out OUT.zip --meshes x",
+            "--meshes does nothing for builtin, only for megasc",
+        ),
+        ("make_dataset --recipe builtin --out OUT.zip --resolution 48", "--resolution must be a power of two"),
+        ("render grid RUN --out OUT.png --device tpu", "--device must be cpu, cuda or cuda:N, got tpu"),
+        ("render grid RUN --out OUT.png --device cuda:99", "torch sees"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(
+    line: str,
+    words: str,
+    tiny_run: Path,
+    plain_run: Path,
+    tiny_data: Path,
+    tmp_path: Path,
+    one_error_line: Callable[..., str],
+) -> None:
+    places = {"RUN": tiny_run, "PLAIN": plain_run, "DATA": tiny_data}
+    tool, *rest = line.split()
+    rest = [str(places.get(word, word)).replace("OUT", str(tmp_path / "out")) for word in rest]
+    assert words in one_error_line(module(tool).main, *rest)
+    assert not list(tmp_path.iterdir())
+
+
+# Outputs. A checkpoint that is not there shows that nothing is looked at before the outputs are.
+
+NOWHERE = "nowhere"
+FILES = {
+    "render grid": ["grid", NOWHERE, "--out", ".png"],
+    "render video": ["turntable", NOWHERE, "--out", ".mp4"],
+    "mesh": [NOWHERE, "--out", ".ply"],
+    "mesh volume": [NOWHERE, "--out", ".mrc"],
+    "metrics": [NOWHERE, "--out", ".json"],
+    "metrics plot": [NOWHERE, "--plot", ".pdf"],
+    "figures": ["curves", NOWHERE, "--out", ".svg"],
+    "convert_data": ["from-eg3d", NOWHERE, "", ".zip"],
+    "check_data": [NOWHERE, "--plot", ".png"],
+    "make_dataset": ["--recipe", "megascans", "--meshes", NOWHERE, "--out", ".zip"],
+}
+
+
+def message_for(case: str, name: object, one_error_line: Callable[..., str]) -> str:
+    *before, flag, _ = FILES[case]
+    return one_error_line(module(case.split()[0]).main, *before, *filter(None, [flag]), name)
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_outputs_that_cannot_be_written_are_one_line_before_any_work(
+    case: str, tmp_path: Path, one_error_line: Callable[..., str]
+) -> None:
+    flag, suffix = FILES[case][-2:]
+    (tmp_path / f"folder{suffix}").mkdir()
+    (tmp_path / f"file{suffix}").write_text("old")
+    before = sorted(tmp_path.rglob("*"))
+    for name, words in (
+        ("x", " must end in ."),
+        ("x.unknown", " must end in ."),
+        (f"folder{suffix}", "is a folder: name a file in it"),
+        (f"file{suffix}", "is there already: choose another name, or add --overwrite"),
+        (f"file{suffix}/x{suffix}", "is a file, not a folder"),
+        (f"/proc/x{suffix}", "cannot be written"),
+    ):
+        message = message_for(case, tmp_path / name, one_error_line)
+        assert words in message
+        assert message.startswith(f"error: {flag or 'out'} ")
+    assert NOWHERE in message_for(case, tmp_path / "a" / f"x{suffix}", one_error_line)  # fine so far
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, one_error_line: Callable[..., str]) -> None:
+    convert = module("convert").main
+    (tmp_path / "file").touch()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "G_ema.safetensors").touch()
+    for name, words in (
+        ("file", "out .*file is a file: name a folder"),
+        ("file/x", "file is a file, not a folder"),
+        ("full", r"out .*full has a G_ema\.safetensors already: choose another folder, or add --overwrite"),
+        ("/proc/x", r"out /proc/x cannot be written \("),
+    ):
+        assert re.search(words, one_error_line(convert, NOWHERE, tmp_path / name))
+    assert len(list(tmp_path.rglob("*"))) == 3
+
+
+# Whole runs. Each writes its files into a folder; what they are and how many is in the names.
+
+MAKES = {
+    "render grid RUN --out OUT/x.png --seeds 0 --show rgb depth": ["x-depth.png", "x.png"],
+    "render turntable RUN --out OUT/x.mp4 --seeds 0 --frames 2": ["x.mp4"],
+    "render turntable RUN --out OUT/x.gif --seeds 0 --frames 2": ["x.gif"],
+    "mesh RUN --out OUT/x.ply OUT/x.obj OUT/x.glb OUT/x.mrc OUT/x.png --resolution 12": [
+        *("x.glb", "x.mrc", "x.obj", "x.ply", "x.png")
+    ],
+    "figures schedules --out OUT/x.png": ["x.png"],
+    "figures schedules --out OUT/x.pdf": ["x.pdf"],
+    "figures schedules --out OUT/x.svg": ["x.svg"],
+    "check_data DATA --plot OUT/x.png": ["x.png"],
+    "convert RUN OUT": ["G_ema.safetensors"],
+    "convert RUN OUT --names published": ["G_ema-published.safetensors"],
+    "convert_data to-eg3d DATA OUT/x.json": ["x.json"],
+    "convert_data to-eg3d DATA OUT/x.zip": ["x.zip"],
+}
+
+
+@pytest.fixture
+def run(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> Callable[[str], None]:
+    """Runs one of `MAKES` into tmp_path/out."""
+
+    def run(line: str, *more: str) -> None:
+        tool, *rest = line.split()
+        places = {"RUN": tiny_run, "DATA": tiny_data}
+        module(tool).main(
+            [str(places.get(word, word)).replace("OUT", str(tmp_path / "out")) for word in rest] + [*more]
+        )
+
+    return run
+
+
+@pytest.fixture
+def umask() -> Iterator[None]:
+    before = os.umask(0o027)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("umask")
+@pytest.mark.parametrize("line", MAKES)
+def test_files_have_the_mode_of_the_umask_and_are_not_replaced(
+    line: str, run: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(line)
+    files = sorted((tmp_path / "out").rglob("*"))
+    assert [file.name for file in files] == MAKES[line]
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o640}
+    for file in files:
+        file.write_text("old")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        run(line)
+    assert caught.value.code == 2
+    assert "already: choose another" in capsys.readouterr().err
+    assert {file.read_text() for file in files} == {"old"}
+    run(line, "--overwrite")
+    assert sorted((tmp_path / "out").rglob("*")) == files
+    assert all(file.read_bytes() != b"old" for file in files)
+
+
+@contextlib.contextmanager
+def small_files() -> Iterator[None]:
+    """No file may grow beyond 60 bytes, as if the disk were full; pytest's own, behind the block, may."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("line", MAKES)
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    line: str, run: Callable[[str], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught, small_files():
+        run(line)
+    assert caught.value.code == 2
+    message = capsys.readouterr().err
+    assert "could not be written (" in message
+    assert message.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+# Interruption: what is done by then is kept
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, call: int) -> None:
+    """The function is interrupted in its n-th call, counted from 1."""
+    inner, calls = getattr(owner, name), []
+
+    def interrupted(*args: object, **kwargs: object) -> object:
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return inner(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, interrupted)
+
+
+def interrupted(main: Callable[[list[str]], None], *words: object) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([str(word) for word in words])
+    assert caught.value.code == 130
+
+
+@pytest.mark.parametrize(
+    ("line", "owner", "function", "call"),
+    [
+        ("render grid RUN --out OUT/x.png --seeds 0-2 --show rgb depth", "render", "surface_depth", 2),
+        ("render turntable RUN --out OUT/x.mp4 --seeds 0 --frames 4", "render", "to_uint8", 3),
+        ("render turntable RUN --out OUT/x.gif --seeds 0 --frames 4", "render", "gif_of", 1),
+        ("mesh RUN --out OUT/x.ply --resolution 12", "mesh", "to_trimesh", 2),
+        ("mesh RUN --out OUT/x.png --resolution 12", "mesh", "picture", 1),
+        ("check_data DATA --plot OUT/x.png", "plotting", "output", 1),
+        ("convert RUN OUT", "convert", "save_safetensors", 1),
+        ("convert_data to-eg3d DATA OUT/x.zip", "convert_data", "picture", 1),
+    ],
+)
+def test_an_interruption_leaves_nothing_half(
+    line: str,
+    owner: str,
+    function: str,
+    call: int,
+    run: Callable[..., None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    more = ["--resolution", "8"] if owner == "convert_data" else []
+    interrupt_at(monkeypatch, module(owner), function, call)
+    with pytest.raises(SystemExit) as caught:
+        run(line, *more)
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    assert not list(tmp_path.iterdir())
+    assert not command._temporaries
+
+
+def test_meshes_that_are_done_are_kept(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mesh = module("mesh")
+    interrupt_at(monkeypatch, mesh, "extract", 2)
+    interrupted(mesh.main, tiny_run, "--out", tmp_path / "x.ply", "--resolution", 12, "--seeds", "0-2")
+    assert [path.name for path in tmp_path.iterdir()] == ["x-0.ply"]
+
+
+class Features(nn.Module):
+    """Stands in for EfficientNet."""
+
+    num_features = 4
+
+    def __init__(self, device: object) -> None:
+        super().__init__()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.adaptive_avg_pool2d(images.float(), (2, 2)).mean(dim=1).flatten(1)
+
+
+def test_measurements_that_are_done_are_kept(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchmetrics", reason="needs the extra metrics")
+    metrics = module("metrics")
+    monkeypatch.setattr("epigraf_fast.training.metrics.EfficientNetFeatures", Features)
+    interrupt_at(monkeypatch, metrics, "consistency", 2)
+    out = tmp_path / "x.json"
+    interrupted(metrics.main, tiny_run, "--images", 4, "--objects", 1, "--out", out)
+    assert [Path(result["checkpoint"]).name for result in json.loads(out.read_text())] == ["checkpoint-000000008.pt"]
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+class Views:
+    """Stands in for VTK: grey views, and Ctrl-C in the fifth object."""
+
+    def __init__(self, recipe: object, resolution: int) -> None:
+        self.size, self.calls = resolution, 0
+
+    def render(self, mesh: object, angles: torch.Tensor) -> tuple[list, float]:
+        self.calls += 1
+        if self.calls == 5:
+            raise KeyboardInterrupt
+        return [torch.full((self.size, self.size, 3), 9, dtype=torch.uint8).numpy() for _ in angles], 0.5
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_objects_that_are_rendered_are_kept(
+    first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_dataset = module("make_dataset")
+    (tmp_path / "meshes").mkdir()
+    for number in range(7):
+        (tmp_path / "meshes" / f"{number}.stl").touch()
+    monkeypatch.setattr(make_dataset, "Renderer", Views)
+    if first:
+        interrupt_at(monkeypatch, Views, "render", 1)
+    out = tmp_path / "x.zip"
+    line = ["--recipe", "megascans", "--meshes", tmp_path / "meshes", "--views", 3, "--resolution", 8, "--out", out]
+    interrupted(make_dataset.main, *line)
+    printed = capsys.readouterr()
+    assert printed.err == "interrupted\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == (["meshes"] if first else ["meshes", "x.zip"])
+    if not first:
+        assert "the 4 objects that were rendered until the interruption" in printed.out
+        dataset = ImageDataset(out, 8, mirror=False)
+        dataset.check_images()
+        assert len(dataset) == 4 * 3
+
+
+# Waits
+
+WAITS = {
+    "render grid RUN --out OUT/x.png --seeds 0": ["reading the checkpoint", "objects", "rays", "writing x.png"],
+    "render turntable RUN --out OUT/x.mp4 --seeds 0 --frames 2": [
+        *("reading the checkpoint", "objects", "frames", "rays", "rays", "writing x.mp4")
+    ],
+    "render interpolation RUN --out OUT/x.gif --seeds 0 --frames 2": [
+        *("reading the checkpoint", "frames", "rays", "rays", "writing x.gif")
+    ],
+    "mesh RUN --out OUT/x.ply OUT/x.png OUT/x.mrc --resolution 12": [
+        *("reading the checkpoint", "painting the planes", "points", "views", "slabs", "colours"),
+        *("measuring the mesh", "writing x.ply"),
+        *("faces", "faces", "writing x.png", "writing x.mrc"),
+    ],
+    "figures schedules --out OUT/x.png": ["drawing x.png"],
+    "check_data DATA --plot OUT/x.png": ["reading dataset.json", "images checked", "drawing x.png"],
+    "convert RUN OUT": ["converting RUN"],
+    "convert_data to-eg3d DATA OUT/x.zip": ["poses", "images"],
+}
+
+
+@pytest.mark.parametrize("line", WAITS)
+def test_every_wait_has_a_name(
+    line: str, run: Callable[[str], None], tiny_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, enter = [], command.Progress.__enter__
+
+    def entered(self: command.Progress) -> command.Progress:
+        seen.append(self.what)
+        return enter(self)
+
+    monkeypatch.setattr(command.Progress, "__enter__", entered)
+    run(line)
+    assert seen == [what.replace("RUN", tiny_run.name) for what in WAITS[line]]
+
+
+# What is given as a checkpoint
+
+
+@pytest.fixture
+def things(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> dict[str, Path]:
+    """Things that are no checkpoints, by name."""
+    folder = tmp_path / "things"
+    folder.mkdir()
+    shutil.copy(tiny_data, folder / "data.zip")
+    (folder / "snapshot.pkl").write_bytes(b"\x80\x04}.")
+    (folder / "renamed.pt").write_bytes(b"\x80\x04}.")
+    shutil.copy(tiny_run / "config.json", folder / "config.json")
+    shutil.copy(tiny_run / "config.json", folder / "settings.json")
+    (folder / "dataset.json").write_text('{"camera_angles": {}}')
+    (folder / "transforms.json").write_text('{"frames": []}')
+    (folder / "stats.jsonl").write_text("{}\n")
+    PIL.Image.new("RGB", (8, 8)).save(folder / "x.png")
+    (folder / "x.mp4").touch()
+    (folder / "x.glb").touch()
+    torch.jit.save(torch.jit.script(nn.Linear(1, 1)), folder / "inception.pt")
+    (folder / "images").mkdir()
+    PIL.Image.new("RGB", (8, 8)).save(folder / "images" / "0.png")
+    (folder / "deep" / "00").mkdir(parents=True)
+    PIL.Image.new("RGB", (8, 8)).save(folder / "deep" / "00" / "0.jpg")
+    (folder / "pickles").mkdir()
+    (folder / "pickles" / "network-snapshot-000100.pkl").touch()
+    (folder / "begun").mkdir()
+    (folder / "begun" / "stats.jsonl").touch()
+    (folder / "empty").mkdir()
+    (folder / "x.txt").write_text("hello")
+    return {path.name: path for path in folder.iterdir()}
+
+
+THINGS = {
+    "data.zip": "a data set: train.py --data and check_data take it",
+    "images": "a data set: train.py --data and check_data take it",
+    "deep": "a data set: train.py --data and check_data take it",
+    "snapshot.pkl": "a pickle, as published snapshots are: make a checkpoint of it with python -m epigraf_fast.convert",
+    "renamed.pt": "a pickle, as published snapshots are: make a checkpoint of it with python -m epigraf_fast.convert",
+    "config.json": "the settings of a run: give the folder that it lies in",
+    "settings.json": "the settings of a run: give the folder that it lies in",
+    "stats.jsonl": "the log of a run: give the folder that it lies in",
+    "dataset.json": "the description of a data set: ",
+    "transforms.json": "the description of a data set: ",
+    "x.png": "an image",
+    "x.mp4": "a video",
+    "x.glb": "a mesh or volume",
+    "inception.pt": "a network in TorchScript, as metrics --inception takes",
+    "pickles": "python -m epigraf_fast.convert takes network-snapshot-000100.pkl",
+    "begun": "the folder of a run that has saved no checkpoint yet",
+}
+
+
+def test_things_are_known(things: dict[str, Path], tiny_run: Path) -> None:
+    for name, words in THINGS.items():
+        assert words in what_else(things[name]), name
+    for path in (things["empty"], things["x.txt"], things["empty"] / "nothing", tiny_run, *list_checkpoints(tiny_run)):
+        assert what_else(path) is None
+
+
+@pytest.mark.parametrize("tool", ["render", "mesh", "metrics", "viewer", "convert", "figures"])
+def test_what_is_no_checkpoint_is_named(
+    tool: str, things: dict[str, Path], plain_run: Path, tmp_path: Path, one_error_line: Callable[..., str]
+) -> None:
+    for name in ("data.zip", "images", "snapshot.pkl", "config.json", "pickles"):
+        if tool == "convert" and name == "snapshot.pkl":
+            continue
+        line = {
+            "render": ["grid", things[name], "--out", tmp_path / "x.png"],
+            "mesh": [things[name], "--out", tmp_path / "x.ply"],
+            "metrics": [things[name]],
+            "viewer": [things[name], "--port", 0],
+            "convert": [things[name], tmp_path / "x"],
+            "figures": ["modulation", things[name], "--out", tmp_path / "x.png"],
+        }[tool]
+        message = one_error_line(module(tool).main, *line)
+        assert THINGS[name] in message
+        assert str(things[name]) in message
+    if tool == "figures":  # which draws the discriminator
+        for path in (plain_run, plain_run / "G_ema.safetensors"):
+            message = one_error_line(module(tool).main, "modulation", path, "--out", tmp_path / "x.png")
+            assert "generator alone" in message
+    if tool == "convert":
+        message = one_error_line(module(tool).main, things["renamed.pt"], tmp_path / "x")
+        assert "it is no EpiGRAF snapshot" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["things"]
