@@ -216,6 +216,7 @@ setup(
             *TOOLS,
             *VIEWER,
             *BENCHMARKS,
+            "hypothesis>=6.100",
             "nvidia-cuda-nvrtc-cu12; platform_system == 'Linux'",  # compiles csrc for the V100, which nvcc 13 cannot
             "playwright>=1.40",
             "pytest>=8",

@@ -139,6 +139,18 @@ def _triplane_launches(arch: int, plans: int | None) -> Iterator[tuple[str, Call
                 bwd = functools.partial(sample_triplane.bwd, grad, points, *size, deterministic, chosen=plan, arch=arch)
                 yield f"sample bwd {name} {_text(plan)}{' fixed' * deterministic}", bwd
     grad_y = _meta(BATCH, RAYS, SAMPLES, OUT)
+    # A part of whole planes, see `PlaneRegion`: a little more arithmetic.
+    part, net = (_meta(BATCH, 2, dtype=torch.int64), (2 * RESOLUTION, 2 * RESOLUTION)), _network(32, 64)
+    planes, grad = _planes(32, torch.float32), _meta(BATCH, RAYS * SAMPLES, 32)
+    options = {"region": part, "arch": arch}
+    yield "sample fwd C=32 part", functools.partial(sample_triplane.fwd, planes, points, **options)
+    yield "sample bwd C=32 part", functools.partial(sample_triplane.bwd, grad, points, *size, **options)
+    for precision in ("fp32", "tf32"):
+        named = f"C=32 hidden=64 part {precision}"
+        fwd = functools.partial(decode_triplane.fwd, planes, *rays, *net, precision=precision, **options)
+        bwd = functools.partial(decode_triplane.bwd, grad_y, planes, *rays, *net[:3], precision=precision, **options)
+        yield f"decode fwd {named}", fwd
+        yield f"decode bwd {named}", bwd
     for channels, hidden, dtype, precision in (
         (32, 64, torch.float32, "fp32"),
         (32, 64, torch.float32, "tf32"),

@@ -56,6 +56,7 @@ class Variant:
         tuned: Baselines: TF32 and channels_last, which the published code did not use.
         compiled: Whether torch.compile takes the networks.
         graphs: Whether each phase is a CUDA graph, see `Config.cuda_graphs`.
+        region: Whether planes are computed where rays look, see `GeneratorConfig.region`; never with `published`.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Variant:
     tuned: bool = False
     compiled: bool = False
     graphs: bool = False
+    region: bool = True
 
 
 NAMED = {
@@ -94,6 +96,7 @@ NAMED = {
             compiled=True,
         ),
         Variant("ours-fp32", "this engine, the published arithmetic: TF32 off, D's top 4 blocks fp16"),
+        Variant("ours-fp32-whole", "ours-fp32, planes always computed whole", region=False),
         Variant("ours-tf32", "this engine, TF32 on, D's top 4 blocks fp16", precision="tf32"),
         Variant("ours-tf32-graphs", "ours-tf32, each phase one CUDA graph", precision="tf32", graphs=True),
         Variant("ours-fp16", "this engine, top 4 resolutions of G and blocks of D fp16, TF32 on", precision="fp16"),
@@ -197,12 +200,14 @@ class Step:
     def __init__(self, variant: Variant, config: Config, device: torch.device) -> None:
         self.variant, self.device = variant, device
         half = HALF_BLOCKS if device.type == "cuda" else 0
+        region = config.generator.region if variant.region and not variant.published else "off"
         backend = variant.backend or (None if variant.published else opt_in_backend(device))
         self.config = dataclasses.replace(
             config,
             precision=variant.precision if device.type == "cuda" else "fp32",
             backend=config.backend if backend is None else backend,
             cuda_graphs=variant.graphs and device.type == "cuda",
+            generator=dataclasses.replace(config.generator, region=region),
             discriminator=dataclasses.replace(config.discriminator, half_blocks=half),
         )
         torch.manual_seed(0)

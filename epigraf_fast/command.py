@@ -184,9 +184,10 @@ class _Interrupts:
                 os.close(self.inner)
                 return
             if new == LOST:
-                ours += 1
                 time.sleep(0.05)  # until the callback has ended
-                signal.pthread_kill(threading.main_thread().ident, number)
+                if not self.heard.is_set():
+                    ours += 1
+                    signal.pthread_kill(threading.main_thread().ident, number)
             elif new[0] not in SIGNALS:
                 continue
             elif not number:
@@ -287,14 +288,19 @@ class Progress:
         pause, shown = PATIENCE[terminal], False
         with contextlib.suppress(OSError, ValueError):  # a stream that is closed
             while not self.ended.wait(pause):
-                running = list(Progress._open)
+                now = time.monotonic()
+                running = [
+                    part for part in list(Progress._open) if part is self or now - part.began > PATIENCE[terminal]
+                ]
+                if not running:
+                    continue
                 if terminal:
                     width = (os.get_terminal_size(stream.fileno()).columns or 80) - 1
-                    line = ", ".join(progress.line(width if len(running) == 1 else None) for progress in running)
+                    line = ", ".join(part.line(width if len(running) == 1 else None) for part in running)
                     stream.write(f"\r\033[K{line[:width]}")
                     pause, shown = 0.2, True
                 else:
-                    stream.write(", ".join(progress.line() for progress in running) + "\n")
+                    stream.write(", ".join(part.line() for part in running) + "\n")
                     pause = min(1.5 * pause, LONGEST_PAUSE)
                 stream.flush()
             if shown:

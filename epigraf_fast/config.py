@@ -62,6 +62,10 @@ class GeneratorConfig:
     """Whether the synthesis network adds noise images; without them their strengths stay as they are."""
     backbone: Literal["triplane", "image"] = "triplane"
     """image: the synthesis network paints the image itself, the 2D baseline of Table 3; patches are cut from it."""
+    region: Literal["auto", "off"] = "auto"
+    """auto: the synthesis network computes the planes only where the rays of a patch look, for the same images and
+    gradients (docs/region.md); but whole planes below 128x128, and where something needs them: a plane background,
+    discriminator.global_context, backbone image. off: always whole planes."""
     style_mixing: float = 0.0
     """Probability that the style vectors from a random one on come from a second z; 0.9 in StyleGAN2."""
     decoder_fourier: int = 0

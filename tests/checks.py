@@ -155,7 +155,7 @@ def assert_close(actual: Any, expected: Any, what: str, tolerance: torch.dtype |
 
 
 def assert_error_within_reference(
-    actual: Tensor, reference: Tensor, truth: Tensor, what: str, more: float = 0.0
+    actual: Tensor, reference: Tensor, truth: Tensor, what: str, more: float = 0.0, largest: float = 0.0
 ) -> None:
     """max |actual - truth| <= 2 max |reference - truth| + a rounding or two of the largest value.
 
@@ -164,6 +164,7 @@ def assert_error_within_reference(
         reference: What the reference gave in the kernel's own dtype.
         truth: What the reference gave in float64.
         more: `roundings` of fp32 (of float64 for that) that the kernel's arithmetic adds.
+        largest: Of the terms that a result is the sum of, where they cancel out; default: the largest of the truth.
     """
     if truth.dtype != torch.float64 or reference.dtype != actual.dtype:
         raise AssertionError(
@@ -171,13 +172,14 @@ def assert_error_within_reference(
             f"third be float64"
         )
     rounding = ERROR_ROUNDINGS * torch.finfo(actual.dtype).eps
-    rounding += more * torch.finfo(torch.promote_types(actual.dtype, torch.float32)).eps
+    more *= torch.finfo(torch.promote_types(actual.dtype, torch.float32)).eps
     actual, truth = _compared(actual, truth, what)
     reference, _ = _compared(reference, truth, f"{what} (reference)")
     if truth.numel() == 0:
         return
     errors = (actual - truth).abs()
     allowed = ERROR_FACTOR * (reference - truth).abs().max() + rounding * truth.abs().max()
+    allowed += more * truth.abs().max().clamp(min=largest)
     if errors.max() > allowed:
         worst = torch.unravel_index(errors.argmax(), errors.shape)
         raise AssertionError(

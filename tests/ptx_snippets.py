@@ -79,3 +79,44 @@ def evaluate(
 
 def _of_memory(x: np.ndarray) -> str:
     return f"{'b' if x.itemsize > 1 else 'u'}{8 * x.itemsize}"
+
+
+# What every lane of a warp holds of matrices that tensor cores multiply, as the manual's figures show it.
+
+GROUP, MEMBER = np.divmod(np.arange(32), 4)
+
+
+def bf16(x: np.ndarray) -> np.ndarray:
+    return (x.astype("f4").view("u4") >> 16).astype("u2")
+
+
+def packed(x: np.ndarray, kind: str) -> np.ndarray:
+    """[32, n] numbers as [32, registers] bits."""
+    if kind == "tf32":
+        return x.astype("f4").view("u4")
+    return np.ascontiguousarray(x.astype("f2").view("u2") if kind == "f16" else bf16(x)).view("u4")
+
+
+def registers_a(a: np.ndarray, kind: str) -> np.ndarray:
+    """Of A, [16, K]: [32, registers] bits."""
+    pair = 1 if kind == "tf32" else 2
+    numbers = []
+    for first in range(0, a.shape[1], 4 * pair):
+        for row in (GROUP, GROUP + 8):
+            numbers += [a[row, first + MEMBER * pair + part] for part in range(pair)]
+    return packed(np.stack(numbers, 1), kind)
+
+
+def registers_b(b: np.ndarray, kind: str) -> np.ndarray:
+    """Of B, [K, 8]."""
+    pair = 1 if kind == "tf32" else 2
+    numbers = []
+    for first in range(0, b.shape[0], 4 * pair):
+        numbers += [b[first + MEMBER * pair + part, GROUP] for part in range(pair)]
+    return packed(np.stack(numbers, 1), kind)
+
+
+def registers_c(c: np.ndarray) -> np.ndarray:
+    """Of C and D, [16, 8]."""
+    numbers = [c[row, 2 * MEMBER + part] for row in (GROUP, GROUP + 8) for part in range(2)]
+    return np.stack(numbers, 1).astype("f4").view("u4")

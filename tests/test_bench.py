@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from bench import cases as catalogue
-from bench import demo, parity, published, report, results, run, step, timing, verified, waiting
+from bench import demo, parity, published, region, report, results, run, step, timing, verified, waiting
 from bench.cases import SIZES, Work
 from checks import assert_error_within_reference
 from epigraf_fast import ops
@@ -552,3 +552,26 @@ def test_a_failing_part_of_a_gpu_day_is_reported(tmp_path):
     assert "no luck on []" in done.stdout  # a rehearsal leaves the GPU alone, where there is one
     assert gpu_day("--only", "nothing").returncode == 2
     assert gpu_day("--no-such-option").returncode == 2
+
+
+# bench.region
+
+
+def test_planes_in_part_are_measured_against_whole_ones(tmp_path, capsys):
+    """Once losses agree; with what share of the planes was computed, and the memory where Linux says it."""
+    line = ["--preset", "demo", "--planes", "128", "--micro-batch", "1", "--kimg", "60", "--rounds", "1"]
+    assert region.main([*line, "--json", str(tmp_path / "region.json")]) == 0
+    written = json.loads((tmp_path / "region.json").read_text())
+    assert written["kind"] == "region"
+    assert [(row["phase"], row["kimg"], row["micro_batch"]) for row in written["cases"]] == [("G", 60, 1), ("D", 60, 1)]
+    for row in written["cases"]:
+        assert 0 < row["planes_share"] < 1
+        assert row["times_as_fast"]["count"] == 1
+    assert "G phase, micro-batch 1," in capsys.readouterr().out
+
+
+def test_ways_that_disagree_get_no_ratio(monkeypatch):
+    monkeypatch.setattr(region.Phases, "run", lambda self, phase, fakes: float(fakes.plans[0] is None))
+    arguments = region.parser().parse_args(["--preset", "demo", "--planes", "128"])
+    with pytest.raises(RuntimeError, match="G at 0 kimg: losses differ"):
+        region.measure(region.Phases(arguments, 1), 0.0, "G", 1)

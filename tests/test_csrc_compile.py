@@ -24,6 +24,19 @@ def test_every_kernel_compiles_and_fits(source: Path, arch: int) -> None:
     assert not lacking, "\n".join(lacking)
 
 
+@pytest.mark.parametrize("source", resources_cuda.sources(), ids=lambda source: source.stem)
+def test_code_for_sm_90_is_that_for_sm_80(source: Path) -> None:
+    """So that to execute one is to execute both, see `compiled`."""
+    reason = resources_cuda.lacking(90)
+    if reason is not None:
+        pytest.skip(reason)
+
+    ptx80, ptx90 = (resources_cuda.compiled(source, arch)[1].read_text().partition(".version")[2] for arch in (80, 90))
+    assert ".target sm_90" in ptx90
+    assert "ld.global" in ptx90
+    assert ptx80.replace(".target sm_80", ".target sm_90") == ptx90
+
+
 @pytest.mark.parametrize(
     ("change", "found"),
     [

@@ -183,7 +183,8 @@ def test_imports_are_read(file: str, statement: str, expected: list[str], monkey
 
 
 def test_the_ops_are_those_of_the_reference() -> None:
-    assert sorted(backends.OPS) == OPS
+    """All have backends to choose from but `cut`, which is torch's own copies everywhere."""
+    assert sorted([*backends.OPS, "cut"]) == OPS
 
 
 @pytest.mark.parametrize("op", OPS)

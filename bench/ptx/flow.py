@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from . import atomics, conversions, copies, floating, halves, integer, loads, tensor_cores, warp, warpgroup  # noqa: F401 - they fill the table of operations
 from .faults import UnknownOpcode
 from .operations import CODES, Operation, find
-from .parse import Address, Entry, Instruction, Not, Operand, Pair, Register, Vector
+from .parse import Address, Entry, Immediate, Instruction, Not, Operand, Pair, Register, Symbol, Vector
 
 BARRIERS = ("bar", "barrier")
 
@@ -156,6 +156,7 @@ class Flow:
         doubtful: Registers that some way through the kernel reads before it wrote them.
         grain: Bytes of the smallest access to shared memory, at most 4: how finely races are told apart.
         fences: Whether blocks may order themselves.
+        written_through: Where in the parameters pointers lie that the kernel may write through; None: through any.
     """
 
     def __init__(self, entry: Entry) -> None:
@@ -166,6 +167,7 @@ class Flow:
         self.live_out = self._live_out()
         self.doubtful = self._doubtful()
         self.grain = self._grain()
+        self.written_through = _written_through(self)
         warpgroup.check_registers(self)
         self.fences = any(_orders_blocks(step.instruction.opcode) for step in itertools.chain.from_iterable(self.steps))
 
@@ -268,6 +270,59 @@ class Flow:
             if ".shared" in opcode and opcode.startswith(("ld.", "st.")):
                 sizes += [int(code[1:]) for code in (*step.operation.results, *step.operation.operands[1:])]
         return min(sizes)
+
+
+def _written_through(flow: Flow) -> frozenset[int] | None:
+    """Follows every 64-bit parameter through all arithmetic to the addresses of stores and atomics."""
+    offsets = {p.name: p.offset for p in flow.entry.parameters}
+    steps = list(itertools.chain.from_iterable(flow.steps))
+    places: dict[int, int | None] = {}  # registers that hold a place in the parameters
+    for step in steps:
+        for register in step.written():
+            places[register.index] = None if register.index in places else _place(step, offsets, places)
+    origin: dict[int, frozenset[int | None]] = {}  # register -> the parameters that it may come from
+
+    def sources(step: Step) -> frozenset[int | None]:
+        opcode = step.instruction.opcode
+        if opcode.startswith("ld.param"):
+            place = step.operands[0]
+            start = offsets.get(place.base.name) if isinstance(place.base, Symbol) else places.get(place.base.index)
+            if start is None:
+                return frozenset([None])
+            return frozenset(start + place.offset + 8 * i for i in range(len(step.results)))
+        if step.operation.effect and not step.operation.spreads:
+            wide = any(code[1:] == "8" for code in step.operation.results)
+            return frozenset([None]) if wide else frozenset()  # a pointer may have been stored
+        return frozenset().union(*(origin.get(r.index, frozenset()) for r in registers_of(step.operands)))
+
+    changed = True
+    while changed:
+        changed = False
+        for step in steps:
+            new = sources(step)
+            for register in step.written():
+                old = origin.get(register.index, frozenset())
+                if not new <= old:
+                    origin[register.index] = old | new
+                    changed = True
+    found: set[int | None] = set()
+    for step in steps:
+        base_name, *words = step.instruction.opcode.split(".")
+        if base_name in ("st", "atom", "red") and "global" in words:
+            for register in registers_of(step.operands[:1]):
+                found |= origin.get(register.index, frozenset())
+    return None if None in found else frozenset(found)
+
+
+def _place(step: Step, offsets: dict[str, int], places: dict[int, int | None]) -> int | None:
+    """The place in the parameters that an instruction gives, by name or a number of bytes behind another."""
+    base = step.instruction.opcode.split(".")[0]
+    if base == "mov" and isinstance(step.operands[0], Symbol):
+        return offsets.get(step.operands[0].name)
+    if base == "add" and isinstance(step.operands[0], Register) and isinstance(step.operands[1], Immediate):
+        start = places.get(step.operands[0].index)
+        return None if start is None else start + step.operands[1].value
+    return None
 
 
 def _orders_blocks(opcode: str) -> bool:

@@ -88,6 +88,8 @@ class Program:
             )
         regions = regions_of(tensors, set(uninitialized))
         memory = GlobalMemory(regions, check)
+        if check:
+            memory.track(code.flow.written_through, bytes(params))
         numbers = np.arange(grid[0] * grid[1] * grid[2]) if blocks is None else np.asarray(blocks, "i8")
         together = max(threads_at_once // (block[0] * block[1] * block[2]), 1)
         counts = Counts(blocks=len(numbers))

@@ -134,6 +134,14 @@ class GlobalMemory:
         self.last: dict[int, Region] = {}  # by the line of an instruction
         self.meetings: dict[int, Knowledge] = {}  # address of atomics -> what blocks left there
 
+    def track(self, offsets: frozenset[int] | None, params: bytes) -> None:
+        """Watches the regions that pointers at these places of the parameters point to; None: all."""
+        for region in self.regions:
+            if offsets is None or any(
+                region.start <= int.from_bytes(params[at : at + 8], "little") < region.end for at in offsets
+            ):
+                region.track()
+
     def parts(
         self, wave: Wave, site: Instruction, active: np.ndarray | None, address: np.ndarray, offset: int, size: int
     ) -> list[tuple[Region, np.ndarray, np.ndarray | None]]:

@@ -56,7 +56,7 @@ def multiply(a: np.ndarray, b: np.ndarray, c: np.ndarray, adder: Adder) -> np.nd
         c = c.astype("f8")
         largest = (power_a[part] * power_b[part]).max(0)
         np.maximum(largest, _power_of_two(c), out=largest)
-        np.maximum(largest, 2.0**-300, out=largest)
+        np.clip(largest, 2.0**-300, 2.0**300, out=largest)  # so that zeros and infinities can be scaled
         unit = 2.0 ** -(23 + adder.extra_bits) * largest
         scale = 1 / unit
         shifted = a[part] * b[part]

@@ -6,6 +6,7 @@ level below over half of that and a rim, and so on down to where the whole level
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,8 @@ from ..config import CameraConfig
 from ..ops import PlaneRegion
 
 WHOLE_BELOW = 128  # levels of fewer texels a side are computed whole: there is nothing to save
-BUCKETS = 8  # steps of a box's size, in parts of the planes' side
+BUCKETS = 16  # steps of a box's size, in parts of the planes' side
+FEW_BUCKETS = 8  # where each size is a CUDA graph
 
 
 class Region(NamedTuple):
@@ -72,16 +74,16 @@ def boxes_of(
     return patch_boxes(matrix, *rays, resolution, patch_scale, patch_offset)
 
 
-def bucket(extent: int, resolution: int) -> int:
-    """The least multiple of resolution / BUCKETS that holds `extent` texels."""
-    step = max(resolution // BUCKETS, 2)
+def bucket(extent: int, resolution: int, buckets: int = BUCKETS) -> int:
+    """The least multiple of resolution / buckets that holds `extent` texels."""
+    step = max(resolution // buckets, 2)
     return min(-(-extent // step) * step, resolution)
 
 
-def size_of(boxes: Tensor, resolution: int) -> tuple[int, int]:
+def size_of(boxes: Tensor, resolution: int, buckets: int = BUCKETS) -> tuple[int, int]:
     """The bucket of the most rows and of the most columns of boxes."""
     first, last = boxes.split(2, dim=1)
-    rows, columns = (bucket(extent, resolution) for extent in (last - first).amax(dim=0).tolist())
+    rows, columns = (bucket(extent, resolution, buckets) for extent in (last - first).amax(dim=0).tolist())
     return rows, columns
 
 
@@ -97,6 +99,14 @@ def region_of(boxes: Tensor, resolution: int, size: tuple[int, int] | None = Non
     return Region(first.minimum(resolution - first.new_tensor(size)), size)
 
 
+def computed_size(size: tuple[int, int], resolution: int) -> tuple[int, int]:
+    """Rows and columns that a level computes to be right in `size` of them."""
+    if resolution < WHOLE_BELOW:
+        return resolution, resolution
+    rows, columns = (min(2 * (n // 2) + 4, resolution) for n in size)
+    return rows, columns
+
+
 def levels(region: Region, resolution: int, device: torch.device | str | None = None) -> dict[int, Level]:
     """Resolution -> what it computes, for the levels that are not computed whole.
 
@@ -107,9 +117,9 @@ def levels(region: Region, resolution: int, device: torch.device | str | None = 
     """
     asked = []  # from the top down: resolution, what conv0 reads and what comes between conv0 and conv1
     first, size = region
-    while resolution >= WHOLE_BELOW and min(size) < resolution:
+    while computed_size(size, resolution) != (resolution, resolution):
         # conv1 reads one texel more on every side; what conv0 gives starts and ends at even texels.
-        between_size = tuple(min(2 * (n // 2) + 4, resolution) for n in size)
+        between_size = computed_size(size, resolution)
         between = _inside(2 * ((first - 1) // 2), between_size, resolution)
         size = tuple(min(n // 2 + 4, resolution // 2) for n in between_size)
         first = _inside(between // 2 - 2, size, resolution // 2)
@@ -136,6 +146,10 @@ def plan(region: Region, resolution: int, device: torch.device | str | None = No
     found = levels(region, resolution, device)
     if resolution not in found:
         return Plan(found, None, 1.0)
-    top = found[resolution]
-    share = top.size[0] * top.size[1] / resolution**2
-    return Plan(found, PlaneRegion(top.first, (resolution, resolution)), share)
+    planes = PlaneRegion(found[resolution].first, (resolution, resolution))
+    return Plan(found, planes, computed_share(region.size, resolution))
+
+
+def computed_share(size: tuple[int, int], resolution: int) -> float:
+    """The part of the planes that is computed to be right in `size` of them."""
+    return math.prod(computed_size(size, resolution)) / resolution**2

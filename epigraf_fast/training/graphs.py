@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
+
+MOST_KINDS = 8  # that a phase keeps graphs of: each holds gradients of its own
 
 
 class GraphMemory:
@@ -38,12 +41,24 @@ class GraphMemory:
         graph.reset()
 
 
+@dataclass(eq=False)
+class Recording:
+    """What a phase keeps of one kind of inputs."""
+
+    kind: Any
+    inputs: tuple[Any, ...]
+    tensors: list[Tensor]  # those among the inputs
+    graph: torch.cuda.CUDAGraph | None = None
+    outputs: Any = None
+
+
 class GraphedPhase:
     """A function of tensors that is replayed from a CUDA graph.
 
     The first call with inputs of a kind is a plain one, in which kernels are chosen and compiled; the second records,
     and replays; the others replay. A replay reads the inputs from tensors of its own, which they are copied to, so
-    their shapes and dtypes, and every value among them that is no tensor, make the kind: another kind starts anew.
+    their shapes and dtypes, and every value among them that is no tensor, make the kind. Of several kinds, as a phase
+    has with planes of several sizes, the last `MOST_KINDS` are kept.
     All else that the function reads must keep its memory, and is written in place: weights, buffers, counters.
     On a CPU a replay is a plain call on those same tensors.
 
@@ -54,44 +69,44 @@ class GraphedPhase:
 
     def __init__(self, function: Callable[..., Any], memory: GraphMemory) -> None:
         self.function, self.memory = function, memory
-        self.kind: Any = None
-        self.inputs: tuple[Any, ...] = ()
-        self.tensors: list[Tensor] = []  # those among the inputs
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.outputs: Any = None
+        self.recordings: list[Recording] = []  # the last one used comes last
 
     def __call__(self, *inputs: Any) -> Any:
         """What the function returns; valid until the next call."""
         leaves, structure = tree_flatten(inputs)
         given = [x for x in leaves if isinstance(x, Tensor)]
         kind = structure, [(x.shape, x.dtype) if isinstance(x, Tensor) else x for x in leaves]
-        if kind != self.kind:
-            self._release()
+        known = next((x for x in self.recordings if x.kind == kind), None)
+        if known is None:
+            if len(self.recordings) == MOST_KINDS:
+                self._release(self.recordings.pop(0))
             own = [x.detach().clone() if isinstance(x, Tensor) else x for x in leaves]
-            self.kind, self.inputs = kind, tree_unflatten(own, structure)
-            self.tensors = [x for x in own if isinstance(x, Tensor)]
-            return self._plainly()
+            tensors = [x for x in own if isinstance(x, Tensor)]
+            self.recordings.append(Recording(kind, tree_unflatten(own, structure), tensors))
+            return self._plainly(self.recordings[-1])
+        self.recordings.remove(known)
+        self.recordings.append(known)
         with torch.no_grad():
-            torch._foreach_copy_(self.tensors, given)
+            torch._foreach_copy_(known.tensors, given)
         if self.memory.stream is None:
-            return self._plainly()
-        if self.graph is None:
-            self.graph, self.outputs = self.memory.record(lambda: self.function(*self.inputs))
-        self.graph.replay()
-        return self.outputs
+            return self._plainly(known)
+        if known.graph is None:
+            known.graph, known.outputs = self.memory.record(lambda: self.function(*known.inputs))
+        known.graph.replay()
+        return known.outputs
 
-    def _plainly(self) -> Any:
+    def _plainly(self, recording: Recording) -> Any:
         """One call without a graph, on the stream that will be recorded."""
         stream = self.memory.stream
         if stream is None:
-            return self.function(*self.inputs)
+            return self.function(*recording.inputs)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            outputs = self.function(*self.inputs)
+            outputs = self.function(*recording.inputs)
         torch.cuda.current_stream().wait_stream(stream)
         return outputs
 
-    def _release(self) -> None:
-        if self.graph is not None:
-            self.memory.release(self.graph)
-        self.graph = self.outputs = None
+    def _release(self, recording: Recording) -> None:
+        if recording.graph is not None:
+            self.memory.release(recording.graph)
+        recording.graph = recording.outputs = None

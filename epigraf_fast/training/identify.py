@@ -11,6 +11,7 @@ from ..data import IMAGE_SUFFIXES
 
 DATA = "a data set: train.py --data and check_data take it"
 SNAPSHOT = "a pickle, as published snapshots are: make a checkpoint of it with python -m epigraf_fast.convert"
+TORCH_WITHOUT_ZIP = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"  # how files of torch.save once began
 PIECES = {
     "config.json": "the settings of a run: give the folder that it lies in",
     "stats.jsonl": "the log of a run: give the folder that it lies in",
@@ -62,7 +63,7 @@ def _file(path: Path) -> str | None:
         if suffix in suffixes:
             return what
     with path.open("rb") as file:
-        first = file.read(2)
+        first = file.read(len(TORCH_WITHOUT_ZIP))
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
@@ -70,8 +71,8 @@ def _file(path: Path) -> str | None:
             return "a network in TorchScript, as metrics --inception takes"
         if any(name.lower().endswith((*IMAGE_SUFFIXES, "dataset.json")) for name in names):
             return DATA
-    elif first[:1] == b"\x80" and first[1:] in (b"\x02", b"\x03", b"\x04", b"\x05"):  # a pickle's protocol
-        return SNAPSHOT
+    elif first[:1] == b"\x80" and first[1:2] in b"\x02\x03\x04\x05" and first != TORCH_WITHOUT_ZIP:
+        return SNAPSHOT  # by a pickle's first two bytes
     elif first[:1] in (b"{", b"["):
         return _json(path)
     return None

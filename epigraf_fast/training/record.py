@@ -14,6 +14,7 @@ from .endurance import require_finite
 from .files import replacing, require_writable
 from .log import RunLog
 from .progress import waiting
+from .regions import announcement
 from .snapshot import Snapshots, is_best
 from .step import Trainer
 
@@ -52,6 +53,10 @@ class Record:
             return
         for remark in self.remarks:
             self.say(f"warning: {remark}")
+        trainer = self.trainer
+        line = announcement(self.config, trainer.angles, trainer.cur_nimg, trainer.share, trainer.micro)
+        if line is not None:
+            self.say(line)
         if self.trainer.cur_nimg == 0:
             with self.log.pause():
                 self.say(f"real images:     {self.snapshots.reals()}")

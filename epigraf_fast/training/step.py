@@ -15,6 +15,7 @@ from ..config import Config
 from ..data import ImageDataset
 from ..errors import UserError
 from ..models.mapping import mix_styles
+from ..models.region import Plan, boxes_of
 from .distributed import World
 from .ema import average_of, update_average
 from .gradients import clean_, flatten
@@ -23,6 +24,7 @@ from .losses import blur, blur_radius, discriminator_loss, generator_loss, path_
 from .networks import build_augment, build_discriminator, build_generator, choose_backends
 from .patches import importance_map, patch_progress, sample_patches, with_context
 from .profile import annotate
+from .regions import arrange, is_on, plans_of
 from .sampling import prior_angles
 from .schedule import blur_sigma, density_noise_std, ema_decay, pose_swap_probability
 
@@ -41,6 +43,24 @@ class Samples(NamedTuple):
     def split(self, size: int) -> Iterator[Samples]:
         """Micro-batches."""
         return (Samples(*parts) for parts in zip(*(x.split(size) for x in self), strict=True))
+
+
+class Fakes(NamedTuple):
+    """`Samples` that the generator is asked for, with their patches, and what it computes for each micro-batch."""
+
+    content: Tensor
+    label: Tensor
+    angles: Tensor
+    conditioning_angles: Tensor
+    patch_scale: Tensor  # [B]; on the CPU for scale-specific discriminators
+    patch_offset: Tensor  # [B, 2]
+    plans: tuple[Plan | None, ...]  # None: whole planes
+
+    def split(self, size: int) -> Iterator[Fakes]:
+        """Micro-batches."""
+        *tensors, plans = self
+        parts = zip(*(x.split(size) for x in tensors), strict=True)
+        return (Fakes(*part, (plan,)) for part, plan in zip(parts, plans, strict=True))
 
 
 class Schedule(NamedTuple):
@@ -84,7 +104,7 @@ class Trainer:
         self.share = config.batch // self.world.size
         self.micro = min(config.micro, self.share)
         self.backends = choose_backends(config, device.type)
-        self.labels, self.angles = dataset.labels.to(device), dataset.angles.to(device)
+        self.labels, self.angles = dataset.labels.to(device), dataset.angles.cpu()
         self.label_values = dataset.label_values  # for those who draw labels from the trained generator
         self.generator = build_generator(config, dataset.label_dim, device.type)
         if config.camera.prior == "custom":
@@ -107,10 +127,11 @@ class Trainer:
         self.augment_p = torch.tensor(config.augment.p, device=device)
         self.real_signs = torch.zeros(2, device=device)  # since the last adjustment of p: their sum, how many
         self.path_length = torch.zeros([], device=device)  # its running mean
-        self.importance = None
+        self.importance = self.placed_importance = None
         if config.patch.importance:
             index = torch.linspace(0, len(dataset) - 1, min(len(dataset), IMPORTANCE_IMAGES)).long().tolist()
-            self.importance = importance_map(torch.stack([dataset[i][0] for i in index]).float()).to(device)
+            self.importance = importance_map(torch.stack([dataset[i][0] for i in index]).float())
+            self.placed_importance = self.importance.to(device)
         self.now = self._schedule()  # of the phase that runs
         self.recorded: dict[str, tuple[Tensor, int]] = {}  # of the phase that runs: name -> sum, how many
         self.graphs = GraphMemory(device) if config.cuda_graphs else None
@@ -138,6 +159,7 @@ class Trainer:
         # The phases' fakes are drawn together, so that poses are swapped over all of them.
         num = (3 if regularize_g else 2) * self.share
         g_fakes, d_fakes, *path_fakes = self._draw_fakes(num).split(self.share)
+        g_fakes, d_fakes = self._with_patches(g_fakes), self._with_patches(d_fakes)
         images, labels, angles = self._upload(images, labels, angles)
         reals = Samples(images.float() / 127.5 - 1, labels, angles, angles)
         now = self._schedule()
@@ -145,7 +167,9 @@ class Trainer:
         self.discriminator.requires_grad_(False)
         self._phase("G", self.g_optimizer, self._generator_phase, now, g_fakes)
         if regularize_g:
-            self._phase("path length", self.g_optimizer, self._path_length_phase, now, path_fakes[0])
+            (fakes,) = path_fakes
+            fakes = fakes._replace(angles=self._place(fakes.angles))
+            self._phase("path length", self.g_optimizer, self._path_length_phase, now, fakes)
             self.world.average([self.path_length])
         self.discriminator.requires_grad_(True)
         self._phase("D", self.d_optimizer, self._discriminator_phase, now, d_fakes, reals)
@@ -172,6 +196,10 @@ class Trainer:
             x.record_stream(current)  # its memory is that of the other stream
         return uploaded
 
+    def _place(self, x: Tensor) -> Tensor:
+        """A small tensor of the host's on the device, which is not waited for."""
+        return x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else x.to(self.device)
+
     def _schedule(self) -> Schedule:
         config = self.config
 
@@ -192,7 +220,7 @@ class Trainer:
         optimizer: torch.optim.Optimizer,
         micro_phase: Callable[..., None],
         now: Schedule,
-        *samples: Samples,
+        *samples: Samples | Fakes,
     ) -> None:
         """A phase: the gradients are averaged over the processes, cleaned, and stepped on."""
         with annotate(name):
@@ -224,7 +252,11 @@ class Trainer:
             optimizer.step()
 
     def _gradients(
-        self, optimizer: torch.optim.Optimizer, micro_phase: Callable[..., None], now: Schedule, *samples: Samples
+        self,
+        optimizer: torch.optim.Optimizer,
+        micro_phase: Callable[..., None],
+        now: Schedule,
+        *samples: Samples | Fakes,
     ) -> tuple[list[Tensor | None], dict[str, tuple[Tensor, int]]]:
         """The gradients of a phase, each a sum over micro-batches, and what those recorded.
 
@@ -241,7 +273,7 @@ class Trainer:
             micro_phase(*last)
         return [p.grad for p in parameters], self.recorded
 
-    def _generator_phase(self, fakes: Samples) -> None:
+    def _generator_phase(self, fakes: Fakes) -> None:
         patches, scale, offset = self._generate(fakes)
         logits = self._judge(patches, scale, offset, fakes)
         loss = generator_loss(logits)
@@ -264,7 +296,7 @@ class Trainer:
         self._backward(config.optim.path_length_weight * penalty.mean() * config.optim.path_length_interval)
         self._record("loss/path_length", penalty)
 
-    def _discriminator_phase(self, fakes: Samples, real: Samples) -> None:
+    def _discriminator_phase(self, fakes: Fakes, real: Samples) -> None:
         with torch.no_grad():
             patches, scale, offset = self._generate(fakes, update_w_avg=True)
         fake_logits = self._judge(patches, scale, offset, fakes)
@@ -306,11 +338,13 @@ class Trainer:
     def _backward(self, loss: Tensor) -> None:
         (loss * (self.micro / self.share)).backward()
 
-    def _generate(self, fakes: Samples, update_w_avg: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    def _generate(self, fakes: Fakes, update_w_avg: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Fake patches as D sees them, their scale and offset."""
-        scale, offset = self._sample_patches(len(fakes.content))
+        scale, offset, (plan,) = fakes.patch_scale, fakes.patch_offset, fakes.plans
         placed = scale.to(self.device, non_blocking=True)
         context = self.config.discriminator.global_context
+        if plan is not None:
+            self._record("planes/share", torch.full([], plan.share, device=self.device))
         patches = self.generator(
             fakes.content,
             fakes.angles,
@@ -323,6 +357,7 @@ class Trainer:
             update_w_avg=update_w_avg,
             style_mixing=self.config.generator.style_mixing,
             with_context=context != "none",
+            region=False if plan is None else plan,
         ).rgb
         if context != "none":
             patches = with_context(patches, placed, offset, self.config)
@@ -345,19 +380,52 @@ class Trainer:
         return self.discriminator(patches, scale, offset, samples.label, samples.angles)
 
     def _draw_fakes(self, num: int) -> Samples:
+        """On the device but for `angles`, which the host has to know: see `_with_patches`."""
         camera = self.config.camera
         z = torch.randn(num, self.config.generator.z_dim, device=self.device)
-        entry = torch.randint(len(self.angles), (num,), device=self.device)
-        if camera.prior == "custom":
-            angles = self.angles[entry]
-        else:
-            angles = prior_angles(camera, num, device=self.device)
-        conditioning = angles
+        entry = torch.randint(len(self.angles), (num,))
+        angles = self.angles[entry] if camera.prior == "custom" else prior_angles(camera, num)
+        conditioning = self._place(angles)
         if self.config.generator.pose_conditioning:
-            conditioning = swap_poses(angles, pose_swap_probability(self.config.generator, self.cur_nimg))
-        return Samples(z, self.labels[entry], angles, conditioning)
+            conditioning = swap_poses(conditioning, pose_swap_probability(self.config.generator, self.cur_nimg))
+        return Samples(z, self.labels[self._place(entry)], angles, conditioning)
+
+    def _with_patches(self, fakes: Samples) -> Fakes:
+        """Draws the patches of a phase's fakes, one for every minibatch-std group, and says what they look at.
+
+        On the host, so that sizes are known without waiting for a GPU. Whether planes are computed in part or not, the
+        fakes are sorted by what they look at: the draws, and the losses, are the same.
+        """
+        config, num = self.config, len(fakes.content)
+        group = min(config.discriminator.minibatch_std_group, self.micro)
+        scale, offset = (x.repeat_interleave(group, dim=0) for x in self._draw_patches(num // group))
+        boxes, resolution = None, config.generator.plane_resolution
+        if config.generator.backbone == "triplane":
+            boxes = boxes_of(config.camera, resolution, fakes.angles, scale, offset)
+        order = arrange(boxes, num, group, self.micro, config.patch.groups)
+        plans: tuple[Plan | None, ...] = (None,) * (num // self.micro)
+        if is_on(config):
+            one_size = self.graphs is not None
+            plans = plans_of(boxes[order], resolution, self.micro, self.device, one_size=one_size)
+        placed, scale = self._place(order), scale[order]
+        return Fakes(
+            fakes.content[placed],
+            fakes.label[placed],
+            self._place(fakes.angles[order]),
+            fakes.conditioning_angles[placed],
+            scale if config.discriminator.scales > 1 else self._place(scale),
+            self._place(offset[order]),
+            plans,
+        )
+
+    def _draw_patches(self, num: int) -> tuple[Tensor, Tensor]:
+        """Scale and offset of independent patches, on the CPU."""
+        config = self.config
+        progress = patch_progress(config.patches, config.resolution, self.cur_nimg, config.batch)
+        return sample_patches(config.patches, config.resolution, progress, num, 1, importance=self.importance)
 
     def _sample_patches(self, num: int) -> tuple[Tensor, Tensor]:
+        """Scale and offset for the real images of a micro-batch."""
         config, scale_draw, progress = self.config, None, self.now.patch
         group = config.discriminator.minibatch_std_group
         if config.discriminator.scales > 1:  # on the CPU, where the scales say who judges what
@@ -371,7 +439,7 @@ class Trainer:
             group,
             device=self.device,
             scale_draw=scale_draw,
-            importance=self.importance,
+            importance=self.placed_importance,
         )
 
     def _record(self, name: str, values: Tensor) -> None:

@@ -66,7 +66,7 @@ def test_planes_and_gradients_are_those_of_the_whole_network(synthesis, case):
 def test_work_shrinks_with_the_region(synthesis):
     """As many texels are computed as the rim rules say: a box of 13 by 13 at 20, 21 of 64."""
     plan = levels(Region(torch.tensor([[20, 21]]), (13, 13)), RESOLUTION)
-    assert {resolution: level.size for resolution, level in plan.items()} == {16: (16, 16), 32: (16, 16), 64: (16, 16)}
+    assert {resolution: level.size for resolution, level in plan.items()} == {32: (16, 16), 64: (16, 16)}
     assert plan[64].first.tolist() == [[18, 20]]  # 19 and 20 less one, rounded down to even
     assert plan[64].below_size == (12, 12)  # 8 and two on either side
     assert plan[64].frame.tolist() == [[14, 16]]
@@ -76,15 +76,35 @@ def test_work_shrinks_with_the_region(synthesis):
     assert at.whole == (RESOLUTION, RESOLUTION)
 
 
-@pytest.mark.parametrize(("extent", "expected"), [(1, 64), (64, 64), (65, 128), (449, 512), (512, 512)])
-def test_buckets_are_eighths(extent, expected):
-    assert bucket(extent, 512) == expected
+@pytest.mark.parametrize(("extent", "fine", "coarse"), [(1, 32, 64), (64, 64, 64), (65, 96, 128), (512, 512, 512)])
+def test_buckets_are_sixteenths_and_eighths(extent, fine, coarse):
+    assert bucket(extent, 512) == fine
+    assert bucket(extent, 512, 8) == coarse
+
+
+def test_the_full_size():
+    """512x512 texels, with the levels that are computed whole in training."""
+    assert regions.WHOLE_BELOW == 128
+    torch.manual_seed(0)
+    network = Synthesis(8, 512, 6, channel_base=2048, channel_max=8).double()
+    region = Region(torch.tensor([[130, 57]]), (192, 224))
+    ws = draw(1, network.num_ws, 8).requires_grad_(True)
+    whole = part_of(network(ws, "const"), None, region)
+    incoming, inputs = draw(*whole.shape, seed=1), [ws, *network.parameters()]
+    expected = torch.autograd.grad(whole, inputs, incoming)
+    planes, at = network.in_region(ws, region, "const")
+    assert planes.shape[2] * planes.shape[3] < 0.2 * 512**2
+    part = part_of(planes, at, region)
+    assert_close(part, whole, "planes")
+    for number, (got, want) in enumerate(zip(torch.autograd.grad(part, inputs, incoming), expected, strict=True)):
+        unit = want.abs().amax().clamp(min=1e-30)
+        assert_close(got / unit, want / unit, f"gradient {number}")
 
 
 def test_a_region_holds_every_box():
     boxes = torch.tensor([[0, 0, 100, 60], [500, 450, 512, 512], [200, 37, 260, 165]])
     region = region_of(boxes, 512)
-    assert region.size == (128, 128)
+    assert region.size == (128, 128)  # of 100 and of 128
     last = region.first + torch.tensor(region.size)
     assert (region.first >= 0).all()
     assert (last <= 512).all()

@@ -24,6 +24,7 @@ from checks import (
     gradcheck,
     gradgradcheck,
     layouts,
+    roundings,
 )
 from epigraf_fast import ops
 
@@ -533,7 +534,11 @@ def assert_triton_errs_no_more(inputs, settings, what="", **options):
     expected = outputs_and_gradients(composite, inputs, settings, **options)
     truth = outputs_and_gradients(composite, inputs, settings, dtype=torch.float64, **options)
     for name in actual:
-        assert_error_within_reference(actual[name], expected[name], truth[name], f"{name} {what}")
+        # Two exponentials and two divisions to a density, two exponentials to an opacity; two divisions to gradients.
+        steps = 8 if "gradient" in name else 6
+        more = roundings(approximations=steps if compiled.approximate() else 0)
+        white = 1.0 if name == "rgb" and settings.get("white_background") else 0.0  # is added to what may be -1
+        assert_error_within_reference(actual[name], expected[name], truth[name], f"{name} {what}", more, white)
 
 
 @needs_triton
@@ -594,11 +599,12 @@ def test_triton_thin_media_keep_their_precision():
 def test_triton_ray_by_hand(poisoned):
     t, values = HAND_T.float().to(DEVICE), HAND_VALUES.float().to(DEVICE)
     result = triton_composite(t, values, activation="relu", last_interval=1.0, last_back=True, return_weights=True)
-    assert_close(result.weights, ray([0.5, 0.25, 0.25]), "weights", "hand")
-    assert_close(result.rgb, ray([28, 56, 84, 112]), "rgb", "hand")
-    assert_close(result.depth, ray(1.75), "depth", "hand")
-    assert_close(result.weight_sum, ray(0.875), "weight_sum", "hand")
-    assert_close(result.final_transmittance, ray(0.25), "final_transmittance", "hand")
+    by_hand = functools.partial(assert_close, tolerance=torch.float32 if compiled.approximate() else "hand")
+    by_hand(result.weights, ray([0.5, 0.25, 0.25]), "weights")
+    by_hand(result.rgb, ray([28, 56, 84, 112]), "rgb")
+    by_hand(result.depth, ray(1.75), "depth")
+    by_hand(result.weight_sum, ray(0.875), "weight_sum")
+    by_hand(result.final_transmittance, ray(0.25), "final_transmittance")
     assert triton_composite(t, values).weights is None
 
 

@@ -27,7 +27,7 @@ from epigraf_fast.errors import UserError
 from epigraf_fast.training.checkpoint import list_checkpoints, load_checkpoint
 from epigraf_fast.training.distributed import World, check_world
 from epigraf_fast.training.log import read_stats
-from epigraf_fast.training.step import Samples, Trainer
+from epigraf_fast.training.step import Fakes, Samples, Trainer
 
 TinyConfig = Callable[..., Config]
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,6 +87,15 @@ class Alternating(Trainer):
         ]  # of each phase, the share of rank 0, then that of rank 1
         order = [part for parts in zip(*halves, strict=True) for part in parts]
         return Samples(*(torch.cat(parts) for parts in zip(*order, strict=True)))
+
+    def _with_patches(self, fakes: Samples) -> Fakes:
+        """Each process sorts its own share."""
+        parts = list(fakes.split(self.micro))
+        shares = [Samples(*map(torch.cat, zip(*parts[rank::2], strict=True))) for rank in range(2)]
+        placed = [self.under(rank, super(Alternating, self)._with_patches, share) for rank, share in enumerate(shares)]
+        in_turn = [part for pair in zip(*(x.split(self.micro) for x in placed), strict=True) for part in pair]
+        *tensors, plans = zip(*in_turn, strict=True)
+        return Fakes(*map(torch.cat, tensors), tuple(itertools.chain(*plans)))
 
     def in_turn(self, name: str) -> None:
         original, ranks = getattr(self, name), itertools.cycle((0, 1))

@@ -55,7 +55,7 @@ def test_the_step_is_what_autograd_keeps(
             kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    fakes = next(trainer._draw_fakes(8).split(micro))
+    fakes = next(trainer._with_patches(trainer._draw_fakes(8)).split(micro))
     trainer.discriminator.requires_grad_(False)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         trainer._judge(*trainer._generate(fakes), fakes)
