@@ -35,6 +35,8 @@ from epigraf_fast.data import ImageDataset, make_loader
 from epigraf_fast.training import networks, pretrained, start
 from epigraf_fast.training.step import Trainer
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as behind a shell's `&`: what tests start shall hear it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported, which `ops` do when called
 

@@ -34,7 +34,9 @@ class Ball:
         distance = (points[..., None, :] - self.centres).norm(dim=-1).amin(dim=-1, keepdim=True)
         return torch.cat([points / cube_scale, STEEPNESS * (RADIUS - distance)], dim=-1)
 
-    def __call__(self, planes: Tensor, origins: Tensor, directions: Tensor, t: Tensor, cube_scale: float) -> Tensor:
+    def __call__(
+        self, planes: Tensor, origins: Tensor, directions: Tensor, t: Tensor, cube_scale: float, region: None = None
+    ) -> Tensor:
         return self.at_points(planes, origins[..., None, :] + t[..., None] * directions[..., None, :], cube_scale)
 
 
