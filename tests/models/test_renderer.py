@@ -40,11 +40,11 @@ class StubDecoder(torch.nn.Module):
         super().__init__()
         self.field, self.asked = field, []
 
-    def forward(self, planes, ray_origins, ray_directions, t, cube_scale):
+    def forward(self, planes, ray_origins, ray_directions, t, cube_scale, region=None):
         self.asked.append(t)
         return self.field(t)
 
-    def coarse_to_fine(self, planes, ray_origins, ray_directions, t, resample, cube_scale):
+    def coarse_to_fine(self, planes, ray_origins, ray_directions, t, resample, cube_scale, region=None):
         rays = planes, ray_origins, ray_directions
         coarse = self(*rays, t, cube_scale)
         t_fine = resample(coarse.detach())
@@ -256,7 +256,7 @@ def test_images_run_row_by_row_from_the_top():
     """A colour of the world's x, y, z: a level camera at yaw 0 looks along -x, its right is -z, up is y."""
 
     class Positions(torch.nn.Module):
-        def forward(self, planes, ray_origins, ray_directions, t, cube_scale):
+        def forward(self, planes, ray_origins, ray_directions, t, cube_scale, region=None):
             points = ray_origins[:, :, None] + t[..., None] * ray_directions[:, :, None]
             return torch.cat([points, torch.where(t > 7.99, 100.0, -100.0)[..., None]], dim=-1)
 
