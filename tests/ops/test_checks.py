@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-import train
 from checks import (
     assert_close,
     assert_error_within_reference,
@@ -18,7 +17,7 @@ from checks import (
     roundings,
 )
 from epigraf_fast.ops.checks import resolve_deterministic
-from epigraf_fast.training import networks, pretrained
+from epigraf_fast.training import networks, pretrained, start
 
 
 def test_products_are_not_rounded_to_tf32():
@@ -35,8 +34,9 @@ def test_poisoned_memory_changes_nothing_about_sums(poisoned):
 
 def test_the_device_that_commands_take_by_default_is_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert networks.find_device(None).type == "cuda"
-    assert pretrained.find_device(None).type == train.find_device(None).type == "cpu"
+    assert pretrained.find_device(None).type == start.find_device(None).type == "cpu"
     assert pretrained.find_device("cuda:1") == torch.device("cuda:1")
 
 

@@ -398,6 +398,8 @@ def recorded() -> dict[str, list[tuple[Any, ...]]]:
             function(*case.inputs)
             for order in range(1, case.order + 1):
                 gradients(function, order)(*leaves(case.inputs))
+        x = draw(2, 3, 5, 6).requires_grad_()  # of no backend, and so in no case
+        torch.autograd.grad(ops.cut(x, torch.tensor([[1, 2], [0, 3]]), (3, 2)).square().sum(), x)
     return recorder.calls
 
 
