@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kThreads) bias_act_elements_kernel(const BiasA
 
 // The channel runs fastest. One block: a part, of the bias's gradient, of 32 V channels; one thread: every 8th row of V.
 template <typename T, int V, bool CURVED, Order ORDER>
-__global__ void __launch_bounds__(kThreads) bias_act_rows_kernel(const BiasActArgs args) {
+__global__ void __launch_bounds__(kThreads, 1) bias_act_rows_kernel(const BiasActArgs args) {
   using S = Compute<T>;
   __shared__ S shared[kRowThreads][kWarp * V];
   const i64 channels = args.channels, rows = bias_act_part_rows(channels), part = blockIdx.x;
