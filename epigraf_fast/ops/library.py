@@ -38,13 +38,27 @@ PLAIN, LIBRARY, REFERENCE = "plain", "library", "reference"
 _library = torch.library.Library("epigraf_fast", "FRAGMENT")
 
 
+def constant(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks a function that torch.compile is to call once, and not to trace.
+
+    torch.compiler.assume_constant_result does the same, and imports the compiler for it.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+@constant
+def _transforming() -> bool:
+    return _are_functorch_transforms_active()
+
+
 def route(*tensors: Tensor | None) -> str:
     """PLAIN, LIBRARY or REFERENCE: what a call with these tensors takes, here and now."""
     # Every call pays for these questions: each is the cheapest that there is.
     if forward_ad._current_level >= 0:
         return REFERENCE
     if is_dynamo_compiling():  # what follows cannot be traced
-        return REFERENCE if torch._C._functorch.get_dynamic_layer_stack_depth() else LIBRARY
+        return REFERENCE if _transforming() else LIBRARY
     if _are_functorch_transforms_active() or _get_tracing_state() is not None:
         return REFERENCE
     if _len_torch_dispatch_stack() or _len_torch_function_stack():
@@ -58,15 +72,6 @@ def route(*tensors: Tensor | None) -> str:
         if x is not None and ((type(x) is not Tensor and type(x) is not Parameter) or x.is_neg()):
             return LIBRARY
     return PLAIN
-
-
-def constant(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Marks a function that torch.compile is to call and not to trace: it looks at this installation alone.
-
-    torch.compiler.assume_constant_result does the same, and imports the compiler for it.
-    """
-    function._dynamo_marked_constant = True
-    return function
 
 
 def register(schema: str) -> Callable[[type], type]:

@@ -20,7 +20,9 @@ def test_a_training_step_of_the_ffhq_preset():
     check(config)
     level = torch.tensor([0.0, math.pi / 2, 0.0])
     angles = 0.3 * draw(8, 3, dtype=torch.float32) + level
-    dataset = SimpleNamespace(labels=torch.zeros(8, 0), angles=angles, label_dim=0, mean_camera_pose=level)
+    dataset = SimpleNamespace(
+        labels=torch.zeros(8, 0), label_values=None, angles=angles, label_dim=0, mean_camera_pose=level
+    )
     trainer = Trainer(config, dataset, torch.device("cpu"))
     assert parameter_count(trainer.generator) == 29_247_187
     assert parameter_count(trainer.discriminator) == 27_495_168

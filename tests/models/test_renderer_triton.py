@@ -26,7 +26,7 @@ from epigraf_fast.models import renderer as renderer_module
 from epigraf_fast.models.decoder import Decoder
 from epigraf_fast.models.raw_planes import RawPlanes
 from epigraf_fast.models.renderer import Renderer, Rendering
-from epigraf_fast.ops import backends
+from epigraf_fast.ops import backends, library
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -198,6 +198,7 @@ def recorded_launches() -> Iterator[list[str]]:
         patch.setattr(interpreter.InterpretedFunction, "run", run)
         patch.setattr(backends, "_lacking_triton", lambda: None)
         patch.setattr(backends, "_interpreting", lambda: True)  # whatever the device
+        patch.setattr(library, "_len_torch_dispatch_stack", lambda: 0)  # TorchOps only watches: the way of plain calls
         yield names
 
 
