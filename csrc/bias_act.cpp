@@ -10,32 +10,6 @@ namespace {
 constexpr i64 kBlock = 1024;          // elements that are computed at once
 constexpr i64 kChunkElements = 32768;  // elements that are worth a thread's attention
 
-// Elements first .. first+n of a tensor in the type that is computed with: itself, or converted into `buffer`.
-template <typename T, typename S>
-inline const S* read(const void* tensor, i64 first, i64 n, S* buffer) {
-  const T* src = static_cast<const T*>(tensor) + first;
-  if constexpr (sizeof(T) == sizeof(S)) {
-    return src;
-  } else {
-    load_row<T>(src, buffer, n);
-    return buffer;
-  }
-}
-
-// Where to compute elements first .. first+n of a tensor; `write` then stores what lies in `buffer`.
-template <typename T, typename S>
-inline S* place(void* tensor, i64 first, S* buffer) {
-  if constexpr (sizeof(T) == sizeof(S)) {
-    return static_cast<T*>(tensor) + first;
-  } else {
-    return buffer;
-  }
-}
-template <typename T, typename S>
-inline void write(void* tensor, i64 first, i64 n, const S* buffer) {
-  if constexpr (sizeof(T) != sizeof(S)) store_row<T>(buffer, static_cast<T*>(tensor) + first, n);
-}
-
 // The sum of n numbers: 16 interleaved sums over every 256 of them, which are vectors and short chains of roundings.
 template <typename S>
 inline S sum_row(const S* p, i64 n) {
@@ -54,62 +28,72 @@ inline S sum_row(const S* p, i64 n) {
 
 enum Order { kFwd, kBwd, kDoubleBwd };
 
-template <typename T, int ACT, Order ORDER>
-struct Loop {
-  using S = Compute<T>;
-  const BiasActArgs& args;
+// n elements, in the type that is computed with. What an order does not need is null.
+template <typename S>
+struct Row {
+  i64 n;
+  const S *x, *grad_y, *grad_grad_x, *bias, *grad_grad_bias;  // the last two: n elements, or one for all
+  S *y, *grad_grad_y, *grad_x;
+};
+
+// The only part that is compiled for every activation. With VARYING the k-th element has bias[k], else all have *bias.
+template <typename S, int ACT, Order ORDER, bool VARYING>
+void compute_row(const BiasActArgs& args, const Row<S>& row) {
   const BiasAct<ACT, S> f{static_cast<S>(args.gain), static_cast<S>(args.clamp)};
+  const i64 n = row.n;
+  auto at = [](const S* p, i64 i) { return p[VARYING ? i : 0]; };
+  const S *__restrict x = row.x, *__restrict g = row.grad_y, *__restrict h = row.grad_grad_x;
+  const S *__restrict b = row.bias, *__restrict hb = row.grad_grad_bias;
+  S* __restrict grad_x = row.grad_x;
+  if constexpr (ORDER == kFwd) {
+    S* __restrict y = row.y;
+#pragma omp simd
+    for (i64 i = 0; i < n; i++) y[i] = f.value(x[i] + at(b, i));
+  } else if constexpr (ORDER == kBwd) {
+#pragma omp simd
+    for (i64 i = 0; i < n; i++) grad_x[i] = f.backward(x[i] + at(b, i), g[i]);
+  } else {
+    S* __restrict grad_grad_y = row.grad_grad_y;
+    if (grad_grad_y) {
+#pragma omp simd
+      for (i64 i = 0; i < n; i++) grad_grad_y[i] = f.forward(x[i] + at(b, i), h[i] + at(hb, i));
+    }
+    if (grad_x) {
+#pragma omp simd
+      for (i64 i = 0; i < n; i++) grad_x[i] = f.second(x[i] + at(b, i), g[i], h[i] + at(hb, i));
+    }
+  }
+}
+
+template <typename S, Order ORDER>
+struct Loop {
+  using Compute = void (*)(const BiasActArgs&, const Row<S>&);
+  const BiasActArgs& args;
+  Compute fixed, varying;
 
   // Elements first .. first+n. With VARYING the k-th has bias[k] and adds to sums[k]; else all have *bias and *sums.
   template <bool VARYING>
-  inline void block(i64 first, i64 n, const S* bias, const S* grad_grad_bias, S* sums) const {
+  void block(i64 first, i64 n, const S* bias, const S* grad_grad_bias, S* sums) const {
     S buffers[5][kBlock];
     static const S zeros[kBlock] = {};
-    const S* __restrict b = bias ? bias : zeros;
-    auto at = [](const S* p, i64 i) { return p[VARYING ? i : 0]; };
-    if constexpr (ORDER == kFwd) {
-      const S* __restrict x = read<T, S>(args.x, first, n, buffers[0]);
-      S* __restrict y = place<T, S>(args.y, first, buffers[1]);
-#pragma omp simd
-      for (i64 i = 0; i < n; i++) y[i] = f.value(x[i] + at(b, i));
-      write<T, S>(args.y, first, n, y);
-    } else if constexpr (ORDER == kBwd) {
-      const S* __restrict g = read<T, S>(args.grad_y, first, n, buffers[0]);
-      const S* __restrict x = args.x ? read<T, S>(args.x, first, n, buffers[1]) : g;
-      S* __restrict grad_x = place<T, S>(args.grad_x, first, buffers[2]);
-      if (VARYING && sums) {
-#pragma omp simd
-        for (i64 i = 0; i < n; i++) {
-          const S v = f.backward(x[i] + b[i], g[i]);
-          grad_x[i] = v;
-          sums[i] += v;
-        }
-      } else {
-#pragma omp simd
-        for (i64 i = 0; i < n; i++) grad_x[i] = f.backward(x[i] + at(b, i), g[i]);
-        if (sums) *sums = sum_row(grad_x, n);
-      }
-      write<T, S>(args.grad_x, first, n, grad_x);
-    } else {
-      const S* __restrict g = read<T, S>(args.grad_y, first, n, buffers[0]);
-      const S* __restrict x = args.x ? read<T, S>(args.x, first, n, buffers[1]) : g;
-      const S* __restrict h = args.grad_grad_x ? read<T, S>(args.grad_grad_x, first, n, buffers[2]) : zeros;
-      const S* __restrict hb = grad_grad_bias ? grad_grad_bias : zeros;
-      S* __restrict grad_grad_y = args.grad_grad_y ? place<T, S>(args.grad_grad_y, first, buffers[3]) : buffers[3];
-      S* __restrict grad_x = args.grad_x ? place<T, S>(args.grad_x, first, buffers[4]) : buffers[4];
-      if (args.grad_grad_y) {
-#pragma omp simd
-        for (i64 i = 0; i < n; i++) grad_grad_y[i] = f.forward(x[i] + at(b, i), h[i] + at(hb, i));
-      }
-      if (args.grad_x || sums) {
-#pragma omp simd
-        for (i64 i = 0; i < n; i++) grad_x[i] = f.second(x[i] + at(b, i), g[i], h[i] + at(hb, i));
-      }
-      if (sums && !VARYING) *sums = sum_row(grad_x, n);
-      for (i64 i = 0; VARYING && sums && i < n; i++) sums[i] += grad_x[i];
-      if (args.grad_grad_y) write<T, S>(args.grad_grad_y, first, n, grad_grad_y);
-      if (args.grad_x) write<T, S>(args.grad_x, first, n, grad_x);
+    Row<S> row{};
+    row.n = n;
+    row.bias = bias ? bias : zeros;
+    row.grad_grad_bias = grad_grad_bias ? grad_grad_bias : zeros;
+    if (ORDER != kFwd) row.grad_y = read_row(args.dtype, args.grad_y, first, n, buffers[0]);
+    row.x = args.x ? read_row(args.dtype, args.x, first, n, buffers[1]) : row.grad_y;
+    if (ORDER == kFwd) row.y = row_place(args.dtype, args.y, first, buffers[3]);
+    if (ORDER == kDoubleBwd) {
+      row.grad_grad_x = args.grad_grad_x ? read_row(args.dtype, args.grad_grad_x, first, n, buffers[2]) : zeros;
+      if (args.grad_grad_y) row.grad_grad_y = row_place(args.dtype, args.grad_grad_y, first, buffers[3]);
     }
+    if (ORDER != kFwd && (args.grad_x || sums)) row.grad_x = row_place(args.dtype, args.grad_x, first, buffers[4]);
+    (VARYING ? varying : fixed)(args, row);
+    if (sums && !VARYING) *sums = sum_row(row.grad_x, n);
+    for (i64 i = 0; VARYING && sums && i < n; i++) sums[i] += row.grad_x[i];
+    if (ORDER == kFwd) write_row(args.dtype, args.y, first, n, row.y);
+    if (ORDER == kDoubleBwd) write_row(args.dtype, args.grad_grad_y, first, n, row.grad_grad_y);
+    if (ORDER != kFwd) write_row(args.dtype, args.grad_x, first, n, row.grad_x);
   }
 
   // The channel runs fastest: part p is rows p*rows .. of `channels` elements. Rows of few channels are taken together,
@@ -158,7 +142,7 @@ struct Loop {
 
   static const S* offset(const void* vector, i64 c) { return vector ? static_cast<const S*>(vector) + c : nullptr; }
 
-  void run(int threads) const {
+  __attribute__((noinline)) void run(int threads) const {
     if (args.count > 0) args.inner == 1 ? fastest_channel(threads) : slow_channel(threads);
     if (ORDER == kFwd || !args.grad_bias) return;
     const i64 parts = args.count > 0 ? bias_act_parts(args.count, args.channels, args.inner) : 0;
@@ -171,9 +155,15 @@ struct Loop {
   }
 };
 
+template <typename S, Order ORDER>
+void loop(const BiasActArgs& args, int threads) {
+  EPIGRAF_BY_ACT(args.act, ACT,
+                 (Loop<S, ORDER>{args, compute_row<S, ACT, ORDER, false>, compute_row<S, ACT, ORDER, true>}.run(threads)))
+}
+
 template <Order ORDER>
 void launch(const BiasActArgs& args, int threads) {
-  EPIGRAF_BY_DTYPE(args.dtype, T, EPIGRAF_BY_ACT(args.act, ACT, (Loop<T, ACT, ORDER>{args}.run(threads))))
+  args.dtype == DType::f64 ? loop<double, ORDER>(args, threads) : loop<float, ORDER>(args, threads);
 }
 
 }  // namespace

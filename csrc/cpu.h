@@ -81,5 +81,30 @@ inline void store_row<Half>(const float* __restrict src, Half* __restrict dst, i
 }
 #endif
 
+// Elements first .. first+n of a tensor in the type that is computed with: where they lie, or converted into `buffer`.
+// What is computed then is compiled for S alone, and not for every storage type.
+template <typename S>
+inline const S* read_row(DType dtype, const void* tensor, i64 first, i64 n, S* buffer) {
+  if constexpr (sizeof(S) == 4) {
+    if (dtype == DType::f16) load_row<Half>(static_cast<const Half*>(tensor) + first, buffer, n);
+    if (dtype == DType::bf16) load_row<BFloat16>(static_cast<const BFloat16*>(tensor) + first, buffer, n);
+    if (dtype != DType::f32) return buffer;
+  }
+  return static_cast<const S*>(tensor) + first;
+}
+
+// Where to compute elements first .. of a tensor, which may be absent; `write_row` then stores what lies in `buffer`.
+template <typename S>
+inline S* row_place(DType dtype, void* tensor, i64 first, S* buffer) {
+  return tensor && size_of(dtype) == sizeof(S) ? static_cast<S*>(tensor) + first : buffer;
+}
+template <typename S>
+inline void write_row(DType dtype, void* tensor, i64 first, i64 n, const S* row) {
+  if constexpr (sizeof(S) == 4) {
+    if (tensor && dtype == DType::f16) store_row<Half>(row, static_cast<Half*>(tensor) + first, n);
+    if (tensor && dtype == DType::bf16) store_row<BFloat16>(row, static_cast<BFloat16*>(tensor) + first, n);
+  }
+}
+
 }  // namespace EPIGRAF_ISA
 }  // namespace epigraf

@@ -1,7 +1,5 @@
 #include "modulated_conv2d.h"
 
-#include <type_traits>
-
 #include "cpu.h"
 #include "launchers.h"
 
@@ -11,28 +9,6 @@ namespace {
 
 // Columns of a tile: what is worked on at once should stay in the cache.
 constexpr i64 kTileElements = 8192, kTileColumns = 8;
-
-template <typename T>
-const Compute<T>* load(const void* base, i64 offset, Compute<T>* buffer, i64 n) {
-  const T* src = static_cast<const T*>(base) + offset;
-  if constexpr (std::is_same_v<T, Compute<T>>) return src;
-  else {
-    load_row<T>(src, buffer, n);
-    return buffer;
-  }
-}
-
-template <typename T>
-void store(const Compute<T>* src, void* base, i64 offset, i64 n) {
-  store_row<T>(src, static_cast<T*>(base) + offset, n);
-}
-
-// Where a row goes: straight to memory if it needs no conversion.
-template <typename T>
-Compute<T>* target(void* base, i64 offset, Compute<T>* buffer) {
-  if constexpr (std::is_same_v<T, Compute<T>>) return static_cast<T*>(base) + offset;
-  else return buffer;
-}
 
 // Vectors of one image, with their defaults where they are absent.
 template <typename S>
@@ -71,9 +47,8 @@ class Vectors {
 
 // A chunk is a block of rows of one image. Channels-last rows hold all channels of a pixel together (`step` apart, the
 // channel runs with the lanes); contiguous ones hold one channel, and there are C of them (the lanes are columns).
-template <typename T, bool LAST>
+template <typename S, bool LAST>
 struct Chunk {
-  using S = Compute<T>;
   const LayerEpilogueArgs& a;
   const i64 b, block, step, planes;
   const LeakyClamp<S> f;
@@ -257,11 +232,10 @@ struct Chunk {
 };
 
 // Rows of v = blur(x) for columns [from, to), one after the other: four horizontally filtered rows of x are kept.
-template <typename T, bool LAST>
+template <typename S, bool LAST>
 class BlurredRows {
  public:
-  using S = Compute<T>;
-  BlurredRows(const Chunk<T, LAST>& chunk, i64 most_columns)
+  BlurredRows(const Chunk<S, LAST>& chunk, i64 most_columns)
       : chunk_(chunk), size_(most_columns * chunk.step), data_(6 * size_ + 3 * chunk.step) {
     const S* taps = static_cast<const S*>(chunk.a.taps);
     // A true convolution; each axis takes half of the gain of 4.
@@ -299,29 +273,29 @@ class BlurredRows {
     const i64 first = maximum<i64>(from_ - 1, 0), last = minimum(from_ + columns_ + 2, width);
     const i64 before = (first - (from_ - 1)) * step, inside = (last - first) * step;
     for (i64 i = 0; i < before; i++) padded[i] = 0;
-    load_row<T>(static_cast<const T*>(chunk_.a.x) + chunk_.offset(plane_, row, first, height, width), padded + before,
-                inside);
+    const i64 offset = chunk_.offset(plane_, row, first, height, width);
+    const S* x = read_row<S>(chunk_.a.dtype, chunk_.a.x, offset, inside, padded + before);
+    if (x != padded + before) memcpy(padded + before, x, static_cast<size_t>(inside) * sizeof(S));
     for (i64 i = before + inside; i < n_ + 3 * step; i++) padded[i] = 0;
     const S t0 = taps_[0], t1 = taps_[1], t2 = taps_[2], t3 = taps_[3];
     const S *p0 = padded, *p1 = padded + step, *p2 = p1 + step, *p3 = p2 + step;
     for (i64 i = 0; i < n_; i++) h[i] = t0 * p0[i] + t1 * p1[i] + t2 * p2[i] + t3 * p3[i];
   }
 
-  const Chunk<T, LAST>& chunk_;
+  const Chunk<S, LAST>& chunk_;
   const i64 size_;
   Scratch<S> data_;
   S taps_[4] = {};
   i64 plane_ = 0, from_ = 0, columns_ = 0, n_ = 0, row_ = 0;
 };
 
-template <typename T, bool LAST, int K>
+template <typename S, bool LAST, int K>
 void fwd_chunk(const LayerEpilogueArgs& a, i64 number) {
-  using S = Compute<T>;
-  Chunk<T, LAST> chunk(a, number);
+  Chunk<S, LAST> chunk(a, number);
   const i64 first = chunk.block * kLayerRows, last = minimum(first + kLayerRows, a.height);
   const i64 tile = minimum(chunk.tile_columns(), a.width);
   Scratch<S> noise(2 * tile), rows(3 * tile * chunk.step);
-  BlurredRows<T, LAST> blurred(chunk, a.taps ? tile : 0);
+  BlurredRows<S, LAST> blurred(chunk, a.taps ? tile : 0);
   for (i64 plane = 0; plane < chunk.planes; plane++)
     for (i64 from = 0; from < a.width; from += tile) {
       const i64 to = minimum(from + tile, a.width), columns = to - from, n = columns * chunk.step;
@@ -329,20 +303,19 @@ void fwd_chunk(const LayerEpilogueArgs& a, i64 number) {
       for (i64 row = first; row < last; row++) {
         chunk.noise_row(row, from, to, noise.get(), noise.get() + tile);
         const i64 offset = chunk.at(plane, row, from);
-        const S* v = a.taps ? blurred.next() : load<T>(a.x, offset, rows.get(), n);
+        const S* v = a.taps ? blurred.next() : read_row<S>(a.dtype, a.x, offset, n, rows.get());
         S* out[2];
-        for (int k = 0; k < K; k++) out[k] = target<T>(a.out[k], offset, rows.get() + (1 + k) * tile * chunk.step);
+        for (int k = 0; k < K; k++)
+          out[k] = row_place<S>(a.dtype, a.out[k], offset, rows.get() + (1 + k) * tile * chunk.step);
         chunk.template fwd_row<K>(plane, columns, v, noise.get() + tile, out);
-        if constexpr (!std::is_same_v<T, S>)
-          for (int k = 0; k < K; k++) store<T>(out[k], a.out[k], offset, n);
+        for (int k = 0; k < K; k++) write_row<S>(a.dtype, a.out[k], offset, n, out[k]);
       }
     }
 }
 
-template <typename T, bool LAST, int K>
+template <typename S, bool LAST, int K>
 void bwd_chunk(const LayerEpilogueArgs& a, i64 number) {
-  using S = Compute<T>;
-  Chunk<T, LAST> chunk(a, number);
+  Chunk<S, LAST> chunk(a, number);
   const i64 first = chunk.block * kLayerRows, last = minimum(first + kLayerRows, a.height);
   const i64 tile = minimum(chunk.tile_columns(), a.width), step = chunk.step;
   Scratch<S> noise(2 * tile), rows(4 * tile * step), sums(kLayerSums * chunk.lanes(tile));
@@ -356,26 +329,25 @@ void bwd_chunk(const LayerEpilogueArgs& a, i64 number) {
         const i64 columns = minimum(tile, a.width - from), n = columns * step;
         chunk.noise_row(row, from, from + columns, noise.get(), noise.get() + tile);
         const i64 offset = chunk.at(plane, row, from);
-        const S* x = load<T>(a.x, offset, rows.get(), n);
+        const S* x = read_row<S>(a.dtype, a.x, offset, n, rows.get());
         const S* g[2];
-        for (int k = 0; k < K; k++) g[k] = load<T>(a.grad_out[k], offset, rows.get() + (1 + k) * tile * step, n);
+        for (int k = 0; k < K; k++) g[k] = read_row<S>(a.dtype, a.grad_out[k], offset, n, rows.get() + (1 + k) * tile * step);
         S* gu = rows.get() + 3 * tile * step;
         chunk.template bwd_row<K, true>(plane, columns, x, noise.get() + tile, noise.get(), g, gu, sums.get());
         chunk.flush(plane, columns, sums.get(), totals.get());
         if (a.map) chunk.add_to_map(a.map, row, from, columns, gu);
-        S* grad_x = target<T>(a.grad_x, offset, gu);
+        S* grad_x = row_place<S>(a.dtype, a.grad_x, offset, gu);
         chunk.multiply_by_demod(plane, columns, gu, grad_x);
-        if constexpr (!std::is_same_v<T, S>) store<T>(gu, a.grad_x, offset, n);
+        write_row<S>(a.dtype, a.grad_x, offset, n, grad_x);
       }
   chunk.write_partials(totals.get(), number);
 }
 
 // With the blur a chunk owns rows of grad_x. They need gu of two more rows above and one below, which belong, in the sums,
 // to the neighbours; tiles of columns likewise.
-template <typename T, bool LAST, int K>
+template <typename S, bool LAST, int K>
 void blurred_bwd_chunk(const LayerEpilogueArgs& a, i64 number) {
-  using S = Compute<T>;
-  Chunk<T, LAST> chunk(a, number);
+  Chunk<S, LAST> chunk(a, number);
   const i64 height = a.height + 1, width = a.width + 1, step = chunk.step;
   const i64 first = chunk.block * kLayerRows, last = minimum(first + kLayerRows, height);
   const i64 tile = minimum(chunk.tile_columns(), width), wide = tile + 3, size = wide * step;
@@ -384,7 +356,7 @@ void blurred_bwd_chunk(const LayerEpilogueArgs& a, i64 number) {
   for (i64 i = 0; i < kLayerSums * a.channels; i++) totals[i] = 0;
   for (i64 i = 0; i < kLayerSums * chunk.lanes(wide); i++) sums[i] = 0;
   chunk.clear_map(a.map, minimum(first, a.height), minimum(last, a.height));
-  BlurredRows<T, LAST> blurred(chunk, wide);
+  BlurredRows<S, LAST> blurred(chunk, wide);
   S taps[4];
   for (int q = 0; q < 4; q++) taps[q] = 2 * static_cast<const S*>(a.taps)[3 - q];
   S *grads[2] = {rows.get(), rows.get() + size}, *padded = rows.get() + 2 * size, *result = rows.get() + 3 * size;
@@ -406,7 +378,7 @@ void blurred_bwd_chunk(const LayerEpilogueArgs& a, i64 number) {
           chunk.noise_row(row, left, right, noise.get(), noise.get() + wide);
           const S* g[2] = {nullptr, nullptr};
           for (int k = 0; k < K; k++)
-            g[k] = load<T>(a.grad_out[k], chunk.at(plane, row, left), grads[k], (right - left) * step);
+            g[k] = read_row<S>(a.dtype, a.grad_out[k], chunk.at(plane, row, left), (right - left) * step, grads[k]);
           // padded holds columns from - 2 .. to.
           for (i64 i = 0; i < (left - (from - 2)) * step; i++) padded[i] = 0;
           for (i64 i = (right - (from - 2)) * step; i < n + 3 * step; i++) padded[i] = 0;
@@ -438,18 +410,17 @@ void blurred_bwd_chunk(const LayerEpilogueArgs& a, i64 number) {
         const S t0 = taps[0], t1 = taps[1], t2 = taps[2], t3 = taps[3];
         for (i64 i = 0; i < n; i++) result[i] = t0 * h0[i] + t1 * h1[i] + t2 * h2[i] + t3 * h3[i];
         const i64 offset = chunk.offset(plane, done, from, height, width);
-        S* grad_x = target<T>(a.grad_x, offset, result);
+        S* grad_x = row_place<S>(a.dtype, a.grad_x, offset, result);
         chunk.multiply_by_demod(plane, to - from, result, grad_x);
-        if constexpr (!std::is_same_v<T, S>) store<T>(result, a.grad_x, offset, n);
+        write_row<S>(a.dtype, a.grad_x, offset, n, grad_x);
       }
     }
   chunk.write_partials(totals.get(), number);
 }
 
-template <typename T, bool LAST, int K>
+template <typename S, bool LAST, int K>
 void double_bwd_chunk(const LayerEpilogueArgs& a, i64 number) {
-  using S = Compute<T>;
-  Chunk<T, LAST> chunk(a, number);
+  Chunk<S, LAST> chunk(a, number);
   const i64 first = chunk.block * kLayerRows, last = minimum(first + kLayerRows, a.height);
   const i64 tile = minimum(chunk.tile_columns(), a.width), step = chunk.step, size = tile * step;
   Scratch<S> noise(3 * tile), rows(10 * size), sums(kLayerSums * chunk.lanes(tile));
@@ -471,24 +442,21 @@ void double_bwd_chunk(const LayerEpilogueArgs& a, i64 number) {
         for (i64 j = 0; j < columns; j++)
           dot_noise[j] = dots ? dots[(chunk.b * a.height + row) * a.width + from + j] : S(0);
         const i64 offset = chunk.at(plane, row, from);
-        const S* x = load<T>(a.x, offset, scratch(0), n);
-        const S* dot_x = a.dot_x ? load<T>(a.dot_x, offset, scratch(1), n) : zeros;
+        const S* x = read_row<S>(a.dtype, a.x, offset, n, scratch(0));
+        const S* dot_x = a.dot_x ? read_row<S>(a.dtype, a.dot_x, offset, n, scratch(1)) : zeros;
         const S* g[2] = {zeros, zeros};
-        for (int k = 0; k < K; k++) g[k] = load<T>(a.grad_out[k], offset, scratch(2 + k), n);
-        typename Chunk<T, LAST>::Second second{scratch(4), {scratch(5), scratch(6)}, scratch(7), scratch(8)};
-        if (std::is_same_v<T, S>) {
-          second.grad_x = static_cast<S*>(a.grad_x) + offset;
-          for (int k = 0; k < K; k++) second.out[k] = static_cast<S*>(a.grad_grad_out[k]) + offset;
-        }
+        for (int k = 0; k < K; k++) g[k] = read_row<S>(a.dtype, a.grad_out[k], offset, n, scratch(2 + k));
+        typename Chunk<S, LAST>::Second second{row_place<S>(a.dtype, a.grad_x, offset, scratch(4)), {}, scratch(7),
+                                               scratch(8)};
+        for (int k = 0; k < K; k++)
+          second.out[k] = row_place<S>(a.dtype, a.grad_grad_out[k], offset, scratch(5 + k));
         chunk.template double_bwd_row<K>(plane, columns, x, dot_x, noise.get() + tile, noise.get(), dot_noise, g, second,
                                          sums.get());
         chunk.flush(plane, columns, sums.get(), totals.get());
         if (a.map) chunk.add_to_map(a.map, row, from, columns, second.gu_dot);
         if (a.gradient_map) chunk.add_to_map(a.gradient_map, row, from, columns, second.gu);
-        if (!std::is_same_v<T, S>) {
-          store<T>(second.grad_x, a.grad_x, offset, n);
-          for (int k = 0; k < K; k++) store<T>(second.out[k], a.grad_grad_out[k], offset, n);
-        }
+        write_row<S>(a.dtype, a.grad_x, offset, n, second.grad_x);
+        for (int k = 0; k < K; k++) write_row<S>(a.dtype, a.grad_grad_out[k], offset, n, second.out[k]);
       }
   chunk.write_partials(totals.get(), number);
 }
@@ -533,17 +501,21 @@ LayerEpilogueArgs merged(const LayerEpilogueArgs& args) {
   return a;
 }
 
-// Calls f<T, LAST, K>(args, chunk) for every chunk.
-#define EPIGRAF_LAYER_CHUNKS(f, args, outputs, threads)                                                             \
-  do {                                                                                                              \
-    const i64 chunks = (args).batch * layer_epilogue_blocks((args).height, (args).taps != nullptr);                 \
-    const bool two = (outputs) > 1;                                                                                 \
-    EPIGRAF_BY_DTYPE((args).dtype, T, parallel(chunks, threads, [&](i64 chunk) {                                    \
-                       if ((args).channels_last)                                                                    \
-                         two ? f<T, true, 2>(args, chunk) : f<T, true, 1>(args, chunk);                             \
-                       else                                                                                         \
-                         two ? f<T, false, 2>(args, chunk) : f<T, false, 1>(args, chunk);                           \
-                     }))                                                                                            \
+// Calls f<S, LAST, K>(args, chunk) for every chunk; S is the type that is computed with.
+#define EPIGRAF_LAYER_CHUNKS_OF(S, f, args, outputs, threads)                                              \
+  parallel((args).batch * layer_epilogue_blocks((args).height, (args).taps != nullptr), threads,           \
+           [&](i64 chunk) {                                                                                \
+             if ((args).channels_last)                                                                     \
+               (outputs) > 1 ? f<S, true, 2>(args, chunk) : f<S, true, 1>(args, chunk);                    \
+             else                                                                                          \
+               (outputs) > 1 ? f<S, false, 2>(args, chunk) : f<S, false, 1>(args, chunk);                  \
+           })
+#define EPIGRAF_LAYER_CHUNKS(f, args, outputs, threads)                      \
+  do {                                                                       \
+    if ((args).dtype == DType::f64)                                          \
+      EPIGRAF_LAYER_CHUNKS_OF(double, f, args, outputs, threads);            \
+    else                                                                     \
+      EPIGRAF_LAYER_CHUNKS_OF(float, f, args, outputs, threads);             \
   } while (0)
 
 // style = factor w affine^T + bias; a chunk of its channels goes over all images while their rows of `affine` are near.
