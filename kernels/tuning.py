@@ -52,7 +52,11 @@ def _plan(*configs: tuple[int | None, ...]) -> Plan:
 # default: one takes all 255 registers, which leaves 8 warps on a multiprocessor instead of 16, but it gathers once and
 # has a third fewer instructions. Where it spills nothing it is there for `tune` to choose.
 PLANS: dict[tuple[str, str, int], dict[int, tuple[Plan, ...]]] = {
-    ("sample_fwd", "any", 4): {70: (_plan((32, 4)), _plan((64, 4)), _plan((128, 8)))},
+    ("sample_fwd", "any", 4): {
+        70: (_plan((32, 4)), _plan((64, 4)), _plan((128, 8))),
+        90: (_plan((32, 4, 1, 72)), _plan((64, 4)), _plan((128, 8))),
+        100: (_plan((32, 4)), _plan((64, 4)), _plan((128, 8))),
+    },
     ("sample_fwd", "any", 2): {70: (_plan((32, 4)), _plan((64, 4)), _plan((128, 8)))},
     ("sample_bwd", "any", 4): {70: (_plan((32, 4)), _plan((64, 4)), _plan((128, 8)))},
     ("sample_bwd", "any", 2): {70: (_plan((32, 4)), _plan((64, 4)), _plan((128, 8)))},
@@ -72,6 +76,8 @@ PLANS: dict[tuple[str, str, int], dict[int, tuple[Plan, ...]]] = {
     ("decode_fwd", "deep", 2): {70: (_plan((16, 8)),), 80: (_plan((32, 4)), _plan((64, 8)))},
     ("decode_fwd", "large", 4): {70: (_plan((16, 8)),), 80: (_plan((16, 8)),)},
     ("decode_fwd", "large", 2): {70: (_plan((16, 8)),), 80: (_plan((16, 4)),), 90: (_plan((32, 8)), _plan((16, 4)))},
+    ("decode_fwd", "huge", 4): {70: (_plan((16, 8)),), 80: (_plan((16, 8)),)},
+    ("decode_fwd", "huge", 2): {70: (_plan((16, 8)),), 80: (_plan((16, 4)),), 90: (_plan((32, 8)), _plan((16, 4)))},
     ("decode_bwd", "narrow", 4): {
         70: (_plan((16, 8), (16, 8, 8)),),
         80: (_plan((32, 4), (32, 4, 8, 168)), _plan((32, 4, 8))),
@@ -107,6 +113,15 @@ PLANS: dict[tuple[str, str, int], dict[int, tuple[Plan, ...]]] = {
     ("decode_bwd", "large", 2): {
         70: (_plan((16, 8), (16, 8, 8)),),
         80: (_plan((32, 8, 1, 168), (32, 8, 8)),),
+    },
+    ("decode_bwd", "huge", 4): {
+        70: (_plan((16, 8), (16, 8, 8)),),
+        80: (_plan((16, 8, 1, 168), (16, 8, 8)),),  # shared memory holds one block, whatever the registers
+    },
+    ("decode_bwd", "huge", 2): {
+        70: (_plan((16, 8), (16, 8, 8)),),
+        80: (_plan((32, 8, 1, 200), (32, 8, 8)),),
+        90: (_plan((32, 8, 1, 168), (32, 8, 8)),),
     },
 }
 
@@ -195,7 +210,7 @@ def _size(case: Case) -> str:
     if case.kernel.startswith("sample"):
         return "any"
     if case.channels > 32:
-        return "large"
+        return "huge" if case.hidden > 64 else "large"
     if case.hidden > 64:
         return "deep"
     return "narrow" if triton.next_power_of_2(case.channels) <= 16 else "usual"

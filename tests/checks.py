@@ -46,6 +46,7 @@ TOLERANCES: dict[torch.dtype | str, tuple[float, float]] = {
     "ten_steps": (1e-5, 0.0),
 }
 GRADCHECK_STEP = 1e-6
+HANG = 900.0  # seconds after which something hangs: no test depends on how fast a machine is
 SIGMAS = 4.0  # how far a statistic of a seeded draw may lie from its mean, in standard deviations
 
 # A kernel may err so many times as much as the reference does in the kernel's own dtype, plus so many roundings of the

@@ -18,7 +18,7 @@ import torch
 from bench import cases as catalogue
 from bench import demo, parity, published, region, report, results, run, step, timing, verified, waiting
 from bench.cases import SIZES, Work
-from checks import assert_error_within_reference
+from checks import HANG, assert_error_within_reference
 from epigraf_fast import ops
 from epigraf_fast.ops import backends, ranges
 from epigraf_fast.training import log, profile
@@ -526,7 +526,7 @@ def gpu_day(*args, **environment):
         capture_output=True,
         text=True,
         check=False,
-        timeout=1800,
+        timeout=2 * HANG,
     )
 
 

@@ -22,6 +22,7 @@ import PIL.Image
 import pytest
 import torch
 
+from checks import HANG
 from epigraf_fast.data import ImageDataset, InfiniteSampler, make_loader
 from epigraf_fast.errors import UserError
 
@@ -424,6 +425,6 @@ def test_workers_outlive_signals_to_the_group(files, tmp_path):
         capture_output=True,
         text=True,
         start_new_session=True,
-        timeout=60,
+        timeout=HANG,
     )
     assert done.stdout == "alive\n", done.stderr

@@ -10,13 +10,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from checks import HANG
 from epigraf_fast import __version__, doctor
 from epigraf_fast.ops import backends
 
 
 def test_command_prints_json() -> None:
     command = [sys.executable, "-m", "epigraf_fast.doctor", "--json"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=True)
     report = json.loads(result.stdout)
     assert report["versions"]["epigraf_fast"] == __version__
     assert report["versions"]["torch"] == torch.__version__

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from bench import resources
+from checks import HANG
 
 ROOT = Path(__file__).resolve().parents[1]
 GOOD = {
@@ -37,7 +38,7 @@ def test_every_configuration_compiles_and_fits(arch: int) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "bench.resources", "--only", "triton", "--arch", str(arch), "--json"]
     command += ["--brief"] * (arch == 100)
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=HANG)
     assert result.stdout, result.stderr
     rows = json.loads(result.stdout)
     ways = {

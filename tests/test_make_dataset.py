@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from checks import HANG
 from epigraf_fast import make_dataset
 from epigraf_fast.camera import cam2world_matrix, frustum_extent
 from epigraf_fast.data import ImageDataset
@@ -161,7 +162,7 @@ def pyvista():
     """pyvista, where it can render: without an OpenGL driver VTK may take the whole process down."""
     module = pytest.importorskip("pyvista", reason="needs the extra make_dataset")
     program = "import pyvista; pyvista.Plotter(off_screen=True).screenshot(return_img=True)"
-    if subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=120, check=False).returncode:
+    if subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=HANG, check=False).returncode:
         pytest.skip("VTK cannot render here: no EGL or OSMesa library")
     return module
 

@@ -18,6 +18,7 @@ import pytest
 import setuptools
 
 import epigraf_fast
+from checks import HANG
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,7 +34,7 @@ def arguments(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def run_python(program: str, directory: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", program], cwd=directory, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", program], cwd=directory, capture_output=True, text=True, timeout=HANG)
 
 
 def normalized(requirement: str) -> str:
@@ -100,7 +101,7 @@ def test_wheel_holds_kernels_and_data(tmp_path: Path) -> None:
 def build_extension(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "setup.py", "build_ext", "--build-temp", folder / "temp", "--build-lib", folder / "lib"]
     environment = {**os.environ, **environment}
-    return subprocess.run([*map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    return subprocess.run([*map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=HANG)
 
 
 def test_without_a_compiler_the_package_builds_and_says_so_once(tmp_path: Path) -> None:

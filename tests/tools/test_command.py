@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from checks import HANG
 from epigraf_fast import arguments, command
 from epigraf_fast.command import Progress, check_folder, check_output, output, output_folder, running
 from epigraf_fast.errors import UserError
@@ -212,7 +213,7 @@ def test_handlers_and_threads_are_given_back() -> None:
     with running():
         assert signal.getsignal(signal.SIGTERM) != before[1]
     assert [signal.getsignal(number) for number in numbers] == before
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HANG
     while set(threading.enumerate()) - threads:
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -308,7 +309,7 @@ def start(folder: Path, body: str, **options: object) -> subprocess.Popen[str]:
 
 def end(process: subprocess.Popen[str]) -> tuple[int, str]:
     try:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=HANG)
     finally:
         process.kill()
     return process.returncode, errors
@@ -362,7 +363,7 @@ def test_a_reader_that_leaves_is_no_fault(tmp_path: Path) -> None:
     process.stdin.write("\n")
     process.stdin.close()
     errors = process.stderr.read()
-    assert (process.wait(timeout=120), errors) == (141, "")
+    assert (process.wait(timeout=HANG), errors) == (141, "")
     assert not tree(tmp_path)
 
 
@@ -396,7 +397,7 @@ def test_a_terminal_sees_that_torch_is_loaded(tmp_path: Path) -> None:
         read_until(ours, "starting ... ")
         process.send_signal(signal.SIGINT)
         read_until(ours, "\ninterrupted\r\n")
-        assert process.wait(timeout=120) == 130
+        assert process.wait(timeout=HANG) == 130
     finally:
         process.kill()
         os.close(ours)
@@ -414,7 +415,7 @@ def test_a_library_keeps_the_signals_of_its_program() -> None:
 
 def read_until(descriptor: int, *words: str) -> str:
     """What is written to a terminal until all words have come, or for two minutes."""
-    text, deadline = "", time.monotonic() + 120
+    text, deadline = "", time.monotonic() + HANG
     while not all(word in text for word in words):
         assert time.monotonic() < deadline, text[-200:]
         text += os.read(descriptor, 1000).decode()
@@ -441,7 +442,7 @@ def test_a_terminal_shows_what_it_is_and_how_far(monkeypatch: pytest.MonkeyPatch
 
 def test_a_file_gets_a_few_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(command, "PATIENCE", {True: threading.TIMEOUT_MAX, False: 0.01})
-    text, deadline = "", time.monotonic() + 120
+    text, deadline = "", time.monotonic() + HANG
     with Progress(what="images", total=10) as bar:
         bar.update(7)
         while text.count("\n") < 3:

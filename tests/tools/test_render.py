@@ -14,7 +14,7 @@ import PIL.Image
 import pytest
 import torch
 
-from checks import assert_close
+from checks import HANG, assert_close
 from epigraf_fast import render
 from epigraf_fast.camera import cam2world_matrix, camera_rays
 from epigraf_fast.models.renderer import Images
@@ -104,7 +104,7 @@ for size in (16, 1024):
     sizes.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 print((sizes[1] - sizes[0]) // 1024)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=HANG, check=True)
     used = int(done.stdout.split()[-1])
     assert read(tmp_path / "x.png").shape == (1024, 1024, 3)
     samples = 1024**2 * 20 * (4 + 1) * 4 // 2**20  # colours, densities and depths of every sample, MiB

@@ -20,7 +20,7 @@ import PIL.Image
 import pytest
 import torch
 
-from checks import assert_close
+from checks import HANG, assert_close
 from epigraf_fast import viewer
 from epigraf_fast.camera import cam2world_matrix
 from epigraf_fast.errors import UserError
@@ -97,7 +97,7 @@ def test_ipv6_is_served(tiny_run: Path) -> None:
     running = viewer.Viewer(config, generator, "::1", 0, RESOLUTION)
     try:
         assert re.fullmatch(r"http://\[::1\]:\d+", running.address)
-        with urllib.request.urlopen(running.address, timeout=30) as answer:
+        with urllib.request.urlopen(running.address, timeout=HANG) as answer:
             assert answer.status == 200
     finally:
         running.stop()
@@ -175,7 +175,7 @@ class Page:
 
     def wait(self, count: int = 1) -> list[np.ndarray]:
         """What arrived since the last call, once it is sharp."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + HANG
         while not (self.pictures and self.running._next() is None and len(self.pictures) >= count):
             assert time.monotonic() < deadline, self.running.status.content
             time.sleep(0.01)
@@ -236,7 +236,7 @@ def test_a_fault_is_shown_and_survived(running: viewer.Viewer, page: Page, monke
     with monkeypatch.context() as broken:
         broken.setattr(running, "frame", lambda *_: 1 / 0)
         running.seed.value = 3
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + HANG
         while "cannot paint: ZeroDivisionError" not in running.status.content:
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -277,7 +277,7 @@ def test_a_mesh_shows_how_far_it_is_and_ends_with_the_viewer(running: viewer.Vie
 
 
 def test_the_page_is_served_here_alone(running: viewer.Viewer) -> None:
-    with urllib.request.urlopen(running.address, timeout=30) as answer:
+    with urllib.request.urlopen(running.address, timeout=HANG) as answer:
         page = answer.read().decode()
         assert answer.status == 200
     assert "<html" in page
@@ -312,7 +312,7 @@ def test_in_a_browser(running: viewer.Viewer) -> None:
 
         def picture() -> np.ndarray:
             """The left half of the page, once its picture is sharp and has stayed the same for a while."""
-            deadline, last = time.monotonic() + 180, None
+            deadline, last = time.monotonic() + HANG, None
             while True:
                 assert time.monotonic() < deadline, running.status.content
                 time.sleep(0.5)
@@ -346,7 +346,7 @@ def test_in_a_browser(running: viewer.Viewer) -> None:
         assert changed(second, third) > 1
 
         page.get_by_role("button", name="Build mesh").click()
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + HANG
         while running.mesh is None:
             assert time.monotonic() < deadline, running.status.content
             time.sleep(0.1)

@@ -20,7 +20,7 @@ import pytest
 import torch
 from test_cli import flags
 
-from checks import assert_close
+from checks import HANG, assert_close
 from epigraf_fast.config import Config, DiscriminatorConfig, check, to_dict
 from epigraf_fast.data import ImageDataset, make_loader
 from epigraf_fast.errors import UserError
@@ -201,10 +201,10 @@ def test_a_killed_worker_ends_the_job(tiny_config: TinyConfig, tmp_path: Path) -
     assert len(workers) == 2
     os.kill(workers[1], signal.SIGKILL)
     killed = time.monotonic()
-    process.communicate(timeout=60)
+    process.communicate(timeout=HANG)
     assert time.monotonic() - killed < 60
     assert process.returncode != 0
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + HANG
     while any(Path(f"/proc/{pid}").is_dir() for pid in workers) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not any(Path(f"/proc/{pid}").is_dir() for pid in workers)

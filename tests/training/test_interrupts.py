@@ -14,6 +14,7 @@ import pytest
 from test_cli import Distance, flags, losses
 
 import train
+from checks import HANG
 from epigraf_fast.config import Config
 from epigraf_fast.data import ImageDataset
 from epigraf_fast.errors import Stopped
@@ -63,7 +64,7 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def wait_for(words: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Until stderr has shown the words."""
-    shown, deadline = "", time.monotonic() + 60
+    shown, deadline = "", time.monotonic() + HANG
     while words not in shown:
         shown += capsys.readouterr().err
         assert time.monotonic() < deadline, shown

@@ -17,6 +17,7 @@ import pytest
 from test_cli import assert_one_error_line, flags
 
 import train
+from checks import HANG
 from epigraf_fast.config import Config
 from epigraf_fast.errors import UserError
 from epigraf_fast.training import files, lock
@@ -186,7 +187,7 @@ def test_processes_of_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for job, expected in (("job", True), ("another", "refused")):
         process = multiprocessing.get_context("fork").Process(target=other, args=(job, results))
         process.start()
-        assert results.get(timeout=60) == expected
+        assert results.get(timeout=HANG) == expected
         process.join(60)
     file.close()
 
