@@ -195,6 +195,28 @@ def _differentiable_outputs(outputs: Any) -> tuple[Tensor, ...]:
     return tuple(output for output in outputs if output is not None)
 
 
+def derivatives(function: Callable[..., Any], inputs: dict[str, Tensor], order: int = 2) -> dict[str, Tensor]:
+    """Outputs of `function(**inputs)`, a tensor or several; the gradients of their weighted sum; those of such a sum of
+    the gradients; and so on. By name.
+    """
+    inputs = {
+        name: x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for name, x in inputs.items()
+    }
+    outputs = function(**inputs)
+    values = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+    found = {f"out{k}": y for k, y in enumerate(values)}
+    for number in range(1, order + 1):
+        terms = [
+            (v * draw(*v.shape, seed=40 * number + k).to(v)).sum() for k, v in enumerate(values) if v.requires_grad
+        ]
+        if not terms:
+            break  # all that follows is 0
+        loss = sum(terms)
+        values = torch.autograd.grad(loss, [*inputs.values()], create_graph=number < order, materialize_grads=True)
+        found |= {f"derivative {number} to {name}": v for name, v in zip(inputs, values, strict=True)}
+    return {name: x.detach() for name, x in found.items()}
+
+
 def _compare_with_differences(function: Callable[[Tensor], Any], x: Tensor, what: str) -> None:
     relative, absolute = TOLERANCES["gradcheck"]
     try:

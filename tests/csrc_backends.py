@@ -5,13 +5,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from emulated import emulate
+from torch import Tensor
 
 import compiled
-from epigraf_fast.ops import backends
+from checks import assert_close, derivatives, gradcheck, gradgradcheck
+from epigraf_fast.ops import backends, native
 
 OPS = ("bias_act", "upfirdn2d", "modulated_conv2d")
 KERNELS = ("cpu", "cuda", "emulated")
@@ -39,3 +42,20 @@ def use(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
 def on_kernels(op: str) -> pytest.MarkDecorator:
     """For a test of what only kernels do: its `backend` is never the reference."""
     return pytest.mark.parametrize("backend", here(op, KERNELS), indirect=True)
+
+
+def check_derivatives(
+    function: Callable[..., Any], reference: Callable[..., Any], inputs: dict[str, Tensor], what: str
+) -> None:
+    """First and second derivatives of `function(**inputs)`, float64 on the CPU, on the backend in use.
+
+    Against differences; those of kernels that are emulated, or compiled and executed, of which the thousands of calls
+    would take minutes, against the derivatives of the reference, which are compared with differences themselves.
+    """
+    if not native.on_gpu(next(iter(inputs.values()))):
+        gradcheck(function, inputs, what)
+        gradgradcheck(function, inputs, what)
+        return
+    expected = derivatives(reference, inputs)
+    for name, actual in derivatives(function, inputs).items():
+        assert_close(actual, expected[name], f"{what}: {name}")

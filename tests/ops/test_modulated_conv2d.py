@@ -11,6 +11,7 @@ import re
 import pytest
 import torch
 
+import checks
 from checks import (
     SIGMAS,
     assert_close,
@@ -21,7 +22,7 @@ from checks import (
     gradgradcheck,
     layouts,
 )
-from csrc_backends import here, use
+from csrc_backends import check_derivatives, here, use
 from epigraf_fast import ops
 from epigraf_fast.ops import backends
 
@@ -283,17 +284,17 @@ def test_first_and_second_derivatives(up, demodulate, modulated_conv2d):
         "noise": draw(2, 1, 2 * up, 2 * up, seed=5),
         "bias": draw(2, seed=6),
     }
-    function = functools.partial(
-        modulated_conv2d,
-        demodulate=demodulate,
-        up=up,
-        kernel=BLUR if up > 1 else None,
-        act="swish",
-        gain=1.3,
-        clamp=2.0,
-    )
-    gradcheck(function, inputs, "modulated_conv2d")
-    gradgradcheck(function, inputs, "modulated_conv2d")
+    settings = {
+        "demodulate": demodulate,
+        "up": up,
+        "kernel": BLUR if up > 1 else None,
+        "act": "swish",
+        "gain": 1.3,
+        "clamp": 2.0,
+    }
+    function = functools.partial(modulated_conv2d, **settings)
+    reference = functools.partial(ops.modulated_conv2d, backend="reference", **settings)
+    check_derivatives(function, reference, inputs, "modulated_conv2d")
 
 
 HALF = {"channels": 32, "out": 16, "size": (6, 6)}
@@ -469,17 +470,7 @@ def call_epilogue(op, settings, **inputs):
 
 def derivatives(op, inputs, settings, order=2):
     """Outputs, first, and second derivatives, by name."""
-    inputs = {
-        name: x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for name, x in inputs.items()
-    }
-    outputs = call_epilogue(op, settings, **inputs)
-    found = {f"out{k}": y for k, y in enumerate(outputs)}
-    values = outputs
-    for number in range(1, order + 1):
-        loss = sum((v * draw(*v.shape, seed=40 * number + k).to(v.dtype)).sum() for k, v in enumerate(values))
-        values = torch.autograd.grad(loss, list(inputs.values()), create_graph=number < order)
-        found |= {f"derivative {number} to {name}": v for name, v in zip(inputs, values, strict=True)}
-    return {name: x.detach() for name, x in found.items()}
+    return checks.derivatives(functools.partial(call_epilogue, op, settings), inputs, order)
 
 
 SIZES = [(2, 3, 4, 5), (1, 1, 1, 1), (2, 5, 70, 3), (1, 9, 35, 600), (3, 4, 1, 7)]
@@ -518,8 +509,8 @@ def test_epilogue_errs_no_more_than_the_reference(layer_epilogue, blur, styles, 
 def test_epilogue_derivatives(layer_epilogue, blur, styles):
     inputs, settings = epilogue_inputs(2, 2, 2, 3, blur=blur, styles=styles)
     function = functools.partial(call_epilogue, layer_epilogue, settings)
-    gradcheck(function, inputs, "layer_epilogue")
-    gradgradcheck(function, inputs, "layer_epilogue")
+    reference = functools.partial(call_epilogue, functools.partial(ops.layer_epilogue, backend="reference"), settings)
+    check_derivatives(function, reference, inputs, "layer_epilogue")
 
 
 def test_epilogue_layouts(layer_epilogue):
