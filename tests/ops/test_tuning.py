@@ -133,7 +133,7 @@ def test_a_run_times_once_and_reads_its_file_when_resumed(tmp_path):
 def test_a_run_times_the_decoder_of_its_micro_batch(tiny_config, tiny_trainer, monkeypatch, capsys):
     """Once, before the loop, and without touching its random numbers; the choices lie in the run folder."""
     sizes = {"plane_channels": 8, "decoder_hidden": 16}
-    small = {"batch": 2, "renderer": {"coarse_samples": 3, "fine_samples": 2}, "kimg": 0.004}
+    small = {"batch": 2, "renderer": {"coarse_samples": 3, "fine_samples": 1}, "kimg": 0.004}
     config = tiny_config(generator=sizes, backend="triton", precision="fp32", device=DEVICE, **small)
     trainer, _ = tiny_trainer(config)
     before = torch.get_rng_state()
@@ -159,7 +159,8 @@ def tiny_trainer_dataset(config):
 
 
 def test_the_bench_lists_every_plan_and_marks_the_fastest(tiny_config):
-    config = tiny_config(generator={"plane_channels": 8, "decoder_hidden": 16}, patch={"resolution": 8})
+    few = {"coarse_samples": 3, "fine_samples": 1}
+    config = tiny_config(generator={"plane_channels": 8, "decoder_hidden": 16}, patch={"resolution": 8}, renderer=few)
     rows = bench.tune.tune(config, 1, torch.device(DEVICE), last_is_fastest())
     arch = tuning.architecture(torch.device(DEVICE))
     for precision in ("fp32", "tf32", "fp16"):
