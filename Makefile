@@ -2,7 +2,8 @@
 #
 #   make demo              train the demo preset on the built-in data; an unfinished run goes on
 #   make test              all tests (ARGS="-k composite" picks some, JOBS=8 uses more cores)
-#   make compiled          the ops' tests on compiled kernels: PTX of three architectures, executed on this CPU
+#   make compiled          the ops' tests on compiled kernels: PTX of three architectures, executed on this CPU; and
+#                          what every plan of every size takes of registers and shared memory
 #   make lint              ruff
 #   make bench             what this machine can measure (OUT=folder): on a GPU bench/gpu_day.sh, else ratios on the CPU
 #   make sanitize          the extension's CPU code under the address, undefined-behaviour and thread sanitizers
@@ -51,6 +52,7 @@ test: $(READY)
 
 compiled: $(READY)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) tests/ops --compiled all -m compiled $(ARGS)
+	$(VENV)/bin/python -m bench.resources --only triton
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

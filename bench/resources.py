@@ -51,11 +51,18 @@ def _network(channels: int, hidden: int) -> tuple[Tensor, ...]:
     return _meta(hidden, channels), _meta(hidden), _meta(OUT, hidden), _meta(OUT)
 
 
-def launches(arch: int, *, brief: bool = False) -> Iterator[tuple[str, Callable[[], Any]]]:
+def launches(arch: int, *, brief: bool = False, match: str = "") -> Iterator[tuple[str, Callable[[], Any]]]:
     """What to compile: a name, and a call of a launcher.
 
-    All sizes with every plan of `tuning`; or if `brief` those of the FFHQ preset with the default plans.
+    All sizes with every plan of `tuning`; or if `brief` those of the FFHQ preset with the default plans. Of them those
+    that have `match` in their names.
     """
+    for name, launch in _all_launches(arch, brief):
+        if match in name:
+            yield name, launch
+
+
+def _all_launches(arch: int, brief: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
     for name, launch in _triplane_launches(arch, 1 if brief else None):
         if not brief or name.split()[2:4] in (["C=32", "hidden=64"], ["C=32", "float32"], ["C=32", "float16"]):
             yield name, launch
@@ -321,10 +328,10 @@ def problems(row: Row) -> list[str]:
     return found
 
 
-def _rows(arch: int, brief: bool, first: int, step: int) -> list[Row]:
+def _rows(arch: int, brief: bool, match: str, first: int, step: int) -> list[Row]:
     """Compiles every `step`-th launch from the `first` on."""
     rows = []
-    for case, launch in itertools.islice(launches(arch, brief=brief), first, None, step):
+    for case, launch in itertools.islice(launches(arch, brief=brief, match=match), first, None, step):
         with recorded() as calls:
             launch()
         for kernel, args, kwargs in calls:
@@ -334,12 +341,12 @@ def _rows(arch: int, brief: bool, first: int, step: int) -> list[Row]:
     return rows
 
 
-def table(archs: tuple[int, ...], *, brief: bool = False) -> list[Row]:
+def table(archs: tuple[int, ...], *, brief: bool = False, match: str = "") -> list[Row]:
     """Compiles everything, in two processes: one row a kernel and architecture. Triton keeps what it has compiled."""
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        parts = [pool.submit(_rows, arch, brief, first, 2) for arch in archs for first in range(2)]
+        parts = [pool.submit(_rows, arch, brief, match, first, 2) for arch in archs for first in range(2)]
         rows = [row for part in parts for row in part.result()]
-    order = {case: i for arch in archs for i, (case, _) in enumerate(launches(arch, brief=brief))}
+    order = {case: i for arch in archs for i, (case, _) in enumerate(launches(arch, brief=brief, match=match))}
     return sorted(rows, key=lambda row: (row["arch"], order[row["case"]]))
 
 
@@ -376,13 +383,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.resources", description=__doc__.split(":")[0] + ".")
     parser.add_argument("--arch", type=int, nargs="+", choices=SHARED_LIMIT, default=ARCHS)
     parser.add_argument("--brief", action="store_true", help="default plans at the sizes of the ffhq preset alone")
+    parser.add_argument("--match", default="", metavar="TEXT", help="Triton's cases with this in their names alone")
     parser.add_argument("--only", choices=("triton", "csrc"), help="these kernels alone")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
     if os.environ.pop("TRITON_INTERPRET", None):
         print("bench.resources: TRITON_INTERPRET is ignored, kernels are compiled", file=sys.stderr)
-    rows = [] if args.only == "csrc" else table(tuple(args.arch), brief=args.brief)
-    if args.only != "triton" and not args.brief:
+    rows = [] if args.only == "csrc" else table(tuple(args.arch), brief=args.brief, match=args.match)
+    if args.only != "triton" and not (args.brief or args.match):
         rows += _rows_of_csrc(tuple(args.arch))
     print(json.dumps(rows, indent=2) if args.json else format_table(rows))
     sys.exit(any(row["problems"] for row in rows))

@@ -34,19 +34,20 @@ GOOD = {
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed: pip install triton")
 @pytest.mark.parametrize("arch", [*resources.ARCHS, 100])
-def test_every_configuration_compiles_and_fits(arch: int) -> None:
+def test_every_kernel_compiles_and_fits(arch: int) -> None:
+    """At the sizes of the preset, with its default plans; `make compiled` has every size and plan."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.resources", "--only", "triton", "--arch", str(arch), "--json"]
-    # Of a V100 nothing is asked but that kernels compile, of Blackwell that they do with the plans of the preset.
-    command += ["--brief"] * (arch in (70, 100))
+    command = [sys.executable, "-m", "bench.resources", "--only", "triton", "--brief", "--arch", str(arch), "--json"]
+    # The limits of registers are those of the A100 and the H100; for others it is enough that the largest compiles.
+    if largest := arch in (70, 100):
+        command += ["--match", "C=32 hidden=64 float32 fp32"]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=HANG)
     assert result.stdout, result.stderr
     rows = json.loads(result.stdout)
-    ways = {
-        f"_{op}_{way}_kernel" for op in ("sample_triplane", "decode_triplane", "composite") for way in ("fwd", "bwd")
-    }
+    decoders = {f"_decode_triplane_{way}_kernel" for way in ("fwd", "bwd")}
+    ways = {f"_{op}_{way}_kernel" for op in ("sample_triplane", "composite") for way in ("fwd", "bwd")}
     depths = {"_sample_stratified_kernel", "_sample_importance_kernel", "_invert_cdf_kernel"}
-    assert {row["kernel"] for row in rows} == ways | depths
+    assert {row["kernel"] for row in rows} == (decoders if largest else decoders | ways | depths)
     gathers = [row for row in rows if row["kernel"] != "_sample_triplane_bwd_kernel" and "triplane" in row["kernel"]]
     assert all(row["plane_bits"] for row in gathers)  # the loads of texels are found at all
     lacking = [f"{row['case']}: {problem}" for row in rows for problem in row["problems"]]
