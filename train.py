@@ -16,15 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-import epigraf_fast  # noqa: F401 - says how threads wait, which torch reads when it is loaded
-
-# isort: split
 import torch
 
 from epigraf_fast import doctor
 from epigraf_fast.config import PRESETS, Config, check, preset, to_dict, with_data_camera
 from epigraf_fast.data import ImageDataset, make_loader
 from epigraf_fast.errors import DivergenceError, Stopped, UserError
+from epigraf_fast.training import cores
 from epigraf_fast.training.distributed import FAULT, World, check_world
 from epigraf_fast.training.endurance import StopRequest, explain_out_of_memory
 from epigraf_fast.training.files import require_writable
@@ -113,6 +111,8 @@ def train(
     """Builds or restores a run, and trains it."""
     world = World() if world is None else world
     try:
+        if device.type == "cpu":
+            cores.watch(fixed=config.deterministic or world.size > 1)
         with StopRequest(talks=world.rank == 0) as stop, locked(Path(config.run_dir), world):
             world.connect(device)
             trainer = build(config, dataset, device, resume, world)
@@ -162,6 +162,8 @@ def loop(config: Config, dataset: ImageDataset, trainer: Trainer, record: Record
             return 128 + word
         with explain_out_of_memory(config, dataset.label_dim, trainer.device, world.size):
             trainer.iteration(*batch)
+        if change := cores.adapt():
+            record.say(change)
         record.advance()
         if crossed(config.log_kimg):
             record.statistics()

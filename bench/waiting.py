@@ -1,4 +1,4 @@
-"""How OpenMP's threads should wait: demos alone and two side by side, under several policies.
+"""Demos alone and two side by side, by how their threads wait and how many there are.
 
 `python -m bench.waiting --json bench/results/cpu-waiting.json`, on a machine that does nothing else. Each round runs
 every policy alone and in a pair, in turn, so that whatever disturbs meets all alike; ratios are of medians.
@@ -20,14 +20,14 @@ from epigraf_fast.training.log import read_stats
 
 from . import results
 
-# name -> environment: libgomp's own number of spins, and those to choose from.
+# name -> environment. A run that is told one of these keeps its threads, see `epigraf_fast.training.cores`.
 POLICIES = {
     "libgomp's own": {"GOMP_SPINCOUNT": "300000"},
     "passive": {"OMP_WAIT_POLICY": "passive"},
     "100 spins": {"GOMP_SPINCOUNT": "100"},
     "1000 spins": {"GOMP_SPINCOUNT": "1000"},
     "10000 spins": {"GOMP_SPINCOUNT": "10000"},
-    "epigraf_fast": {},  # what the package sets where nobody else does
+    "epigraf_fast": {},  # libgomp's own, and a thread for every core that others leave free
 }
 BASE = "libgomp's own"
 VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS", "KMP_BLOCKTIME")
@@ -46,7 +46,7 @@ def start(run_dir: Path, policy: dict[str, str], threads: int) -> subprocess.Pop
     return subprocess.Popen(
         command,
         cwd=results.ROOT,
-        env={**environment, **policy, "OMP_NUM_THREADS": str(threads)},
+        env={**environment, **policy, **({"OMP_NUM_THREADS": str(threads)} if policy else {})},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

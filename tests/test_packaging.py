@@ -179,26 +179,3 @@ print("torch" in sys.modules and sys.modules["torch"].cuda.is_initialized())
 """
     result = run_python(program, ROOT)
     assert result.stdout.split("\n")[:2] == ["[]", "False"], result.stdout + result.stderr
-
-
-@pytest.mark.parametrize(
-    ("program", "variables", "spins"),
-    [
-        ("train", {}, "1000"),
-        ("epigraf_fast.training.log", {}, "1000"),
-        ("train", {"OMP_WAIT_POLICY": "active"}, "30000000000"),
-        ("train", {"GOMP_SPINCOUNT": "77"}, "77"),
-    ],
-)
-def test_threads_wait_without_spinning(
-    program: str, variables: dict[str, str], spins: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What libgomp says that it was told, when torch loads it; who sets another policy gets that."""
-    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in {**variables, "OMP_DISPLAY_ENV": "verbose"}.items():
-        monkeypatch.setenv(name, value)
-    said = run_python(f"import {program}", ROOT).stderr
-    if "GOMP_" not in said:
-        pytest.skip("this torch has another OpenMP than libgomp")
-    assert f"GOMP_SPINCOUNT = '{spins}'" in said

@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import TextIO, TypeVar
 
+from . import cores
+
 QUIET = 2.0  # seconds that something may take before it is shown
 INTERVAL, LOG_INTERVAL = 1.0, 60.0  # seconds between two signs of life: on a terminal, in a file
 
@@ -65,6 +67,7 @@ def progress(items: Iterable[Item], total: int, what: str, unit: str = "batch") 
         for item in items:
             yield item
             advance()
+            cores.adapt()
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
