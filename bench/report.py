@@ -230,6 +230,7 @@ def waiting_cpu(result: Result) -> str:
         f"Images a second of demos of {threads} threads on {result['environment']['cpu']['cores']} cores, by how "
         f"OpenMP's threads wait, in parts of one alone under `{base}` ({source(result)}):\n\n"
         + table(["policy", "one alone", "two side by side, together"], rows)
+        + "\n\n`epigraf_fast` waits as libgomp does, and takes a thread for every core that other programs leave free."
     )
 
 
