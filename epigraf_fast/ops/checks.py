@@ -73,22 +73,27 @@ def check_broadcast(op: str, name: str, tensor: Tensor, target: tuple[int, ...])
         raise ValueError(f"{op}: {name} must broadcast to {list(target)}, got {list(tensor.shape)}")
 
 
+def _is_number(value: Any) -> bool:
+    # Abstract classes take long to ask, and every call does.
+    return type(value) is float or type(value) is int or isinstance(value, NUMBER)
+
+
 def check_finite(op: str, name: str, value: Any) -> None:
     """Raises ValueError unless `value` is a finite number."""
-    if not (isinstance(value, NUMBER) and math.isfinite(value)):
+    if not (_is_number(value) and math.isfinite(value)):
         raise ValueError(f"{op}: {name} must be a finite number, got {value}")
 
 
 def check_positive(op: str, name: str, value: Any, *, or_zero: bool = False) -> None:
     """Raises ValueError unless `value` is a finite number above 0, or `or_zero` 0."""
-    if not (isinstance(value, NUMBER) and math.isfinite(value) and (value > 0 or (or_zero and value == 0))):
+    if not (_is_number(value) and math.isfinite(value) and (value > 0 or (or_zero and value == 0))):
         raise ValueError(f"{op}: {name} must be finite and {'not negative' if or_zero else 'positive'}, got {value}")
 
 
 def check_integers(op: str, **values: Any) -> None:
     """Raises TypeError unless all are whole numbers."""
     for name, value in values.items():
-        if not isinstance(value, INTEGER):
+        if type(value) is not int and not isinstance(value, INTEGER):
             if isinstance(value, Tensor) and torch.jit.is_tracing():  # what sizes are while torch.jit.trace records
                 continue
             raise TypeError(f"{op}: {name} must be an integer, got {value!r}")
@@ -96,7 +101,7 @@ def check_integers(op: str, **values: Any) -> None:
 
 def check_clamp(op: str, clamp: float | None) -> float | None:
     """The clamp, None for an infinite one. Raises ValueError when it is neither None nor a positive number."""
-    if clamp is not None and not (isinstance(clamp, NUMBER) and clamp > 0):
+    if clamp is not None and not (_is_number(clamp) and clamp > 0):
         raise ValueError(f"{op}: clamp must be positive or None, got {clamp}")
     return None if clamp == math.inf else clamp
 

@@ -27,6 +27,7 @@ from torch._C import (
     _get_tracing_state,
     _len_torch_dispatch_stack,
     _len_torch_function_stack,
+    is_grad_enabled,
 )
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
@@ -168,7 +169,7 @@ def call(route: str, cls: type, *args: Any) -> Any:
     """What a registered class gives by a route."""
     if route is PLAIN:
         args = cls.ready(*args)
-        if cls.apply is not None and torch.is_grad_enabled():
+        if cls.apply is not None and is_grad_enabled():
             for x in args[: cls.tensors]:
                 if x is not None and x.requires_grad:
                     return cls.apply(*args)

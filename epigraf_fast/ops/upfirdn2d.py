@@ -67,7 +67,8 @@ def upfirdn2d(
     if len(padding) != 4:
         raise ValueError(f"upfirdn2d: padding must be one number or four (x, x, y, y), got {len(padding)}")
     for pad in padding:
-        check_integers("upfirdn2d", padding=pad)
+        if type(pad) is not int:
+            check_integers("upfirdn2d", padding=pad)
     check_finite("upfirdn2d", "gain", gain)
     width = x.shape[3] * up + padding[0] + padding[1] - kernel.shape[-1]
     height = x.shape[2] * up + padding[2] + padding[3] - kernel.shape[0]
