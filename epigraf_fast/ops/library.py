@@ -70,8 +70,10 @@ def route(*tensors: Tensor | None) -> str:
         if _len_torch_dispatch_stack() or any(type(mode) is not DeviceContext for mode in modes):
             return LIBRARY
     for x in tensors:
-        if x is not None and ((type(x) is not Tensor and type(x) is not Parameter) or x.is_neg()):
-            return LIBRARY
+        if x is not None:
+            kind = type(x)
+            if (kind is not Tensor and kind is not Parameter) or x.is_neg():
+                return LIBRARY
     return PLAIN
 
 
