@@ -44,8 +44,11 @@ def test_every_configuration_compiles_and_fits(arch: int) -> None:
         f"_{op}_{way}_kernel" for op in ("sample_triplane", "decode_triplane", "composite") for way in ("fwd", "bwd")
     }
     depths = {"_sample_stratified_kernel", "_sample_importance_kernel", "_invert_cdf_kernel"}
-    assert {row["kernel"] for row in rows} == ways | depths
+    assert {row["kernel"] for row in rows} == ways | depths | {"_cut_kernel"}
     gathers = [row for row in rows if row["kernel"] != "_sample_triplane_bwd_kernel" and "triplane" in row["kernel"]]
+    gathers += [
+        row for row in rows if "channels_last" in row["case"] and not row["case"].startswith(("cut C=5", "paste"))
+    ]
     assert all(row["plane_bits"] for row in gathers)  # the loads of texels are found at all
     lacking = [f"{row['case']}: {problem}" for row in rows for problem in row["problems"]]
     assert not lacking, "\n".join(lacking)
