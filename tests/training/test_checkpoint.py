@@ -131,7 +131,7 @@ def test_continuation_is_exact(
     assert trainer.statistics() == expected_statistics
     assert 0 < expected_statistics.get("planes/share", 0.5) < 1
     assert differences(random_state(), expected_random) == []
-    assert trainer.counts["loss/G"] == 2 * steps
+    assert trainer.counts["loss/G"] == 2 * steps * (config.batch // config.micro)
     assert trainer.augment_p == 0.25
 
 
