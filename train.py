@@ -92,7 +92,7 @@ def dry_run(config: Config, dataset: ImageDataset, device: torch.device, world: 
     """Checks everything that can be checked without training, and prints what would be trained."""
     with explain_out_of_memory(config, dataset.label_dim, device, world.size):
         generator, discriminator = meta_networks(config, dataset.label_dim)
-        fixed, step = step_bytes(config, generator, discriminator)
+        fixed, step = step_bytes(config, generator, discriminator, dataset.angles)
     dataset.check_images(progress=world.rank == 0)
     if world.rank == 0:
         print(json.dumps(to_dict(config), indent=2))

@@ -362,6 +362,41 @@ def _composite(shapes: Size, batch: int, dtype: str) -> Iterator[Case]:
     yield Case("composite", f"batch={batch}", dtype, build, call, ("values", "values_fine"), work=work, batch=batch)
 
 
+def _cut(shapes: Size, batch: int, dtype: str) -> Iterator[Case]:
+    """What a level of the synthesis network cuts of the one below, at about a box of half of each side."""
+    if dtype == "tf32":  # it has no product
+        return
+    kind, whole = DTYPES[dtype], shapes.plane_resolution
+    for channels, resolution, layout in (
+        *((_channels(shapes, r), r, name) for r in (whole, whole // 2) for name in _layouts()),
+        (3 * shapes.channels, whole, ""),
+    ):
+        size = resolution // 2 + 4, resolution // 2 + 4
+
+        def build(
+            device: torch.device, channels: int = channels, resolution: int = resolution, layout: str = layout
+        ) -> Inputs:
+            x = _image(device, 22, kind, batch, channels, resolution, resolution, layout=_layouts()[layout])
+            first = _uniform(device, 23, batch, 2) * (resolution - resolution // 2 - 3)
+            return {"x": x, "first": first.long()}
+
+        def call(inputs: Inputs, backend: str, size: tuple[int, int] = size) -> tuple[Tensor, ...]:
+            return (_op("cut", backend)(inputs["x"], inputs["first"].long(), size),)
+
+        part, one = (batch * channels * n * kind.itemsize for n in (math.prod(size), resolution**2))
+        work = {"fwd": Work(2 * part), "bwd": Work(part + one), "step": Work(3 * part + one)}
+        yield Case(
+            "cut",
+            f"batch={batch} {channels}x{resolution}x{resolution}{layout}",
+            dtype,
+            build,
+            call,
+            ("x",),
+            work=work,
+            batch=batch,
+        )
+
+
 def _channels(shapes: Size, resolution: int) -> int:
     return min(shapes.channel_base // resolution, shapes.channel_max)
 
@@ -628,6 +663,7 @@ _BUILDERS = {
     "decode_triplane": _decode_triplane,
     "sample_importance": _sample_importance,
     "composite": _composite,
+    "cut": _cut,
     "bias_act": _bias_act,
     "upfirdn2d": _upfirdn2d,
     "modulated_conv2d": _modulated_conv2d,

@@ -167,7 +167,7 @@ def _uniform(*shape: int, seed: int) -> Tensor:
 
 def triton_cases(arch: int) -> Iterator[tuple[str, Callable[[], Any]]]:
     """A kernel's name, and a call of its launcher."""
-    from epigraf_fast.kernels import composite, decode_triplane, sample_importance, sample_triplane
+    from epigraf_fast.kernels import composite, cut, decode_triplane, sample_importance, sample_triplane
 
     cpu, seed = torch.device("cpu"), torch.tensor([7])
     t, t_fine = (_uniform(1, RAYS, n, seed=n).sort(-1).values for n in (5, 3))
@@ -193,6 +193,12 @@ def triton_cases(arch: int) -> Iterator[tuple[str, Callable[[], Any]]]:
         "decode_triplane_bwd_kernel",
         lambda: decode_triplane.bwd(_draw(2, 27, 3, 4, seed=15), *rays, *network[:3], arch=arch),
     )
+
+    first = torch.tensor([[1, 0], [2, 3]])
+    for layout in (torch.channels_last, torch.contiguous_format):
+        whole, part = (_draw(2, 8, *size, seed=30).contiguous(memory_format=layout) for size in ((5, 7), (3, 4)))
+        yield "cut_kernel", lambda whole=whole: cut.cut(whole, first, (3, 4))
+        yield "cut_kernel", lambda part=part: cut.paste(part, first, (5, 7))
 
     settings = {**density, "last_interval": 1.0, "last_back": True, "white_background": True}
     values, values_fine = _draw(1, RAYS, 5, 4, seed=16), _draw(1, RAYS, 3, 4, seed=17)

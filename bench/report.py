@@ -57,6 +57,7 @@ def text(found: list[Result]) -> str:
         ("ops", True): ops_gpu,
         ("step", False): step_cpu,
         ("ops", False): ops_cpu,
+        ("region", False): region_cpu,
         ("waiting", False): waiting_cpu,
     }
     for (kind, on_gpu), write in writers.items():
@@ -223,6 +224,39 @@ def step_cpu(result: Result) -> str:
     return f"{title}\n\n{table(['variant', 'against', 'without R1', 'with R1'], lines)}\n\n{said}"
 
 
+PICTURE = "![The samples of a patch, their box on the planes, and what every level computes](docs/region.png)"
+
+
+def region_cpu(result: Result) -> str:
+    """Both phases side by side for every micro-batch and time of the schedule, with the picture of a box."""
+    config, rows = result["config"], result["cases"]
+    phases = list(dict.fromkeys(row["phase"] for row in rows))
+    header = ["micro-batch", "kimg", "share of the planes"]
+    header += [text for phase in phases for text in (f"{phase} phase", "its memory")]
+    lines = []
+    for micro, kimg in dict.fromkeys((row["micro_batch"], row["kimg"]) for row in rows):
+        found = {row["phase"]: row for row in rows if (row["micro_batch"], row["kimg"]) == (micro, kimg)}
+        share = statistics.mean(row["planes_share"] for row in found.values())
+        line = [str(micro), f"{kimg:,g}", f"{share:.2f}"]
+        for phase in phases:
+            row = found.get(phase)
+            line.append(_spread(row["times_as_fast"]) if row else "-")
+            line.append(f"{row['peak_ratio']:.2f}" if row and "peak_ratio" in row else "-")
+        lines.append(line)
+    title = (
+        f"Planes computed where rays look ([docs/region.md](docs/region.md)) against whole ones, `{config['preset']}` "
+        f"at {config['resolution']}x{config['resolution']} with planes of {config['planes']}x{config['planes']}, on a "
+        f"CPU with {config['threads']} {'thread' if config['threads'] == 1 else 'threads'}: how many times as fast a "
+        f"phase is, median (20th to 80th percentile), and its peak of memory in parts of that of whole planes; cameras "
+        f"and patches as drawn at that time of the schedule, both ways in turn on the same draws ({source(result)}):"
+    )
+    return f"{title}\n\n{table(header, lines)}\n\n{PICTURE}"
+
+
+def _spread(times: Row) -> str:
+    return f"{times['median']:.2f}x ({times['p20']:.2f} to {times['p80']:.2f})"
+
+
 def waiting_cpu(result: Result) -> str:
     threads, base = result["config"]["threads"], result["cases"][0]["policy"]
     rows = [[f"`{row['policy']}`", f"{row['alone']:.2f}", f"{row['pair']:.2f}"] for row in result["cases"]]
@@ -279,6 +313,11 @@ def summary(found: list[Result]) -> str:
                 elif "times_as_fast" in row:
                     said = f"{row['times_as_fast']['without_r1']['median']:.2f}x {row['against']}"
                 lines.append(f"  {row['variant']:<10} {said}")
+        elif result["kind"] == "region":
+            lines.append(f"{result['file']}: {result['config']['preset']}, planes in part against whole ones")
+            for row in rows:
+                what = f"{row['phase']}, micro-batch {row['micro_batch']}, {row['kimg']:g} kimg"
+                lines.append(f"  {row['times_as_fast']['median']:6.2f}x  {what}")
         elif result["kind"] == "demo":
             last = rows[0]["last"] or {}
             speed = f", {last['img_per_sec']:.0f} img/s" if "img_per_sec" in last else ""

@@ -66,6 +66,9 @@ def _all_launches(arch: int, brief: bool) -> Iterator[tuple[str, Callable[[], An
     for name, launch in _triplane_launches(arch, 1 if brief else None):
         if not brief or name.split()[2:4] in (["C=32", "hidden=64"], ["C=32", "float32"], ["C=32", "float16"]):
             yield name, launch
+    for name, launch in _cut_launches():
+        if not brief or "C=96 " in name:
+            yield name, launch
     for name, launch in _ray_launches():
         if not brief or any(size in name for size in ("S=48 ", "S=48+48", "S=47")):
             yield name, launch
@@ -124,6 +127,21 @@ def _ray_launches() -> Iterator[tuple[str, Callable[[], Any]]]:
     for knots, fine in ((SAMPLES - 1, SAMPLES), (257, 256), (longest, longest)):
         inputs = _meta(rows, knots), _meta(rows, knots - 1), _meta(rows, fine)
         yield f"invert_cdf S={knots}+{fine}", functools.partial(sample_importance.invert_cdf, *inputs)
+
+
+def _cut_launches() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Features and planes in every size of a number, in both layouts; noise images."""
+    from epigraf_fast.kernels import cut
+
+    first = _meta(BATCH, 2, dtype=torch.int64)
+    size, whole = (RESOLUTION // 2 + 2, RESOLUTION // 2 - 6), (RESOLUTION, RESOLUTION)
+    for channels in (64, 96, 24, 5, 1):
+        for dtype in (torch.float64, torch.float32, torch.float16):
+            name = f"C={channels} {str(dtype).removeprefix('torch.')}"
+            for kind, layout in ((" channels_last", torch.channels_last), ("", torch.contiguous_format)):
+                x, y = (_meta(BATCH, channels, *s, dtype=dtype).contiguous(memory_format=layout) for s in (whole, size))
+                yield f"cut {name}{kind}", functools.partial(cut.cut, x, first, size)
+                yield f"paste {name}{kind}", functools.partial(cut.paste, y, first, whole)
 
 
 def _triplane_launches(arch: int, plans: int | None) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -214,7 +232,14 @@ class Pointer(NamedTuple):
     @classmethod
     def of(cls, x: Tensor) -> Pointer:
         names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-        names |= {torch.int32: "i32", torch.int64: "i64", torch.bool: "i1", torch.uint8: "u8"}
+        names |= {
+            torch.int8: "i8",
+            torch.int16: "i16",
+            torch.int32: "i32",
+            torch.int64: "i64",
+            torch.bool: "i1",
+            torch.uint8: "u8",
+        }
         return cls(f"*{names[x.dtype]}", x.data_ptr() % 16 == 0)
 
 
@@ -297,11 +322,14 @@ def _loads(ptx: str) -> list[tuple[int, str, int]]:
 
 @functools.cache
 def _plane_lines() -> set[tuple[str, int]]:
-    """Where texels are read: every line of `gather_features`."""
+    """Where texels are read: every line of `gather_features`, and one of the kernel that cuts."""
+    from epigraf_fast.kernels.cut import _cut_kernel
     from epigraf_fast.kernels.sample_triplane import gather_features
 
     lines, first = inspect.getsourcelines(gather_features.fn)
-    return {("sample_triplane.py", first + i) for i in range(len(lines))}
+    found = {("sample_triplane.py", first + i) for i in range(len(lines))}
+    lines, first = inspect.getsourcelines(_cut_kernel.fn)
+    return found | {("cut.py", first + i) for i, line in enumerate(lines) if "tl.load(x_ptr" in line}
 
 
 def _occupancy(registers: int, shared: int, warps: int, arch: int) -> float:
@@ -337,6 +365,8 @@ def _rows(arch: int, brief: bool, match: str, first: int, step: int) -> list[Row
         for kernel, args, kwargs in calls:
             row = {"arch": arch, "case": case, "kernel": kernel.__name__}
             row |= resources(compile_launch(kernel, args, kwargs, arch), arch)
+            if kwargs.get("UNIT") == 1:  # texels that are no whole vectors
+                row["plane_bits"] = None
             rows.append(row | {"problems": problems(row)})
     return rows
 

@@ -28,6 +28,7 @@ from .camera import cam2world_matrix, camera_rays
 from .command import Progress, check_output, output, require, running, waiting
 from .errors import UserError
 from .models.generator import Generator, Images
+from .ops import PlaneRegion
 from .training.log import depth_to_uint8, tile, to_uint8
 from .training.pretrained import load_generator
 from .training.sampling import circle_angles, latents_of_seeds, surface_depth, turntable_angles
@@ -92,6 +93,7 @@ class Painted(NamedTuple):
 
     planes: Tensor  # [1, 3*C and what a background takes, H, W]
     ws: Tensor  # [1, num_ws, w_dim]
+    region: PlaneRegion | None = None  # where the planes lie in whole ones; None: they are whole
 
 
 class Scene:
@@ -125,9 +127,13 @@ class Scene:
         return self.generator.ws(z, label, truncation_psi=self.truncation, truncation_cutoff=self.cutoff)
 
     @torch.no_grad()
-    def paint(self, ws: Tensor) -> Painted:
-        """The object of style vectors [num_ws, w_dim]."""
-        return Painted(self.generator.synthesis(ws[None], noise_mode="const"), ws[None])
+    def paint(self, ws: Tensor, angles: Tensor | None = None) -> Painted:
+        """The object of style vectors [num_ws, w_dim], for any view; or for that of the camera [3] alone."""
+        ws = ws[None]
+        if angles is None:
+            return Painted(self.generator.synthesis(ws, noise_mode="const"), ws)
+        planes, region = self.generator.paint(ws, angles[None], noise_mode="const")
+        return Painted(planes, ws, region)
 
     @torch.no_grad()
     def view(self, painted: Painted, angles: Tensor, fov: float | None = None) -> dict[str, Tensor]:
@@ -137,8 +143,9 @@ class Scene:
             Progress(what="rays", total=self.resolution**2) as rays,
             self.generator.renderer.register_forward_hook(lambda *call: rays.update(call[-1].rgb.shape[1])),
         ):
+            place = {} if painted.region is None else {"region": painted.region}
             images = self.generator.render(
-                painted.planes, angles, self.resolution, ws=painted.ws, fov=fov, stochastic=False
+                painted.planes, angles, self.resolution, ws=painted.ws, fov=fov, stochastic=False, **place
             )
         return pictures(images, angles, self.generator, self.shown, fov)
 
@@ -165,7 +172,7 @@ def grid(
     ws = scene.ws(seeds, classes)
     views = []
     for w in progress(ws, "objects"):
-        painted = scene.paint(w)
+        painted = scene.paint(w, poses[0] if len(poses) == 1 else None)
         views += [scene.view(painted, pose) for pose in poses]
     return tiled(views, columns * len(poses))
 
@@ -194,7 +201,7 @@ def interpolation(
     for number, pose in enumerate(progress(path, "frames")):
         place = number / len(path) * len(seeds)
         low = int(place)
-        painted = scene.paint(ws[low].lerp(ws[low + 1], place - low))
+        painted = scene.paint(ws[low].lerp(ws[low + 1], place - low), pose)
         yield tiled([scene.view(painted, pose)], 1)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -575,3 +576,50 @@ def test_ways_that_disagree_get_no_ratio(monkeypatch):
     arguments = region.parser().parse_args(["--preset", "demo", "--planes", "128"])
     with pytest.raises(RuntimeError, match="G at 0 kimg: losses differ"):
         region.measure(region.Phases(arguments, 1), 0.0, "G", 1)
+
+
+def region_result(**more):
+    """A result of few, made-up numbers."""
+    rows = [
+        {
+            "phase": phase,
+            "kimg": kimg,
+            "micro_batch": 4,
+            "times_as_fast": {"median": fast, "p20": fast - 0.125, "p80": fast + 0.25, "count": 2},
+            "planes_share": share,
+            **more,
+        }
+        for phase, kimg, fast, share in (
+            ("G", 0.0, 1.25, 0.5),
+            ("D", 0.0, 1.5, 0.75),
+            ("G", 15000.0, 1.75, 0.375),
+            ("D", 15000.0, 2.0, 0.375),
+        )
+    ]
+    config = {"preset": "ffhq", "resolution": 512, "planes": 512, "patch": 64, "threads": 1}
+    return {**results.result("region", config, rows), "file": "cpu-region.json"}
+
+
+def test_the_report_has_planes_in_part_with_their_picture():
+    written = report.text([region_result(peak_ratio=0.625)])
+    assert "`ffhq` at 512x512 with planes of 512x512, on a CPU with 1 thread:" in written
+    assert "| micro-batch | kimg | share of the planes | G phase | its memory | D phase | its memory |" in written
+    assert "| 4 | 0 | 0.62 | 1.25x (1.12 to 1.50) | 0.62 | 1.50x (1.38 to 1.75) | 0.62 |" in written
+    assert "| 4 | 15,000 | 0.38 | 1.75x (1.62 to 2.00) | 0.62 | 2.00x (1.88 to 2.25) | 0.62 |" in written
+    picture = re.search(r"!\[[^]]+\]\(([^)]+)\)", written)[1]
+    assert (ROOT / picture).is_file()
+    assert "(bench/results/cpu-region.json)" in written
+    assert "2.00x  D, micro-batch 4, 15000 kimg" in report.summary([region_result()])
+
+
+def test_the_report_of_planes_in_part_without_memory_or_a_phase():
+    """Where Linux does not say what a phase took; where the measurement was stopped."""
+    result = region_result()
+    result["cases"].pop()
+    assert "| 4 | 15,000 | 0.38 | 1.75x (1.62 to 2.00) | - | - | - |" in report.text([result])
+
+
+def test_the_readme_has_numbers_of_regions_only_from_their_file():
+    """And with it."""
+    there = (ROOT / "bench/results/cpu-region.json").is_file()
+    assert ("(bench/results/cpu-region.json)" in (ROOT / "README.md").read_text()) == there

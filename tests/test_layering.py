@@ -183,8 +183,7 @@ def test_imports_are_read(file: str, statement: str, expected: list[str], monkey
 
 
 def test_the_ops_are_those_of_the_reference() -> None:
-    """All have backends to choose from but `cut`, which is torch's own copies everywhere."""
-    assert sorted([*backends.OPS, "cut"]) == OPS
+    assert sorted(backends.OPS) == OPS
 
 
 @pytest.mark.parametrize("op", OPS)

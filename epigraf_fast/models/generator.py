@@ -15,7 +15,7 @@ from .decoder import Decoder
 from .feature_decoder import FeatureDecoder
 from .layers import camera_numbers
 from .mapping import StyleMapping, mix_styles
-from .region import Plan, boxes_of, plan, region_of
+from .region import Plan, plan_of_views
 from .renderer import Images, Renderer, render_planes
 from .synthesis import Synthesis
 
@@ -32,7 +32,7 @@ class Generator(nn.Module):
         image_resolution: Of whole images, for a plane background; default: that of the planes.
         half_blocks: Top resolutions of the synthesis network in fp16 (on a GPU).
         precision: Of the decoder's products, with renderer_backend triton: fp32, tf32 or fp16.
-        backend, renderer_backend: Of the convolutions and of the renderer's ops; see `ops`.
+        backend, renderer_backend: Of the convolutions and of the renderer's ops, `ops.cut` among them; see `ops`.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Generator(nn.Module):
         super().__init__()
         self.z_dim, self.label_dim = config.z_dim, label_dim
         self.pose_conditioning, self.pose_dropout = config.pose_conditioning, config.pose_dropout
-        self.camera = camera
+        self.camera, self.region = camera, config.region
         self.plane_channels = 3 * config.plane_channels
         self.background: PlaneBackground | SphereBackground | None = None
         if renderer.background == "plane":
@@ -82,6 +82,7 @@ class Generator(nn.Module):
             noise=config.noise,
             half_blocks=half_blocks,
             backend=backend,
+            cut_backend=renderer_backend,
         )
         self.mapping = StyleMapping(
             config.z_dim,
@@ -184,8 +185,33 @@ class Generator(nn.Module):
 
     @property
     def takes_region(self) -> bool:
-        """Whether a part of the planes is all that an image can need: not where they have a background in them."""
-        return not isinstance(self.background, PlaneBackground)
+        """Whether planes may be computed in part: not if the settings forbid it, or with a background in them."""
+        return self.region == "auto" and not isinstance(self.background, PlaneBackground)
+
+    def paint(
+        self,
+        ws: Tensor,
+        angles: Tensor,
+        patch_scale: Tensor | None = None,
+        patch_offset: Tensor | None = None,
+        *,
+        fov: float | Tensor | None = None,
+        noise_mode: str = "random",
+    ) -> tuple[Tensor, PlaneRegion | None]:
+        """Planes of style vectors [B, num_ws, w_dim], where it pays only those that one view of each object needs.
+
+        Cameras that lie on a GPU are fetched from there.
+
+        Returns:
+            Planes, and the `region` that `render` takes with them for these cameras and patches; None: whole planes.
+        """
+        plan = None
+        if self.takes_region:
+            resolution = self.synthesis.resolutions[-1]
+            plan = plan_of_views(self.camera, resolution, angles, patch_scale, patch_offset, fov, ws.device)
+        if plan is None:
+            return self.synthesis(ws, noise_mode), None
+        return self.synthesis.in_region(ws, plan, noise_mode)
 
     def forward(
         self,
@@ -215,9 +241,9 @@ class Generator(nn.Module):
             noise_mode: "random", "const" or "none", the noise images of the synthesis network.
             style_mixing: Probability of `mix_styles` with fresh latent codes.
             with_context: Appends the whole image to rgb, at the same resolution: [B, 6, resolution, resolution].
-            region: Whether planes are computed only where rays look (docs/region.md), for the same images: the cameras
-                are then fetched from their device; or the plan of it. A plane background and the context take whole
-                planes.
+            region: Whether planes are computed only where rays look (docs/region.md), for the same images, where that
+                pays: the cameras are then fetched from their device; or the plan of it. A plane background, the context
+                and `GeneratorConfig.region` "off" take whole planes.
             render_options: See `render`.
         """
         options = {"truncation_psi": truncation_psi, "truncation_cutoff": truncation_cutoff}
@@ -226,14 +252,15 @@ class Generator(nn.Module):
             ws = mix_styles(ws, self.ws(torch.randn_like(z), label, conditioning_angles, **options), style_mixing)
         if with_context or not self.takes_region:
             region = False
-        elif region is True:
-            whole, fov = self.synthesis.resolutions[-1], render_options.get("fov")
-            boxes = boxes_of(self.camera, whole, angles, patch_scale, patch_offset, fov)
-            region = plan(region_of(boxes, whole), whole, ws.device)
-        if region:
-            planes, render_options["region"] = self.synthesis.in_region(ws, region, noise_mode)
+        if region is True:
+            fov = render_options.get("fov")
+            planes, place = self.paint(ws, angles, patch_scale, patch_offset, fov=fov, noise_mode=noise_mode)
+        elif region:
+            planes, place = self.synthesis.in_region(ws, region, noise_mode)
         else:
-            planes = self.synthesis(ws, noise_mode)
+            planes, place = self.synthesis(ws, noise_mode), None
+        if place is not None:
+            render_options["region"] = place
         images = self.render(planes, angles, resolution, patch_scale, patch_offset, ws=ws, **render_options)
         if not with_context:
             return images

@@ -64,6 +64,7 @@ class ImageGenerator(nn.Module):
     # Conditions and style vectors are those of the generator of planes, and so is the way from latent code to image.
     ws = Generator.ws
     forward = Generator.forward
+    paint = Generator.paint
 
     def render(
         self,

@@ -19,6 +19,7 @@ from ..ops import PlaneRegion
 WHOLE_BELOW = 128  # levels of fewer texels a side are computed whole: there is nothing to save
 BUCKETS = 16  # steps of a box's size, in parts of the planes' side
 FEW_BUCKETS = 8  # where each size is a CUDA graph
+PAYS_BELOW = 0.9  # share of the planes above which cutting takes about what it saves
 
 
 class Region(NamedTuple):
@@ -128,8 +129,8 @@ def levels(region: Region, resolution: int, device: torch.device | str | None = 
     found, given = {}, torch.zeros_like(region.first)  # the first texel that the level below hands on
     for resolution, below, below_size, between, between_size in reversed(asked):
         places = torch.stack([below - given, 2 * below, between - 2 * below, between - 2 * given, between])
-        if torch.device(device or "cpu").type == "cuda":
-            places = places.pin_memory().to(device, non_blocking=True)
+        on_gpu = torch.device(device or "cpu").type == "cuda"
+        places = (places.pin_memory() if on_gpu else places).to(device, non_blocking=on_gpu)
         below, frame, cut, planes, first = places.unbind()
         found[resolution] = Level(below, below_size, frame, cut, planes, first, between_size)
         given = between
@@ -148,6 +149,25 @@ def plan(region: Region, resolution: int, device: torch.device | str | None = No
         return Plan(found, None, 1.0)
     planes = PlaneRegion(found[resolution].first, (resolution, resolution))
     return Plan(found, planes, computed_share(region.size, resolution))
+
+
+def plan_of_views(
+    camera: CameraConfig,
+    resolution: int,
+    angles: Tensor,
+    patch_scale: Tensor | None = None,
+    patch_offset: Tensor | None = None,
+    fov: float | Tensor | None = None,
+    device: torch.device | str | None = None,
+) -> Plan | None:
+    """The `plan` for what cameras and patches see, or None where that is about all: whole planes are as fast.
+
+    Arguments are those of `boxes_of`; the plan goes to the device.
+    """
+    boxes = boxes_of(camera, resolution, angles, patch_scale, patch_offset, fov)
+    if computed_share(size_of(boxes, resolution), resolution) > PAYS_BELOW:
+        return None
+    return plan(region_of(boxes, resolution), resolution, device)
 
 
 def computed_share(size: tuple[int, int], resolution: int) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..camera import cam2world_matrix, camera_rays
 from ..config import CameraConfig, RendererConfig
+from ..ops.checks import assert_in_region, is_debugging
 from .decoder import Decoder
 
 EVALUATION_CHUNK = 2**18  # samples in flight when a full image is rendered without gradients
@@ -140,6 +141,10 @@ class Renderer(nn.Module):
             coarse, t_fine, fine = decoder.coarse_to_fine(*samples, resample, self.cube_scale, region)
         else:
             coarse = decoder(*samples, self.cube_scale, region)
+        if region is not None and is_debugging():
+            for depths in (t, t_fine) if config.fine_samples else (t,):
+                points = ray_origins[:, :, None] + depths[..., None] * ray_directions[:, :, None]
+                assert_in_region("Renderer", points.flatten(1, 2) / self.cube_scale, region, planes.shape[2:])
         result = ops.composite(
             t,
             coarse,

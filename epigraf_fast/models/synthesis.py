@@ -31,9 +31,11 @@ class SynthesisLayer(nn.Module):
         up: int = 1,
         clamp: float | None = CLAMP,
         backend: str | None = None,
+        cut_backend: str | None = None,
     ) -> None:
         super().__init__()
-        self.resolution, self.up, self.clamp, self.backend = resolution, up, clamp, backend
+        self.resolution, self.up, self.clamp = resolution, up, clamp
+        self.backend, self.cut_backend = backend, cut_backend
         self.affine = FullyConnected(w_dim, c_in, bias_init=1.0)
         self.weight = nn.Parameter(torch.randn(c_out, c_in, 3, 3))
         self.bias = nn.Parameter(torch.zeros(c_out))
@@ -50,7 +52,7 @@ class SynthesisLayer(nn.Module):
             return None
         if first is None:
             return self.noise_const
-        return ops.cut(self.noise_const.expand(len(x), 1, -1, -1), first, size)
+        return ops.cut(self.noise_const.expand(len(x), 1, -1, -1), first, size, backend=self.cut_backend)
 
     def modulation(self, w: Tensor, dtype: torch.dtype) -> ops.Modulation:
         """Weight, style and demodulation coefficients for style vectors w [B, w_dim]."""
@@ -138,16 +140,18 @@ class SynthesisBlock(nn.Module):
         *,
         clamp: float | None = CLAMP,
         backend: str | None = None,
+        cut_backend: str | None = None,
     ) -> None:
         super().__init__()
         self.first = c_in == 0
-        self.clamp, self.backend = clamp, backend
+        self.clamp, self.backend, self.cut_backend = clamp, backend, cut_backend
+        options = {"clamp": clamp, "backend": backend}
         if self.first:
             self.const = nn.Parameter(torch.randn(c_out, resolution, resolution))
         else:
-            self.conv0 = SynthesisLayer(c_in, c_out, w_dim, resolution, up=2, clamp=clamp, backend=backend)
-        self.conv1 = SynthesisLayer(c_out, c_out, w_dim, resolution, clamp=clamp, backend=backend)
-        self.to_planes = ToPlanes(c_out, plane_channels, w_dim, clamp=clamp, backend=backend)
+            self.conv0 = SynthesisLayer(c_in, c_out, w_dim, resolution, up=2, cut_backend=cut_backend, **options)
+        self.conv1 = SynthesisLayer(c_out, c_out, w_dim, resolution, cut_backend=cut_backend, **options)
+        self.to_planes = ToPlanes(c_out, plane_channels, w_dim, **options)
         self.register_buffer("low_pass", torch.tensor(LOW_PASS), persistent=False)
         self.num_convs = 1 if self.first else 2
 
@@ -172,9 +176,9 @@ class SynthesisBlock(nn.Module):
         elif level is None:
             x = self.conv0(x.to(dtype), ws[:, 0], noise_mode)
         else:
-            x = ops.cut(x, level.below, level.below_size)
+            x = ops.cut(x, level.below, level.below_size, backend=self.cut_backend)
             x = self.conv0(x.to(dtype), ws[:, 0], noise_mode, level.frame)
-            x = ops.cut(x, level.between, level.size)
+            x = ops.cut(x, level.between, level.size, backend=self.cut_backend)
         x = self.conv1(x, ws[:, self.num_convs - 1], noise_mode, None if level is None else level.first)
         added = self.to_planes(x, ws[:, self.num_convs]).to(ws.dtype)
         return x, added if planes is None else self.upsample(planes, level) + added
@@ -202,9 +206,9 @@ class SynthesisBlock(nn.Module):
         elif level is None:
             (x,) = self.conv0.chained(x, modulations[0], noise_mode, (last.style,))
         else:
-            x = ops.cut(x, level.below, level.below_size)
+            x = ops.cut(x, level.below, level.below_size, backend=self.cut_backend)
             (x,) = self.conv0.chained(x, modulations[0], noise_mode, (last.style,), level.frame)
-            x = ops.cut(x, level.between, level.size)
+            x = ops.cut(x, level.between, level.size, backend=self.cut_backend)
         styles, first = (None,) if next_style is None else (None, next_style), None if level is None else level.first
         y, *following = self.conv1.chained(x, last, noise_mode, styles, first)
         product, bias = self.to_planes.product(y, ws[:, self.num_convs]), self.to_planes.bias
@@ -222,7 +226,7 @@ class SynthesisBlock(nn.Module):
         # "Same size" padding of an up-2 filter: (n + 1) // 2 before, (n - 2) // 2 after.
         pads = ((len(LOW_PASS) + 1) // 2, (len(LOW_PASS) - 2) // 2)
         planes = ops.upfirdn2d(planes, self.low_pass, up=2, padding=pads * 2, gain=4, backend=self.backend, **added)
-        return planes if level is None else ops.cut(planes, level.planes, level.size)
+        return planes if level is None else ops.cut(planes, level.planes, level.size, backend=self.cut_backend)
 
 
 class Synthesis(nn.Module):
@@ -235,7 +239,7 @@ class Synthesis(nn.Module):
         clamp: Of activations and of what is added to the planes; None for never.
         noise: Whether noise images are added; False is noise mode "none" whatever is asked for.
         half_blocks: Blocks, counted from the highest resolution, that run in fp16 on a GPU.
-        backend: See `ops`.
+        backend, cut_backend: Of the convolutions and of `ops.cut`; see `ops`.
     """
 
     def __init__(
@@ -250,6 +254,7 @@ class Synthesis(nn.Module):
         noise: bool = True,
         half_blocks: int = 0,
         backend: str | None = None,
+        cut_backend: str | None = None,
     ) -> None:
         super().__init__()
         self.noise, self.backend = noise, backend
@@ -258,7 +263,8 @@ class Synthesis(nn.Module):
         c_in = 0
         for res in self.resolutions:
             c_out = channels_at(res, channel_base, channel_max)
-            block = SynthesisBlock(c_in, c_out, plane_channels, w_dim, res, clamp=clamp, backend=backend)
+            options = {"clamp": clamp, "backend": backend, "cut_backend": cut_backend}
+            block = SynthesisBlock(c_in, c_out, plane_channels, w_dim, res, **options)
             self.add_module(f"b{res}", block)
             c_in = c_out
         # Every convolution has a style vector; a to-planes layer shares the next one, and the last has its own.

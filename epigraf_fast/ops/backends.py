@@ -18,6 +18,7 @@ OPS = (
     "decode_triplane",
     "sample_importance",
     "composite",
+    "cut",
     "bias_act",
     "upfirdn2d",
     "modulated_conv2d",
@@ -26,13 +27,13 @@ BACKENDS = ("reference", "triton", "cuda", "cpu")
 RUN_BACKENDS = ("auto", "gpu", *BACKENDS)  # what a run may name, see `choose`
 
 # Ops that one module takes together, and that it hands one backend.
-FAMILIES = {"renderer": OPS[:4], "convolutions": OPS[4:]}
+FAMILIES = {"renderer": OPS[:5], "convolutions": OPS[5:]}
 
 # What exists beside the reference, which has every op.
 IMPLEMENTED = {
-    "triton": ("sample_triplane", "decode_triplane", "sample_importance", "composite"),
+    "triton": ("sample_triplane", "decode_triplane", "sample_importance", "composite", "cut"),
     "cuda": ("bias_act", "upfirdn2d", "modulated_conv2d"),
-    "cpu": ("sample_triplane", "decode_triplane", "bias_act", "upfirdn2d", "modulated_conv2d"),
+    "cpu": ("sample_triplane", "decode_triplane", "cut", "bias_act", "upfirdn2d", "modulated_conv2d"),
 }
 
 # Backends whose tests have passed on a GPU, which makes them the default there: what `bench/gpu_day.sh` wrote about it.
@@ -123,7 +124,7 @@ def _lacking(op: str, backend: str) -> str | None:
         return "not part of this release"
     if backend == "triton":
         return _lacking_triton()
-    # On the CPU the renderer's ops have torch's grid sampler where the extension is missing.
+    # On the CPU the renderer's ops need no extension: torch's grid sampler samples where it is missing.
     return native.lacking(backend) if op in IMPLEMENTED["cuda"] else None
 
 

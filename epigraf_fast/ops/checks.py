@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference.sample_triplane import PlaneRegion
+from ..reference.sample_triplane import PlaneRegion, reads_outside
 from . import library
 
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -156,6 +157,27 @@ def check_region(op: str, region: PlaneRegion | None, planes: Tensor) -> None:
             raise ValueError(
                 f"{op}: region.first must leave room for {list(size)} in {list(whole)}, got {first.tolist()}"
             )
+
+
+def is_debugging() -> bool:
+    """Whether EPIGRAF_FAST_DEBUG=1 in the environment asks for checks that take time."""
+    return os.environ.get("EPIGRAF_FAST_DEBUG") == "1"
+
+
+def assert_in_region(op: str, points: Tensor, region: PlaneRegion, size: Sequence[int]) -> None:
+    """No point reads, with a weight, a texel that is not stored.
+
+    On a CPU it looks at once; on a GPU in its own time, as a device-side assertion, which a CUDA graph keeps.
+
+    Args:
+        points: [B, N, 3], relative to whole planes.
+        size: Rows and columns of the planes that are stored.
+
+    Raises:
+        RuntimeError: One does.
+    """
+    message = f"{op}: points must keep to the region, got some that read texels outside of it"
+    torch._assert_async(~reads_outside(points.detach(), region, tuple(size)), message)
 
 
 def check_dtype(op: str, name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], because: str) -> None:

@@ -11,10 +11,12 @@ from torch import Tensor
 from ..reference.cut import cut as _reference
 from ..reference.cut import paste as _reference_paste
 from . import library
+from .backends import resolve
 from .checks import check_shape
+from .ranges import annotate
 
 
-def cut(x: Tensor, first: Tensor, size: tuple[int, int]) -> Tensor:
+def cut(x: Tensor, first: Tensor, size: tuple[int, int], *, backend: str | None = None) -> Tensor:
     """y[b, c, i, j] = x[b, c, first[b, 0] + i, first[b, 1] + j]: the part of every image that is asked for.
 
     Args:
@@ -26,10 +28,14 @@ def cut(x: Tensor, first: Tensor, size: tuple[int, int]) -> Tensor:
     Returns:
         [B, C, *size].
 
+    Backend triton: numbers of at most 8 bytes; a copy is one launch, and so is its transpose. What lies outside of the
+    image is 0.
+
     Derivatives: any order, to x; each is the same copy, or its transpose `paste`, without atomics.
 
     Raises:
-        TypeError, ValueError: Wrong shape, dtype or device; on a CPU a rectangle that leaves its image.
+        TypeError, ValueError: Wrong shape, dtype or device; on a CPU a rectangle that leaves its image; unknown or
+            missing backend.
     """
     check_shape("cut", "x", x, ("B", "C", "H", "W"))
     check_shape("cut", "first", first, (len(x), 2))
@@ -39,87 +45,101 @@ def cut(x: Tensor, first: Tensor, size: tuple[int, int]) -> Tensor:
         raise ValueError(f"cut: first must be on {x.device} as x is, got {first.device}")
     if len(size) != 2 or not all(1 <= part <= whole for part, whole in zip(size, x.shape[2:], strict=True)):
         raise ValueError(f"cut: size must be two numbers from 1 to {list(x.shape[2:])}, those of x, got {list(size)}")
-    route = library.route(x, first)
-    if route is library.REFERENCE:
+    chosen, route = resolve("cut", backend, x.device.type), library.route(x, first)
+    if route is library.REFERENCE or (route is library.LIBRARY and chosen == "reference"):
         return _reference(x, first, size)
+    if chosen == "triton" and x.element_size() > 8:
+        raise TypeError(f'cut: x must have numbers of at most 8 bytes (because backend is "triton"), got {x.dtype}')
     if tuple(size) == tuple(x.shape[2:]):
         if route is library.PLAIN:
             _check_room(first, size, x.shape[2:])
         return x
-    return library.call(route, _Cut, x, first, tuple(size))
+    return library.call(route, _Cut, x, first, tuple(size), chosen)
 
 
 def _check_room(first: Tensor, size: Sequence[int], whole: Sequence[int]) -> None:
+    if first.device.type != "cpu":
+        return
     room = first.new_tensor(whole) - first.new_tensor(size)
-    if first.device.type == "cpu" and bool(((first < 0) | (first > room)).any()):
+    if bool(((first < 0) | (first > room)).any()):
         raise ValueError(f"cut: first must leave room for {list(size)} in {list(whole)}, got {first.tolist()}")
 
 
-@library.register("cut(Tensor x, Tensor first, SymInt[2] size) -> Tensor")
+@library.register("cut(Tensor x, Tensor first, SymInt[2] size, str backend) -> Tensor")
 class _Cut:
     @staticmethod
-    def empty(x: Tensor, first: Tensor, size: Sequence[int]) -> Tensor:
-        return _like(x, size)
+    def empty(x: Tensor, first: Tensor, size: Sequence[int], backend: str) -> Tensor:
+        return _like(x, size, backend)
 
     @staticmethod
-    def run(x: Tensor, first: Tensor, size: Sequence[int]) -> Tensor:
+    @annotate("cut")
+    def run(x: Tensor, first: Tensor, size: Sequence[int], backend: str) -> Tensor:
         _check_room(first, size, x.shape[2:])
-        if x.device.type != "cpu":
+        if backend == "triton":
+            from ..kernels import cut as kernels
+
+            return kernels.cut(x, first, tuple(size))
+        if backend == "reference":
             return _reference(x, first, size)
-        y = _like(x, size)
+        y = _like(x, size, backend)
         for image, (row, column) in enumerate(first.tolist()):
             y[image] = x[image, :, row : row + size[0], column : column + size[1]]
         return y
 
     @staticmethod
-    def reference(x: Tensor, first: Tensor, size: Sequence[int]) -> Tensor:
+    def reference(x: Tensor, first: Tensor, size: Sequence[int], backend: str) -> Tensor:
         return _reference(x, first, size)
 
     @staticmethod
     def keep(ctx: Any, inputs: tuple[Any, ...], y: Tensor) -> None:
-        x, first, _ = inputs
+        x, first, _, ctx.backend = inputs
         ctx.size = tuple(x.shape[2:])
         ctx.save_for_backward(first)
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None]:
-        return library.apply(_Paste, grad_y, *ctx.saved_tensors, ctx.size), None, None
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None, None]:
+        return library.apply(_Paste, grad_y, *ctx.saved_tensors, ctx.size, ctx.backend), None, None, None
 
 
-@library.register("paste(Tensor y, Tensor first, SymInt[2] size) -> Tensor")
+@library.register("paste(Tensor y, Tensor first, SymInt[2] size, str backend) -> Tensor")
 class _Paste:
     """The transpose of `_Cut`: zeros around."""
 
     @staticmethod
-    def empty(y: Tensor, first: Tensor, size: Sequence[int]) -> Tensor:
-        return _like(y, size)
+    def empty(y: Tensor, first: Tensor, size: Sequence[int], backend: str) -> Tensor:
+        return _like(y, size, backend)
 
     @staticmethod
-    def run(y: Tensor, first: Tensor, size: Sequence[int]) -> Tensor:
-        if y.device.type != "cpu":
+    @annotate("paste")
+    def run(y: Tensor, first: Tensor, size: Sequence[int], backend: str) -> Tensor:
+        if backend == "triton":
+            from ..kernels import cut as kernels
+
+            return kernels.paste(y, first, tuple(size))
+        if backend == "reference":
             return _reference_paste(y, first, size)
-        x = _like(y, size).zero_()
+        x = _like(y, size, backend).zero_()
         for image, (row, column) in enumerate(first.tolist()):
             x[image, :, row : row + y.shape[2], column : column + y.shape[3]] = y[image]
         return x
 
     @staticmethod
-    def reference(y: Tensor, first: Tensor, size: Sequence[int]) -> Tensor:
+    def reference(y: Tensor, first: Tensor, size: Sequence[int], backend: str) -> Tensor:
         return _reference_paste(y, first, size)
 
     @staticmethod
     def keep(ctx: Any, inputs: tuple[Any, ...], x: Tensor) -> None:
-        y, first, _ = inputs
+        y, first, _, ctx.backend = inputs
         ctx.size = tuple(y.shape[2:])
         ctx.save_for_backward(first)
 
     @staticmethod
-    def backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor, None, None]:
-        return library.apply(_Cut, grad_x, *ctx.saved_tensors, ctx.size), None, None
+    def backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor, None, None, None]:
+        return library.apply(_Cut, grad_x, *ctx.saved_tensors, ctx.size, ctx.backend), None, None, None
 
 
-def _like(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Memory for [B, C, *size] in the layout of x; a GPU's copies leave channels last."""
-    last = x.device.type != "cpu" or (not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last))
+def _like(x: Tensor, size: Sequence[int], backend: str) -> Tensor:
+    """Memory for [B, C, *size] in the layout of x; the reference leaves channels last."""
+    last = backend == "reference" or (x.shape[1] > 1 and x.stride(1) == 1 and x.stride(3) != 1)
     layout = torch.channels_last if last else torch.contiguous_format
     return torch.empty(*x.shape[:2], *size, dtype=x.dtype, device=x.device, memory_format=layout)

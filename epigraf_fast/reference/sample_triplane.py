@@ -18,6 +18,32 @@ class PlaneRegion(NamedTuple):
     whole: tuple[int, int]  # rows and columns of whole planes
 
 
+def reads_outside(points: Tensor, region: PlaneRegion, size: tuple[int, int]) -> Tensor:
+    """Whether any of points [B, N, 3] gives a weight to a texel that planes of `size`, at a region, do not hold.
+
+    Returns:
+        One bool, a tensor without dimensions.
+    """
+
+    def taps(coordinate: Tensor, side: int) -> list[tuple[Tensor, Tensor]]:
+        """Of both texels that coordinates lie between: whether whole planes are read there, and whether it is held."""
+        whole, first = region.whole[side], region.first[:, side, None]
+        position = (coordinate.clamp(-3, 3) + 1) * ((whole - 1) / 2)
+        lower = position.floor()
+        weights = (lower, 1 - (position - lower)), (lower + 1, position - lower)
+        return [
+            ((weight > 0) & (texel >= 0) & (texel < whole), (texel >= first) & (texel < first + size[side]))
+            for texel, weight in weights
+        ]
+
+    found = []
+    for horizontal, vertical in PLANE_AXES:
+        for asked_x, held_x in taps(points[..., horizontal], 1):
+            for asked_y, held_y in taps(points[..., vertical], 0):
+                found.append((asked_x & asked_y & ~(held_x & held_y)).any())
+    return torch.stack(found).any()
+
+
 def sample_triplane(planes: Tensor, points: Tensor, region: PlaneRegion | None = None) -> Tensor:
     """feature(p) = 1/3 sum_k bilinear(plane_k, p[axes_k]); -1 and +1 are the centres of the border texels.
 
@@ -50,11 +76,10 @@ def sample_triplane(planes: Tensor, points: Tensor, region: PlaneRegion | None =
     tap_weights = tap_weights * torch.stack([1 - down, down, 1 - down, down], dim=-1)
     inside = (x_corners >= 0) & (x_corners < columns) & (y_corners >= 0) & (y_corners < rows)
     if region is not None:
-        asked = inside & (tap_weights > 0)
         first = region.first.to(x_corners)[:, :, None, None, None]  # [B, 2, 1, 1, 1]
         x_corners, y_corners = x_corners - first[:, 1], y_corners - first[:, 0]
         inside = (x_corners >= 0) & (x_corners < width) & (y_corners >= 0) & (y_corners < height)
-        if planes.device.type == "cpu" and bool((asked & ~inside).any()):
+        if planes.device.type == "cpu" and bool(reads_outside(points.detach(), region, (height, width))):
             raise ValueError("sample_triplane: points must keep to the region, got some that read texels outside of it")
     tap_weights = (tap_weights * inside).to(planes.dtype)
 

@@ -13,6 +13,7 @@ from ..models.discriminator import Discriminator, ScaleDiscriminators
 from ..models.generator import Generator
 from .networks import build_discriminator, build_generator
 from .patches import with_context
+from .regions import largest_plan
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
 
@@ -39,11 +40,15 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 2**30)
 
 
-def step_bytes(config: Config, generator: Generator, discriminator: Discriminator) -> tuple[int, int]:
+def step_bytes(
+    config: Config, generator: Generator, discriminator: Discriminator, angles: Tensor | None = None
+) -> tuple[int, int]:
     """Estimates the memory of a training step in fp32, with the reference's ops.
 
     Args:
         generator, discriminator: Of `meta_networks`.
+        angles: [N, 3] of the data set, for how much of the planes a step computes (docs/region.md). Without them, and
+            with the custom prior, whole planes are reckoned with.
 
     Returns:
         Bytes of weights, gradients, Adam's moments and the average generator; and bytes that the generator's phase, the
@@ -58,7 +63,7 @@ def step_bytes(config: Config, generator: Generator, discriminator: Discriminato
             kept[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
-    num = config.micro
+    num, region = config.micro, largest_plan(config, angles, "meta")
     with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         label = torch.empty(num, generator.label_dim)
         angles, scale, offset = torch.empty(num, 3), torch.empty(num), torch.empty(num, 2)
@@ -71,6 +76,7 @@ def step_bytes(config: Config, generator: Generator, discriminator: Discriminato
             patch_offset=offset,
             density_noise_std=1.0,
             with_context=config.discriminator.global_context != "none",
+            region=False if region is None else region,
         ).rgb
         if config.discriminator.global_context != "none":
             patches = with_context(patches, scale, offset, config)

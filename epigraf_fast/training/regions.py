@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..config import Config
-from ..models.region import FEW_BUCKETS, WHOLE_BELOW, Plan, boxes_of, computed_share, plan, region_of, size_of
+from ..models.region import FEW_BUCKETS, WHOLE_BELOW, Plan, Region, boxes_of, computed_share, plan, region_of, size_of
 from .patches import patch_progress, sample_patches
 from .sampling import prior_angles
 
@@ -68,8 +68,8 @@ def sizes_of(boxes: Tensor, resolution: int, micro: int, one_size: bool) -> list
     return [size_of(part, resolution) for part in parts]
 
 
-def expected_share(config: Config, angles: Tensor, cur_nimg: int, share: int, micro: int) -> float:
-    """The part of the planes that will be computed at a time of the schedule, a mean over drawn cameras and patches.
+def expected_sizes(config: Config, angles: Tensor, cur_nimg: int, share: int, micro: int) -> list[tuple[int, int]]:
+    """Rows and columns of the planes that micro-batches need at a time of the schedule, of drawn cameras and patches.
 
     Leaves torch's random numbers as they are.
 
@@ -80,7 +80,7 @@ def expected_share(config: Config, angles: Tensor, cur_nimg: int, share: int, mi
     group = min(config.discriminator.minibatch_std_group, micro)
     progress = patch_progress(config.patches, config.resolution, cur_nimg, config.batch)
     resolution = config.generator.plane_resolution
-    shares = []
+    found = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         for _ in range(-(-EXPECTED_OVER // share)):
@@ -92,9 +92,28 @@ def expected_share(config: Config, angles: Tensor, cur_nimg: int, share: int, mi
             patches = (x.repeat_interleave(group, dim=0) for x in patches)
             boxes = boxes_of(config.camera, resolution, poses, *patches)
             boxes = boxes[arrange(boxes, share, group, micro, config.patch.groups)]
-            sizes = sizes_of(boxes, resolution, micro, config.cuda_graphs)
-            shares += [computed_share(size, resolution) for size in sizes]
-    return sum(shares) / len(shares)
+            found += sizes_of(boxes, resolution, micro, config.cuda_graphs)
+    return found
+
+
+def expected_share(config: Config, angles: Tensor, cur_nimg: int, share: int, micro: int) -> float:
+    """The part of the planes that will be computed, a mean over `expected_sizes`."""
+    sizes = expected_sizes(config, angles, cur_nimg, share, micro)
+    return sum(computed_share(size, config.generator.plane_resolution) for size in sizes) / len(sizes)
+
+
+def largest_plan(config: Config, angles: Tensor | None, device: torch.device | str) -> Plan | None:
+    """What is computed for the largest micro-batch at the start of the schedule, where patches are; None: whole planes.
+
+    Args:
+        angles: [N, 3] of the data set; None if they are not known, and then the custom prior takes whole planes.
+    """
+    if not is_on(config) or (angles is None and config.camera.prior == "custom"):
+        return None
+    resolution = config.generator.plane_resolution
+    sizes = expected_sizes(config, torch.zeros(0, 3) if angles is None else angles, 0, config.batch, config.micro)
+    size = max(sizes, key=lambda size: computed_share(size, resolution))
+    return plan(Region(torch.zeros(config.micro, 2, dtype=torch.long), size), resolution, device)
 
 
 def announcement(config: Config, angles: Tensor, cur_nimg: int, share: int, micro: int) -> str | None:

@@ -100,7 +100,10 @@ def surface_depth(images: Images, ray_end: float) -> Tensor:
 def render_images(
     generator: Generator, z: Tensor, label: Tensor, angles: Tensor, resolution: int, noise_mode: str = "const"
 ) -> Iterator[Images]:
-    """Full images in batches, with evenly spaced samples; deterministic unless `noise_mode` is "random"."""
+    """Full images in batches, with evenly spaced samples; deterministic unless `noise_mode` is "random".
+
+    One view of each object: planes are computed only where its rays look.
+    """
     for first in range(0, len(z), BATCH):
         part = slice(first, first + BATCH)
         yield generator(
@@ -110,6 +113,7 @@ def render_images(
             resolution=resolution,
             conditioning_angles=angles[part],
             noise_mode=noise_mode,
+            region=True,
             stochastic=False,
         )
 

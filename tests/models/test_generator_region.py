@@ -133,6 +133,42 @@ def test_the_reference_finds_no_tap_outside(prior):
             network(draw(3, 8), angles, resolution=5, region=True, **options)
 
 
+def test_settings_forbid_it(monkeypatch):
+    network = build(region="off")
+    assert not network.takes_region
+    assert computed_share(network, monkeypatch) == 1
+
+
+def test_whole_planes_where_a_part_saves_little(monkeypatch):
+    """Boxes of nearly all, and they are painted as they are without a region: by the same operations."""
+    network = build()
+    planes, place = network.paint(draw(3, network.mapping.num_ws, 8), ANGLES, fov=30.0, noise_mode="none")
+    assert place is None
+    assert planes.shape[2:] == (64, 64)
+    planes, place = network.paint(draw(3, network.mapping.num_ws, 8), ANGLES, SCALE, OFFSET, noise_mode="none")
+    assert planes.shape[2] * planes.shape[3] < 0.9 * 64**2
+    assert place.whole == (64, 64)
+    monkeypatch.setattr(regions, "PAYS_BELOW", 0.1)
+    assert computed_share(network, monkeypatch) == 1
+
+
+@pytest.mark.parametrize("samples", [{}, {"fine_samples": 0}], ids=str)
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_in_debug_mode_the_renderer_looks(backend, samples, monkeypatch):
+    """With every backend; those that count a texel that is not stored as zero would not say a word."""
+    network = build(backend=backend)
+    network.renderer.config = RendererConfig(**{**SAMPLES, **samples})
+    boxes = boxes_of(CAMERA, 64, ANGLES, SCALE, OFFSET)
+    small = plan(region_of(torch.cat([boxes[:, :2], boxes[:, :2] + 1], dim=1), 64), 64, "cpu")
+    options = {"resolution": 6, "patch_scale": SCALE, "patch_offset": OFFSET}
+    if backend is None:
+        network(draw(3, 8), ANGLES, region=small, **options)
+    monkeypatch.setenv("EPIGRAF_FAST_DEBUG", "1")
+    network(draw(3, 8), ANGLES, region=True, **options)
+    with pytest.raises((RuntimeError, ValueError), match="points must keep to the region"):
+        network(draw(3, 8), ANGLES, region=small, **options)
+
+
 def test_a_box_too_small_is_noticed():
     network = build(backend="reference")
     boxes = boxes_of(CAMERA, 64, ANGLES, SCALE, OFFSET)

@@ -58,6 +58,7 @@ CALLS = {
     ),
     "invert_cdf": ("sample_importance", functools.partial(ops.invert_cdf, T[0, 0], T[0, 0, 1:], T[0, 0] / 3)),
     "composite": ("composite", functools.partial(ops.composite, T, draw(1, 2, 4, 4, dtype=torch.float32))),
+    "cut": ("cut", functools.partial(ops.cut, draw(1, 2, 4, 4), torch.tensor([[1, 2]]), (3, 2))),
     "bias_act": ("bias_act", functools.partial(ops.bias_act, draw(2, 3), draw(3))),
     "upfirdn2d": ("upfirdn2d", functools.partial(ops.upfirdn2d, draw(1, 2, 4, 4), draw(3))),
     "conv2d_resample": (
@@ -78,7 +79,7 @@ CALLS = {
     ),
     "layer_epilogue": ("modulated_conv2d", functools.partial(ops.layer_epilogue, draw(1, 2, 4, 4), bias=draw(2))),
 }
-NOT_OPS = {"Composite", "Modulation", "PlaneRegion", "cut", "draw_seed"}  # nothing to choose a backend for
+NOT_OPS = {"Composite", "Modulation", "PlaneRegion", "draw_seed"}  # nothing to choose a backend for
 
 
 def test_status_covers_the_table():
@@ -191,7 +192,7 @@ def test_a_run_is_told_why_a_backend_is_missing(monkeypatch):
 
 def test_a_family_has_one_backend(monkeypatch):
     chosen = {**backends.choose("auto", "cpu"), "composite": "triton"}
-    with pytest.raises(ValueError, match=r"^renderer: the ops must share a backend, got .* composite triton$"):
+    with pytest.raises(ValueError, match=r"^renderer: the ops must share a backend, got .* composite triton, cut cpu$"):
         backends.family_backend("renderer", chosen, "cpu")
 
 

@@ -145,6 +145,10 @@ def invert_cdf(weights, **more):
     return ops.invert_cdf(T.to(weights.dtype), weights, U.to(weights.dtype), **more)
 
 
+def cut(x, **more):
+    return ops.cut(x, torch.tensor([[1, 2], [0, 3]]), (3, 2), **more)
+
+
 def cases() -> dict[str, Case]:
     c, n = numbers(CPU), numbers(TRITON)
     x, style = c(2, 3, 4, 5), c(2, 3, seed=1)
@@ -170,6 +174,8 @@ def cases() -> dict[str, Case]:
     for call, inputs in ((sample_importance, n(1, 2, 5)), (sample_stratified, U), (invert_cdf, n(1, 2, 4).square())):
         name = f"{call.__name__}-triton"
         found[name] = Case(name, "sample_importance", "triton", call, (inputs,), 0)
+    for backend, x in (("cpu", c(2, 3, 5, 6)), ("triton", n(2, 3, 5, 6))):
+        found[f"cut-{backend}"] = Case(f"cut-{backend}", "cut", backend, cut, (x,), 2)
     return {name: case for name, case in found.items() if backends.status()[case.op][case.backend] is None}
 
 
@@ -398,8 +404,6 @@ def recorded() -> dict[str, list[tuple[Any, ...]]]:
             function(*case.inputs)
             for order in range(1, case.order + 1):
                 gradients(function, order)(*leaves(case.inputs))
-        x = draw(2, 3, 5, 6).requires_grad_()  # of no backend, and so in no case
-        torch.autograd.grad(ops.cut(x, torch.tensor([[1, 2], [0, 3]]), (3, 2)).square().sum(), x)
     return recorder.calls
 
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import imageio.v3
 import numpy as np
 import PIL.Image
 import pytest
 import torch
+from torch import Tensor
 
 from checks import HANG, assert_close
 from epigraf_fast import render
 from epigraf_fast.camera import cam2world_matrix, camera_rays
+from epigraf_fast.models import region
 from epigraf_fast.models.renderer import Images
 from epigraf_fast.training.pretrained import load_generator
 
@@ -50,6 +54,45 @@ def test_a_grid_shows_every_seed_from_every_side(tiny_run: Path, tmp_path: Path)
         planes = generator.synthesis(ws, "const")
         expected = render.to_uint8(generator.render(planes, pose[None], 16, stochastic=False).rgb)
     assert (expected[0].permute(1, 2, 0).numpy() == rows[3]).all()
+
+
+def test_single_views_have_planes_in_part(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A grid from one side and a walk, of the same pictures; from two sides, and in orbits, planes are whole."""
+    monkeypatch.setattr(region, "WHOLE_BELOW", 8)
+    _, generator = load_generator(tiny_run, "cpu")
+    narrow = {"fov": 6.0, "radius": 1.0, "ray_start": 0.95, "ray_end": 1.05, "cube_scale": 0.2}
+    generator.camera = dataclasses.replace(generator.camera, **narrow)
+    for name in ("ray_start", "ray_end", "cube_scale"):
+        setattr(generator.renderer, name, narrow[name])
+    scene, seeds = render.Scene(generator, 16), [0, 1]
+    poses = generator.mean_camera_pose.cpu() + torch.tensor([[0.0, 0.0, 0.0], [0.4, -0.2, 0.0]])
+    areas: list[int] = []
+    render_ = generator.render
+
+    def rendered(planes: Tensor, *args: Any, **kwargs: Any) -> Images:
+        areas.append(planes.shape[2] * planes.shape[3])
+        return render_(planes, *args, **kwargs)
+
+    monkeypatch.setattr(generator, "render", rendered)
+
+    def pictures(allowed: str) -> list[np.ndarray]:
+        generator.region = allowed
+        found = [
+            render.grid(scene, seeds, (), poses[1:], 2, render.Progress),
+            *render.interpolation(scene, seeds, (), poses, render.Progress),
+            render.grid(scene, seeds, (), poses, 2, render.Progress),
+            *render.orbit(scene, seeds, (), poses, 2, render.Progress),
+        ]
+        return [frame["rgb"].astype(int) for frame in found]
+
+    in_part = pictures("auto")
+    whole = 16**2
+    assert all(area < 0.9 * whole for area in areas[:4])  # two of the grid, two of the walk
+    assert areas[4:] == [whole] * 8
+    for a, b in zip(in_part, pictures("off"), strict=True):
+        assert np.abs(a - b).max() <= 1  # a rounding may change the last bit
+        assert a.std() > 0
+    assert areas[12:] == [whole] * 12
 
 
 def test_truncation_seeds_and_labels(tiny_run: Path, tmp_path: Path) -> None:

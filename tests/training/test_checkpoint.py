@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from in_part import IN_PART
 
 from epigraf_fast.config import Config
 from epigraf_fast.data import ImageDataset, make_loader
@@ -33,6 +34,7 @@ from epigraf_fast.training.checkpoint import (
     save_checkpoint,
     set_random_state,
 )
+from epigraf_fast.training.regions import is_on
 from epigraf_fast.training.step import Trainer
 
 TinyConfig = Callable[..., Config]
@@ -93,10 +95,14 @@ def test_random_states_go_on(draws: int, tmp_path: Path, tiny_config: TinyConfig
     assert numbers(3) == expected
 
 
+@pytest.mark.parametrize("planes", ["whole", "in part"])
 @pytest.mark.parametrize("steps", [1, 5])
-def test_continuation_is_exact(steps: int, tmp_path: Path, tiny_config: TinyConfig, tiny_trainer: TinyTrainer) -> None:
+def test_continuation_is_exact(
+    steps: int, planes: str, tmp_path: Path, tiny_config: TinyConfig, tiny_trainer: TinyTrainer
+) -> None:
     """2 N steps against N, a checkpoint, new objects under other random states, and N."""
-    config = tiny_config(optim={"r1_interval": 2})
+    config = tiny_config(optim={"r1_interval": 2}, **(IN_PART if planes == "in part" else {}))
+    assert is_on(config) == (planes == "in part")
     trainer, batches = tiny_trainer(config)
     trainer.augment_p.fill_(0.25)
     for _ in range(2 * steps):
@@ -123,8 +129,9 @@ def test_continuation_is_exact(steps: int, tmp_path: Path, tiny_config: TinyConf
         trainer.iteration(*batch)
     assert differences(trainer.state_dict(), expected) == []
     assert trainer.statistics() == expected_statistics
+    assert 0 < expected_statistics.get("planes/share", 0.5) < 1
     assert differences(random_state(), expected_random) == []
-    assert trainer.counts["loss/G"] == 2 * steps
+    assert trainer.counts["loss/G"] == 2 * steps * (config.batch // config.micro)
     assert trainer.augment_p == 0.25
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from in_part import IN_PART
 from test_cli import flags
 
 from checks import HANG, assert_close
@@ -102,12 +103,13 @@ class Alternating(Trainer):
         setattr(self, name, lambda *args: self.under(next(ranks), original, *args))
 
 
-def test_gradients_are_those_of_one_process(tiny_config: TinyConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", [{}, IN_PART], ids=["whole planes", "planes in part"])
+def test_gradients_are_those_of_one_process(settings: dict[str, Any], tiny_config: TinyConfig, tmp_path: Path) -> None:
     """Of G, D and R1, to 1e-6 of their largest value, and the same on both; statistics are means over both.
 
     Each has two micro-batches: the first stays at home, the second's backward pass sends the sum, in several buckets.
     """
-    config = tiny_config(batch=16, micro_batch=4, augment={"mode": "ada", "interval": 1, "p": 0.3})
+    config = tiny_config(batch=16, **{"micro_batch": 4, **settings}, augment={"mode": "ada", "interval": 1, "p": 0.3})
     first, second = step_of_two(config, tmp_path)
     for a, b in zip(first["grads"], second["grads"], strict=True):
         assert all(torch.equal(a[name], b[name]) for name in a)
@@ -145,6 +147,8 @@ def test_gradients_are_those_of_one_process(tiny_config: TinyConfig, tmp_path: P
     for name, expected in trainer.statistics().items():
         assert_close(torch.tensor(first["statistics"][name]), torch.tensor(expected), name)
     assert_close(first["augment_p"], trainer.augment_p, "augment_p")
+    assert ("planes/share" in first["statistics"]) == bool(settings)
+    assert 0 < first["statistics"].get("planes/share", 0.5) < 1
 
 
 def test_a_run_of_two_and_its_continuation_by_one(tiny_config: TinyConfig, tmp_path: Path) -> None:

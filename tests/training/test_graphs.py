@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from in_part import IN_PART
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -19,6 +20,7 @@ from checks import TOLERANCES
 from epigraf_fast.config import Config
 from epigraf_fast.data import ImageDataset, make_loader
 from epigraf_fast.errors import UserError
+from epigraf_fast.reference import sample_triplane as reference
 from epigraf_fast.training import graphs
 from epigraf_fast.training.distributed import World
 from epigraf_fast.training.gradients import clean_, flatten
@@ -42,6 +44,10 @@ PATH_LENGTH = {
     "optim": {"path_length_weight": 2.0, "path_length_interval": 2, "r1_interval": 2, "blur_kimg": 0.02},
     "patch": {"distribution": "discrete", "num_scales": 4},
 }
+
+EVERY_KIND = pytest.mark.parametrize(
+    "settings", [EVERYTHING, PATH_LENGTH, IN_PART], ids=["everything", "path length", "planes in part"]
+)
 
 
 def losses_of(trainer: Trainer, batches: Iterator, steps: int) -> list[dict[str, float]]:
@@ -151,7 +157,7 @@ def test_the_order_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 # The phases of a step
 
 
-@pytest.mark.parametrize("settings", [EVERYTHING, PATH_LENGTH], ids=["everything", "path length"])
+@EVERY_KIND
 def test_losses_are_those_without_graphs(
     settings: dict[str, Any], tiny_config: TinyConfig, tiny_trainer: TinyTrainer
 ) -> None:
@@ -238,12 +244,13 @@ def test_waiting_is_noticed(operation: Callable[[Tensor], Any]) -> None:
         operation(x)
 
 
-@pytest.mark.parametrize("settings", [EVERYTHING, PATH_LENGTH], ids=["everything", "path length"])
+@EVERY_KIND
 def test_nothing_in_an_iteration_waits(
     settings: dict[str, Any], tiny_config: TinyConfig, tiny_trainer: TinyTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the ops' references, as the extension's own launchers are not seen; and without Adam's step, which is fused
-    on a GPU."""
+    """With the ops' references, as the extension's own launchers are not seen; without Adam's step, which is fused on a
+    GPU, and without the look at a region that the reference takes on a CPU alone."""
+    monkeypatch.setattr(reference, "reads_outside", lambda *args: False)
     trainer, batches = tiny_trainer(tiny_config(**settings, backend="reference"))
     for optimizer in (trainer.g_optimizer, trainer.d_optimizer):
         monkeypatch.setattr(optimizer, "step", lambda: None)
@@ -323,7 +330,7 @@ def gpu_settings(settings: dict[str, Any], backend: str) -> dict[str, Any]:
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("backend", ["reference", "gpu"])
-@pytest.mark.parametrize("settings", [EVERYTHING, PATH_LENGTH], ids=["everything", "path length"])
+@EVERY_KIND
 def test_replayed_losses_are_those_of_plain_launches(
     settings: dict[str, Any], backend: str, tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -348,7 +355,7 @@ def test_replayed_losses_are_those_of_plain_launches(
 @needs_gpu
 @pytest.mark.parametrize("backend", ["reference", "gpu"])
 @pytest.mark.parametrize("recorded", [False, True])
-@pytest.mark.parametrize("settings", [EVERYTHING, PATH_LENGTH], ids=["everything", "path length"])
+@EVERY_KIND
 def test_no_iteration_waits_for_the_gpu(
     settings: dict[str, Any], recorded: bool, backend: str, tiny_config: TinyConfig
 ) -> None:

@@ -6,13 +6,16 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
+from in_part import IN_PART
 from torch import Tensor
 
 from epigraf_fast.config import Config
 from epigraf_fast.training.memory import meta_networks, parameter_count, step_bytes
+from epigraf_fast.training.regions import largest_plan
 from epigraf_fast.training.step import Trainer
 
 TinyConfig = Callable[..., Config]
@@ -38,12 +41,15 @@ def test_weights_gradients_moments_and_average(tiny_config: TinyConfig) -> None:
     assert fixed == 4 * (5 * parameter_count(generator) + 4 * parameter_count(discriminator))
 
 
-@pytest.mark.parametrize("micro", [4, 8])
+@pytest.mark.parametrize(("micro", "settings"), [(4, {}), (8, {}), (4, IN_PART)], ids=["4", "8", "planes in part"])
 def test_the_step_is_what_autograd_keeps(
-    micro: int, tiny_config: TinyConfig, tiny_trainer: Callable[[Config], tuple[Trainer, Iterator]]
+    micro: int,
+    settings: dict[str, Any],
+    tiny_config: TinyConfig,
+    tiny_trainer: Callable[[Config], tuple[Trainer, Iterator]],
 ) -> None:
-    """The reference ops on a CPU save the same, up to a tenth."""
-    config = tiny_config(micro_batch=micro, backend="reference", optim={"blur_sigma": 0.0})
+    """The reference ops on a CPU save the same, up to a tenth; of the largest box that is to be expected."""
+    config = tiny_config(**{"micro_batch": micro, **settings}, backend="reference", optim={"blur_sigma": 0.0})
     trainer, _ = tiny_trainer(config)
     parameters = {
         p.untyped_storage().data_ptr() for m in (trainer.generator, trainer.discriminator) for p in m.parameters()
@@ -55,13 +61,23 @@ def test_the_step_is_what_autograd_keeps(
             kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    fakes = next(trainer._with_patches(trainer._draw_fakes(8)).split(micro))
+    largest, angles = largest_plan(config, trainer.angles, "cpu"), trainer.angles
+    assert (largest is not None) == bool(settings)
+    for _ in range(1000):
+        fakes = next(trainer._with_patches(trainer._draw_fakes(8)).split(micro))
+        if largest is None or fakes.plans[0].levels[128].size == largest.levels[128].size:
+            break
+    else:
+        raise AssertionError(f"no micro-batch has a box of {largest.levels[128].size}")
     trainer.discriminator.requires_grad_(False)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         trainer._judge(*trainer._generate(fakes), fakes)
     measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    _, estimate = step_bytes(config, *meta_networks(config, 3))
+    _, estimate = step_bytes(config, *meta_networks(config, 3), angles)
     assert 0.9 * measured <= estimate <= 1.1 * measured
+    if largest is not None:  # without poses, and as they have no prior, whole planes are reckoned with
+        assert largest.share < 1
+        assert step_bytes(config, *meta_networks(config, 3))[1] > estimate
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep memory")

@@ -21,6 +21,7 @@ from torch import Tensor
 from checks import assert_close
 from epigraf_fast.config import CameraConfig, Config
 from epigraf_fast.data import ImageDataset
+from epigraf_fast.models import region
 from epigraf_fast.models.renderer import Images
 from epigraf_fast.training import sampling, snapshot
 from epigraf_fast.training.log import tile, to_uint8
@@ -268,6 +269,36 @@ def test_render_images_in_batches(
     monkeypatch.setattr(sampling, "BATCH", 5)
     (together,) = (images.rgb for images in render_images(generator, *latents, 8))
     assert_close(torch.cat(batches)[0], together[0], "first image", torch.float16)
+
+
+@pytest.mark.parametrize("noise_mode", ["const", "none"])
+def test_images_of_planes_in_part(
+    noise_mode: str,
+    tiny_config: TinyConfig,
+    tiny_trainer: TinyTrainer,
+    tiny_dataset: ImageDataset,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One view of each object: planes are painted where it looks, and the images are those of whole planes."""
+    monkeypatch.setattr(region, "WHOLE_BELOW", 8)
+    camera = {"fov": 6.0, "radius": 1.0, "ray_start": 0.95, "ray_end": 1.05, "cube_scale": 0.2}
+    config = tiny_config(generator={"plane_resolution": 32}, camera=camera)
+    generator = tiny_trainer(config)[0].average
+    for name, p in generator.named_parameters():
+        if name.endswith("noise_strength"):
+            p.data.fill_(0.3)
+    monkeypatch.setattr(sampling, "BATCH", 1)
+    latents, sizes = fixed_latents(3, generator, tiny_dataset, config.camera, 0), []
+    painted = generator.paint
+    monkeypatch.setattr(generator, "paint", lambda *args, **kwargs: sizes.append(painted(*args, **kwargs)) or sizes[-1])
+    in_part = list(render_images(generator, *latents, 8, noise_mode))
+    assert all(planes.shape[2] * planes.shape[3] < 0.9 * 32**2 for planes, _ in sizes)
+    assert len(sizes) == 3
+    generator.region = "off"
+    for a, b in zip(in_part, render_images(generator, *latents, 8, noise_mode), strict=True):
+        for name, got, want in zip(a._fields, a, b, strict=True):
+            assert_close(got, want, name)
+    assert len(sizes) == 3  # whole planes are not painted for a view
 
 
 def test_turntable_angles() -> None:
