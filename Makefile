@@ -3,6 +3,7 @@
 #   make demo              train the demo preset on the built-in data; an unfinished run goes on
 #   make test              all tests (ARGS="-k composite" picks some, JOBS=8 uses more cores)
 #   make compiled          the ops' tests on compiled kernels: PTX of three architectures, executed on this CPU
+#   make counts            what the compiled kernels do, counted on this CPU, against bench/budgets.json
 #   make lint              ruff
 #   make bench             what this machine can measure (OUT=folder): on a GPU bench/gpu_day.sh, else ratios on the CPU
 #   make sanitize          the extension's CPU code under the address, undefined-behaviour and thread sanitizers
@@ -41,7 +42,7 @@ endif
 VENV  := .venv
 READY := $(VENV)/ready
 
-.PHONY: demo test compiled lint bench sanitize clean force
+.PHONY: demo test compiled counts lint bench sanitize clean force
 
 demo: $(READY)
 	$(VENV)/bin/python train.py demo --run-dir $(RUN_DIR) --resume auto
@@ -51,6 +52,9 @@ test: $(READY)
 
 compiled: $(READY)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) tests/ops --compiled all -m compiled $(ARGS)
+
+counts: $(READY)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m bench.counts --check $(ARGS)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
