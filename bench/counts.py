@@ -29,7 +29,7 @@ RESULTS = results.FOLDER / "counts.json"
 BUDGETS = results.ROOT / "bench" / "budgets.json"
 ARCHS = (70, 80, 90)
 BLOCKS = 8  # of a launch that are executed, at most, where they lie in one row
-ROWS_OF_TWO = 64  # blocks of a grid of two dimensions up to which all are, and of more rows than `BLOCKS`
+WHOLE = 64  # blocks of a grid of two dimensions up to which all are
 
 # Of a budget: more of these is worse.
 METRICS = {
@@ -75,21 +75,23 @@ def chosen_blocks(grid: tuple[int, int, int], most: int = BLOCKS) -> list[tuple[
     """Blocks of a grid, evenly spread, each with how many it stands for. They are the same for the same grid.
 
     In a grid of two dimensions rows may have different work, and the first block of a row more than others: of every
-    row the first block, which stands for itself, and one in the middle for the rest. Small grids are taken whole.
+    row the first block, and one in the middle for the rest. What z counts is alike: every row is looked at in another
+    layer, which stands for all. Small grids are taken whole.
     """
-    width, height = grid[0], grid[1] * grid[2]
-    count = width * height
-    if count <= (most if height == 1 else ROWS_OF_TWO):
+    width, rows, layers = grid
+    count = width * rows * layers
+    if count <= (most if count == width else WHOLE):
         return [(number, 1) for number in range(count)]
-    if height == 1:
+    if rows == 1:
         edges = [i * count // most for i in range(most + 1)]
         return [((first + end) // 2, end - first) for first, end in itertools.pairwise(edges)]
-    if width == 1:
-        return [(number * width, times) for number, times in chosen_blocks((height, 1, 1), most)]
     found = []
-    for row in range(height):
-        inner = 1 + (width - 1) * (2 * row + 1) // (2 * height)  # another column in every row
-        found += [(row * width, 1), (row * width + inner, width - 1)]
+    for row in range(rows):
+        first = (layers * row // rows * rows + row) * width
+        found.append((first, layers))
+        if width > 1:
+            inner = 1 + (width - 1) * (2 * row + 1) // (2 * rows)  # another column in every row
+            found.append((first + inner, (width - 1) * layers))
     return found
 
 

@@ -42,7 +42,8 @@ def test_chosen_blocks_stand_for_the_whole_grid(grid: tuple[int, int, int]) -> N
     numbers = numbers_of(grid)
     assert sum(times for _, times in chosen) == grid[0] * grid[1] * grid[2]
     assert len(set(numbers)) == len(numbers)
-    assert {number // width for number in numbers} == set(range(grid[1] * grid[2]))
+    assert {number // width % grid[1] for number in numbers} == set(range(grid[1]))
+    assert {number // width // grid[1] for number in numbers} == set(range(grid[2]))
 
 
 def test_chosen_blocks_by_hand() -> None:
@@ -51,6 +52,9 @@ def test_chosen_blocks_by_hand() -> None:
     assert numbers_of((3, 4, 1)) == list(range(12))
     rows = counts.chosen_blocks((101, 2, 1))
     assert rows == [(0, 1), (26, 100), (101, 1), (177, 100)]
+    # Of two layers of three rows, 50 columns each: row 0 in layer 0, rows 1 in layer 0, row 2 in layer 1.
+    layers = counts.chosen_blocks((50, 3, 2))
+    assert layers == [(0, 2), (9, 98), (50, 2), (75, 98), (250, 2), (291, 98)]
 
 
 def made_up(text: str, grid: tuple[int, int, int]) -> count_cases.Launch:
