@@ -146,7 +146,8 @@ def row(case: Case, number: int, one: Sample) -> Row:
     """What a result file says of a launch: counts of a unit, and bounds of the launch."""
     launch, counts = one.launch, one.whole
     gpu = rates.GPUS[launch.arch]
-    seconds = rates.bounds(counts, gpu, streams=case.streams, longest=one.longest)
+    footprint = sum(x.numel() * x.element_size() for x in launch.tensors.values()) if case.streams else None
+    seconds = rates.bounds(counts, gpu, footprint=footprint, longest=one.longest)
     limit = max(seconds, key=seconds.__getitem__)
     per = counts.per(case.units)
     texels = [counts.load_lines[line] for line in _texel_lines(counts)]

@@ -71,12 +71,13 @@ def fp32_instructions(opcodes: Mapping[str, float]) -> float:
     return sum((2 if found[1] else 1) * count for name, count in opcodes.items() if (found := _FP32.match(name)))
 
 
-def bounds(counts: Counts, gpu: Gpu, *, streams: bool, longest: float = 0) -> dict[str, float]:
+def bounds(counts: Counts, gpu: Gpu, *, footprint: float | None = None, longest: float = 0) -> dict[str, float]:
     """Seconds that a launch's counts need, by what needs them.
 
     Args:
         counts: Of the whole launch.
-        streams: Whether what blocks load comes from DRAM; else from L2 alone.
+        footprint: Bytes of all tensors, where they come from DRAM and go there; what blocks share is moved once.
+            None where it is L2 that they are read from.
         longest: Warp instructions of the block that has most.
     """
     hz = gpu.ghz * 1e9
@@ -93,9 +94,9 @@ def bounds(counts: Counts, gpu: Gpu, *, streams: bool, longest: float = 0) -> di
         "L2": moved / gpu.l2_sectors / hz,
         "atomics": counts.atomic_sectors / gpu.atomic_sectors / hz,
     }
-    if streams:
-        moved = counts.global_load_distinct + counts.global_store_distinct
-        found["DRAM"] = moved * SECTOR / (gpu.dram_gb * 1e9)
+    if footprint is not None:
+        moved = SECTOR * (counts.global_load_distinct + counts.global_store_distinct)
+        found["DRAM"] = min(moved, footprint) / (gpu.dram_gb * 1e9)
     return found
 
 
