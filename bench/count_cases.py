@@ -107,7 +107,8 @@ def _depths(passes: int) -> Tensor:
 
 
 def _text(plan: tuple[tuple[int | None, ...], ...]) -> str:
-    return "+".join(f"{block_n}x{num_warps}" for block_n, num_warps, *_ in plan)
+    """Points x warps of every launch, and @ the registers that it is held to."""
+    return "+".join(f"{block_n}x{num_warps}{f'@{most}' if most else ''}" for block_n, num_warps, _, most in plan)
 
 
 def _scales(plans: tuple[Any, ...]) -> Iterator[tuple[Any, bool, float]]:

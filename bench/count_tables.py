@@ -218,7 +218,7 @@ def _plans(rows: list[Row]) -> str:
             sums = [number(of(of_case)) for of in COLUMNS.values()]
             plan = case.split()[3] + " (default)" * of_case[0]["default"]
             lines.append([kind, plan, *sums, number(total(of_case, "bound_us")), number(of_case[0]["floor_us"])])
-    return table(["case", "points x warps", *COLUMNS, "least us", "floor us"], lines)
+    return table(["case", "points x warps @ most registers", *COLUMNS, "least us", "floor us"], lines)
 
 
 def plot(plt: Any, result: Result) -> None:

@@ -107,9 +107,9 @@ def counted(result: dict[str, Any], archs: tuple[int, ...] = counts.ARCHS) -> li
 
 
 def format_counted(rows: list[dict[str, Any]]) -> str:
-    lines = ["arch   precision  kernel      least us  by               points x warps of each launch"]
+    lines = ["arch   precision  kernel      least us  by               points x warps @ most registers"]
     for row in rows:
-        plan = " + ".join(f"{block_n}x{warps}" for block_n, warps, *_ in row["plan"])
+        plan = " + ".join(f"{block_n}x{warps}{f'@{most}' if most else ''}" for block_n, warps, _, most in row["plan"])
         end = f"{plan} (default)" if row["default"] else plan
         start = f"sm_{row['arch']:<4}{row['precision']:<10} {row['kernel']:<11}{row['least_us']:>9.0f}"
         lines.append(f"{start}  {row['bound']:<16} {end}")
