@@ -237,7 +237,7 @@ def plot(plt: Any, result: Result) -> None:
             axis.text(least * 1.15, place, limit, va="center", fontsize=7)
         axis.set_xscale("log")
         low, high = axis.get_xlim()
-        axis.set_xlim(low, high * 12)
+        axis.set_xlim(low, high * 20)  # room for the names
         axis.set_title(f"{name} (sm_{arch})", fontsize=10)
         axis.set_xlabel("us an image", fontsize=8)
         axis.tick_params(labelsize=8)
