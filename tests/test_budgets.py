@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 from bench import count_cases, count_tables, counts, rates, report, resources_cuda, tune
 from bench.cases import Work
-from bench.ptx import Counts, Program, csrc_host
+from bench.ptx import Counts, Program, csrc_host, csrc_launch
 from epigraf_fast import ops
 from ptx_snippets import kernel
 
@@ -274,6 +275,13 @@ def test_counts_of_csrc_do_not_depend_on_values() -> None:
     drawn = epilogue(functools.partial(torch.randn, generator=torch.Generator().manual_seed(0)))
     assert len(drawn) == 3
     assert drawn == epilogue(torch.zeros)
+
+
+def test_every_launcher_has_names_for_its_tensors() -> None:
+    launchers = re.findall(r"^  EPIGRAF_DEFINE\(m, (\w+)\)", (csrc_host.CSRC / "bindings.cpp").read_text(), re.M)
+    assert {"layer_epilogue_fwd", "layer_epilogue_double_bwd", "upfirdn2d"} <= set(launchers)
+    for name in launchers:
+        assert csrc_launch.argument_names(name)
 
 
 # ---- what is said of the counts
