@@ -4,6 +4,7 @@
 #   make test              all tests (ARGS="-k composite" picks some, JOBS=8 uses more cores)
 #   make compiled          the ops' tests on compiled kernels: PTX of three architectures, executed on this CPU; and
 #                          what every plan of every size takes of registers and shared memory
+#   make counts            what the compiled kernels do, counted on this CPU, against bench/budgets.json
 #   make lint              ruff
 #   make bench             what this machine can measure (OUT=folder): on a GPU bench/gpu_day.sh, else ratios on the CPU
 #   make sanitize          the extension's CPU code under the address, undefined-behaviour and thread sanitizers
@@ -42,7 +43,7 @@ endif
 VENV  := .venv
 READY := $(VENV)/ready
 
-.PHONY: demo test compiled lint bench sanitize clean force
+.PHONY: demo test compiled counts lint bench sanitize clean force
 
 demo: $(READY)
 	$(VENV)/bin/python train.py demo --run-dir $(RUN_DIR) --resume auto
@@ -53,6 +54,9 @@ test: $(READY)
 compiled: $(READY)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) tests/ops --compiled all -m compiled $(ARGS)
 	$(VENV)/bin/python -m bench.resources --only triton
+
+counts: $(READY)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m bench.counts --check $(ARGS)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

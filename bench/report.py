@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from . import results
+from . import count_tables, results
 from .results import Result
 
 README = results.ROOT / "README.md"
@@ -63,6 +63,7 @@ def text(found: list[Result]) -> str:
     for (kind, on_gpu), write in writers.items():
         chosen = [r for r in found if r["kind"] == kind and bool(r["environment"]["gpu"]) == on_gpu]
         parts += [write(r) for r in chosen]
+    parts += [count_tables.short(r) for r in found if r["kind"] == "counts"]
     parts += [resources(r) for r in found if r["kind"] == "resources"]
     return "\n\n".join(parts)
 
@@ -369,6 +370,9 @@ def plot(found: list[Result], folder: Path) -> list[Path]:
             if points:
                 _plot_roofline(plt, result, points)
                 save(f"{stem}-roofline")
+        if result["kind"] == "counts":
+            count_tables.plot(plt, result)
+            save(stem)
         if result["kind"] == "step":
             rows = [row for row in result["cases"] if "phase_ms" in row]
             if rows:

@@ -23,7 +23,7 @@ def result(kind: str, config: dict[str, Any], cases: list[Result], **more: Any) 
     """What a result file holds.
 
     Args:
-        kind: "ops", "step" or "resources".
+        kind: "ops", "step", "counts" or "resources".
         config: The settings of the run.
         cases: Its measurements.
         more: What belongs to all cases, as the ceilings.

@@ -131,7 +131,7 @@ def _places(
     found = []
     if isinstance(memory, GlobalMemory):
         for region, at, who in memory.parts(wave, site, active, address, offset, size * count):
-            wave.count_global("atomic", at, who, size * count)
+            wave.count_global("atomic", site, region.base, at, who, size * count)
             lanes = wave.lanes(who)
             index = wave.flat(at, lanes) >> shift
             if memory.check:

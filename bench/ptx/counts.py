@@ -2,7 +2,7 @@
 
 A request is one instruction of one warp with at least one thread that takes part. Global memory moves in sectors of 32
 bytes. Shared memory has 32 banks of 4 bytes, and serves one word of every bank in a wavefront: requests of 8 (16) bytes
-a thread are served by halves (quarters) of a warp.
+a thread are served by halves (quarters) of a warp. Wavefronts beyond one for each of these parts are conflicts.
 """
 
 from __future__ import annotations
@@ -31,9 +31,11 @@ class Counts:
     global_load_requests: float = 0
     global_load_sectors: float = 0
     global_load_bytes: float = 0  # of different addresses in a request: what was of use
+    global_load_distinct: float = 0  # sectors, each once a block: what a cache that keeps all would ask L2 for
     global_store_requests: float = 0
     global_store_sectors: float = 0
     global_store_bytes: float = 0
+    global_store_distinct: float = 0
     atomic_requests: float = 0
     atomic_sectors: float = 0
     atomic_bytes: float = 0
@@ -41,6 +43,9 @@ class Counts:
     shared_load_wavefronts: float = 0
     shared_store_requests: float = 0
     shared_store_wavefronts: float = 0
+    shared_conflicts: float = 0  # wavefronts that conflicts of banks add
+    # (file:line of the source, "requests" or "sectors") of global loads
+    load_lines: Counter[tuple[str, str]] = dataclasses.field(default_factory=Counter)
     barriers: float = 0  # of warps
     divergent_branches: float = 0  # of warps
     blocks: float = 0
@@ -50,9 +55,13 @@ class Counts:
 
     def per(self, n: float) -> Counts:
         """Everything divided by n: a block's, point's or ray's part."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        opcodes = Counter({name: count / n for name, count in values.pop("opcodes").items()})
-        return Counts(opcodes=opcodes, **{name: value / n for name, value in values.items()})
+        return Counts(**{f.name: _divided(getattr(self, f.name), n) for f in dataclasses.fields(self)})
+
+
+def _divided(value: float | Counter, n: float) -> float | Counter:
+    if isinstance(value, Counter):
+        return Counter({name: count / n for name, count in value.items()})
+    return value / n
 
 
 _OUTSIDE = 2**63 - 1  # in place of the address of a thread that takes no part
@@ -90,8 +99,8 @@ def sectors(addresses: np.ndarray, active: np.ndarray | None, width: int) -> tup
     return requests, int(np.count_nonzero(rows[:, 1:] != rows[:, :-1])) + beside, different * width
 
 
-def wavefronts(addresses: np.ndarray, active: np.ndarray | None, width: int) -> tuple[int, int]:
-    """Requests and wavefronts of one access to shared memory; arguments as for `sectors`."""
+def wavefronts(addresses: np.ndarray, active: np.ndarray | None, width: int) -> tuple[int, int, int]:
+    """Requests, wavefronts and conflicts of one access to shared memory; arguments as for `sectors`."""
     unit = max(width, 4)
     rows = _rows(addresses, active, WARP)
     requests = int(np.count_nonzero((rows != _OUTSIDE).any(1)))
@@ -99,9 +108,11 @@ def wavefronts(addresses: np.ndarray, active: np.ndarray | None, width: int) -> 
     banks = BANKS * 4 // unit
     rows = np.where(rows != _OUTSIDE, rows >> unit.bit_length() - 1, _OUTSIDE)
     if not np.count_nonzero(rows != rows[:, :1]):
-        return requests, int(np.count_nonzero(rows[:, 0] != _OUTSIDE))
+        return requests, int(np.count_nonzero(rows[:, 0] != _OUTSIDE)), 0
     rows = _sorted(rows)
     first = rows != _OUTSIDE
+    least = int(np.count_nonzero(first.any(1)))
     first[:, 1:] &= rows[:, 1:] != rows[:, :-1]
     words = np.bincount(np.nonzero(first)[0] * banks + (rows[first] % banks), minlength=len(rows) * banks)
-    return requests, int(words.reshape(-1, banks).max(1).sum())
+    fronts = int(words.reshape(-1, banks).max(1).sum())
+    return requests, fronts, fronts - least

@@ -68,5 +68,5 @@ def launch_compiled(
 def argument_names(name: str) -> tuple[str, ...]:
     """What bindings.cpp calls the tensors of a launcher, in their order."""
     source = (CSRC / "bindings.cpp").read_text()
-    signature = re.search(rf"\b{name}\(const Check& \w+,([^)]*)\)", source)
+    signature = re.search(rf"\b{name}\(\s*const Check& \w+,([^)]*)\)", source)
     return tuple(re.findall(r"\bPointer (\w+)", signature[1]))

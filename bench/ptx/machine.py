@@ -294,6 +294,8 @@ class _Run:
         counts = self.wave.counts
         if counts is None:
             return
+        counts.global_load_distinct += self.wave.distinct("load")
+        counts.global_store_distinct += self.wave.distinct("store")
         for number, threads in self.entered.items():
             opcodes = self.code.flow.blocks[number].opcodes
             size = sum(opcodes.values())

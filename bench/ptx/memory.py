@@ -233,7 +233,7 @@ class GlobalMemory:
         if len(parts) != 1:
             return self._load_several(wave, site, parts, size, count)
         region, at, who = parts[0]
-        wave.count_global("load", at, who, whole)
+        wave.count_global("load", site, region.base, at, who, whole)
         if self.check:
             self.check_read(wave, site, region, at, who, whole)
         index = at >> size.bit_length() - 1 if size > 1 else at
@@ -246,7 +246,7 @@ class GlobalMemory:
         shape = np.broadcast_shapes(*(at.shape for _, at, _ in parts)) if parts else (1, 1)
         values = tuple(np.zeros(shape, f"u{size}") for _ in range(count))
         for region, at, who in parts:
-            wave.count_global("load", at, who, size * count)
+            wave.count_global("load", site, region.base, at, who, size * count)
             if self.check:
                 self.check_read(wave, site, region, at, who, size * count)
             index = at >> size.bit_length() - 1
@@ -287,7 +287,7 @@ class GlobalMemory:
         size = values[0].dtype.itemsize
         whole = size * len(values)
         for region, at, who in self.parts(wave, site, active, address, offset, whole):
-            wave.count_global("store", at, who, whole)
+            wave.count_global("store", site, region.base, at, who, whole)
             lanes = wave.lanes(who)
             place = wave.flat(at, lanes)
             data = np.stack([wave.flat(value, lanes) for value in values], axis=1)

@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .counts import WARP, Counts, sectors, wavefronts
+from .counts import SECTOR, WARP, Counts, sectors, wavefronts
 from .parse import Instruction
 from .races import ATOMIC, BLOCK_SHIFT, COPY, SEVERAL_BLOCKS, SEVERAL_WARPS, SOME_OF_WARP, WHO, Clocks
 
 Size = tuple[int, int, int]
+BLOCK_OF_SECTOR = 44  # bits of a sector's number; those above are its block's
 
 
 SPECIALS = frozenset(
@@ -108,6 +109,7 @@ class Wave:
             self.live = np.broadcast_to(np.arange(padded) < threads, self.shape)
         self.specials = Specials(blocks, padded, grid, block)
         self.copies = Copies(self.shape[0] * self.shape[1])
+        self.touched: dict[str, list[np.ndarray]] = {"load": [], "store": []}  # sectors and their blocks
         self.proxy_fences = np.zeros(self.shape, "i8")  # clocks of the threads' last fence.proxy.async
         self.asynchronous_reads: list[tuple[np.ndarray, np.ndarray]] = []  # places in shared memory, and flat threads
 
@@ -195,7 +197,10 @@ class Wave:
 
     # Counts
 
-    def count_global(self, kind: str, address: np.ndarray, active: np.ndarray | None, width: int) -> None:
+    def count_global(
+        self, kind: str, site: Instruction, base: int, address: np.ndarray, active: np.ndarray | None, width: int
+    ) -> None:
+        """An access at base + address; tensors begin with a sector, as a GPU's allocator has it."""
         if self.counts is None:
             return
         if address.shape[1] == 1:
@@ -207,20 +212,35 @@ class Wave:
         for unit, value in zip(("requests", "sectors", "bytes"), found, strict=True):
             field = f"{name}_{unit}"
             setattr(self.counts, field, getattr(self.counts, field) + value)
+        if kind == "load":
+            line = f"{site.source[0]}:{site.source[1]}" if site.source else ""
+            self.counts.load_lines[line, "requests"] += found[0]
+            self.counts.load_lines[line, "sectors"] += found[1]
+        if kind in self.touched:
+            row = np.arange(self.shape[0], dtype="i8").reshape(-1, 1) << BLOCK_OF_SECTOR
+            key = row + (address >> SECTOR.bit_length() - 1) + (base >> SECTOR.bit_length() - 1)
+            key = key if active is None else key[np.broadcast_to(active, key.shape)]
+            self.touched[kind].append(np.unique(key))
+
+    def distinct(self, kind: str) -> int:
+        """Sectors that blocks have loaded from, or stored to, once for every block."""
+        touched = self.touched[kind]
+        return len(np.unique(np.concatenate(touched))) if touched else 0
 
     def count_shared(self, kind: str, address: np.ndarray, active: np.ndarray | None, width: int) -> None:
         if self.counts is None:
             return
         if address.shape[1] == 1:
-            found = (self.active_warps(active),) * 2
+            found = (*(self.active_warps(active),) * 2, 0)
         else:
             found = self._counted(wavefronts, address, active, width)
         self.add_shared(kind, *found)
 
-    def add_shared(self, kind: str, requests: int, fronts: int) -> None:
+    def add_shared(self, kind: str, requests: int, fronts: int, conflicts: int) -> None:
         name = f"shared_{kind}"
         setattr(self.counts, f"{name}_requests", getattr(self.counts, f"{name}_requests") + requests)
         setattr(self.counts, f"{name}_wavefronts", getattr(self.counts, f"{name}_wavefronts") + fronts)
+        self.counts.shared_conflicts += conflicts
 
     def _counted(self, count: Any, address: np.ndarray, active: np.ndarray | None, width: int) -> list[int]:
         rows = address.shape[0] if active is None else max(address.shape[0], active.shape[0])
