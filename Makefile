@@ -49,10 +49,10 @@ demo: $(READY)
 	$(VENV)/bin/python train.py demo --run-dir $(RUN_DIR) --resume auto
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 compiled: $(READY)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) tests/ops --compiled all -m compiled $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal tests/ops --compiled all -m compiled $(ARGS)
 	$(VENV)/bin/python -m bench.resources --only triton
 
 counts: $(READY)

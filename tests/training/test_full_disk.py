@@ -17,6 +17,7 @@ import torch
 from test_cli import Distance, assert_one_error_line, flags
 
 import train
+from checks import HANG
 from epigraf_fast.config import Config
 from epigraf_fast.data import ImageDataset
 from epigraf_fast.training import board as board_module
@@ -50,7 +51,7 @@ def in_another_process(function: Callable[[], int], output: Path, errors: Path) 
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
-    process.join(120)
+    process.join(HANG)
     return process.exitcode
 
 
@@ -66,8 +67,9 @@ def test_nothing_can_be_written(tiny_config: TinyConfig, tmp_path: Path) -> None
     output, errors = Path(f"/dev/fd/{writing}"), tmp_path / "errors"
     os.set_blocking(reading, False)
     errors.symlink_to(output)
-    assert in_another_process(run, output, errors) == 2
+    code = in_another_process(run, output, errors)
     printed = os.read(reading, 2**20).decode()
+    assert code == 2, printed
     for name in ("stats.jsonl", "samples/", "tensorboard/", "config.json"):
         assert printed.count(f"warning: {name} cannot be written (File too large): make room; training goes on") == 1
     assert printed.count("checkpoint-000000016.pt could not be written") == 1
