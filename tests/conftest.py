@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import inspect
 import io
 import json
 import math
@@ -59,28 +57,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _one_thread() -> None:
     """Sums have one order, so that equal runs are equal to the last bit."""
     torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _language_is_patched_once_a_launch() -> Iterator[None]:
-    """Triton's interpreter swaps its language's functions at a launch, and again at every call of a function of a
-    kernel, where nothing is left to swap: a fifth of its time.
-    """
-    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
-        yield
-        return
-    from triton.runtime import interpreter
-
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return self.rewrite()(*args, **kwargs)
-        except Exception as error:
-            raise interpreter.InterpreterError(repr(error)) from error
-
-    with pytest.MonkeyPatch.context() as patch:
-        if "_patch_lang(self.fn)" in inspect.getsource(interpreter.InterpretedFunction.__call__):
-            patch.setattr(interpreter.InterpretedFunction, "__call__", call)
-        yield
 
 
 @pytest.fixture(autouse=True)
