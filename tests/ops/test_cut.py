@@ -129,10 +129,10 @@ def test_triton_gradients_have_the_places_of_the_cut(dtype, layout, channels):
 
 @on_triton(compiled=False)
 def test_triton_derivatives_of_every_order():
-    x = numbers(2, 3, 5, 6).div(50).requires_grad_(True)
-    first = torch.tensor([[1, 2], [0, 3]], device=device)
-    torch.autograd.gradcheck(lambda x: triton_cut(x, first, (3, 2)), x)
-    torch.autograd.gradgradcheck(lambda x: triton_cut(x, first, (3, 2)).square(), x)
+    x = numbers(2, 1, 3, 4).div(50).requires_grad_(True)
+    first = torch.tensor([[1, 2], [0, 1]], device=device)
+    torch.autograd.gradcheck(lambda x: triton_cut(x, first, (2, 2)), x)
+    torch.autograd.gradgradcheck(lambda x: triton_cut(x, first, (2, 2)).square(), x)
 
 
 @on_triton()
