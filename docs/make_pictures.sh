@@ -15,3 +15,4 @@ python=${PYTHON:-python}
 "$python" -m epigraf_fast.metrics "$run" --images 200 --plot docs/metrics.png --overwrite
 "$python" -m epigraf_fast.check_data builtin --preset demo --plot docs/poses.png --overwrite
 "$python" docs/viewer_screenshot.py "$run" docs/viewer.png
+"$python" docs/region_figure.py  # docs/region.png
