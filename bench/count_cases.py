@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -268,7 +268,7 @@ def _ways(
 
     def call(order: int) -> None:
         tensors = [x.requires_grad_() for x in inputs()]
-        with _unlisted() if order else _nothing():
+        with _unlisted() if order else nullcontext():
             y = op(*tensors)
         if order == 1:
             _gradients(y, tensors)
@@ -296,11 +296,6 @@ def _unlisted() -> Iterator[None]:
         yield
     finally:
         _listed = before
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 def _synthesis_cases(level: int) -> Iterator[Case]:
