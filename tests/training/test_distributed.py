@@ -19,6 +19,7 @@ import torch
 from in_part import IN_PART
 from test_cli import flags
 
+import train
 from checks import HANG, assert_close
 from epigraf_fast.config import Config, DiscriminatorConfig, check
 from epigraf_fast.data import ImageDataset, make_loader
