@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from epigraf_fast import convert
+from epigraf_fast.tools import convert
 
 LISTS = Path(__file__).parent / "data" / "published_state_dict.txt"
 Shapes = dict[str, tuple[tuple[int, ...], bool]]  # name -> shape, whether it is a buffer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Callable
@@ -13,9 +14,9 @@ import torch
 from torch import Tensor
 
 from checks import assert_close
-from epigraf_fast import mesh
 from epigraf_fast.models.feature_decoder import FeatureDecoder
 from epigraf_fast.models.generator import Generator
+from epigraf_fast.tools import mesh
 from epigraf_fast.training.pretrained import load_generator
 
 trimesh = pytest.importorskip("trimesh", reason="needs the extra tools")
@@ -140,7 +141,7 @@ def test_components(generator: Generator) -> None:
     sizes = np.bincount(mesh.components(surface))
     assert len(sizes) == 3
     assert (np.diff(sizes) <= 0).all()
-    lines = "\n".join(mesh.statistics(surface))
+    lines = "\n".join(mesh.statistics(mesh.measured(surface)))
     assert "watertight: yes" in lines
     assert "components: 3" in lines
     alone = mesh.largest(surface)
@@ -175,9 +176,16 @@ def test_files(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert len(list(tmp_path.iterdir())) == 4
 
 
-def test_several_seeds_and_a_given_threshold(tiny_run: Path, tmp_path: Path) -> None:
-    mesh.main([str(tiny_run), "--out", str(tmp_path / "x.ply"), "--resolution", "12", "--seeds", "0-1", "--largest"])
+def test_several_seeds_as_json(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = [str(tiny_run), "--out", str(tmp_path / "x.ply"), "--resolution", "12", "--seeds", "0-1", "--largest"]
+    mesh.main([*line, "--json"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x-0.ply", "x-1.ply"]
+    for seed, result in enumerate(json.loads(capsys.readouterr().out)):
+        loaded = trimesh.load(result["files"][0], force="mesh", process=False)
+        assert (result["seed"], result["components"], result["watertight"]) == (seed, 1, True)
+        assert result["faces"] == len(loaded.faces)
+        assert result["volume"] == pytest.approx(loaded.volume, rel=1e-4)
+        assert result["density_min"] < result["threshold"] < result["density_max"]
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,7 @@ def test_a_run_of_two_and_its_continuation_by_one(tiny_config: TinyConfig, tmp_p
     assert [path.name for path in list_checkpoints(run_dir)] == ["checkpoint-000000032.pt"]
     assert [line["cur_nimg"] for line in read_stats(run_dir / "stats.jsonl")] == [8, 16, 24, 32]
 
-    import train
+    from epigraf_fast.tools import train
 
     assert train.main([*flags(tiny_config(kimg=0.048)), "--resume", "auto"]) == 0
     lines = read_stats(run_dir / "stats.jsonl")

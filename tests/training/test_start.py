@@ -17,9 +17,9 @@ import pytest
 import torch
 from test_cli import Distance, flags
 
-import train
 from epigraf_fast.config import Config
 from epigraf_fast.errors import UserError
+from epigraf_fast.tools import train
 from epigraf_fast.training import distributed, snapshot, start
 from epigraf_fast.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from epigraf_fast.training.distributed import World
