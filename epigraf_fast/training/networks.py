@@ -40,7 +40,8 @@ def set_arithmetic(config: Config) -> None:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not reproducible
         torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over every tensor; ours are all written
-    torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
+    # `use_deterministic_algorithms` does the same, and imports a compiler for it that takes longer than torch itself.
+    torch.set_deterministic_debug_mode("warn" if config.deterministic else "default")
 
 
 def choose_backends(config: Config, device_type: str) -> dict[str, str]:
