@@ -353,7 +353,7 @@ def write_snapshot(
 def refusal(path: Path, out: Path, capsys: pytest.CaptureFixture[str], *options: str) -> str:
     """The one error line of a conversion, which leaves nothing behind."""
     with pytest.raises(SystemExit) as caught:
-        convert.main([str(path), str(out), *options])
+        convert.main([str(path), "--out", str(out), *options])
     assert caught.value.code == 2
     captured = capsys.readouterr()
     assert captured.out == ""

@@ -31,7 +31,7 @@ from ..training.pretrained import load_generator
 from ..training.sampling import known_labels
 from .arguments import Checkpoint, Device, default, parse, whole
 from .command import heard, require, running, waiting
-from .mesh import automatic_threshold, density_volume, extract, measured, statistics, to_trimesh
+from .mesh import automatic_threshold, density_volume, extract, glb_of, measured, statistics
 from .render import Painted, Scene
 
 FRAME_SECONDS = 0.1  # what a frame may take while something moves
@@ -316,8 +316,7 @@ class Viewer:
             whole_sphere = self.config.camera.prior == "spherical_uniform"
             threshold = automatic_threshold(self.generator, painted.planes, whole_sphere, self._progress)
         surface = extract(self.generator, painted.planes, volume, threshold, self._progress)
-        mesh = to_trimesh(surface)
-        self.mesh = self.server.scene.add_mesh_trimesh("/mesh", mesh, visible=bool(self.show_mesh.value))
+        self.mesh = self.server.scene.add_glb("/mesh", glb_of(surface), visible=bool(self.show_mesh.value))
         self.status.content = f"threshold {threshold:.4g}\n\n" + "\n\n".join(statistics(measured(surface)))
 
     def _progress(self, items: Sequence[Any], what: str) -> Iterator[Any]:

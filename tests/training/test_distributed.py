@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import torch
 from in_part import IN_PART
-from test_cli import flags
 
 from checks import HANG, assert_close
+from command_lines import flags
 from epigraf_fast.config import Config, DiscriminatorConfig, check
 from epigraf_fast.data import ImageDataset, make_loader
 from epigraf_fast.errors import UserError

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_cli import Distance, flags, losses
 
 from checks import HANG
+from command_lines import Distance, flags, losses
 from epigraf_fast.config import Config
 from epigraf_fast.data import ImageDataset
 from epigraf_fast.errors import Stopped

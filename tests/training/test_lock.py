@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import assert_one_error_line, flags
 
 from checks import HANG
+from command_lines import assert_one_error_line, flags
 from epigraf_fast.config import Config
 from epigraf_fast.errors import UserError
 from epigraf_fast.tools import train

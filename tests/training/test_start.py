@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_cli import Distance, flags
 
+from command_lines import Distance, flags
 from epigraf_fast.config import Config
 from epigraf_fast.errors import UserError
 from epigraf_fast.tools import train
