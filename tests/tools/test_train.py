@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from checks import HANG
-from command_lines import Distance, assert_one_error_line, flags, losses
+from command_lines import SPEED, Distance, assert_one_error_line, flags, losses
 from epigraf_fast.config import PRESETS, Config, differences, from_dict, preset
 from epigraf_fast.errors import UserError
 from epigraf_fast.ops import backends
