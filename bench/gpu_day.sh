@@ -91,7 +91,7 @@ build() {
   if [ "$MODE" != cpu ] || ! "$PYTHON" -c 'import torch, epigraf_fast._C' 2>/dev/null; then
     "$PYTHON" setup.py -q build_ext --inplace || return
   fi
-  "$PYTHON" -m epigraf_fast.doctor
+  "$PYTHON" -m epigraf_fast doctor
 }
 
 pytest() {

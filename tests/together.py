@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import torch._dynamo  # noqa: F401  optimizers import it at their first step, which takes seconds: here once for all
 
-import train
 from checks import HANG
 from epigraf_fast.config import Config
+from epigraf_fast.tools import train
 from epigraf_fast.training.start import checksum
 
 Fault = Callable[[], None]

@@ -25,7 +25,7 @@ def find_device(name: str | None) -> torch.device:
         raise UserError(f"--device must be cpu, cuda or cuda:N, got {name}")
     if name.startswith("cuda"):
         if not torch.cuda.is_available():
-            raise UserError("device is cuda, but torch sees no GPU: see python -m epigraf_fast.doctor")
+            raise UserError("device is cuda, but torch sees no GPU: see epigraf doctor")
         if int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
             raise UserError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs, counted from cuda:0")
     return torch.device(name)

@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 import torch
 from in_part import IN_PART
-from test_cli import flags
 
-import train
 from checks import HANG, assert_close
+from command_lines import flags
 from epigraf_fast.config import Config, DiscriminatorConfig, check
 from epigraf_fast.data import ImageDataset, make_loader
 from epigraf_fast.errors import UserError
+from epigraf_fast.tools import train
 from epigraf_fast.training import distributed
 from epigraf_fast.training.checkpoint import list_checkpoints, load_checkpoint
 from epigraf_fast.training.distributed import World, check_world

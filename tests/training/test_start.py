@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_cli import Distance, flags
 
-import train
+from command_lines import Distance, flags
 from epigraf_fast.config import Config
 from epigraf_fast.errors import UserError
+from epigraf_fast.tools import train
 from epigraf_fast.training import distributed, snapshot, start
 from epigraf_fast.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from epigraf_fast.training.distributed import World
