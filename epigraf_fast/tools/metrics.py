@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -103,6 +103,10 @@ class Distances:
     Args:
         dataset: The real images.
         num_real: How many of them.
+
+    Attributes:
+        num_real: How many there were.
+        num_features: Name -> how many features it looks at: from fewer images than that it is far too large.
     """
 
     def __init__(self, dataset: ImageDataset, num_real: int, inception: Path | None, device: torch.device) -> None:
@@ -112,8 +116,10 @@ class Distances:
             if inception is not None:
                 self.features = ScriptFeatures(inception, device)
                 self.frechet["fid"] = FeatureDistance(device, self.features)
+        self.num_real = min(num_real, len(dataset))
+        self.num_features = {name: distance.num_features for name, distance in self.frechet.items()}
         reals = []
-        with Progress(what="real images", total=min(num_real, len(dataset))) as bar:
+        with Progress(what="real images", total=self.num_real) as bar:
             for images in real_images(dataset, num_real):
                 for distance in self.frechet.values():
                     distance.update_real(images)
@@ -148,6 +154,21 @@ class Distances:
         return values
 
 
+def remarks(distances: Distances, images: int) -> Iterator[str]:
+    """What has to be known of the numbers that will be measured."""
+    yield (
+        f"{images:,} generated images against {distances.num_real:,} real ones: distances compare only with those of "
+        "as many"
+    )
+    fewest = min(images, distances.num_real)
+    for name, features in distances.num_features.items():
+        if fewest < features:
+            yield (
+                f"warning: {name} looks at {features:,} features, of which {fewest:,} images do not tell: it comes out "
+                f"far too large; give at least --images {features}, and as many real ones"
+            )
+
+
 def plot(results: Sequence[dict], path: Path) -> None:
     """Draws every number against the images seen, as the names of the checkpoints tell."""
     names = [name for name, value in results[0].items() if isinstance(value, float)]
@@ -167,7 +188,7 @@ class Options:
     checkpoint: Annotated[Checkpoint, about(help="A checkpoint, or a folder: all its checkpoints.")]
     data: Annotated[str | None, default("what the run was trained on")] = None
     """The real images."""
-    images: Annotated[int, whole(2, 10_000_000)] = 1000
+    images: Annotated[int, whole(2, 10_000_000)] = 1280
     """How many images to generate, and how many real ones to compare with."""
     all_reals: bool = False
     """Compare with every real image, as FID50k-full does."""
@@ -229,7 +250,9 @@ def run(options: Options) -> None:
             device = generator.mean_camera_pose.device
             num_real = len(dataset) if options.all_reals else options.images
             distances = Distances(dataset, num_real, options.inception, device)
-        result = {"checkpoint": str(path), "images": options.images}
+            for line in remarks(distances, options.images):
+                Progress.say(line)
+        result = {"checkpoint": str(path), "images": options.images, "reals": distances.num_real}
         result |= distances.measure(generator, dataset, config, options.images)
         if options.objects:
             result |= consistency(generator, dataset, config, options.objects, options.turn)

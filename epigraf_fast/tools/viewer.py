@@ -28,7 +28,7 @@ from ..errors import UserError
 from ..models.generator import Generator
 from ..training.log import to_uint8
 from ..training.pretrained import load_generator
-from ..training.sampling import known_labels
+from ..training.sampling import known_labels, showing_pose
 from .arguments import Checkpoint, Device, default, parse, whole
 from .command import heard, require, running, waiting
 from .mesh import automatic_threshold, density_volume, extract, glb_of, measured, statistics
@@ -139,7 +139,7 @@ class Viewer:
 
     def _place_camera(self) -> None:
         camera = self.config.camera
-        pose = self.generator.mean_camera_pose[None].cpu()
+        pose = showing_pose(self.generator)[None]
         start = self.server.initial_camera
         start.position = tuple(cam2world_matrix(pose, camera.radius)[0, :3, 3].tolist())
         start.look_at = (0.0, 0.0, 0.0)

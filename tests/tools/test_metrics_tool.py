@@ -136,10 +136,14 @@ def test_a_folder_of_checkpoints(
         "checkpoint-000000008.pt",
         "checkpoint-000000016.pt",
     ]
-    printed = capsys.readouterr().out
+    printed, told = capsys.readouterr()
+    assert "12 generated images against 12 real ones: distances compare only with those of as many" in told
+    assert "warning: fd_efficientnet looks at 1,280 features, of which 12 images do not tell" in told
+    assert "warning: fid looks at" not in told  # at 12
     for result in results:
+        assert (result["images"], result["reals"]) == (12, 12)
         assert result.keys() == {
-            *("checkpoint", "images", "fd_efficientnet", "fid", "kid"),
+            *("checkpoint", "images", "reals", "fd_efficientnet", "fid", "kid"),
             *("reprojection_rgb", "reprojection_depth", "reprojection_points"),
         }
         assert result["fd_efficientnet"] > 0

@@ -127,7 +127,7 @@ def test_missing_viser_is_one_line(
     tiny_run: Path, one_error_line: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "viser", None)
-    assert "viser is not installed: pip install 'epigraf_fast[viewer]'" in one_error_line(viewer.main, tiny_run)
+    assert "viser is not installed: pip install -e '.[viewer]'" in one_error_line(viewer.main, tiny_run)
 
 
 @pytest.fixture
