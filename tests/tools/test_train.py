@@ -592,7 +592,8 @@ def test_signals(
 
 
 TWICE = """
-import signal, sys, train
+import signal, sys
+from epigraf_fast.tools import train
 from epigraf_fast.training import step
 def iteration(trainer, *batch):
     signal.raise_signal(signal.SIGINT)
