@@ -200,7 +200,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Augmentation of the discriminator's input (SPEC section 14)."""
+    """Augmentation of the discriminator's input (docs/method.md 12)."""
 
     mode: Literal["none", "ada", "fixed"] = "none"
     """ada: the strength follows how sure D is of real patches; fixed: it stays at `p`."""

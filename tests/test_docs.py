@@ -128,3 +128,17 @@ def test_the_pictures_of_the_pages_are_made_by_the_script() -> None:
 def test_links_exist(name: str) -> None:
     for path in re.findall(r"\]\(([^)#]+)\)", TEXTS[name]):
         assert path.startswith("http") or ((ROOT / name).parent / path).exists(), path
+
+
+def test_sections_of_the_method_that_docstrings_name_exist() -> None:
+    sections = set(re.findall(r"^## (\d+)\. ", TEXTS["docs/method.md"], re.MULTILINE))
+    named = set()
+    for path in (
+        path for room in ("epigraf_fast", "kernels", "bench", "tests") for path in (ROOT / room).rglob("*.py")
+    ):
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"\bSPEC section", text) or path == Path(__file__), path
+        for numbers in re.findall(r"method\.md (\d+(?:(?:, | and | to )\d+)*)", text):
+            named |= set(re.findall(r"\d+", numbers))
+    assert len(named) > 10
+    assert named <= sections
