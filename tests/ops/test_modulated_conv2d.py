@@ -160,7 +160,7 @@ def test_discriminators_paddings(conv2d_resample):
 
 
 def test_generators_paddings(conv2d_resample):
-    # method.md 7: a stride-2 transposed convolution with the raw kernel gives 2H+1; the filter then pads 1 on all sides.
+    # method.md 7: a stride-2 transposed convolution with the raw kernel gives 2H+1; the filter then pads 1 everywhere.
     x, weight = draw(1, 2, 3, 4, seed=1), draw(3, 2, 3, 3, seed=2)
     wide = torch.nn.functional.conv_transpose2d(x, weight.transpose(0, 1), stride=2)
     assert wide.shape == (1, 3, 7, 9)

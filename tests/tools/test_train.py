@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import json
 import math
 import os
@@ -88,6 +89,10 @@ def test_help_of_a_preset_lists_every_setting_with_its_default(capsys: pytest.Ca
     assert "(default: runs/demo)" in output
     assert "(default: builtin)" in output
     assert max(map(len, output.splitlines())) <= 100
+    lines = [line.strip("│ ") for line in output.splitlines()]
+    unexplained = [a for a, b in itertools.pairwise(lines) if a.startswith("--") and b.startswith("(default")]
+    assert not unexplained
+    assert "fp16: also the top 4 resolutions" in output  # where the source begins a new line
 
 
 @pytest.mark.parametrize(
