@@ -138,8 +138,8 @@ run_autotune() {
 }
 
 run_report() {
-  cp README.md "$LOGS/README.md" || return
-  "$PYTHON" -m bench.report --results "$OUT" --readme "$LOGS/README.md" --plots "$LOGS/plots"
+  cp README.md docs/benchmarks.md "$LOGS/" 2>/dev/null || return
+  "$PYTHON" -m bench.report --results "$OUT" --readme "$LOGS/README.md" --page "$LOGS/benchmarks.md" --plots "$LOGS/plots"
 }
 
 export -f build pytest run_tests run_kernels run_sanitize run_autotune run_report

@@ -1,4 +1,4 @@
-"""The published op sequence in eager torch, written from the SPEC: what the engine's speed is measured against.
+"""The published op sequence in eager torch, written from docs/method.md: what the engine's speed is measured against.
 
 Drop-in replacements. The renderer reads planes by `grid_sample`, decodes with library calls, merges by sort and gather;
 modulated convolutions are unfused: scale the input, convolve, filter, scale the output, add noise, then bias and

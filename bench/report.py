@@ -1,7 +1,7 @@
-"""The README's tables and a few plots, from the files in bench/results: `python -m bench.report`.
+"""The tables of docs/benchmarks.md and of the README, and plots, from the files in bench/results.
 
-Writes the text between the markers of README.md, and PNG plots; every number comes from a result file. `--check` writes
-nothing, and exits with 1 where the README differs.
+`python -m bench.report` writes what is between their markers; every number comes from a result file. `--check` writes
+nothing, and exits with 1 where a page differs.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from . import count_tables, results
+from . import brief, count_tables, results
 from .results import Result
 
-README = results.ROOT / "README.md"
+README, PAGE = results.ROOT / "README.md", results.ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- bench:begin, written by python -m bench.report -->", "<!-- bench:end -->"
 PENDING = (
     "**GPU results are pending:** no GPU has run these benchmarks yet. `bench/gpu_day.sh` measures everything on one, "
@@ -47,7 +47,7 @@ def source(result: Result) -> str:
 
 
 def text(found: list[Result]) -> str:
-    """Everything between the markers."""
+    """Everything between the markers of docs/benchmarks.md."""
     parts = []
     gpu = [r for r in found if r["kind"] in ("ops", "step") and r["environment"]["gpu"]]
     if not gpu:
@@ -65,7 +65,8 @@ def text(found: list[Result]) -> str:
         parts += [write(r) for r in chosen]
     parts += [count_tables.short(r) for r in found if r["kind"] == "counts"]
     parts += [resources(r) for r in found if r["kind"] == "resources"]
-    return "\n\n".join(parts)
+    inside = "\n\n".join(parts)
+    return inside.replace("](bench/", "](../bench/").replace("](docs/", "](")  # as seen from docs/
 
 
 def step_gpu(result: Result) -> str:
@@ -335,7 +336,7 @@ def split(readme: str) -> tuple[str, str, str]:
     before, begin, rest = readme.partition(BEGIN)
     inside, end, after = rest.partition(END)
     if not begin or not end or BEGIN in rest or END in after:
-        raise ValueError(f"README.md must hold the line {BEGIN!r} once, and {END!r} once after it")
+        raise ValueError(f"the page must hold the line {BEGIN!r} once, and {END!r} once after it")
     return before, inside.strip("\n"), after
 
 
@@ -451,6 +452,7 @@ def main(argv: list[str] | None = None) -> int:
     out = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.split(":")[0] + ".")
     out.add_argument("--results", type=Path, default=results.FOLDER, help="folder of result files")
     out.add_argument("--readme", type=Path, default=README)
+    out.add_argument("--page", type=Path, default=PAGE)
     out.add_argument("--plots", type=Path, default=None, help="folder of plots; default: beside the result files")
     out.add_argument("--summary", action="store_true", help="print a screenful instead, write nothing")
     out.add_argument("--check", action="store_true", help="write nothing, compare")
@@ -459,15 +461,17 @@ def main(argv: list[str] | None = None) -> int:
     if args.summary:
         print(summary(found))
         return 0
-    written = text(found)
-    readme = args.readme.read_text(encoding="utf-8")
-    before, inside, after = split(readme)
+    different = 0
+    for page, written in ((args.page, text(found)), (args.readme, brief.text(found))):
+        before, inside, after = split(page.read_text(encoding="utf-8"))
+        if args.check and inside != written:
+            print(f"{page} is not what the result files say: run python -m bench.report", file=sys.stderr)
+            different = 1
+        if not args.check:
+            print(written)
+            page.write_text(f"{before}{BEGIN}\n{written}\n{END}{after}", encoding="utf-8")
     if args.check:
-        if inside != written:
-            print(f"{args.readme} is not what the result files say: run python -m bench.report", file=sys.stderr)
-        return int(inside != written)
-    print(written)
-    args.readme.write_text(f"{before}{BEGIN}\n{written}\n{END}{after}", encoding="utf-8")
+        return different
     for path in plot(found, args.plots or args.results / "plots"):
         print(f"wrote {path}", file=sys.stderr)
     return 0

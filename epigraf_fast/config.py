@@ -23,14 +23,19 @@ class CameraConfig:
     yaw_mean: float = 0.0
     """Radians."""
     yaw_spread: float = math.pi
+    """Of the formulas, radians: half the range of uniform ones, else the standard deviation."""
     pitch_mean: float = math.pi / 2
+    """Radians from straight above."""
     pitch_spread: float = math.pi / 2
+    """As for the yaw."""
     fov: float = 12.0
     """Field of view, degrees."""
     radius: float = 1.0
     """Distance of cameras from the origin, world units, as all lengths here."""
     ray_start: float = 0.88
+    """Distance from the camera at which rays begin."""
     ray_end: float = 1.12
+    """Distance at which they end."""
     cube_scale: float = 0.2
     """Half size of the cube that the planes span; the view frustum must stay inside."""
 
@@ -40,20 +45,27 @@ class GeneratorConfig:
     """Mapping, synthesis network and decoder."""
 
     z_dim: int = 512
+    """Numbers of the latent code z."""
     w_dim: int = 512
+    """Numbers of a style vector w."""
     mapping_layers: int = 2
+    """Fully connected layers from z to w."""
     plane_resolution: int = 512
+    """Pixels along each side of a plane."""
     plane_channels: int = 32
     """Features of one plane."""
     channel_base: int = 32768
     """Channels at a resolution: min(channel_base / resolution, channel_max)."""
     channel_max: int = 512
+    """See channel_base."""
     decoder_hidden: int = 64
+    """Width of the decoder's hidden layer."""
     pose_conditioning: bool = False
     """Whether the mapping sees the camera (against 3D biases of a data set)."""
     pose_swap_probability: float = 0.5
     """Final probability of showing the mapping another sample's camera (1 at the start)."""
     pose_swap_kimg: float = 1000.0
+    """Thousands of images in which that probability falls to its final one, linearly."""
     pose_dropout: float = 0.0
     """Dropout, in training, of the two numbers that the mapping sees of the camera."""
     clamp: float = 256.0
@@ -79,17 +91,23 @@ class RendererConfig:
     """Samples along a ray, and how raw density becomes opacity."""
 
     coarse_samples: int = 48
+    """Samples along a ray, evenly spaced; each is decoded."""
     fine_samples: int = 48
+    """Samples more, drawn where the coarse ones have found something."""
     density_activation: Literal["softplus", "relu"] = "softplus"
+    """How a raw density becomes one that is not negative."""
     softplus_beta: float = 1.0
+    """Inverse temperature of the softplus: larger is closer to relu."""
     density_shift: float = 0.0
     """Added to the raw density before the activation."""
     density_noise: float = 1.0
     """Standard deviation of the noise on raw densities at the start of training; falls linearly to 0."""
     density_noise_kimg: float = 5000.0
+    """Thousands of images in which that noise falls to 0, linearly."""
     last_interval: float = 1e10
     """Length given to the last sample: 1e10 makes what is behind it opaque, 1e-3 leaves it to the background."""
     white_background: bool = False
+    """What rays do not gather is white, not grey."""
     last_back: bool = False
     """Gives the last sample all remaining weight."""
     background: Literal["none", "sphere", "plane"] = "none"
@@ -109,7 +127,9 @@ class DiscriminatorConfig:
     """The patch discriminator."""
 
     channel_base: int = 16384
+    """Channels at a resolution: min(channel_base / resolution, channel_max)."""
     channel_max: int = 512
+    """See channel_base."""
     modulate: Literal["input", "output", "none"] = "input"
     """What of each block's conv1 the hypernetwork scales: input channels (published code), output channels (paper,
     Eq. 2), or nothing, without any patch embedding (the "standard" ablation)."""
@@ -126,9 +146,13 @@ class DiscriminatorConfig:
     patch_skip_highest: int = 0
     """Highest frequencies that it leaves out."""
     camera_conditioning: bool = False
+    """Whether D sees the camera, too."""
     camera_steps: int = 64
+    """Steps that yaw and pitch are resolved into."""
     camera_dropout: float = 0.5
+    """Dropout, in training, of what D sees of the camera."""
     minibatch_std_group: int = 4
+    """Images that share a standard deviation, and a draw of patches."""
     clamp: float = 256.0
     """Activations of the convolutions are clamped to this, in fp32 too; 0 for never."""
     half_blocks: int = 0
@@ -148,11 +172,14 @@ class PatchConfig:
     resolution: int = 64
     """Pixels along each side of a patch."""
     distribution: Literal["beta", "uniform", "discrete", "graf", "gnerf"] = "beta"
+    """Of patch scales: beta and uniform are annealed from whole images to all scales, discrete has a few, graf and
+    gnerf are those schedules."""
     beta_start: float = 0.001
     """Beta(1, beta): from the whole image ..."""
     beta_end: float = 0.8
     """... to almost uniform."""
     anneal_kimg: float = 10_000.0
+    """Thousands of images in which the distribution goes from its start to its end, linearly."""
     num_scales: int = 2
     """Of the discrete distribution: evenly spaced from 0.25 to 1."""
     groups: Literal["strided", "consecutive"] = "strided"
@@ -179,15 +206,21 @@ class OptimConfig:
     """Losses, regularization and averages."""
 
     g_lr: float = 0.0025
+    """Learning rate of G (Adam)."""
     d_lr: float = 0.002
+    """Learning rate of D."""
     beta1: float = 0.0
+    """Adam's decay of the mean of gradients."""
     beta2: float = 0.99
+    """Adam's decay of the mean of their squares."""
     r1_gamma: float = 0.05
+    """Weight of R1, the penalty of D's gradient at real patches; larger where D learns real images by heart."""
     r1_interval: int = 16
     """Iterations between two R1 steps."""
     blur_sigma: float = 10.0
     """Standard deviation of the blur of D's input at the start, pixels (a Gaussian 2^-(i/sigma)^2)."""
     blur_kimg: float = 200.0
+    """Thousands of images in which that blur falls to none, linearly."""
     ema_kimg: float | None = None
     """Half life of the average generator; default 0.3125 x batch."""
     ema_rampup: float = 0.05
@@ -200,7 +233,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Augmentation of the discriminator's input (SPEC section 14)."""
+    """Augmentation of the discriminator's input (docs/method.md 12)."""
 
     mode: Literal["none", "ada", "fixed"] = "none"
     """ada: the strength follows how sure D is of real patches; fixed: it stays at `p`."""
@@ -217,19 +250,27 @@ class AugmentConfig:
     x_flip: bool = False
     """Left to the data set's mirroring, as published."""
     rotate90: bool = True
+    """Turns by quarters."""
     xint: bool = True
     """Translation by whole pixels."""
     scale: bool = True
+    """Larger and smaller."""
     rotate: bool = True
+    """Turns by any angle."""
     aniso: bool = True
     """Stretching along one direction."""
     xfrac: bool = True
     """Translation by fractions of a pixel, too."""
     brightness: bool = True
+    """Adds to all colours."""
     contrast: bool = True
+    """Multiplies all colours."""
     luma_flip: bool = True
+    """Inverts the brightness, keeps the hue."""
     hue: bool = True
+    """Turns the hue."""
     saturation: bool = True
+    """More and less colour."""
 
 
 @dataclass(frozen=True)

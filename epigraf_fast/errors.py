@@ -11,6 +11,11 @@ class UserError(ValueError):
     """
 
 
+def not_installed(package: str, extra: str, otherwise: str = "") -> UserError:
+    """What to say where a package is missing that an extra of setup.py brings."""
+    return UserError(f"{package} is not installed: pip install -e '.[{extra}]' in epigraf_fast's folder{otherwise}")
+
+
 class DivergenceError(RuntimeError):
     """A loss is not finite any more. The message says where the last good checkpoint is."""
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import brief, demo, parity, published, region, report, results, run, step, timing, verified, waiting
 from bench import cases as catalogue
-from bench import demo, parity, published, region, report, results, run, step, timing, verified, waiting
 from bench.cases import SIZES, Work
 from checks import HANG, assert_error_within_reference
 from epigraf_fast import ops
@@ -308,8 +308,11 @@ def test_a_file_that_is_no_result_is_left_out(tmp_path):
 
 
 def test_the_readme_holds_what_the_report_prints():
-    _, inside, _ = report.split(report.README.read_text(encoding="utf-8"))
-    assert inside == report.text(results.load()), "run python -m bench.report"
+    found = results.load()
+    for page, written in ((report.PAGE, report.text(found)), (report.README, brief.text(found))):
+        _, inside, _ = report.split(page.read_text(encoding="utf-8"))
+        assert inside == written, "run python -m bench.report"
+    assert re.search(r"iteration of `demo` on a CPU.*\| \d\.\d\d to \d\.\d\dx \(.*\|  \| on a GPU \|", inside)
 
 
 GPU = {
@@ -380,15 +383,17 @@ def test_plots_are_of_what_the_files_hold(tmp_path):
 
 
 def test_the_report_writes_between_the_markers_and_checks(tmp_path, capsys):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    line = ["--results", str(tmp_path), "--readme", str(readme), "--plots", str(tmp_path)]
+    pages = tmp_path / "README.md", tmp_path / "page.md"
+    for page in pages:
+        page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    line = ["--results", str(tmp_path), "--readme", str(pages[0]), "--page", str(pages[1]), "--plots", str(tmp_path)]
     assert report.main([*line, "--check"]) == 1
     assert report.main(line) == 0
     assert report.main([*line, "--check"]) == 0
-    text = readme.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith(f"{report.END}\nafter\n")
+    for page in pages:
+        text = page.read_text()
+        assert text.startswith("before\n")
+        assert text.endswith(f"{report.END}\nafter\n")
     with pytest.raises(ValueError, match="must hold the line"):
         report.split("no markers")
 
@@ -607,8 +612,8 @@ def test_the_report_has_planes_in_part_with_their_picture():
     assert "| 4 | 0 | 0.62 | 1.25x (1.12 to 1.50) | 0.62 | 1.50x (1.38 to 1.75) | 0.62 |" in written
     assert "| 4 | 15,000 | 0.38 | 1.75x (1.62 to 2.00) | 0.62 | 2.00x (1.88 to 2.25) | 0.62 |" in written
     picture = re.search(r"!\[[^]]+\]\(([^)]+)\)", written)[1]
-    assert (ROOT / picture).is_file()
-    assert "(bench/results/cpu-region.json)" in written
+    assert (ROOT / "docs" / picture).is_file()
+    assert "(../bench/results/cpu-region.json)" in written
     assert "2.00x  D, micro-batch 4, 15000 kimg" in report.summary([region_result()])
 
 
@@ -622,4 +627,4 @@ def test_the_report_of_planes_in_part_without_memory_or_a_phase():
 def test_the_readme_has_numbers_of_regions_only_from_their_file():
     """And with it."""
     there = (ROOT / "bench/results/cpu-region.json").is_file()
-    assert ("(bench/results/cpu-region.json)" in (ROOT / "README.md").read_text()) == there
+    assert ("(../bench/results/cpu-region.json)" in (ROOT / "docs/benchmarks.md").read_text()) == there

@@ -257,7 +257,7 @@ def test_field_of_view_and_radius_per_sample():
 
 @pytest.mark.parametrize(("resolution", "patch"), [(5, 3), (8, 2), (4, 4)])
 def test_patches_are_crops_of_the_image(resolution, patch):
-    # Only at s = (r-1)/(R-1) do the pixels of a patch fall on pixels of the image (SPEC section 2).
+    # Only at s = (r-1)/(R-1) do the pixels of a patch fall on pixels of the image (method.md 2).
     corners = [(row, col) for row in range(resolution - patch + 1) for col in range(resolution - patch + 1)]
     matrix = cam2world_matrix(random_angles(1), 1.0).expand(len(corners), 4, 4)
     scale = torch.full((len(corners),), (patch - 1) / (resolution - 1), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Settings: the presets against SPEC sections 10 to 12, every check, and the way to JSON and back."""
+"""Settings: the presets against method.md 11 to 16, every check, and the way to JSON and back."""
 
 from __future__ import annotations
 

@@ -14,7 +14,8 @@ from epigraf_fast.tools import convert, published_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDE = (ROOT / "docs" / "coming-from-epigraf.md").read_text(encoding="utf-8")
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in PAGES}
 SCRIPT = (ROOT / "docs" / "make_pictures.sh").read_text(encoding="utf-8")
 
 
@@ -87,26 +88,57 @@ def commands(text: str) -> list[tuple[str, list[str]]]:
     return [(name, shlex.split(words)) for name, words in found]
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/coming-from-epigraf.md", "docs/make_pictures.sh"])
-def test_every_command_exists_with_its_flags(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    text = (ROOT / name).read_text(encoding="utf-8")
-    assert "-m epigraf_fast." not in text
-    found = commands(text)
-    assert found
+def test_every_command_exists_with_its_flags(capsys: pytest.CaptureFixture[str]) -> None:
     helps = {}
-    for command, words in found:
-        if command not in helps:
-            with pytest.raises(SystemExit):
-                main([*command.split(), "--help"])
-            helps[command] = capsys.readouterr().out
-        for word in words:
-            if word.startswith("--"):
-                assert re.search(rf"(?<![\w-]){word}(?![\w-])", helps[command]), f"{command} has no {word}"
+    for name, text in {**TEXTS, "docs/make_pictures.sh": SCRIPT}.items():
+        assert "-m epigraf_fast." not in text, name
+        for command, words in commands(text):
+            if command not in helps:
+                with pytest.raises(SystemExit):
+                    main([*command.split(), "--help"])
+                helps[command] = capsys.readouterr().out
+            for word in words:
+                if word.startswith("--") and command != "train":  # whose presets have the flags
+                    assert re.search(rf"(?<![\w-]){word}(?![\w-])", helps[command]), f"{name}: {command} has no {word}"
+    assert len(helps) >= 9
 
 
-def test_the_pictures_of_the_readme_are_made_by_the_script() -> None:
-    shown = set(re.findall(r"\]\((docs/[\w.-]+\.(?:png|gif))\)", README)) - {"docs/demo.png"}
+def test_the_pictures_are_made_by_the_commands_beside_them() -> None:
+    """With all their flags."""
+    shown = {command for text in TEXTS.values() for command in map(str, commands(text))}
+    made = [(name, [word for word in words if word != "--overwrite"]) for name, words in commands(SCRIPT)]
+    assert len(made) == 5
+    for command in made:
+        assert str(command) in shown
+
+
+def test_the_pictures_of_the_pages_are_made_by_the_script() -> None:
+    shown = set()
+    for name, text in TEXTS.items():
+        found = re.findall(r"!\[[^\]]*\]\(([\w./-]+\.(?:png|gif))\)", text)
+        shown |= {((ROOT / name).parent / path).resolve().relative_to(ROOT).as_posix() for path in found}
+    shown = {path for path in shown if path.startswith("docs/")} - {"docs/demo.png"}
     written = set(re.findall(r"docs/[\w.-]+\.(?:png|gif)", SCRIPT))
     written |= {f"docs/render-{name}.png" for name in ("depth", "normals")}
     assert shown == written
     assert all((ROOT / path).is_file() for path in shown)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_exist(name: str) -> None:
+    for path in re.findall(r"\]\(([^)#]+)\)", TEXTS[name]):
+        assert path.startswith("http") or ((ROOT / name).parent / path).exists(), path
+
+
+def test_sections_of_the_method_that_docstrings_name_exist() -> None:
+    sections = set(re.findall(r"^## (\d+)\. ", TEXTS["docs/method.md"], re.MULTILINE))
+    named = set()
+    for path in (
+        path for room in ("epigraf_fast", "kernels", "bench", "tests") for path in (ROOT / room).rglob("*.py")
+    ):
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"\bSPEC section", text) or path == Path(__file__), path
+        for numbers in re.findall(r"method\.md (\d+(?:(?:, | and | to )\d+)*)", text):
+            named |= set(re.findall(r"\d+", numbers))
+    assert len(named) > 10
+    assert named <= sections

@@ -35,3 +35,7 @@ def test_links_and_named_files_exist() -> None:
 def test_every_preset_is_in_the_table() -> None:
     for name in PRESETS:
         assert re.search(rf"^\|.*`{name}`.*\|", README, re.MULTILINE), name
+
+
+def test_it_is_short() -> None:
+    assert len(README.splitlines()) <= 180

@@ -1,4 +1,4 @@
-"""Augmentation of the discriminator's input (SPEC section 14; Karras et al. 2020, "Training generative adversarial
+"""Augmentation of the discriminator's input (method.md 12; Karras et al. 2020, "Training generative adversarial
 networks with limited data").
 
 One geometric map and one colour map per image, each a product of operations that their own gates switch on. Nothing
@@ -57,7 +57,7 @@ REACH = 6  # pixels that half the filter sees beyond the image
 
 
 class Operations(NamedTuple):
-    """What is done to each image; see SPEC section 14 for the units. [B], translations [B, 2] (x, y)."""
+    """What is done to each image; see method.md 12 for the units. [B], translations [B, 2] (x, y)."""
 
     x_flip: Tensor
     rotate90: Tensor

@@ -1,4 +1,4 @@
-"""What lies behind the planes: the inverted sphere of NeRF++ and a painted plane (SPEC section 6)."""
+"""What lies behind the planes: the inverted sphere of NeRF++ and a painted plane (method.md 6)."""
 
 from __future__ import annotations
 

@@ -152,7 +152,7 @@ def scaled_once(module: nn.Module) -> Iterator[dict[int, Tensor]]:
 
 
 class ScalarEncoder(nn.Module):
-    """Encodes numbers by Fourier features and optionally a learned table, coordinate by coordinate (SPEC section 8).
+    """Encodes numbers by Fourier features and optionally a learned table, coordinate by coordinate (method.md 9).
 
     For one number v: sin(v m pi 2^k / 2^L), k = 0..L-1, L = ceil(log2 m); the cosines; the table's row round(v m),
     halves to even.

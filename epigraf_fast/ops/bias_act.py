@@ -27,7 +27,7 @@ def bias_act(
     clamp: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """y = clamp(gain act(x + bias), -clamp, clamp) (SPEC section 16).
+    """y = clamp(gain act(x + bias), -clamp, clamp) (method.md 7).
 
     Args:
         x: Any shape.

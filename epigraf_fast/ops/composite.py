@@ -44,7 +44,7 @@ def composite(
     t_sorted: bool = False,
     backend: str | None = None,
 ) -> Composite:
-    """rgb = sum_i w_i c_i, depth = sum_i w_i t_i over both sets in order of t (SPEC section 4).
+    """rgb = sum_i w_i c_i, depth = sum_i w_i t_i over both sets in order of t (method.md 4).
 
     density = activation(raw + density_shift + noise); a_i = 1 - exp(-(t_{i+1} - t_i) density_i), the last
     interval being `last_interval`; T_i = prod_{j<i} (1 - a_j + 1e-10); w_i = a_i T_i. Equal depths keep the order fine,

@@ -203,7 +203,7 @@ def decode_triplane_coarse_to_fine(
     deterministic: bool | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`decode_triplane_rays` at t, then at the depths that `resample` finds with the result (SPEC section 5).
+    """`decode_triplane_rays` at t, then at the depths that `resample` finds with the result (method.md 5).
 
     The same as two calls; but with triton one backward launch serves both, and one gradient of the planes.
 

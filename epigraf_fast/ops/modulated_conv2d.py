@@ -77,7 +77,7 @@ def conv2d_resample(
     flip_weight: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """A k x k convolution that keeps the size, then resampling by the low-pass filter `kernel` (SPEC section 16).
+    """A k x k convolution that keeps the size, then resampling by the low-pass filter `kernel` (method.md 7).
 
     Zero insertion, padding, filter (up, gain up^2), convolution, filter (down), every down-th sample; all padding
     (k // 2 and the filter's) is applied once, at the start.
@@ -123,7 +123,7 @@ def modulated_conv2d(
     clamp: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """y = bias_act(demod[b, o] conv(x style[b, i], weight) + noise, bias): a whole layer (SPEC sections 7 and 16).
+    """y = bias_act(demod[b, o] conv(x style[b, i], weight) + noise, bias): a whole layer (method.md 8 and 7).
 
     demod[b, o] = 1 / sqrt(sum_{i, k} (weight[o, i, k] style[b, i])^2 + 1e-8), or 1 without demodulation. With up = 2
     the kernel is rotated by 180 degrees against the plain case and the low-pass filter follows it. Scaling the input

@@ -34,7 +34,7 @@ def sample_stratified(
     device: torch.device | str | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Depths evenly spaced in [ray_start, ray_end], ends included, each moved inside its stratum (SPEC section 1).
+    """Depths evenly spaced in [ray_start, ray_end], ends included, each moved inside its stratum (method.md 1).
 
     t_i = low_i + (high_i - low_i) jitter_i, low and high being the midpoints with the neighbours; the first stratum
     begins and the last one ends at its depth.
@@ -91,7 +91,7 @@ def sample_stratified(
 
 
 def invert_cdf(bins: Tensor, weights: Tensor, u: Tensor, *, backend: str | None = None) -> Tensor:
-    """Samples of the piecewise constant density `weights` over `bins`, by inversion of its CDF (SPEC section 5).
+    """Samples of the piecewise constant density `weights` over `bins`, by inversion of its CDF (method.md 5).
 
     weights + 1e-5 are normalized and summed to a CDF of M + 1 knots with leading 0; i is the first knot with CDF >= u;
     lower = max(i - 1, 0), upper = min(i, M), d = CDF[upper] - CDF[lower], 1 where below 1e-5;
@@ -156,7 +156,7 @@ def sample_importance(
     t_sorted: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """Integrates coarse samples to weights w, then inverts (w + 1e-5)[1:-1] over the midpoints of t (SPEC section 5).
+    """Integrates coarse samples to weights w, then inverts (w + 1e-5)[1:-1] over the midpoints of t (method.md 5).
 
     Args:
         t: [B, R, S], distances along the rays, world units; S of at least 3.

@@ -30,7 +30,7 @@ def upfirdn2d(
     clamp: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Inserts up-1 zeros after every sample, pads, filters, keeps samples 0, down, 2 down, ... (SPEC section 16).
+    """Inserts up-1 zeros after every sample, pads, filters, keeps samples 0, down, 2 down, ... (method.md 7).
 
     With `added` the same pass adds clamp(added + bias, -clamp, clamp) to that, as the running sum of planes does.
 

@@ -1,4 +1,4 @@
-"""Bias, activation, gain and clamp (SPEC section 16)."""
+"""Bias, activation, gain and clamp (method.md 7)."""
 
 from __future__ import annotations
 

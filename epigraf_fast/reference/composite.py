@@ -1,4 +1,4 @@
-"""Volume integration along rays (SPEC section 4; the discretized volume rendering integral of NeRF)."""
+"""Volume integration along rays (method.md 4; the discretized volume rendering integral of NeRF)."""
 
 from __future__ import annotations
 

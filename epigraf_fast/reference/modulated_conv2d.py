@@ -1,4 +1,4 @@
-"""Convolution with resampling, plain and modulated (SPEC sections 7 and 16; StyleGAN2's weight demodulation)."""
+"""Convolution with resampling, plain and modulated (method.md 8 and 7; StyleGAN2's weight demodulation)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Depths along rays: stratified coarse ones (SPEC section 1), and fine ones where the coarse pass saw something (5)."""
+"""Depths along rays: stratified coarse ones (method.md 1), and fine ones where the coarse pass saw something (5)."""
 
 from __future__ import annotations
 

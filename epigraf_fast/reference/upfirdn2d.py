@@ -1,4 +1,4 @@
-"""Upsample, filter, downsample (SPEC section 16)."""
+"""Upsample, filter, downsample (method.md 7)."""
 
 from __future__ import annotations
 

@@ -164,7 +164,7 @@ def read(cli: Callable[..., T], prog: str, document: str, args: Sequence[str] | 
     head, _, below = document.partition("\n\n")
     for columns in (None, "10000"):  # help is as wide as the terminal, what a mistake says is not broken into lines
         box = io.StringIO()
-        with contextlib.redirect_stderr(box), _environment("COLUMNS", columns):
+        with contextlib.redirect_stderr(box), _environment("COLUMNS", columns), _whole_paragraphs():
             try:
                 return cli(prog=prog, description=head, args=args)
             except SystemExit as end:
@@ -182,6 +182,21 @@ def _wrapped(text: str) -> str:
     return "\n\n".join(
         part if part.startswith("$") else textwrap.fill(part, width, break_on_hyphens=False) for part in parts
     )
+
+
+@contextlib.contextmanager
+def _whole_paragraphs() -> Iterator[None]:
+    """tyro takes an indented line of a docstring for a list, and keeps its end: here it belongs to its paragraph."""
+    strings = getattr(tyro, "_strings", None)
+    join = getattr(strings, "remove_single_line_breaks", None)
+    if join is None:  # another tyro
+        yield
+        return
+    strings.remove_single_line_breaks = lambda text: join("\n".join(map(str.strip, text.split("\n"))))
+    try:
+        yield
+    finally:
+        strings.remove_single_line_breaks = join
 
 
 @contextlib.contextmanager

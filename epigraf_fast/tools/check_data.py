@@ -51,7 +51,7 @@ def facts(dataset: ImageDataset, camera: CameraConfig, stored: bool) -> dict[str
     found: dict[str, Any] = {"data": str(dataset.path), "images": count, "resolution": dataset.resolution}
     found["images_with_mirrored"] = len(dataset)
     for column, name in ((0, "yaw"), (1, "pitch")):
-        values = dataset.angles[:count, column]
+        values = dataset.angles[:count, column].double()
         found[name] = {what: float(getattr(values, what)()) for what in ("min", "max", "mean")}
         found[name]["std"] = float(values.std(correction=min(1, count - 1)))
     if dataset.label_values.ndim > 1:
@@ -98,8 +98,12 @@ def report(found: dict[str, Any]) -> Iterator[str]:
     )
 
 
-def plot(dataset: ImageDataset, camera: CameraConfig, path: Path) -> None:
-    """Draws yaw against pitch with both histograms, and cameras with a frustum and the cube."""
+def plot(dataset: ImageDataset, camera: CameraConfig, path: Path, preset_name: str) -> None:
+    """Draws yaw against pitch with both histograms, and cameras with a frustum and the cube.
+
+    Args:
+        preset_name: Whose prior is drawn; its camera too, where the data stores none.
+    """
     angles = dataset.angles[: len(dataset.files)]
     figure = plotting.new_figure(12, 5.5)
     left, right = figure.subfigures(1, 2)
@@ -108,20 +112,31 @@ def plot(dataset: ImageDataset, camera: CameraConfig, path: Path) -> None:
     yaw, pitch = angles[:, 0].numpy(), angles[:, 1].numpy()
     main, above, beside = axes[1, 0], axes[0, 0], axes[1, 1]
     axes[0, 1].axis("off")
-    main.hist2d(yaw, pitch, bins=BINS, cmin=1, cmap="viridis")
+    *_, shades = main.hist2d(yaw, pitch, bins=BINS, cmin=1, cmap="viridis")
+    left.colorbar(shades, ax=main, location="bottom", label="images in a cell", shrink=0.7)
     main.set(xlabel="yaw (radians)", ylabel="pitch (radians, 0 is straight above)")
     main.invert_yaxis()
-    above.hist(yaw, bins=BINS, density=True)
+    above.hist(yaw, bins=BINS, density=True, label="data")
     beside.hist(pitch, bins=BINS, density=True, orientation="horizontal")
+    above.set_ylabel("share a radian")
+    beside.set_xlabel("share a radian")
     if camera.prior != "custom":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             prior = prior_angles(camera, 20_000).numpy()
-        above.hist(prior[:, 0], bins=BINS, density=True, histtype="step", color="tab:red", label="prior")
+        above.hist(
+            prior[:, 0],
+            bins=BINS,
+            density=True,
+            histtype="step",
+            color="tab:red",
+            label=f"prior of the preset {preset_name}",
+        )
         beside.hist(prior[:, 1], bins=BINS, density=True, histtype="step", color="tab:red", orientation="horizontal")
-        above.legend(frameon=False)
+    axes[0, 1].legend(*above.get_legend_handles_labels(), loc="center", fontsize=8, frameon=False)
     left.suptitle(f"{len(angles):,} poses of {dataset.name}")
 
+    owner = "the data" if dataset.camera is not None else f"the preset {preset_name}"
     space = right.add_subplot(projection="3d")
     some = angles[torch.linspace(0, len(angles) - 1, min(DRAWN, len(angles))).long()]
     # matplotlib's third axis is up, ours the second: (x, y, z) -> (x, -z, y).
@@ -136,7 +151,7 @@ def plot(dataset: ImageDataset, camera: CameraConfig, path: Path) -> None:
                 line = np.full((2, 3), 0.0)
                 line[:, axis], line[:, (axis + 1) % 3], line[:, (axis + 2) % 3] = ends, a, b
                 space.plot(*draw(line), color="grey", linewidth=0.8)
-    space.set(xlabel="x", ylabel="-z", zlabel="y", title="cameras, the mean pose's frustum, the cube")
+    space.set(xlabel="x", ylabel="-z", zlabel="y", title=f"cameras of {owner}, the mean pose's frustum, the cube")
     space.set_aspect("equal")
     plotting.save(figure, path, dpi=110)
 
@@ -175,7 +190,7 @@ def run(options: Options) -> None:
     if not options.json:
         print(*report(found), sep="\n")
     if options.plot is not None:
-        plot(dataset, config.camera, options.plot)
+        plot(dataset, config.camera, options.plot, options.preset)
     if options.json:
         print(json.dumps(found, indent=2))
     elif options.plot is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import os
 import select
 import signal
@@ -19,7 +20,7 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any, ClassVar, NoReturn
 
-from ..errors import UserError
+from ..errors import UserError, not_installed
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LOST = b"\0"  # no signal's number
@@ -95,7 +96,7 @@ def require(module: str, package: str, extra: str, otherwise: str = "") -> Modul
         with uninterrupted():  # which some packages take for the absence of what they import
             return importlib.import_module(module)
     except ImportError:
-        raise UserError(f"{package} is not installed: pip install 'epigraf_fast[{extra}]'{otherwise}") from None
+        raise not_installed(package, extra, otherwise) from None
 
 
 def heard() -> None:
@@ -328,6 +329,7 @@ def waiting(what: str) -> Progress:
 
 
 _temporaries: set[Path] = set()
+_numbers = itertools.count()
 
 
 def remove_temporaries() -> None:
@@ -420,7 +422,7 @@ def output(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def output_folder(path: Path) -> Iterator[Path]:
     """The same for the files of a folder: what is written to the temporary one, subfolders too, moves into `path`."""
-    partial = _beside(Path(os.path.realpath(path)) / "files")
+    partial = _beside(Path(os.path.realpath(path)) / f"files-{next(_numbers)}")
     with _written(path, partial):
         partial.mkdir()
         yield partial

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from tyro.conf import Positional
 
 from ..config import Config, PatchConfig
@@ -31,7 +32,8 @@ from .arguments import Overwrite, about, check_effect, default, filled, parse, r
 from .command import running, waiting
 
 MAX_DENSITY = 5.0  # what Fig. 3 clamps densities to
-FILTERS = 32  # random filters of a layer in Fig. 7
+FILTERS = 5  # random filters of a layer in Fig. 7
+SCALES, WINDOW = 512, 51  # patch scales in Fig. 7, and how many of them are averaged
 LAYERS = 4
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the annealing, in Fig. 3
 
@@ -136,19 +138,40 @@ def draw_schedules(resolution: int, patch: int, anneal_kimg: float, batch: int) 
     return figure
 
 
+def smoothed(sigma: Tensor, width: int) -> Tensor:
+    """Means over `width` (odd) neighbouring scales, of [n, C]; at the ends over those that there are."""
+    kernel, columns = sigma.new_ones(1, 1, width), sigma.T[:, None]
+    count = F.conv1d(torch.ones_like(columns[:1]), kernel, padding=width // 2)
+    return (F.conv1d(columns, kernel, padding=width // 2) / count)[:, 0].T
+
+
 def draw_modulation(discriminator: Discriminator, smallest: float, seed: int) -> Any:
-    """Fig. 7: sigma of random filters over the patch scale, four layers."""
-    scales = torch.linspace(smallest, 1, 128)
+    """Fig. 7: sigma of a few random filters over the patch scale, of four layers, and the mean of all filters.
+
+    Neighbouring scales are averaged: the Fourier features of a scale turn fast, and the learned table has a row for
+    each of a thousand.
+    """
+    scales = torch.linspace(smallest, 1, SCALES)
     sigmas = list(modulation(discriminator, scales).items())
     chosen = [sigmas[i] for i in sorted({round(x) for x in np.linspace(0, len(sigmas) - 1, LAYERS)})]
-    figure = plotting.new_figure(3.2 * len(chosen), 3)
-    axes = figure.subplots(1, len(chosen), sharey=True, squeeze=False)
+    figure = plotting.new_figure(3.2 * len(chosen), 4.2)
+    axes = figure.subplots(1, len(chosen), sharey=True, squeeze=False)[0]
     rng = torch.Generator().manual_seed(seed)
-    for axis, (name, sigma) in zip(axes[0], chosen, strict=True):
-        filters = torch.randperm(sigma.shape[1], generator=rng)[:FILTERS]
-        axis.plot(scales.numpy(), sigma[:, filters].numpy(), linewidth=0.8)
-        axis.set(title=name, xlabel="patch scale s", ylim=(0, 2))
-    axes[0, 0].set_ylabel("sigma")
+    for axis, (name, sigma) in zip(axes, chosen, strict=True):
+        filters = sorted(torch.randperm(sigma.shape[1], generator=rng)[:FILTERS].tolist())
+        lines = smoothed(sigma, WINDOW)
+        for number in filters:
+            axis.plot(scales.numpy(), lines[:, number].numpy(), linewidth=1.2, label=f"filter {number}")
+        axis.plot(scales.numpy(), lines.mean(dim=1).numpy(), "k--", linewidth=1.2, label=f"mean of {sigma.shape[1]}")
+        axis.axhline(1, color="grey", linewidth=0.6)
+        axis.set(title=name, xlabel="patch scale s (1: the whole image)", ylim=(0, 2))
+        axis.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    axes[0].set_ylabel("sigma, the factor on the input of conv1")
+    figure.suptitle(
+        "How D uses its filters at each patch scale: 0 is off, 1 as without modulation, 2 twice as strong; "
+        f"means over {WINDOW / SCALES:.0%} of the scales",
+        fontsize=9,
+    )
     return figure
 
 

@@ -8,8 +8,8 @@ $ epigraf data make --recipe megascans --meshes FOLDER --resolution 256 --out pl
 cameras are uniform on the sphere and look at the centre of the object's box. Lights stand still in the world, so that
 shading belongs to the object. The background is white. A seed fixes objects and cameras.
 
-Needs `pip install 'epigraf_fast[make_dataset]'`. Without a display VTK renders through the system's EGL or OSMesa
-library; Mesa's software driver will do (a bare Debian gets it from `apt install libegl1`).
+Needs `pip install -e '.[make_dataset]'`, and for builtin `pip install pybullet`. Without a display VTK renders through
+the system's EGL or OSMesa library; Mesa's software driver will do (a bare Debian gets it from `apt install libegl1`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import PIL.Image
 import torch
 
 from ..camera import cam2world_matrix, sample_angles
-from ..errors import UserError
+from ..errors import UserError, not_installed
 from ..files import READ_ERRORS, reason, walk
 from .arguments import Overwrite, check_effect, default, optional, parse, real, whole
 from .command import Progress, check_output, heard, output, running, uninterrupted, waiting
@@ -135,7 +135,7 @@ def pybullet_meshes(seed: int) -> Iterator[Mesh]:
     # Found without importing pybullet_data: only its files are needed.
     spec = importlib.util.find_spec("pybullet_data")
     if spec is None:
-        raise UserError("pybullet is not installed: pip install 'epigraf_fast[make_dataset]'")
+        raise UserError("pybullet, which has these objects, is not installed: pip install pybullet")
     folders = sorted((Path(spec.origin).parent / "random_urdfs").iterdir())
     random.Random(seed).shuffle(folders)
     for folder in folders:
@@ -184,7 +184,7 @@ class Renderer:
             import pyvista
             from vtkmodules.vtkCommonCore import vtkLogger
         except ImportError as error:
-            raise UserError(f"{error.name} is not installed: pip install 'epigraf_fast[make_dataset]'") from None
+            raise not_installed(error.name, "make_dataset") from None
         vtkLogger.SetStderrVerbosity(vtkLogger.VERBOSITY_ERROR)  # else it warns that there is no X server
         self.pyvista, self.recipe = pyvista, recipe
         size = resolution * SUPERSAMPLING

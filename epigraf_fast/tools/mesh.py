@@ -25,7 +25,7 @@ from ..camera import cam2world_matrix, camera_rays, frustum_extent
 from ..errors import UserError
 from ..models.generator import Generator
 from ..training.pretrained import load_generator
-from ..training.sampling import circle_angles, surface_depth, turntable_angles
+from ..training.sampling import circle_angles, showing_pose, surface_depth, turntable_angles
 from .arguments import NUMBERS, PATHS, GeneratorOptions, Json, Overwrite, default, parse, real, whole
 from .command import Progress, check_output, output, require, running, waiting
 from .render import OPAQUE, Scene, check_generator_arguments, save_picture
@@ -290,12 +290,12 @@ def glb_of(surface: Surface) -> bytes:
 
 
 def picture(surface: Surface, generator: Generator, size: int = 512, progress: PROGRESS = no_progress) -> np.ndarray:
-    """The mesh from the mean pose, in its colours and beside that as clay: uint8 [size, 2 size, 3].
+    """The mesh from `showing_pose`, in its colours and beside that as clay: uint8 [size, 2 size, 3].
 
     Faces are painted from far to near, at twice the size, brighter the more they face the camera.
     """
     camera = generator.camera
-    cam2world = cam2world_matrix(generator.mean_camera_pose[None].cpu(), camera.radius)[0].double().numpy()
+    cam2world = cam2world_matrix(showing_pose(generator)[None], camera.radius)[0].double().numpy()
     local = (surface.vertices - cam2world[:3, 3]) @ cam2world[:3, :3]  # right, up, backward
     place = local[:, :2] / (-local[:, 2:] * math.tan(math.radians(camera.fov) / 2)) * (1, -1)
     corners, pixels = local[surface.faces], ((place + 1) * size)[surface.faces]

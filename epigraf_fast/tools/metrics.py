@@ -12,7 +12,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -103,6 +104,10 @@ class Distances:
     Args:
         dataset: The real images.
         num_real: How many of them.
+
+    Attributes:
+        num_real: How many there were.
+        num_features: Name -> how many features it looks at: from fewer images than that it is far too large.
     """
 
     def __init__(self, dataset: ImageDataset, num_real: int, inception: Path | None, device: torch.device) -> None:
@@ -112,8 +117,10 @@ class Distances:
             if inception is not None:
                 self.features = ScriptFeatures(inception, device)
                 self.frechet["fid"] = FeatureDistance(device, self.features)
+        self.num_real = min(num_real, len(dataset))
+        self.num_features = {name: distance.num_features for name, distance in self.frechet.items()}
         reals = []
-        with Progress(what="real images", total=min(num_real, len(dataset))) as bar:
+        with Progress(what="real images", total=self.num_real) as bar:
             for images in real_images(dataset, num_real):
                 for distance in self.frechet.values():
                     distance.update_real(images)
@@ -148,15 +155,71 @@ class Distances:
         return values
 
 
+def remarks(distances: Distances, images: int) -> Iterator[str]:
+    """What has to be known of the numbers that will be measured."""
+    yield (
+        f"{images:,} generated images against {distances.num_real:,} real ones: distances compare only with those of "
+        "as many"
+    )
+    fewest = min(images, distances.num_real)
+    for name, features in distances.num_features.items():
+        if fewest < features:
+            yield (
+                f"warning: {name} looks at {features:,} features, of which {fewest:,} images do not tell: it comes out "
+                f"far too large; give at least --images {features}, and as many real ones"
+            )
+
+
+# Number -> its unit, and what is better.
+UNITS = {
+    "fd_efficientnet": "squared distance of features; lower is better",
+    "fid": "squared distance of features; lower is better",
+    "kid": "squared mean discrepancy; lower is better",
+    "reprojection_rgb": "mean difference of colours, of 1; lower is better",
+    "reprojection_depth": "median difference of depths, of the ray range; lower is better",
+    "reprojection_points": "share of solid pixels that were compared",
+}
+KEPT = "measurements.json"  # in a run's folder: what was measured, of checkpoints that are gone too
+
+
+def kept(folder: Path, results: Sequence[dict]) -> list[dict]:
+    """Adds results to what the run's folder keeps; all there, in order, that were measured with the same options."""
+    path = folder / KEPT
+    try:
+        before = json.loads(path.read_text()) if path.is_file() else []
+        same = {(Path(result["checkpoint"]).name, conditions(result)): result for result in [*before, *results]}
+    except (ValueError, TypeError, KeyError, AttributeError):
+        Progress.say(f"warning: {path} is damaged, and begun anew")
+        same = {(Path(result["checkpoint"]).name, conditions(result)): result for result in results}
+    everything = [same[key] for key in sorted(same)]
+    try:
+        with output(path) as partial:
+            partial.write_text(json.dumps(everything, indent=2) + "\n")
+    except UserError as error:
+        Progress.say(f"warning: {error}; the numbers of checkpoints that are removed will be lost")
+    return [result for result in everything if conditions(result) == conditions(results[0])]
+
+
+def conditions(result: dict) -> str:
+    """What has to be the same where two results are compared."""
+    return json.dumps([sorted(result), *(result.get(name) for name in ("data", "images", "reals", "objects", "turn"))])
+
+
 def plot(results: Sequence[dict], path: Path) -> None:
-    """Draws every number against the images seen, as the names of the checkpoints tell."""
-    names = [name for name, value in results[0].items() if isinstance(value, float)]
+    """Draws every number against the images seen, as the names of the checkpoints tell; from 0 on, lest noise looks
+    like progress."""
+    names = [name for name in UNITS if name in results[0]]
     found = [NAME.fullmatch(Path(result["checkpoint"]).name) for result in results]
     kimg = [int(match[1]) / 1000 if match else float(number) for number, match in enumerate(found)]
-    figure = plotting.new_figure(3.2 * len(names), 2.8)
+    figure = plotting.new_figure(3.6 * len(names), 3.2)
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        axes.plot(kimg, [result[name] for result in results], marker="o")
-        axes.set(title=name, xlabel="kimg" if all(found) else "checkpoint")
+        values = [result[name] for result in results]
+        axes.plot(kimg, values, marker="o")
+        top = max((value for value in values if math.isfinite(value)), default=1.0)
+        axes.set_ylim(min(0.0, *values), 1.0 if name == "reprojection_points" else 1.15 * top if top > 0 else 1.0)
+        axes.set(title=name, xlabel="thousands of images" if all(found) else "checkpoint")
+        axes.set_ylabel(textwrap.fill(UNITS[name], 34), fontsize=8)
+    figure.suptitle(f"{results[0]['images']:,} generated images against {results[0]['reals']:,} real ones", fontsize=9)
     plotting.save(figure, path, dpi=100)
 
 
@@ -167,7 +230,7 @@ class Options:
     checkpoint: Annotated[Checkpoint, about(help="A checkpoint, or a folder: all its checkpoints.")]
     data: Annotated[str | None, default("what the run was trained on")] = None
     """The real images."""
-    images: Annotated[int, whole(2, 10_000_000)] = 1000
+    images: Annotated[int, whole(2, 10_000_000)] = 1280
     """How many images to generate, and how many real ones to compare with."""
     all_reals: bool = False
     """Compare with every real image, as FID50k-full does."""
@@ -202,6 +265,7 @@ def run(options: Options) -> None:
     paths = (
         (list_checkpoints(options.checkpoint) or sorted(options.checkpoint.glob("checkpoint-*.pt"))) if folder else []
     )
+    run_folder = folder and bool(paths)
     paths = paths or [find_generator(options.checkpoint)]
     distances, results = None, []
     for path in paths:
@@ -229,19 +293,24 @@ def run(options: Options) -> None:
             device = generator.mean_camera_pose.device
             num_real = len(dataset) if options.all_reals else options.images
             distances = Distances(dataset, num_real, options.inception, device)
-        result = {"checkpoint": str(path), "images": options.images}
+            for line in remarks(distances, options.images):
+                Progress.say(line)
+        result = {"checkpoint": str(path), "data": str(dataset.path), "images": options.images}
+        result["reals"] = distances.num_real
         result |= distances.measure(generator, dataset, config, options.images)
         if options.objects:
+            result |= {"objects": options.objects, "turn": options.turn}
             result |= consistency(generator, dataset, config, options.objects, options.turn)
         results.append(result)
+        every = kept(options.checkpoint, results) if run_folder else results
         if not options.json:
-            values = (f"{name} {value:.4g}" for name, value in result.items() if isinstance(value, float))
+            values = (f"{name} {result[name]:.4g}" for name in UNITS if name in result)
             print(path.name, *values, sep="  ", flush=True)
         if options.out is not None:  # after each, so that an interruption loses none that is measured
             with output(options.out) as partial:
                 partial.write_text(json.dumps(results, indent=2) + "\n")
     if options.plot is not None:
-        plot(results, options.plot)
+        plot(every, options.plot)
     if options.json:
         print(json.dumps(results, indent=2))
         return

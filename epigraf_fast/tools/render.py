@@ -1,9 +1,17 @@
 """Pictures and videos of a trained generator.
 
 $ epigraf render grid runs/demo --out grid.png --seeds 0-15
+$ epigraf render images runs/demo --out object.png --seeds 0-99
+$ epigraf render steps runs/demo --out steps.png --seeds 0-4 --columns 8
+$ epigraf render mixing runs/demo --out mixing.png --seeds 0-3 --mix-seeds 4-9
 $ epigraf render turntable runs/demo --out turntable.mp4 --seeds 0-3 --show rgb depth normals
 $ epigraf render interpolation runs/demo --out walk.mp4 --seeds 0-5
-$ epigraf render fly-around runs/ffhq --out fly.mp4 --seeds 0-3 --resolution 1024
+$ epigraf render fly-around runs/ffhq --out fly.webm --seeds 0-3 --resolution 1024
+
+`grid` shows every seed, from one view or several; `images` writes a file for each, as object-3.png; `steps` goes from
+seed to seed, a row for each way; `mixing` has the shape of a row's seed and the finer styles of a column's. `turntable`
+looks from all around, `interpolation` walks through the seeds and `fly-around` swings and zooms; as .png their frames
+become files, as frame-0007.png.
 """
 
 from __future__ import annotations
@@ -29,39 +37,48 @@ from ..models.generator import Generator, Images
 from ..ops import PlaneRegion
 from ..training.log import depth_to_uint8, tile, to_uint8
 from ..training.pretrained import load_generator
-from ..training.sampling import circle_angles, latents_of_seeds, surface_depth, turntable_angles
+from ..training.sampling import circle_angles, latents_of_seeds, showing_pose, surface_depth, turntable_angles
 from .arguments import (
+    NUMBERS,
     GeneratorOptions,
     Overwrite,
     about,
     check_effect,
     default,
     filled,
+    optional,
     parse,
     real,
     several,
     whole,
 )
-from .command import Progress, check_output, output, require, running, waiting
+from .command import Progress, check_output, output, output_folder, require, running, waiting
 
-KINDS = ("grid", "turntable", "interpolation", "fly-around")
+PICTURES = ("grid", "images", "steps", "mixing")
+VIDEOS = ("turntable", "interpolation", "fly-around")
+KINDS = (*PICTURES, *VIDEOS)
 SHOWN = ("rgb", "depth", "normals")
 FFMPEG = "imageio_ffmpeg", "imageio-ffmpeg", "tools", ", or write a .gif"
 OPAQUE = 0.5  # rays that gather less have no surface
+SMALLEST = 256  # pixels of an object, unless another number is asked for
+STEPS = 8  # of `steps`, in a row
+GAP = 1 / 8  # between objects that have several views, of their size
 MOST_PIXELS = 2**28  # of a picture, at three bytes each
 LONGEST_SIDE = 16384  # pixels, of a video and of an object: what H.264 can hold
-VIDEOS = KINDS[1:]
 CIRCLES = ("interpolation", "fly-around")
 # Flag -> the kinds that it is for, and what holds without it.
 FOR_KINDS = {
-    "yaw": ("grid",),
-    "columns": ("grid", "turntable", "fly-around"),
+    "yaw": ("grid", "images"),
+    "columns": ("grid", "steps", "turntable", "fly-around"),
+    "mix_seeds": ("mixing",),
+    "mix_from": ("mixing",),
     "frames": VIDEOS,
     "fps": VIDEOS,
     "yaw_range": CIRCLES,
     "pitch_range": CIRCLES,
     "zoom": ("fly-around",),
 }
+VIEW = "three-quarter where objects are seen from all around, else the mean pose's"
 DEFAULTS = {"frames": 120, "fps": 30.0, "yaw_range": 0.4, "pitch_range": 0.2, "zoom": 1.5}
 
 
@@ -161,18 +178,24 @@ class Scene:
         return pictures(images, angles, self.generator, self.shown, fov)
 
 
+ENCODERS = {
+    ".mp4": {"quality": 8},
+    ".webm": {"codec": "libvpx-vp9", "quality": None, "output_params": ["-crf", "24", "-b:v", "0", "-row-mt", "1"]},
+}
 Frame = dict[str, np.ndarray]
 
 
-def tiled(views: Iterable[dict[str, Tensor]], columns: int) -> Frame:
-    """Views side by side, row by row; missing ones are white."""
+def tiled(views: Iterable[dict[str, Tensor]], columns: int, gap: float = 0) -> Frame:
+    """Views side by side, row by row; missing ones are white, and so is a gap (of their height) between columns."""
     views = list(views)
     out = {}
     for name in views[0]:
         images = torch.cat([view[name].cpu() for view in views])
         empty = -len(images) % columns
         images = torch.cat([images, images.new_full((empty, *images.shape[1:]), 255)])
-        out[name] = tile(images, columns)
+        white = round(gap * images.shape[2])
+        picture = tile(F.pad(images, (0, white), value=255), columns)
+        out[name] = picture[:, : picture.shape[1] - white]
     return out
 
 
@@ -180,12 +203,45 @@ def grid(
     scene: Scene, seeds: Sequence[int], classes: Sequence[int], poses: Tensor, columns: int, progress: Callable
 ) -> Frame:
     """Every seed from every pose [V, 3]; `columns` seeds a row."""
-    ws = scene.ws(seeds, classes)
-    views = []
+    return tiled(objects(scene, scene.ws(seeds, classes), poses, progress), columns, GAP if len(poses) > 1 else 0)
+
+
+def objects(scene: Scene, ws: Tensor, poses: Tensor, progress: Callable) -> Iterator[dict[str, Tensor]]:
+    """Of each style vectors the views from all poses [V, 3], side by side: uint8 [1, 3, R, V * R] of each thing."""
     for w in progress(ws, "objects"):
         painted = scene.paint(w, poses[0] if len(poses) == 1 else None)
-        views += [scene.view(painted, pose) for pose in poses]
-    return tiled(views, columns * len(poses))
+        views = [scene.view(painted, pose) for pose in poses]
+        yield {name: torch.cat([view[name] for view in views], dim=3) for name in views[0]}
+
+
+def steps(
+    scene: Scene, seeds: Sequence[int], classes: Sequence[int], pose: Tensor, columns: int, progress: Callable
+) -> Frame:
+    """From each seed to the next in a row of `columns` steps, linear in w, both ends shown."""
+    ws = scene.ws(seeds, classes)
+    shares = torch.linspace(0, 1, columns).tolist()
+    between = [low.lerp(high, share) for low, high in itertools.pairwise(ws) for share in shares]
+    return tiled(objects(scene, torch.stack(between), pose[None], progress), columns)
+
+
+def mixing(
+    scene: Scene,
+    seeds: Sequence[int],
+    others: Sequence[int],
+    classes: Sequence[int],
+    first: int,
+    pose: Tensor,
+    progress: Callable,
+) -> Frame:
+    """Row seeds whose style vectors from `first` on are those of the column seeds; both alone at the borders."""
+    rows, columns = scene.ws(seeds, classes), scene.ws(others, classes)
+    place = torch.arange(rows.shape[1], device=rows.device)[:, None] >= first
+    every = [*columns]
+    for row in rows:
+        every += [row, *(torch.where(place, column, row) for column in columns)]
+    shown = list(objects(scene, torch.stack(every), pose[None], progress))
+    corner = {name: torch.full_like(picture, 255) for name, picture in shown[0].items()}
+    return tiled([corner, *shown], 1 + len(columns))
 
 
 def orbit(
@@ -218,7 +274,13 @@ def interpolation(
 
 @contextlib.contextmanager
 def video(path: Path, fps: float) -> Iterator[Callable[[np.ndarray], None]]:
-    """Takes uint8 frames [H, W, 3] as they come and leaves an MP4 (H.264) or a GIF, whole or not at all."""
+    """Takes uint8 frames [H, W, 3] as they come and leaves an MP4 (H.264), a WebM (VP9), a GIF or, for a .png, a file
+    for each, as x-0007.png; whole or not at all."""
+    if path.suffix == ".png":
+        with output_folder(path.parent) as folder:
+            number = itertools.count()
+            yield lambda frame: PIL.Image.fromarray(frame).save(folder / frame_name(path, next(number)).name)
+        return
     if path.suffix == ".gif":
         frames: list[np.ndarray] = []
         with output(path) as partial:
@@ -235,7 +297,9 @@ def video(path: Path, fps: float) -> Iterator[Callable[[np.ndarray], None]]:
             height, width = (size - size % 2 for size in frame.shape[:2])  # the pixel format halves colours
             if writer is None:
                 size = width, height
-                writer = imageio_ffmpeg.write_frames(str(partial), size, fps=fps, quality=8, macro_block_size=2)
+                writer = imageio_ffmpeg.write_frames(
+                    str(partial), size, fps=fps, macro_block_size=2, **ENCODERS[path.suffix]
+                )
                 stack.callback(writer.close)
                 writer.send(None)
             writer.send(np.ascontiguousarray(frame[:height, :width]))
@@ -245,6 +309,11 @@ def video(path: Path, fps: float) -> Iterator[Callable[[np.ndarray], None]]:
         with waiting(f"writing {path.name}"):
             writer.close()
             check_video(partial, count)
+
+
+def frame_name(path: Path, number: int) -> Path:
+    """The file of a frame, where a video is written as pictures."""
+    return path.with_stem(f"{path.stem}-{number:04d}")
 
 
 def gif_of(frames: np.ndarray, fps: float) -> bytes:
@@ -298,21 +367,24 @@ class Options(GeneratorOptions, Kind):
     """The command line of `epigraf render`."""
 
     out: Path
-    """The .png (grid), .mp4 or .gif to write; what else --show names goes beside it, as in x-depth.png."""
+    """The .png of pictures; the .mp4, .webm, .gif or .png (each frame) of videos. What --show names besides goes into
+    files beside it, as x-depth.png."""
     overwrite: Overwrite = False
     show: Annotated[tuple[str, ...], several(SHOWN)] = ("rgb",)
     """What to show, one file each."""
-    resolution: Annotated[int | None, whole(2, LONGEST_SIDE), default("that of training")] = None
+    resolution: Annotated[int | None, whole(2, LONGEST_SIDE), default(f"that of training, at least {SMALLEST}")] = None
     """Pixels a side of an object, any number."""
     ray_samples: Annotated[int | None, whole(3, 4096), default("as in training")] = None
     """Coarse samples a ray, and as many fine ones."""
-    columns: Annotated[int | None, whole(1, 10_000), default("about a square")] = None
-    """Objects a row."""
-    yaw: Annotated[
-        tuple[float, ...] | None, real(-2 * math.pi, 2 * math.pi, several=True), default("the mean pose's")
-    ] = None
-    """For grid: the views, radians."""
-    pitch: Annotated[float | None, real(0, math.pi), default("the mean pose's")] = None
+    columns: Annotated[int | None, whole(1, 10_000), default(f"about a square, steps: {STEPS}")] = None
+    """Objects a row, of steps its steps."""
+    mix_seeds: Annotated[tuple[int, ...] | None, NUMBERS, optional] = None
+    """For mixing: the seeds of the columns."""
+    mix_from: Annotated[int | None, whole(1, 1000), default("half of them")] = None
+    """For mixing: the style vectors from this one on are the column's."""
+    yaw: Annotated[tuple[float, ...] | None, real(-2 * math.pi, 2 * math.pi, several=True), default(VIEW)] = None
+    """For grid and images: the views, radians."""
+    pitch: Annotated[float | None, real(0, math.pi), default(VIEW)] = None
     """Radians from straight above."""
     frames: Annotated[int | None, whole(2, 100_000), default(DEFAULTS["frames"])] = None
     """Frames of the whole video."""
@@ -338,34 +410,62 @@ def run(options: Options) -> None:
     paths = {
         name: options.out if name == shown[0] else options.out.with_stem(f"{options.out.stem}-{name}") for name in shown
     }
-    suffixes = (".png",) if options.kind == "grid" else (".mp4", ".gif")
+    suffixes = (".png",) if options.kind in PICTURES else (*ENCODERS, ".gif", ".png")
     for path in paths.values():
-        check_output("--out", path, suffixes, overwrite=options.overwrite)
-    if options.out.suffix == ".mp4":
+        for file in files_of(options, path):
+            check_output("--out", file, suffixes, overwrite=options.overwrite)
+    if options.out.suffix in ENCODERS:
         require(*FFMPEG)
+    if options.kind == "steps" and len(seeds) < 2:
+        raise UserError("--seeds must be at least two, as steps lead from one to the next")
+    if options.kind == "mixing" and not options.mix_seeds:
+        raise UserError("mixing needs --mix-seeds, the seeds of its columns")
     with waiting("reading the checkpoint"):
         config, generator = load_generator(options.checkpoint, options.device)
     check_generator_arguments(options, generator)
-    resolution = options.resolution or config.resolution
-    columns = options.columns or math.ceil(math.sqrt(len(seeds)))
+    first, num_ws = options.mix_from or generator.mapping.num_ws // 2, generator.mapping.num_ws
+    if first >= num_ws:
+        raise UserError(f"--mix-from must be from 1 to {num_ws - 1}, the style vectors that there are, got {first}")
+    resolution = options.resolution or max(config.resolution, SMALLEST)
+    columns = options.columns or (STEPS if options.kind == "steps" else math.ceil(math.sqrt(len(seeds))))
     check_size(options, resolution, columns)
     if options.ray_samples is not None:
         generator.renderer.config = dataclasses.replace(
             generator.renderer.config, coarse_samples=options.ray_samples, fine_samples=options.ray_samples
         )
     scene = Scene(generator, resolution, shown, truncation=options.truncation, cutoff=options.cutoff)
-    centre = generator.mean_camera_pose.cpu().clone()
+    centre, classes = showing_pose(generator), options.labels or ()
     if options.pitch is not None:
         centre[1] = options.pitch
-    if options.kind == "grid":
-        yaws = torch.tensor(options.yaw if options.yaw is not None else [float(centre[0])])
-        poses = torch.stack([yaws, centre[1].expand_as(yaws), torch.zeros_like(yaws)], dim=1)
-        for name, picture in grid(scene, seeds, options.labels or (), poses, columns, Progress).items():
-            save_picture(picture, paths[name])
-    else:
+    yaws = torch.tensor(options.yaw if options.yaw is not None else [float(centre[0])])
+    poses = torch.stack([yaws, centre[1].expand_as(yaws), torch.zeros_like(yaws)], dim=1)
+    if options.kind in VIDEOS:
         save_all(frames_of(options, scene, centre, columns), paths, options.fps)
+    elif options.kind == "images":
+        for seed, views in zip(seeds, objects(scene, scene.ws(seeds, classes), poses, Progress), strict=True):
+            for name, picture in tiled([views], 1).items():
+                save_picture(picture, paths[name].with_stem(f"{paths[name].stem}-{seed}"))
+    else:
+        if options.kind == "grid":
+            frame = grid(scene, seeds, classes, poses, columns, Progress)
+        elif options.kind == "steps":
+            frame = steps(scene, seeds, classes, centre, columns, Progress)
+        else:
+            frame = mixing(scene, seeds, options.mix_seeds, classes, first, centre, Progress)
+        for name, picture in frame.items():
+            save_picture(picture, paths[name])
     for path in paths.values():
-        print(f"wrote {path}")
+        files = files_of(options, path)
+        print(f"wrote {files[0]}" + (f" to {files[-1].name}" if len(files) > 1 else ""))
+
+
+def files_of(options: Options, path: Path) -> list[Path]:
+    """The files that one thing to show becomes."""
+    if options.kind == "images":
+        return [path.with_stem(f"{path.stem}-{seed}") for seed in options.seeds]
+    if options.kind in VIDEOS and path.suffix == ".png":
+        return [frame_name(path, number) for number in range(options.frames)]
+    return [path]
 
 
 def frames_of(options: Options, scene: Scene, centre: Tensor, columns: int) -> Iterator[Frame]:
@@ -384,10 +484,15 @@ def frames_of(options: Options, scene: Scene, centre: Tensor, columns: int) -> I
 def check_size(options: Options, resolution: int, columns: int) -> None:
     """Raises UserError where the picture would not fit into memory, or a frame into a video."""
     views = len(options.yaw or [0])
-    width, height = resolution * columns * views, resolution * math.ceil(len(options.seeds) / columns)
-    if options.kind == "interpolation":
-        width = height = resolution
-    if width * height > MOST_PIXELS or (options.kind != "grid" and max(width, height) > LONGEST_SIDE):
+    rows = math.ceil(len(options.seeds) / columns)
+    if options.kind in ("interpolation", "images"):
+        columns = rows = 1
+    elif options.kind == "steps":
+        rows = len(options.seeds) - 1
+    elif options.kind == "mixing":
+        columns, rows = 1 + len(options.mix_seeds), 1 + len(options.seeds)
+    width, height = resolution * columns * views, resolution * rows
+    if width * height > MOST_PIXELS or (options.kind in VIDEOS and max(width, height) > LONGEST_SIDE):
         raise UserError(f"the picture would have {width}x{height} pixels: lower --resolution, or give fewer --seeds")
 
 

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import torch
 
-from ..config import PRESETS, Config, check, preset, to_dict, with_data_camera
+from ..config import PRESETS, Config, check, preset, with_data_camera
 from ..data import ImageDataset, make_loader
 from ..errors import DivergenceError, Stopped, UserError
 from ..training import cores
@@ -28,14 +28,13 @@ from ..training.endurance import StopRequest, explain_out_of_memory
 from ..training.files import require_writable
 from ..training.lock import locked
 from ..training.log import flush_output
-from ..training.memory import meta_networks, parameter_count, step_bytes
 from ..training.profile import traced
 from ..training.progress import say, waiting
 from ..training.record import Record
 from ..training.start import build, pick_device, require_same
 from ..training.step import Trainer
 from ..training.warmup import warm_up
-from . import doctor
+from . import doctor, dry_run
 from .command import begun
 
 
@@ -58,7 +57,11 @@ def main(args: Sequence[str] | None = None) -> int:
         require_same(config, dataset, device, world, dry_run=command.dry_run)
         if command.dry_run:
             with world.together():
-                return dry_run(config, dataset, device, world)
+                found = dry_run.facts(config, command.name, dataset, device, world.size, command.resume)
+                dataset.check_images(progress=world.rank == 0)
+            if world.rank == 0:
+                print(json.dumps(found, indent=2) if command.json else "\n".join(dry_run.summary(found)))
+            return 0
         with traced(Path(config.run_dir) / "trace.json" if command.profile and world.rank == 0 else None):
             return train(config, dataset, device, command.resume, world)
     except (UserError, DivergenceError) as error:
@@ -83,11 +86,14 @@ def commands() -> dict[str, tuple[str, Any]]:
         resume: str | None = None
         """Continue: a checkpoint, a run folder, or `auto` for the newest checkpoint in --run-dir, if there is one."""
         dry_run: bool = False
-        """Print the settings, parameter counts and a memory estimate, check the data, and leave."""
+        """Check everything, the data too, say in ten lines what would be trained, and leave."""
+        json: bool = False
+        """With --dry-run: print all that is known, every setting too, as JSON."""
+        name: tyro.conf.Suppress[str] = ""  # of the preset
         profile: bool = False
         """Write a torch profiler trace of a few iterations, from the sixth on, to trace.json in --run-dir."""
 
-    return {name: (f"the {name} preset", Command(preset(name))) for name in PRESETS}
+    return {name: (f"the {name} preset", Command(preset(name), name=name)) for name in PRESETS}
 
 
 def parse(args: Sequence[str] | None) -> Any:
@@ -98,23 +104,6 @@ def parse(args: Sequence[str] | None) -> Any:
 
     prog = "train.py" if Path(sys.argv[0]).name == "train.py" else "epigraf train"
     return read(functools.partial(tyro.extras.overridable_config_cli, commands()), prog, __doc__, args)
-
-
-def dry_run(config: Config, dataset: ImageDataset, device: torch.device, world: World) -> int:
-    """Checks everything that can be checked without training, and prints what would be trained."""
-    with explain_out_of_memory(config, dataset.label_dim, device, world.size):
-        generator, discriminator = meta_networks(config, dataset.label_dim)
-        fixed, step = step_bytes(config, generator, discriminator, dataset.angles)
-    dataset.check_images(progress=world.rank == 0)
-    if world.rank == 0:
-        print(json.dumps(to_dict(config), indent=2))
-        print(f"data: {config.data}: {len(dataset):,} images (mirrored: {config.loader.mirror}), all readable")
-        print(f"parameters: G {parameter_count(generator):,}, D {parameter_count(discriminator):,}")
-        print(
-            f"memory, estimated in fp32: {fixed / 2**30:.2f} GiB for weights, gradients, Adam and the average, "
-            f"{step / 2**30:.2f} GiB for a micro-batch of {config.micro}"
-        )
-    return 0
 
 
 def train(

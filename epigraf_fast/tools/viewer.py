@@ -10,31 +10,37 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import io
 import itertools
 import math
+import secrets
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import PIL.Image
 import torch
 from torch import Tensor
 
 from ..camera import cam2world_matrix
 from ..config import Config
 from ..errors import UserError
-from ..models.generator import Generator
-from ..training.log import to_uint8
+from ..models.generator import Generator, Images
 from ..training.pretrained import load_generator
-from ..training.sampling import known_labels
+from ..training.sampling import known_labels, showing_pose
 from .arguments import Checkpoint, Device, default, parse, whole
 from .command import heard, require, running, waiting
 from .mesh import automatic_threshold, density_volume, extract, glb_of, measured, statistics
-from .render import Painted, Scene
+from .render import FFMPEG, SHOWN, Painted, Scene, pictures, video
 
 FRAME_SECONDS = 0.1  # what a frame may take while something moves
+LAST_SEED = 2**31 - 1
+FPS = 24  # of a camera path
 SMALLEST = 16  # pixels, the side of the coarsest frame
 
 
@@ -122,7 +128,7 @@ class Viewer:
         self.changed = threading.Condition()
         self.views: dict[int, View] = {}
         self.rate = 64**2 / FRAME_SECONDS  # pixels per second, measured as frames are painted
-        self._painted: tuple[Any, Painted] | None = None
+        self._painted: tuple[Any, list[Painted]] | None = None
         self._painted_lock = threading.Lock()
         self.server = viser.ViserServer(host=host, port=port, verbose=False)
         self.address = f"http://{f'[{host}]' if ':' in host else host}:{self.server.get_port()}"
@@ -139,7 +145,7 @@ class Viewer:
 
     def _place_camera(self) -> None:
         camera = self.config.camera
-        pose = self.generator.mean_camera_pose[None].cpu()
+        pose = showing_pose(self.generator)[None]
         start = self.server.initial_camera
         start.position = tuple(cam2world_matrix(pose, camera.radius)[0, :3, 3].tolist())
         start.look_at = (0.0, 0.0, 0.0)
@@ -149,24 +155,41 @@ class Viewer:
 
     def _add_controls(self) -> None:
         gui, count = self.server.gui, self.generator.label_dim
-        self.seed = gui.add_slider("Seed", 0, 999, 1, 0)
+        self.seed = gui.add_number("Seed", 0, min=0, max=LAST_SEED, step=1)
+        self.random = gui.add_button("Random seed")
+        self.shown = gui.add_dropdown("Show", SHOWN)
         self.truncation = gui.add_slider("Truncation", 0.0, 1.0, 0.05, 1.0, hint="1 is none, 0 the mean object")
         known = known_labels(self.generator)
         self.label = gui.add_slider("Label", 0, count - 1, 1, int(known[0])) if count > 1 and known.ndim == 1 else None
         with gui.add_folder("Interpolation"):
-            self.other_seed = gui.add_slider("To seed", 0, 999, 1, 1)
+            self.other_seed = gui.add_number("To seed", 1, min=0, max=LAST_SEED, step=1)
             self.mix = gui.add_slider("Mix", 0.0, 1.0, 0.01, 0.0)
+            self.both = gui.add_checkbox("Side by side", False, hint="the two seeds, from one camera")
+        with gui.add_folder("Save"):
+            self.save_image = gui.add_button("Save image")
+            self.add_stop = gui.add_button("Add camera", hint="the camera path goes through it, and back to the first")
+            self.clear_stops = gui.add_button("Clear path")
+            self.seconds = gui.add_number("Seconds", 4.0, min=0.5, max=60.0, step=0.5)
+            self.save_video = gui.add_button("Save video")
         with gui.add_folder("Mesh"):
-            self.threshold = gui.add_number("Threshold", 0.0, step=0.1, hint="raw density; 0: found by itself")
+            self.automatic = gui.add_checkbox("Threshold found by itself", True)
+            self.threshold = gui.add_number("Threshold", 0.0, step=0.1, hint="raw density", disabled=True)
             self.mesh_resolution = gui.add_slider("Mesh resolution", 16, 256, 16, 96)
             self.build = gui.add_button("Build mesh")
             self.show_mesh = gui.add_checkbox("Show mesh", False)
         self.status = gui.add_markdown("")
-        for control in (self.seed, self.truncation, self.label, self.other_seed, self.mix):
+        for control in (*(self.seed, self.truncation, self.label, self.shown, self.other_seed, self.mix, self.both),):
             if control is not None:
                 control.on_update(lambda _: self._touch())
         self.show_mesh.on_update(lambda _: self._show_mesh())
         self.build.on_click(lambda _: self._build_mesh())
+        self.random.on_click(lambda _: setattr(self.seed, "value", secrets.randbelow(LAST_SEED + 1)))
+        self.automatic.on_update(lambda _: setattr(self.threshold, "disabled", bool(self.automatic.value)))
+        self.stops: list[View] = []
+        self.save_image.on_click(lambda event: self._save(event.client, self.save_image, self._image))
+        self.save_video.on_click(lambda event: self._save(event.client, self.save_video, self._video))
+        self.add_stop.on_click(lambda event: self._add_stop(event.client))
+        self.clear_stops.on_click(lambda _: self._clear_stops())
         self.mesh: Any = None
 
     # What the pages ask for
@@ -202,22 +225,34 @@ class Viewer:
     # Painting
 
     def painted_object(self) -> Painted:
-        """The object that the controls describe."""
+        """The object that the controls describe; the first of two side by side."""
+        return self.painted_objects()[0]
+
+    def painted_objects(self) -> list[Painted]:
+        """Those that are shown: one between the two seeds, or both."""
         label = [] if self.label is None else [int(self.label.value)]
-        key = (self.seed.value, self.other_seed.value, self.mix.value, self.truncation.value, *label)
+        mixes = (0.0, 1.0) if self.both.value else (float(self.mix.value),)
+        key = (self.seed.value, self.other_seed.value, mixes, self.truncation.value, *label)
         with self._painted_lock:
             if self._painted is None or self._painted[0] != key:
                 self.scene.truncation = float(key[3])
                 first, second = self.scene.ws([int(key[0]), int(key[1])], label)
-                self._painted = key, self.scene.paint(first.lerp(second, float(key[2])))
+                self._painted = key, [self.scene.paint(first.lerp(second, mix)) for mix in mixes]
             return self._painted[1]
 
     @torch.no_grad()
     def frame(self, view: View, side: int, outdated: Callable[[], bool] = lambda: False) -> np.ndarray | None:
         """A picture for a page, uint8 [H, W, 3], painted tile by tile; None if it is outdated before it is done."""
-        painted, tile = self.painted_object(), min(side, self._moving_side())
-        device = painted.planes.device
-        picture = torch.empty(3, side, side, dtype=torch.uint8)
+        objects = self.painted_objects()
+        parts = [self._square(painted, view, side, outdated) for painted in objects]
+        if any(part is None for part in parts):
+            return None
+        return np.concatenate([canvas(part, view.aspect / len(parts)) for part in parts], axis=1)
+
+    def _square(self, painted: Painted, view: View, side: int, outdated: Callable[[], bool]) -> np.ndarray | None:
+        """One object, uint8 [side, side, 3]: colours, depth or normals."""
+        tile, device = min(side, self._moving_side()), painted.planes.device
+        whole = Images(*(torch.empty(1, channels, side, side) for channels in (3, 1, 1)))
         for row, column in itertools.product(range(0, side, tile), repeat=2):
             if outdated():
                 return None
@@ -236,8 +271,11 @@ class Viewer:
                 fov=view.fov,
                 stochastic=False,
             )
-            picture[:, row : row + tile, column : column + tile] = to_uint8(images.rgb[0]).cpu()
-        return canvas(picture.permute(1, 2, 0).numpy(), view.aspect)
+            for target, part in zip(whole, images, strict=True):
+                target[:, :, row : row + tile, column : column + tile] = part.cpu()
+        shown = str(self.shown.value)
+        picture = pictures(whole, view.angles[None], self.generator, (shown,), view.fov)[shown]
+        return picture[0].permute(1, 2, 0).numpy()
 
     def _moving_side(self) -> int:
         """The side of a frame, a power of two, that takes about FRAME_SECONDS."""
@@ -296,6 +334,72 @@ class Viewer:
         self.status.content = f"{side}x{side}, {1000 * seconds:.0f} ms"
         return side
 
+    # Files
+
+    def _save(self, client: Any, button: Any, make: Callable[[Any], tuple[str, bytes]]) -> None:
+        """Sends a page what it asked for as a download."""
+        button.disabled = True
+        try:
+            name, content = make(client)
+            client.send_file_download(name, content)
+            self.status.content = f"saved {name}"
+        except (UserError, OSError) as error:
+            self.status.content = f"not saved: {error}"
+        finally:
+            button.disabled = False
+
+    def _image(self, client: Any) -> tuple[str, bytes]:
+        """The page's picture, sharp."""
+        with self.changed:
+            view = self.views.get(client.client_id)
+        if view is None:
+            raise UserError("the page is gone")
+        file = io.BytesIO()
+        PIL.Image.fromarray(self.frame(view, self.resolution)).save(file, "PNG")
+        return f"seed-{int(self.seed.value)}-{self.shown.value}.png", file.getvalue()
+
+    def _add_stop(self, client: Any) -> None:
+        with self.changed:
+            view = self.views.get(client.client_id)
+        if view is not None:
+            self.stops.append(view)
+            self.status.content = f"{len(self.stops)} cameras in the path"
+
+    def _clear_stops(self) -> None:
+        self.stops.clear()
+        self.status.content = "the camera path is empty"
+
+    def path(self, frames: int) -> list[View]:
+        """Cameras from stop to stop and back to the first, turning the short way; of one stop, once around it."""
+        if not self.stops:
+            raise UserError("the camera path is empty: look from somewhere and press Add camera")
+        if len(self.stops) == 1:
+            turn = torch.arange(frames) * (2 * math.pi / frames)
+            return [
+                dataclasses.replace(self.stops[0], angles=self.stops[0].angles + torch.tensor([float(t), 0, 0]))
+                for t in turn
+            ]
+        views = []
+        for number in range(frames):
+            low, share = divmod(number * len(self.stops) / frames, 1)
+            a, b = (self.stops[(int(low) + i) % len(self.stops)] for i in range(2))
+            share = (1 - math.cos(math.pi * share)) / 2  # slow at the stops
+            turn = b.angles - a.angles
+            turn[0] = (turn[0] + math.pi) % (2 * math.pi) - math.pi
+            views.append(dataclasses.replace(a, angles=a.angles + share * turn, fov=a.fov + share * (b.fov - a.fov)))
+        return views
+
+    def _video(self, client: Any) -> tuple[str, bytes]:
+        """The camera path, H.264."""
+        require(*FFMPEG)
+        views = self.path(max(2, round(float(self.seconds.value) * FPS)))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "path.mp4")
+            with video(path, FPS) as add:
+                for view in self._progress(views, "frames"):
+                    add(self.frame(dataclasses.replace(view, aspect=2.0 if self.both.value else 1.0), self.resolution))
+            return f"seed-{int(self.seed.value)}-path.mp4", path.read_bytes()
+
     # The mesh
 
     def _build_mesh(self) -> None:
@@ -311,20 +415,23 @@ class Viewer:
     def make_mesh(self) -> None:
         """Puts the surface of the current object into the scene."""
         painted, threshold = self.painted_object(), float(self.threshold.value)
+        automatic = bool(self.automatic.value)
         volume = density_volume(self.generator, painted.planes, int(self.mesh_resolution.value), self._progress)
-        if not threshold:
+        if automatic:
             whole_sphere = self.config.camera.prior == "spherical_uniform"
             threshold = automatic_threshold(self.generator, painted.planes, whole_sphere, self._progress)
+            self.threshold.value = round(threshold, 4)
         surface = extract(self.generator, painted.planes, volume, threshold, self._progress)
         self.mesh = self.server.scene.add_glb("/mesh", glb_of(surface), visible=bool(self.show_mesh.value))
-        self.status.content = f"threshold {threshold:.4g}\n\n" + "\n\n".join(statistics(measured(surface)))
+        how = "found by itself" if automatic else "given"
+        self.status.content = f"threshold {threshold:.4g} ({how})\n\n" + "\n\n".join(statistics(measured(surface)))
 
     def _progress(self, items: Sequence[Any], what: str) -> Iterator[Any]:
-        """Shows how far the mesh is, and gives it up when the viewer ends."""
+        """Shows how far something long is, and gives it up when the viewer ends."""
         for number, item in enumerate(items):
             if not self.running:
                 raise UserError("the viewer ends")
-            self.status.content = f"building the mesh ... {what}: {number}/{len(items)}"
+            self.status.content = f"working ... {what}: {number}/{len(items)}"
             yield item
 
     def _show_mesh(self) -> None:

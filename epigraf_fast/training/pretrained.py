@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config import Config, from_dict, to_dict
-from ..errors import UserError
+from ..errors import UserError, not_installed
 from ..models.generator import Generator
 from ..models.image_generator import ImageGenerator
 from .checkpoint import list_checkpoints, load_checkpoint
@@ -112,4 +112,4 @@ def check_finite(state: dict[str, Tensor], name: str) -> None:
 
 def _require_safetensors() -> None:
     if importlib.util.find_spec("safetensors") is None:
-        raise UserError("safetensors is not installed: pip install 'epigraf_fast[tools]'")
+        raise not_installed("safetensors", "tools")

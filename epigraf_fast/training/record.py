@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 from pathlib import Path
 
 from ..config import Config, to_dict
@@ -124,6 +125,12 @@ class Record:
                 self.say(f"turntable:       {self.snapshots.turntable()}")
             if self.config.metric_images:
                 self.measure()
+            if self.config.generator.backbone == "triplane":
+                run = shlex.quote(str(self.run_dir))
+                self.say("what to try next (epigraf --help lists all; . .venv/bin/activate finds it after make demo):")
+                self.say(f"  epigraf viewer {run}     # look around the objects in a browser")
+                self.say(f"  epigraf mesh {run} --seeds 3 --out object.glb")
+                self.say(f"  epigraf render turntable {run} --seeds 0-5 --out turntable.mp4")
 
     def close(self) -> None:
         self.first_step.close()

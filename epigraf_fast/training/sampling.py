@@ -17,6 +17,7 @@ from ..models.generator import Generator, Images
 from .progress import progress
 
 BATCH = 8  # images rendered at once
+THREE_QUARTER = (0.6, 1.15, 0.0)  # radians
 
 
 def prior_angles(
@@ -116,6 +117,14 @@ def render_images(
             region=True,
             stochastic=False,
         )
+
+
+def showing_pose(generator: Generator) -> Tensor:
+    """The pose [3] that shows an object best, on the CPU: three-quarter from above where objects are seen from all
+    around, whose mean pose is but front on; else the mean pose."""
+    if generator.camera.prior == "spherical_uniform":
+        return torch.tensor(THREE_QUARTER)
+    return generator.mean_camera_pose.cpu().clone()
 
 
 def turntable_angles(frames: int, pitch: float = 1.2) -> Tensor:

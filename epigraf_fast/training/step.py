@@ -1,4 +1,4 @@
-"""One training iteration: the phases G, D and D regularization, and the average of the generator (SPEC section 9)."""
+"""One training iteration: the phases G, D and D regularization, and the average of the generator (method.md 10)."""
 
 from __future__ import annotations
 

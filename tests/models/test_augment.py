@@ -1,4 +1,4 @@
-"""The augmentation pipeline against numbers worked by hand, plain loops and differences (SPEC section 14)."""
+"""The augmentation pipeline against numbers worked by hand, plain loops and differences (method.md 12)."""
 
 from __future__ import annotations
 

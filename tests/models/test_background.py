@@ -1,4 +1,4 @@
-"""Backgrounds: sizes, the inverted sphere, its integration, and how they join the foreground (SPEC section 6)."""
+"""Backgrounds: sizes, the inverted sphere, its integration, and how they join the foreground (method.md 6)."""
 
 from __future__ import annotations
 

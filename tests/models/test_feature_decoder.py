@@ -1,4 +1,4 @@
-"""Decoders of the ablations: Fourier features, view directions (SPEC section 3)."""
+"""Decoders of the ablations: Fourier features, view directions (method.md 3)."""
 
 from __future__ import annotations
 

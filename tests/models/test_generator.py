@@ -209,7 +209,7 @@ def test_float64_agrees_with_float32(tiny_generator):
 
 
 def test_gradients_of_the_whole_against_differences(tiny_generator, assert_directional_derivative):
-    """Without importance samples: these move with the density, and that part has no gradient (SPEC section 5)."""
+    """Without importance samples: these move with the density, and that part has no gradient (method.md 5)."""
     generator = tiny_generator(label_dim=3, pose_conditioning=True, renderer={"fine_samples": 0}).eval()
     for name, p in generator.named_parameters():
         if "noise_strength" in name:

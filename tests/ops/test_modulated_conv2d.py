@@ -80,7 +80,7 @@ def valid_convolution(x, kernel):
 
 
 def literal_resample(x, weight, kernel=None, up=1, down=1, flip_weight=False):
-    """SPEC section 16 in its own order: insert zeros, pad once, filter, convolve, filter, keep; no padding between."""
+    """method.md 7 in its own order: insert zeros, pad once, filter, convolve, filter, keep; no padding between."""
     batch, channels, height, width = x.shape
     inserted = x.new_zeros(batch, channels, height * up, width * up)
     inserted[:, :, ::up, ::up] = x
@@ -149,7 +149,7 @@ def test_upsampling_convolution_by_hand(conv2d_resample):
 
 
 def test_discriminators_paddings(conv2d_resample):
-    # SPEC: the 3x3 convolution down 2 pads 2 on every side, the 1x1 skip pads 1.
+    # method.md 7: the 3x3 convolution down 2 pads 2 on every side, the 1x1 skip pads 1.
     x = draw(1, 2, 6, 8, seed=1)
     for k, pad in ((3, 2), (1, 1)):
         weight = draw(3, 2, k, k, seed=2)
@@ -160,7 +160,7 @@ def test_discriminators_paddings(conv2d_resample):
 
 
 def test_generators_paddings(conv2d_resample):
-    # SPEC: a stride-2 transposed convolution with the raw kernel gives 2H+1; the filter then pads 1 on all sides.
+    # method.md 7: a stride-2 transposed convolution with the raw kernel gives 2H+1; the filter then pads 1 everywhere.
     x, weight = draw(1, 2, 3, 4, seed=1), draw(3, 2, 3, 3, seed=2)
     wide = torch.nn.functional.conv_transpose2d(x, weight.transpose(0, 1), stride=2)
     assert wide.shape == (1, 3, 7, 9)

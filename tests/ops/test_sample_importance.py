@@ -1,4 +1,4 @@
-"""sample_importance and invert_cdf: the reference against SPEC section 5 in plain Python and against the density.
+"""sample_importance and invert_cdf: the reference against method.md 5 in plain Python and against the density.
 
 The Triton kernels against the reference: in Triton's interpreter and compiled, or on the GPU where there is one.
 """

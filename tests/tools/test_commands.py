@@ -80,7 +80,13 @@ def test_every_option_has_a_type(tool: str) -> None:
 
 def test_the_numbers_are_all_here() -> None:
     assert len(NUMBERS) >= 42
-    assert RANGES == [("render", "--seeds"), ("render", "--labels"), ("mesh", "--seeds"), ("mesh", "--labels")]
+    assert RANGES == [
+        ("render", "--seeds"),
+        ("render", "--labels"),
+        ("render", "--mix-seeds"),
+        ("mesh", "--seeds"),
+        ("mesh", "--labels"),
+    ]
 
 
 # Where zero, a negative or a huge number has a meaning.
@@ -160,7 +166,13 @@ def plain_run(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "--frames does nothing for grid, only for turntable, interpolation",
         ),
         ("render grid RUN --out OUT.png --fps 9", "--fps does nothing for grid"),
-        ("render turntable RUN --out OUT.gif --yaw 0", "--yaw does nothing for turntable, only for grid: leave it out"),
+        (
+            "render turntable RUN --out OUT.gif --yaw 0",
+            "--yaw does nothing for turntable, only for grid, images",
+        ),
+        ("render steps RUN --out OUT.png --seeds 0", "--seeds must be at least two"),
+        ("render mixing RUN --out OUT.png", "mixing needs --mix-seeds"),
+        ("render mixing RUN --out OUT.png --mix-seeds 1 --mix-from 6", "--mix-from must be from 1 to 5"),
         ("render turntable RUN --out OUT.gif --yaw-range 1", "--yaw-range does nothing for turntable"),
         ("render interpolation RUN --out OUT.gif --columns 2", "--columns does nothing for interpolation"),
         ("render interpolation RUN --out OUT.gif --zoom 2", "--zoom does nothing for interpolation"),
@@ -270,9 +282,9 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, one_error_l
 # Whole runs. Each writes its files into a folder; what they are and how many is in the names.
 
 MAKES = {
-    "render grid RUN --out OUT/x.png --seeds 0 --show rgb depth": ["x-depth.png", "x.png"],
-    "render turntable RUN --out OUT/x.mp4 --seeds 0 --frames 2": ["x.mp4"],
-    "render turntable RUN --out OUT/x.gif --seeds 0 --frames 2": ["x.gif"],
+    "render grid RUN --out OUT/x.png --seeds 0 --show rgb depth --resolution 16": ["x-depth.png", "x.png"],
+    "render turntable RUN --out OUT/x.mp4 --seeds 0 --frames 2 --resolution 16": ["x.mp4"],
+    "render turntable RUN --out OUT/x.gif --seeds 0 --frames 2 --resolution 16": ["x.gif"],
     "mesh RUN --out OUT/x.ply OUT/x.obj OUT/x.glb OUT/x.mrc OUT/x.png --resolution 12": [
         *("x.glb", "x.mrc", "x.obj", "x.ply", "x.png")
     ],
@@ -379,9 +391,9 @@ def interrupted(main: Callable[[list[str]], None], *words: object) -> None:
 @pytest.mark.parametrize(
     ("line", "owner", "function", "call"),
     [
-        ("render grid RUN --out OUT/x.png --seeds 0-2 --show rgb depth", "render", "surface_depth", 2),
-        ("render turntable RUN --out OUT/x.mp4 --seeds 0 --frames 4", "render", "to_uint8", 3),
-        ("render turntable RUN --out OUT/x.gif --seeds 0 --frames 4", "render", "gif_of", 1),
+        ("render grid RUN --out OUT/x.png --seeds 0-2 --show rgb depth --resolution 16", "render", "surface_depth", 2),
+        ("render turntable RUN --out OUT/x.mp4 --seeds 0 --frames 4 --resolution 16", "render", "to_uint8", 3),
+        ("render turntable RUN --out OUT/x.gif --seeds 0 --frames 4 --resolution 16", "render", "gif_of", 1),
         ("mesh RUN --out OUT/x.ply --resolution 12", "mesh", "to_trimesh", 2),
         ("mesh RUN --out OUT/x.png --resolution 12", "mesh", "picture", 1),
         ("check_data DATA --plot OUT/x.png", "plotting", "output", 1),
@@ -479,11 +491,16 @@ def test_objects_that_are_rendered_are_kept(
 # Waits
 
 WAITS = {
-    "render grid RUN --out OUT/x.png --seeds 0": ["reading the checkpoint", "objects", "rays", "writing x.png"],
-    "render turntable RUN --out OUT/x.mp4 --seeds 0 --frames 2": [
+    "render grid RUN --out OUT/x.png --seeds 0 --resolution 16": [
+        "reading the checkpoint",
+        "objects",
+        "rays",
+        "writing x.png",
+    ],
+    "render turntable RUN --out OUT/x.mp4 --seeds 0 --frames 2 --resolution 16": [
         *("reading the checkpoint", "objects", "frames", "rays", "rays", "writing x.mp4")
     ],
-    "render interpolation RUN --out OUT/x.gif --seeds 0 --frames 2": [
+    "render interpolation RUN --out OUT/x.gif --seeds 0 --frames 2 --resolution 16": [
         *("reading the checkpoint", "frames", "rays", "rays", "writing x.gif")
     ],
     "mesh RUN --out OUT/x.ply OUT/x.png OUT/x.mrc --resolution 12": [

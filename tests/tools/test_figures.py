@@ -72,6 +72,24 @@ def test_modulation_is_what_the_blocks_see(run: tuple[Trainer, Path]) -> None:
     assert_close(sigmas["layer 4"], seen[8].detach(), "second block")
 
 
+def test_the_modulation_s_figure_is_smooth_and_says_what_it_is(run: tuple[Trainer, Path]) -> None:
+    _, judge = figures.load_discriminator(run[1])
+    scales = torch.linspace(0.5, 1, figures.SCALES)
+    (name, sigma), *_ = figures.modulation(judge, scales).items()
+    figure = figures.draw_modulation(judge, 0.5, seed=0)
+    first = figure.axes[0]
+    assert first.get_title() == name
+    lines = {line.get_label(): line.get_ydata() for line in first.lines}
+    filters = [label for label in lines if label.startswith("filter ")]
+    assert len(filters) == figures.FILTERS == len(first.get_legend().get_texts()) - 1
+    half = figures.WINDOW // 2
+    for label in filters:
+        raw = sigma[:, int(label.split()[1])].numpy()
+        assert lines[label][100] == pytest.approx(raw[100 - half : 100 + half + 1].mean(), abs=1e-5)
+        assert lines[label][0] == pytest.approx(raw[: half + 1].mean(), abs=1e-5)
+    assert "as without modulation" in figure._suptitle.get_text()
+
+
 @pytest.mark.parametrize("figure", ["scales", "schedules", "modulation", "curves"])
 def test_pictures(figure: str, run: tuple[Trainer, Path], capsys: pytest.CaptureFixture[str]) -> None:
     out = run[1] / "figures" / "out.png"

@@ -149,10 +149,10 @@ def test_command_line_faults_are_one_line(arguments, words, tmp_path, capsys):
 
 def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyvista", None)
-    with pytest.raises(UserError, match=r"pyvista is not installed: pip install 'epigraf_fast\[make_dataset\]'"):
+    with pytest.raises(UserError, match=r"pyvista is not installed: pip install -e '\.\[make_dataset\]'"):
         make_data.Renderer(RECIPES["builtin"], 64)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pybullet is not installed"):
+    with pytest.raises(UserError, match=r"pybullet, .*, is not installed: pip install pybullet"):
         next(make_data.pybullet_meshes(seed=0))
 
 

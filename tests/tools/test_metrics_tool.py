@@ -136,15 +136,29 @@ def test_a_folder_of_checkpoints(
         "checkpoint-000000008.pt",
         "checkpoint-000000016.pt",
     ]
-    printed = capsys.readouterr().out
+    printed, told = capsys.readouterr()
+    assert "12 generated images against 12 real ones: distances compare only with those of as many" in told
+    assert "warning: fd_efficientnet looks at 1,280 features, of which 12 images do not tell" in told
+    assert "warning: fid looks at" not in told  # at 12
     for result in results:
+        assert (result["images"], result["reals"]) == (12, 12)
         assert result.keys() == {
-            *("checkpoint", "images", "fd_efficientnet", "fid", "kid"),
+            *("checkpoint", "data", "images", "reals", "objects", "turn", "fd_efficientnet", "fid", "kid"),
             *("reprojection_rgb", "reprojection_depth", "reprojection_points"),
         }
         assert result["fd_efficientnet"] > 0
         assert result["fid"] > 0
         assert f"fid {result['fid']:.4g}" in printed
+    assert json.loads((tiny_run / metrics.KEPT).read_text()) == results
+    gone = results[0] | {"checkpoint": str(tiny_run / "checkpoints" / "checkpoint-000000004.pt")}
+    other = gone | {"images": 13}
+    (tiny_run / metrics.KEPT).write_text(json.dumps([gone, other]))
+    assert metrics.kept(tiny_run, results) == [gone, *results]  # what is comparable, of checkpoints that are gone too
+    assert json.loads((tiny_run / metrics.KEPT).read_text()) == [gone, other, *results]
+    (tiny_run / metrics.KEPT).write_text("[{")
+    assert metrics.kept(tiny_run, results) == results
+    assert f"{metrics.KEPT} is damaged, and begun anew" in capsys.readouterr().err
+    (tiny_run / metrics.KEPT).unlink()
     metrics.main([results[1]["checkpoint"], *arguments, "--out", str(out), "--overwrite", "--json"])
     assert json.loads(out.read_text()) == json.loads(capsys.readouterr().out) == results[1:]
 

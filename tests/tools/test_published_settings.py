@@ -685,7 +685,7 @@ def test_without_noise_images(tmp_path: Path, tiny_data: Path, capsys: pytest.Ca
 
 
 def by_hand(generator: Any, config: Config, ws: Tensor, angles: Tensor, resolution: int) -> Tensor:
-    """The published image without random numbers, from the planes on, in the order of SPEC sections 1 to 6."""
+    """The published image without random numbers, from the planes on, in the order of method.md 1 to 6."""
     camera, settings = config.camera, config.renderer
     planes = generator.synthesis(ws, "const")
     origins, directions = camera_rays(cam2world_matrix(angles, camera.radius), camera.fov, resolution)

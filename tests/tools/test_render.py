@@ -31,7 +31,9 @@ def read(path: Path) -> np.ndarray:
 
 
 def run(*arguments: object) -> None:
-    render.main([str(argument) for argument in arguments])
+    """At the resolution of training, unless another is given."""
+    size = [] if "--resolution" in arguments else ["--resolution", "16"]
+    render.main([*(str(argument) for argument in arguments), *size])
 
 
 def test_a_grid_shows_every_seed_from_every_side(tiny_run: Path, tmp_path: Path) -> None:
@@ -40,15 +42,17 @@ def test_a_grid_shows_every_seed_from_every_side(tiny_run: Path, tmp_path: Path)
     run("grid", tiny_run, "--out", out, *arguments)
     pictures = [read(tmp_path / f"grid{suffix}.png") for suffix in ("", "-depth", "-normals")]
     for picture in pictures:
-        assert picture.shape == (2 * 16, 3 * 2 * 16, 3)
-        assert (picture[16:, 4 * 16 :] == 255).all()  # five of six places
+        assert picture.shape == (2 * 16, 3 * 2 * 16 + 2 * 2, 3)  # a gap of an eighth between objects
+        assert (picture[16:, 2 * 34 :] == 255).all()  # five of six places
+        assert (picture[:, [32, 33, 66, 67]] == 255).all()
         assert picture[:16].std() > 0
-    rows = pictures[0][:16].reshape(16, 6, 16, 3).transpose(1, 0, 2, 3)
+    row = np.delete(pictures[0][:16], [32, 33, 66, 67], axis=1)
+    rows = row.reshape(16, 6, 16, 3).transpose(1, 0, 2, 3)
     assert len({cell.tobytes() for cell in rows}) == 6
 
     _, generator = load_generator(tiny_run, "cpu")
     ws = render.Scene(generator, 16).ws([1])
-    pose = generator.mean_camera_pose.clone()
+    pose = render.showing_pose(generator)
     pose[0] = 0.5
     with torch.no_grad():
         planes = generator.synthesis(ws, "const")
@@ -110,19 +114,74 @@ def test_truncation_seeds_and_labels(tiny_run: Path, tmp_path: Path) -> None:
     assert cells("--seeds", "0-2", "--truncation", 0.5) != cells("--seeds", "0-2", "--truncation", 0.5, "--cutoff", 2)
 
 
-@pytest.mark.parametrize("kind", ["turntable", "interpolation", "fly-around"])
-@pytest.mark.parametrize("suffix", [".mp4", ".gif"])
+def test_objects_seen_from_all_around_are_shown_from_above_and_aside(tiny_run: Path, tmp_path: Path) -> None:
+    _, generator = load_generator(tiny_run, "cpu")
+    assert torch.equal(render.showing_pose(generator), generator.mean_camera_pose)  # of a prior of its own
+    generator.camera = dataclasses.replace(generator.camera, prior="spherical_uniform")
+    yaw, pitch, roll = render.showing_pose(generator).tolist()
+    assert (0.3 < yaw < 1.2, 0.8 < pitch < 1.4, roll) == (True, True, 0)
+    render.main(["grid", str(tiny_run), "--out", str(tmp_path / "x.png"), "--seeds", "0"])
+    assert read(tmp_path / "x.png").shape == (256, 256, 3)
+
+
+def test_images_steps_and_mixing(tiny_run: Path, tmp_path: Path) -> None:
+    """Each cell is the picture that a grid, whose cells are tested, shows of the same style vectors."""
+    run("images", tiny_run, "--out", tmp_path / "o.png", "--seeds", "2,5", "--show", "rgb", "depth")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["o-2.png", "o-5.png", "o-depth-2.png", "o-depth-5.png"]
+    two, five = read(tmp_path / "o-2.png"), read(tmp_path / "o-5.png")
+    assert two.shape == (16, 16, 3)
+    run("grid", tiny_run, "--out", tmp_path / "grid.png", "--seeds", "2,5", "--columns", 2)
+    assert (read(tmp_path / "grid.png") == np.concatenate([two, five], axis=1)).all()
+    run("steps", tiny_run, "--out", tmp_path / "steps.png", "--seeds", "2,5,2", "--columns", 3)
+    steps = read(tmp_path / "steps.png")
+    assert steps.shape == (32, 48, 3)
+    assert (steps[:16, :16] == two).all()
+    assert (steps[:16, 32:] == five).all()
+    assert np.abs(steps[:16].reshape(16, 3, 16, 3)[:, ::-1].reshape(16, 48, 3).astype(int) - steps[16:]).max() <= 1
+    run("mixing", tiny_run, "--out", tmp_path / "mix.png", "--seeds", 2, "--mix-seeds", "5,2", "--mix-from", 1)
+    mix = read(tmp_path / "mix.png")
+    assert (mix[:16, :16] == 255).all()
+    assert (mix[:16, 16:] == np.concatenate([five, two], axis=1)).all()
+    assert (mix[16:, :16] == two).all()
+    assert (mix[16:, 32:] == two).all()
+    assert (mix[16:, 16:32] != two).any()
+    assert (mix[16:, 16:32] != five).any()
+
+
+@pytest.mark.parametrize(
+    ("kind", "suffix"),
+    [*((kind, suffix) for kind in render.VIDEOS for suffix in (".mp4", ".gif")), ("turntable", ".webm")],
+)
 def test_videos(kind: str, suffix: str, tiny_run: Path, tmp_path: Path) -> None:
     out = tmp_path / f"video{suffix}"
     run(kind, tiny_run, "--out", out, "--seeds", "0-2", "--frames", 4, "--fps", 10, "--show", "rgb", "depth")
     tiles = (1, 1) if kind == "interpolation" else (2, 2)
     for path in (out, tmp_path / f"video-depth{suffix}"):
-        frames = imageio.v3.imread(path, **({"plugin": "FFMPEG"} if suffix == ".mp4" else {}))
+        frames = imageio.v3.imread(path, **({"plugin": "FFMPEG"} if suffix != ".gif" else {}))
         assert frames.shape[1:] == (16 * tiles[0], 16 * tiles[1], 3)
         assert len(frames) == 4
         if path == out:
             assert np.abs(frames[0].astype(int) - frames[2]).max() > 4
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_frames_as_pictures(tiny_run: Path, tmp_path: Path) -> None:
+    run(
+        "turntable",
+        tiny_run,
+        "--out",
+        tmp_path / "new" / "x.png",
+        "--seeds",
+        0,
+        "--frames",
+        3,
+        "--show",
+        "rgb",
+        "depth",
+    )
+    names = [f"x{part}-{number:04d}.png" for part in ("", "-depth") for number in range(3)]
+    assert {path.name for path in (tmp_path / "new").iterdir()} == set(names)
+    assert len({read(tmp_path / "new" / name).tobytes() for name in names}) == 6
 
 
 def test_other_resolutions(tiny_run: Path, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import itertools
 import json
 import math
 import os
@@ -87,6 +89,10 @@ def test_help_of_a_preset_lists_every_setting_with_its_default(capsys: pytest.Ca
     assert "(default: runs/demo)" in output
     assert "(default: builtin)" in output
     assert max(map(len, output.splitlines())) <= 100
+    lines = [line.strip("│ ") for line in output.splitlines()]
+    unexplained = [a for a, b in itertools.pairwise(lines) if a.startswith("--") and b.startswith("(default")]
+    assert not unexplained
+    assert "fp16: also the top 4 resolutions" in output  # where the source begins a new line
 
 
 @pytest.mark.parametrize(
@@ -145,11 +151,14 @@ def test_dry_run_of_ffhq(extra: list[str], sizes: str, faces: Path, capsys: pyte
     assert train.main([*line, *extra]) == 0
     output = capsys.readouterr().out
     assert f"parameters: {sizes}" in output
-    assert "faces.zip: 4 images (mirrored: True), all readable" in output
+    assert "faces.zip: 2 images, 4 with the mirrored, all readable" in output
+    assert "warning: 2 images are few: each is shown 5,000,000 times" in output
+    assert "training: 20,000 kimg, 312,500 iterations of 64 images (micro-batches of 4), patches of 64x64" in output
     assert re.search(r"memory, estimated in fp32: 0\.95 GiB .*, \d+\.\d\d GiB for a micro-batch of 4", output)
-    printed, _ = json.JSONDecoder().raw_decode(output)
-    config = train.parse([*line, *extra]).config
-    assert from_dict(printed) == config
+    assert re.search(r"device: cpu of \d+\.\d GiB, which (fits|is too much)", output)
+    differs = "generator.pose_conditioning False, discriminator.camera_conditioning False" if extra else "micro_batch 4"
+    assert re.search(rf"differs from the preset ffhq: .*{differs}", output)
+    assert len(output.splitlines()) <= 12
 
 
 def test_dry_run_writes_nothing_and_shows_the_camera_of_the_data(
@@ -157,11 +166,29 @@ def test_dry_run_writes_nothing_and_shows_the_camera_of_the_data(
 ) -> None:
     before = sorted(tmp_path.rglob("*"))
     line = flags(tiny_config(camera={"fov": 12.0, "ray_start": 0.88, "ray_end": 1.12, "cube_scale": 0.2}))
-    assert train.main([*line, "--dry-run"]) == 0
-    printed, _ = json.JSONDecoder().raw_decode(capsys.readouterr().out)
-    assert printed["camera"]["fov"] == 30.0
-    assert printed["camera"]["cube_scale"] == 0.475
+    assert train.main([*line, "--dry-run", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    config = from_dict(printed["config"])
+    assert (config.camera.fov, config.camera.cube_scale) == (30.0, 0.475)
+    assert dataclasses.replace(config, camera=train.parse(line).config.camera) == train.parse(line).config
+    assert printed["data"] == {"images": 24, "images_with_mirrored": 48, "classes": 3, "camera": "of the data"}
+    assert (printed["resume"], printed["seconds_left"], printed["preset"]) == (None, None, "demo")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_dry_run_looks_at_the_checkpoint_too(tiny_config: TinyConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny_config(kimg=0.016, grid=(1, 1))
+    assert train.main(flags(config)) == 0
+    line = flags(dataclasses.replace(config, kimg=0.032))
+    capsys.readouterr()
+    assert train.main([*line, "--resume", "auto", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"resume: .*checkpoint-000000016\.pt, after 16 images: kimg: 0\.016 -> 0\.032", printed)
+    assert re.search(r"time: about 0\.0 h left", printed)
+    assert train.main([*line, "--generator.z-dim", "8", "--resume", "auto", "--dry-run"]) == 2
+    assert_one_error_line(
+        capsys.readouterr().err, "cannot resume: generator.z_dim is 8, but the checkpoint was made with 16"
+    )
 
 
 # Faults in the data
@@ -570,7 +597,8 @@ def test_signals(
 
 
 TWICE = """
-import signal, sys, train
+import signal, sys
+from epigraf_fast.tools import train
 from epigraf_fast.training import step
 def iteration(trainer, *batch):
     signal.raise_signal(signal.SIGINT)

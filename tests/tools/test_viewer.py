@@ -24,6 +24,7 @@ from checks import HANG, assert_close
 from epigraf_fast.camera import cam2world_matrix
 from epigraf_fast.errors import UserError
 from epigraf_fast.tools import viewer
+from epigraf_fast.training.log import to_uint8
 from epigraf_fast.training.pretrained import load_generator
 
 RESOLUTION = 64
@@ -127,7 +128,7 @@ def test_missing_viser_is_one_line(
     tiny_run: Path, one_error_line: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "viser", None)
-    assert "viser is not installed: pip install 'epigraf_fast[viewer]'" in one_error_line(viewer.main, tiny_run)
+    assert "viser is not installed: pip install -e '.[viewer]'" in one_error_line(viewer.main, tiny_run)
 
 
 @pytest.fixture
@@ -200,7 +201,7 @@ def test_frames_start_coarse_and_sharpen(running: viewer.Viewer, page: Page) -> 
         images = running.generator.render(
             painted.planes, view.angles[None], RESOLUTION, ws=painted.ws, fov=view.fov, stochastic=False
         )
-    expected = viewer.to_uint8(images.rgb[0]).permute(1, 2, 0).numpy()
+    expected = to_uint8(images.rgb[0]).permute(1, 2, 0).numpy()
     assert np.abs(pictures[-1].astype(int) - expected).max() <= 1
 
 
@@ -212,6 +213,8 @@ def test_every_control_changes_the_picture(running: viewer.Viewer, page: Page) -
         (running.label, 2),
         (running.mix, 0.5),
         (running.other_seed, 9),
+        (running.shown, "depth"),
+        (running.shown, "normals"),
     ):
         control.value = value
         pictures = page.wait()
@@ -244,6 +247,46 @@ def test_a_fault_is_shown_and_survived(running: viewer.Viewer, page: Page, monke
     assert len(page.wait()[-1]) == RESOLUTION
 
 
+def test_two_seeds_side_by_side(running: viewer.Viewer, page: Page) -> None:
+    page.wait()
+    running.seed.value, running.other_seed.value, running.both.value = 3_000_000_000 % 2**31, 4, True
+    both = page.wait()[-1]
+    assert both.shape == (2 * RESOLUTION, 2 * RESOLUTION, 3)  # on a square page: halves of twice their width
+    halves = both[RESOLUTION // 2 : -RESOLUTION // 2].reshape(RESOLUTION, 2, RESOLUTION, 3)
+    view = running.views[page.client_id]
+    running.both.value = False
+    for half, mix in ((0, 0.0), (1, 1.0)):
+        running.mix.value = mix
+        assert np.abs(halves[:, half].astype(int) - running.frame(view, RESOLUTION)).max() <= 1
+
+
+def test_images_and_camera_paths_are_saved(running: viewer.Viewer, page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("imageio_ffmpeg", reason="needs the extra tools")
+    files: dict[str, bytes] = {}
+    page.send_file_download = lambda name, content: files.update({name: content})
+    sharp = page.wait()[-1]
+    running._save(page, running.save_image, running._image)
+    assert (np.asarray(PIL.Image.open(io.BytesIO(files["seed-0-rgb.png"]))) == sharp).all()
+    running._save(page, running.save_video, running._video)
+    assert "not saved: the camera path is empty" in running.status.content
+    running._add_stop(page)
+    first = running.stops[0].angles
+    around = running.path(4)
+    assert [round(float(view.angles[0] - first[0]), 4) for view in around] == [0, 1.5708, 3.1416, 4.7124]
+    page.camera.position = page.camera.position * np.array([1, -1, 1])
+    page.moved(None)
+    running._add_stop(page)
+    stops = [stop.angles for stop in running.stops]
+    path = [view.angles for view in running.path(4)]
+    for found, expected in zip(path, (stops[0], (stops[0] + stops[1]) / 2, stops[1], path[1]), strict=True):
+        torch.testing.assert_close(found, expected)
+    monkeypatch.setattr(running, "resolution", 16)
+    running.seconds.value = 0.5
+    running._save(page, running.save_video, running._video)
+    assert files["seed-0-path.mp4"][4:8] == b"ftyp"
+    assert not running.save_video.disabled
+
+
 def test_a_page_that_leaves_is_forgotten(running: viewer.Viewer, page: Page) -> None:
     page.wait()
     running._disconnected(page)
@@ -256,11 +299,16 @@ def test_the_mesh_comes_and_goes(running: viewer.Viewer, page: Page) -> None:
     running.mesh_resolution.value = 16
     running._build_mesh()
     assert "components: " in running.status.content
+    assert "(found by itself)" in running.status.content
     assert running.mesh.visible
     assert page.wait()[-1] is None  # the picture makes place
     running.show_mesh.value = False
     assert len(page.wait()[-1]) == RESOLUTION
     assert not running.mesh.visible
+    assert running.threshold.value != 0
+    assert running.threshold.disabled
+    running.automatic.value = False
+    assert not running.threshold.disabled
     running.threshold.value = 1e9
     running._build_mesh()
     assert "no mesh: --threshold must be between" in running.status.content
@@ -270,7 +318,7 @@ def test_the_mesh_comes_and_goes(running: viewer.Viewer, page: Page) -> None:
 def test_a_mesh_shows_how_far_it_is_and_ends_with_the_viewer(running: viewer.Viewer) -> None:
     steps = running._progress(range(4), "points")
     assert [next(steps), next(steps)] == [0, 1]
-    assert running.status.content == "building the mesh ... points: 1/4"
+    assert running.status.content == "working ... points: 1/4"
     running.running = False
     with pytest.raises(UserError, match="the viewer ends"):
         next(steps)
@@ -329,9 +377,9 @@ def test_in_a_browser(running: viewer.Viewer) -> None:
 
         first = picture()
         assert first.std() > 5
-        page.get_by_role("slider").first.focus()
+        page.get_by_role("textbox").first.focus()
         for _ in range(5):
-            page.keyboard.press("ArrowRight")
+            page.keyboard.press("ArrowUp")
         second = picture()
         assert running.seed.value == 5
         assert changed(first, second) > 1

@@ -1,4 +1,4 @@
-"""Losses, R1 and the blur of the discriminator's input, by hand from SPEC section 9."""
+"""Losses, R1 and the blur of the discriminator's input, by hand from method.md 10."""
 
 from __future__ import annotations
 

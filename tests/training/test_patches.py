@@ -1,4 +1,4 @@
-"""Patch draws and patches of real images, against SPEC section 2."""
+"""Patch draws and patches of real images, against method.md 2."""
 
 from __future__ import annotations
 

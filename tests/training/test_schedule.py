@@ -1,4 +1,4 @@
-"""Every schedule at values worked by hand from SPEC sections 2, 4, 7, 9, 10."""
+"""Every schedule at values worked by hand from method.md 2, 4, 8, 10, 11."""
 
 from __future__ import annotations
 

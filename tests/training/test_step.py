@@ -1,4 +1,4 @@
-"""One training iteration: who learns what from whom, in which order (SPEC sections 7, 9, 10), and golden losses.
+"""One training iteration: who learns what from whom, in which order (method.md 8, 10, 11), and golden losses.
 
 New golden losses, after a change that is meant to change them:
 
