@@ -19,6 +19,7 @@ import setuptools
 
 import epigraf_fast
 from checks import HANG
+from epigraf_fast import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -72,9 +73,8 @@ def test_every_direct_dependency_is_pinned(arguments: dict[str, Any]) -> None:
     assert not missing, f"constraints.txt: no version of {', '.join(sorted(missing))}"
 
 
-def test_makefile_names_the_triton_of_the_tested_torch() -> None:
-    pairs = dict(re.findall(r"^TRITON_(\S+)\s*:= (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert pairs[pins()["torch"]] == pins()["triton"]
+def test_the_tested_torch_and_its_triton_are_the_pinned_ones() -> None:
+    assert (machine.TESTED, machine.TRITONS[machine.TESTED]) == (pins()["torch"], pins()["triton"])
 
 
 def test_ci_runs_the_command_of_the_readme() -> None:
