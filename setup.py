@@ -46,6 +46,7 @@ def version() -> str:
 
 
 CSRC = Path("csrc")
+NOTE = Path("epigraf_fast", "_build.txt")
 # The instruction sets that an x86-64 machine may have; the extension holds the code for each and takes the best.
 V3 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"]
 V4 = [*V3, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
@@ -96,7 +97,22 @@ def cuda_archs(nvcc: str) -> list[int]:
 
 
 class BuildExt(build_ext):
-    """Compiles with ninja: every csrc/X.cpp once for each instruction set, every csrc/X.cu where nvcc is found."""
+    """Compiles with ninja: every csrc/X.cpp once for each instruction set, every csrc/X.cu where nvcc is found.
+
+    What made it do with less is kept beside the extension in `NOTE`, where `doctor` reads it.
+    """
+
+    fault = last_words = ""
+
+    def run(self) -> None:
+        try:
+            super().run()
+        finally:
+            places = {Path(self.build_lib, *NOTE.parts)} | ({NOTE} if self.inplace or self.editable_mode else set())
+            for place in places:
+                place.unlink(missing_ok=True)
+                if self.fault and place.parent.is_dir():
+                    place.write_text(f"{self.fault}\n", encoding="utf-8")
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).absolute()
@@ -104,13 +120,14 @@ class BuildExt(build_ext):
         nvcc = find_nvcc()
         cxx = shlex.split(os.environ.get("CXX", "c++"))
         if not compiles(cxx, "-std=c++17"):
-            fault = f"no C++17 compiler ({shlex.join(cxx)} does not work; CXX names another)"
+            fault = self.fault = f"no C++17 compiler ({shlex.join(cxx)} does not work; CXX names another)"
             if os.environ.get("EPIGRAF_FAST_CUDA") == "1":
                 raise SystemExit(f"epigraf_fast: EPIGRAF_FAST_CUDA=1, but there is {fault}")
             raise CompileError(fault)
         try:
             self.run_ninja(cxx, nvcc, target)
         except CompileError as error:
+            self.fault = f"{'nvcc' if nvcc else shlex.join(cxx)}: {self.last_words}"
             if os.environ.get("EPIGRAF_FAST_CUDA") == "1":
                 raise SystemExit(f"epigraf_fast: EPIGRAF_FAST_CUDA=1, but {error}") from None
             if nvcc is None:
@@ -178,6 +195,9 @@ class BuildExt(build_ext):
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
             print(result.stdout, result.stderr, file=sys.stderr)
+            lines = [line.strip() for line in result.stdout.splitlines() if line.strip()]
+            telling = [line for line in lines if re.search(r"\berror\b|unsupported", line, re.IGNORECASE)]
+            self.last_words = " ".join([*dict.fromkeys(telling or lines or ["it says nothing"])][:3])[:400]
             raise CompileError("the extension does not compile (see above)")
 
 

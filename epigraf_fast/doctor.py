@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from . import __version__
+from . import __version__, machine
 from .arguments import Parser
 from .command import running
 from .ops import backends
@@ -158,14 +158,15 @@ def _nvcc() -> str | None:
 
 def _cuda() -> Report:
     if torch.version.cuda is None:
-        return {"reason": "this torch is built without CUDA", "gpus": []}
+        return {"reason": f"this torch is built without CUDA (the system has {machine.look()})", "gpus": []}
     if not torch.cuda.is_available():
-        return {"reason": "torch finds no GPU, or a driver too old for it", "gpus": []}
+        reason = f"torch finds no GPU, or a driver too old for it (the system has {machine.look()})"
+        return {"reason": reason, "gpus": []}
     driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0] or None
     gpus = []
     for properties in map(torch.cuda.get_device_properties, range(torch.cuda.device_count())):
         capability = 10 * properties.major + properties.minor
-        runs = any(_runs(arch, capability) for arch in torch.cuda.get_arch_list())
+        runs = any(machine.runs(arch, capability) for arch in torch.cuda.get_arch_list())
         gpus.append(
             {
                 "name": properties.name,
@@ -176,12 +177,6 @@ def _cuda() -> Report:
             }
         )
     return {"reason": None, "gpus": gpus}
-
-
-def _runs(arch: str, capability: int) -> bool:
-    """Whether code for `arch` runs on a GPU: machine code (sm_) within a generation, PTX (compute_) from then on."""
-    kind, number = re.match(r"([a-z]+)_(\d+)", arch).groups()
-    return int(number) <= capability and (kind == "compute" or int(number) // 10 == capability // 10)
 
 
 def main() -> None:

@@ -38,6 +38,7 @@ from epigraf_fast.training.step import Trainer
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as behind a shell's `&`: what tests start shall hear it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if not torch.cuda.is_available():
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that the machine has and torch does not see is none of these tests'
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported, which `ops` do when called
 
 CAMERA = {"fov": 30.0, "radius": 1.0, "ray_start": 0.75, "ray_end": 1.25, "cube_scale": 0.475}

@@ -421,6 +421,7 @@ def test_more_processes_than_gpus(tiny_config: TinyConfig, monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr("epigraf_fast.training.start.choose_backends", lambda *args: {})
     monkeypatch.setattr("epigraf_fast.training.start.set_arithmetic", lambda *args: None)
+    monkeypatch.setattr("epigraf_fast.training.networks._require_code", lambda device: None)
     with pytest.raises(UserError, match=r"LOCAL_RANK is 2, but torch sees 2 GPUs .*--nproc_per_node 2"):
         train.pick_device(tiny_config(device="cuda"), World(2, 3, 2))
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from checks import HANG
-from epigraf_fast import __version__, doctor
+from epigraf_fast import __version__, doctor, machine
 from epigraf_fast.ops import backends
 
 
@@ -107,4 +107,4 @@ def test_gpu_that_torch_has_no_code_for(monkeypatch: pytest.MonkeyPatch) -> None
     ],
 )
 def test_which_code_runs_where(arch: str, capability: int, runs: bool) -> None:
-    assert doctor._runs(arch, capability) == runs
+    assert machine.runs(arch, capability) == runs

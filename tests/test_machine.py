@@ -10,9 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from checks import HANG
 from epigraf_fast import machine
+from epigraf_fast.errors import UserError
+from epigraf_fast.training import networks
 
 ROOT = Path(__file__).resolve().parents[1]
 PINS = (ROOT / "constraints.txt").read_text()
@@ -124,10 +127,10 @@ def test_gpus_may_be_hidden(value: str, hides: bool, monkeypatch: pytest.MonkeyP
 def test_constraints_fit_each_torch() -> None:
     """Another torch has wishes of its own for CUDA's packages and for setuptools."""
     assert machine.constraints(PINS, machine.TESTED, machine.TRITONS[machine.TESTED]) == PINS
-    for torch, triton in machine.TRITONS.items():
-        if torch != machine.TESTED:
-            lines = machine.constraints(PINS, torch, triton).splitlines()
-            assert {f"torch=={torch}", f"triton=={triton}"} <= {*lines}
+    for version, triton in machine.TRITONS.items():
+        if version != machine.TESTED:
+            lines = machine.constraints(PINS, version, triton).splitlines()
+            assert {f"torch=={version}", f"triton=={triton}"} <= {*lines}
             dropped = {line.partition("==")[0] for line in {*PINS.splitlines()} - {*lines}}
             assert dropped - {"torch", "triton"} == {"setuptools", "nvidia-cuda-nvrtc-cu12"}
 
@@ -158,3 +161,39 @@ def test_make_takes_what_fits_and_what_it_is_told(computer: Computer, tmp_path: 
     result = make()
     assert result.returncode
     assert "update it, or train on the CPU: make DEVICE=cpu" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (machine.Machine((machine.Gpu("Tesla V100", 70),), "535.1"), rf"install torch=={machine.CUDA12} and triton=="),
+        (machine.Machine((machine.Gpu("NVIDIA A100", 80),), "470.82"), "the driver is too old, update it"),
+        (machine.Machine((), "550.54"), "a GPU of unknown kind"),
+    ],
+)
+def test_a_gpu_that_torch_does_not_see_is_no_silent_cpu(found, words, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(machine, "look", lambda: found)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(UserError, match=rf"this machine has .*sees no GPU: .*{words}|{words}.*sees no GPU") as caught:
+        networks.find_device(None)
+    assert str(caught.value).endswith("or train on the CPU with --device cpu")
+    assert networks.find_device("cpu").type == "cpu"
+    monkeypatch.setattr(machine, "look", lambda: machine.Machine((machine.Gpu("Tesla P100", 60),), "535.1"))
+    assert networks.find_device(None).type == "cpu"
+    monkeypatch.setattr(machine, "look", lambda: found)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert networks.find_device(None).type == "cpu"
+
+
+def test_a_gpu_that_torch_has_no_code_for_ends_before_the_first_kernel(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90"])
+    monkeypatch.setattr(machine, "look", lambda: machine.Machine((machine.Gpu("Tesla V100", 70),), "580.65"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    with pytest.raises(UserError, match=rf"no code for cuda, Tesla V100 \(sm_70\): install torch=={machine.CUDA12}"):
+        networks.find_device(None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    assert networks.find_device("cuda:0") == torch.device("cuda:0")

@@ -111,6 +111,37 @@ def test_without_a_compiler_the_package_builds_and_says_so_once(tmp_path: Path) 
     assert not list(tmp_path.rglob("*.so"))
 
 
+def test_what_a_compiler_says_is_kept(tmp_path: Path) -> None:
+    """nvcc refuses the host's compiler, and then that one fails: the last words of the first, where doctor reads."""
+    (tmp_path / "nvcc").write_text(
+        """#!/bin/sh
+case "$*" in
+  *--list-gpu-arch*) echo compute_80 ;;
+  *--version*) echo "Cuda compilation tools, release 13.0, V13.0.88" ;;
+  *) echo "host_config.h: #error -- unsupported GNU version! gcc versions later than 15 are not supported!"; exit 1 ;;
+esac
+"""
+    )
+    (tmp_path / "c++").write_text(
+        """#!/bin/sh
+case "$*" in *probe.cpp*) exit 0 ;; esac
+[ -n "$FULL" ] && { echo "cc1plus: error: out of memory"; exit 1; }
+while [ $# -gt 0 ]; do case "$1" in -o | -MF) echo "$3:" >"$2" ;; esac; shift; done
+"""
+    )
+    for tool in ("nvcc", "c++"):
+        (tmp_path / tool).chmod(0o755)
+    (tmp_path / "lib/epigraf_fast").mkdir(parents=True)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    for cuda, full, words in (
+        ("0", "1", "c++: cc1plus: error: out of memory\n"),
+        ("auto", "", "nvcc: host_config.h: #error -- unsupported GNU version!"),
+    ):
+        result = build_extension(tmp_path, CXX="c++", EPIGRAF_FAST_CUDA=cuda, PATH=path, FULL=full)
+        assert result.returncode == 0, result.stderr
+        assert words in (tmp_path / "lib/epigraf_fast/_build.txt").read_text()
+
+
 def test_cuda_that_is_asked_for_ends_the_build_without_a_compiler(tmp_path: Path) -> None:
     """The extension is optional, so a failed build is a warning; but not what was asked for by name."""
     nvcc = tmp_path / "nvcc"

@@ -6,6 +6,10 @@ import functools
 import importlib.util
 import json
 import os
+import shutil
+import sys
+import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -63,6 +67,28 @@ def resolve(op: str, backend: str | None, device_type: str) -> str:
     if reason is not None:
         raise ValueError(f"{op}: backend {backend!r} is not available ({reason}); use backend=None")
     return backend
+
+
+def fallback(op: str, device_type: str) -> str:
+    """What a call gets where nobody named a backend, and the kernels for GPUs cannot serve it."""
+    return "reference"
+
+
+def served(op: str, backend: str | None, device_type: str, check: Callable[[], None]) -> str:
+    """`resolve`; but where nobody named a backend, `fallback` for what triton's kernels refuse.
+
+    Args:
+        check: Raises what triton has against the arguments, called where triton would take them.
+    """
+    chosen = resolve(op, backend, device_type)
+    if chosen == "triton":
+        try:
+            check()
+        except (TypeError, ValueError, NotImplementedError):
+            if backend is not None:
+                raise
+            return fallback(op, device_type)
+    return chosen
 
 
 def choose(backend: str, device_type: str) -> dict[str, str]:
@@ -136,6 +162,21 @@ def _installed(package: str) -> bool:
 def _lacking_triton() -> str | None:
     if not _installed("triton"):
         return "Triton is not installed: pip install triton"
-    if not (torch.cuda.is_available() or _interpreting()):
+    if _interpreting():
+        return None
+    if not torch.cuda.is_available():
         return "there is no CUDA device; TRITON_INTERPRET=1 in the environment runs the kernels on the CPU, slowly"
+    return _lacking_compiler()
+
+
+@functools.cache
+def _lacking_compiler() -> str | None:
+    """What Triton builds its launchers with, at the first launch: a C compiler, and Python's header."""
+    compiler = os.environ.get("CC")
+    if not (shutil.which(compiler) if compiler else shutil.which("gcc") or shutil.which("clang")):
+        named = f"CC={compiler} is none" if compiler else "there is no gcc and no clang"
+        return f"Triton needs a C compiler, and {named}: apt-get install gcc, or name one by CC"
+    if not os.path.isfile(os.path.join(sysconfig.get_path("include"), "Python.h")):
+        version = "{}.{}".format(*sys.version_info)
+        return f"Triton needs Python.h in {sysconfig.get_path('include')}: apt-get install python{version}-dev"
     return None

@@ -15,7 +15,7 @@ from ..reference.decode_triplane import decode_triplane as _reference
 from ..reference.decode_triplane import decode_triplane_rays as _reference_rays
 from ..reference.sample_triplane import PlaneRegion
 from . import decode_triplane_cpu, library
-from .backends import resolve
+from .backends import resolve, served
 from .checks import (
     TRITON_DTYPES,
     check_choice,
@@ -61,6 +61,20 @@ def _check_triton(op: str, planes: Tensor, network: dict[str, Tensor], points: d
     check_no_gradient(op, **points)
 
 
+def _chosen(
+    op: str, route: str, backend: str | None, planes: Tensor, network: dict[str, Tensor], points: dict[str, Tensor]
+) -> str:
+    """The backend that a call gets, whose demands the arguments meet."""
+    if route is library.REFERENCE:
+        resolve("decode_triplane", backend, planes.device.type)
+        return "reference"
+
+    def check() -> None:
+        _check_triton(op, planes, network, points)
+
+    return served("decode_triplane", backend, planes.device.type, check)
+
+
 def decode_triplane(
     planes: Tensor,
     points: Tensor,
@@ -104,12 +118,12 @@ def decode_triplane(
     check_shape("decode_triplane", "points", points, (planes.shape[0], "N", 3))
     check_choice("decode_triplane", "precision", precision, PRECISIONS)
     check_region("decode_triplane", region, planes)
-    chosen = resolve("decode_triplane", backend, planes.device.type)
     route = library.route(planes, points, w0, b0, w1, b1)
-    if "reference" in (chosen, route):
+    chosen = _chosen(
+        "decode_triplane", route, backend, planes, {"w0": w0, "b0": b0, "w1": w1, "b1": b1}, {"points": points}
+    )
+    if chosen == "reference":
         return _reference(planes, points, w0, b0, w1, b1, region)
-    if chosen == "triton":
-        _check_triton("decode_triplane", planes, {"w0": w0, "b0": b0, "w1": w1, "b1": b1}, {"points": points})
     rays, network = (points, None, None), (w0, b0, w1, b1)
     return _decode(route, chosen, planes, rays, network, 1.0, region, precision, deterministic)
 
@@ -256,13 +270,8 @@ def check_rays(
     check_shape(op, "t", rays["t"], (planes.shape[0], rays["ray_origins"].shape[1], "S"))
     check_positive(op, "cube_scale", cube_scale)
     check_choice(op, "precision", precision, PRECISIONS)
-    chosen = resolve("decode_triplane", backend, planes.device.type)
     route = library.route(planes, *rays.values(), *network.values())
-    if route is library.REFERENCE:
-        chosen = "reference"
-    if chosen == "triton":
-        _check_triton(op, planes, network, rays)
-    return route, chosen
+    return route, _chosen(op, route, backend, planes, network, rays)
 
 
 class _Settings(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..reference.sample_triplane import PlaneRegion
 from ..reference.sample_triplane import sample_triplane as _reference
 from . import library
-from .backends import resolve
+from .backends import served
 from .checks import (
     check_dtype,
     check_no_gradient,
@@ -66,14 +66,18 @@ def sample_triplane(
     check_planes("sample_triplane", planes)
     check_shape("sample_triplane", "points", points, (planes.shape[0], "N", 3))
     check_region("sample_triplane", region, planes)
-    chosen = resolve("sample_triplane", backend, planes.device.type)
     route = library.route(planes, points)
+
+    def check() -> None:
+        if route is not library.REFERENCE:
+            check_triton_planes("sample_triplane", planes)
+            check_dtype("sample_triplane", "points", points, (torch.float32,), 'backend is "triton"')
+            check_no_gradient("sample_triplane", points=points)
+
+    chosen = served("sample_triplane", backend, planes.device.type, check)
     if "reference" in (chosen, route):
         return _reference(planes, points, region)
     if chosen == "triton":
-        check_triton_planes("sample_triplane", planes)
-        check_dtype("sample_triplane", "points", points, (torch.float32,), 'backend is "triton"')
-        check_no_gradient("sample_triplane", points=points)
         first, whole = (None, None) if region is None else region
         options = whole, resolve_deterministic(deterministic)
         return library.call(route, _SampleTriplane, planes, points, first, *options)

@@ -215,9 +215,11 @@ def test_status_tells_the_reasons_apart(monkeypatch):
     assert "built without CUDA" in cuda
     assert backends.resolve("bias_act", None, "cpu") == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert reasons(monkeypatch, SimpleNamespace(cuda_built=True)) == (None, "there is no CUDA device")
+    gpu = SimpleNamespace(cuda_built=True, build_info=lambda: {"cuda": "13.0", "cuda_archs": "80 90", "openmp": True})
+    assert reasons(monkeypatch, gpu) == (None, "there is no CUDA device")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert reasons(monkeypatch, SimpleNamespace(cuda_built=True)) == (None, None)
+    stand_in(monkeypatch, 13000, (9, 0))
+    assert reasons(monkeypatch, gpu) == (None, None)
     assert backends.resolve("bias_act", "cuda", "cuda") == "cuda"
     monkeypatch.setattr(backends, "VERIFIED", ())
     assert backends.resolve("bias_act", None, "cuda") == "reference"
@@ -226,6 +228,77 @@ def test_status_tells_the_reasons_apart(monkeypatch):
     assert backends.resolve("bias_act", None, "cpu") == "cpu"
     with pytest.raises(ValueError, match="the tensors are on cpu"):
         backends.resolve("bias_act", "cuda", "cpu")
+
+
+def stand_in(monkeypatch, driver, capability):
+    """The driver's CUDA, as 12040 for 12.4, and the GPU's compute capability."""
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+
+
+@pytest.mark.parametrize(
+    ("nvcc", "archs", "driver", "capability", "words"),
+    [
+        ("13.0", "80 90", 13000, (7, 0), "no code for sm_70, only for sm_80, sm_90, an nvcc 12 has"),
+        ("13.0", "80 90", 12080, (8, 0), "built by nvcc 13.0, and the driver is of CUDA 12.8: update the driver"),
+        ("12.8", "70 80 90", 12020, (7, 0), None),
+        ("12.8", "70 80 90", 13000, (7, 0), None),
+        ("12.8", "70 80 90", 12020, (8, 6), None),
+        ("12.8", "70 80 90", 12080, (10, 0), None),  # by PTX
+        ("12.8", "70 80 90", 12040, (10, 0), "no code for sm_100, only for sm_70, sm_80, sm_90"),
+    ],
+)
+def test_what_nvcc_built_fits_driver_and_gpu(nvcc, archs, driver, capability, words, monkeypatch):
+    stand_in(monkeypatch, driver, capability)
+    said = native._unfit(nvcc, archs, compiler="12.2.0")
+    assert said is None if words is None else words in said
+
+
+def test_why_a_build_fell_back_is_told(monkeypatch, tmp_path):
+    note = tmp_path / "_build.txt"
+    monkeypatch.setattr(native, "NOTE", note)
+    monkeypatch.setattr(native, "extension", lambda: SimpleNamespace(cuda_built=False))
+    assert native.lacking("cuda").startswith("the extension is built without CUDA: EPIGRAF")
+    note.write_text("nvcc: #error -- unsupported GNU version!\n")
+    assert "without CUDA (nvcc: #error -- unsupported GNU version!): EPIGRAF" in native.lacking("cuda")
+
+
+def test_triton_asks_for_a_compiler_and_the_header_of_python(monkeypatch, tmp_path):
+    monkeypatch.setattr(backends, "_interpreting", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    lacking = backends._lacking_compiler.__wrapped__
+    monkeypatch.setattr(backends, "_lacking_compiler", lacking)
+    monkeypatch.setattr(backends.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert "C compiler, and CC=no-such-compiler is none" in backends._lacking_triton()
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "there is no gcc and no clang: apt-get install gcc" in backends._lacking_triton()
+    (tmp_path / "gcc").touch(mode=0o755)
+    assert re.search(r"Triton needs Python.h in .*python3\.\d+-dev", backends._lacking_triton())
+    (tmp_path / "Python.h").touch()
+    assert backends._lacking_triton() is None
+
+
+def test_what_the_kernels_refuse_falls_back_where_nobody_named_them(monkeypatch):
+    """Two channels a plane and double precision: what the reference gives, not an error; named, they are refused."""
+    monkeypatch.setattr(backends, "resolve", lambda op, backend, device_type: backend or "triton")
+    for op in ("decode_triplane", "sample_triplane", "sample_importance", "composite", "cut"):
+        module = sys.modules[f"epigraf_fast.ops.{op}"]
+        if hasattr(module, "resolve"):
+            monkeypatch.setattr(module, "resolve", backends.resolve)
+    calls = {name: CALLS[name][1] for name in ("sample_triplane", "decode_triplane", "decode_triplane_rays")}
+    calls["composite"] = functools.partial(ops.composite, T.double(), draw(1, 2, 4, 4))
+    calls["sample_importance"] = functools.partial(ops.sample_importance, T.double(), draw(1, 2, 4), T.double() / 3)
+    for name, call in calls.items():
+        actual, expected = call(), call(backend="reference")
+        if isinstance(actual, torch.Tensor):
+            actual, expected = (actual,), (expected,)
+        for one, other in zip(actual, expected, strict=True):
+            if other is not None:
+                assert_close(one, other, name)
+        with pytest.raises((TypeError, ValueError), match='backend is "triton"'):
+            call(backend="triton")
 
 
 @pytest.mark.parametrize("blocked", [True, False])
