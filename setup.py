@@ -212,7 +212,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["epigraf_fast*"]), "epigraf_fast.kernels"],
     package_dir={"epigraf_fast.kernels": "kernels"},
-    package_data={"epigraf_fast": ["builtin/*", "ops/verified.json"]},
+    package_data={"epigraf_fast": ["builtin/*"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildExt},
     install_requires=[

@@ -31,6 +31,7 @@ from epigraf_fast.training.log import flush_output
 from epigraf_fast.training.memory import meta_networks, parameter_count, step_bytes
 from epigraf_fast.training.profile import traced
 from epigraf_fast.training.progress import say, waiting
+from epigraf_fast.training.proof import settle
 from epigraf_fast.training.record import Record
 from epigraf_fast.training.start import build, pick_device, require_same
 from epigraf_fast.training.step import Trainer
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
             with world.together():
                 return dry_run(config, dataset, device, world)
         with traced(Path(config.run_dir) / "trace.json" if command.profile and world.rank == 0 else None):
-            return train(config, dataset, device, command.resume, world)
+            return train(config, dataset, device, command.resume, world, recheck=command.recheck)
     except (UserError, DivergenceError) as error:
         where = f"[rank {world.rank}] " if world.size > 1 else ""
         say(f"{where}{'error' if isinstance(error, UserError) else 'stopped'}: {error}", sys.stderr)
@@ -84,6 +85,9 @@ def parse(argv: list[str] | None):
         profile: bool = False
         """Write a torch profiler trace of a few iterations, from the sixth on, to trace.json in --run-dir."""
 
+        recheck: bool = False
+        """Check the kernels on this GPU again, whatever an earlier start found; see epigraf_fast.doctor --check."""
+
     presets = {name: (f"the {name} preset", Command(preset(name))) for name in PRESETS}
     return tyro.extras.overridable_config_cli(presets, prog="train.py", description=__doc__, args=argv)
 
@@ -106,7 +110,13 @@ def dry_run(config: Config, dataset: ImageDataset, device: torch.device, world: 
 
 
 def train(
-    config: Config, dataset: ImageDataset, device: torch.device, resume: str | None, world: World | None = None
+    config: Config,
+    dataset: ImageDataset,
+    device: torch.device,
+    resume: str | None,
+    world: World | None = None,
+    *,
+    recheck: bool = False,
 ) -> int:
     """Builds or restores a run, and trains it."""
     world = World() if world is None else world
@@ -114,6 +124,7 @@ def train(
         if device.type == "cpu":
             cores.watch(fixed=config.deterministic or world.size > 1)
         with StopRequest(talks=world.rank == 0) as stop, locked(Path(config.run_dir), world):
+            settle(config, dataset, device, world, recheck=recheck)
             world.connect(device)
             trainer = build(config, dataset, device, resume, world)
             if world.rank == 0:

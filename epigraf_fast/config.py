@@ -253,10 +253,10 @@ class Config:
     precision: Literal["fp32", "tf32", "fp16"] = "fp32"
     """fp32: no TF32, and fp16 only in discriminator.half_blocks; tf32: the same with TF32 matrix products; fp16: also
     the top 4 resolutions of G and blocks of D in fp16. A CPU computes in fp32."""
-    backend: Literal["auto", "gpu", "reference", "triton", "cuda", "cpu"] = "auto"
+    backend: Literal["auto", "gpu", "reference", "torch", "triton", "cuda", "cpu"] = "auto"
     """Of the ops: every op that has the named one takes it, the others their default for the device, and so do all with
-    auto; gpu is triton and cuda together. The table at the start of a run says what it takes. triton and cuda are
-    opt-in until a GPU has run them."""
+    auto; gpu is triton and cuda together. The table at the start of a run says what it takes. On a GPU auto takes the
+    kernels that this GPU has passed a check of, which the first start makes; a name takes them unchecked."""
     deterministic: bool = False
     """Whether gradients have the same bits in every run, at some cost: those of planes and decoder are summed in fixed
     point or in a fixed order, and torch takes its deterministic kernels (and warns where it has none)."""

@@ -2,6 +2,7 @@
 
 $ python -m epigraf_fast.doctor
 $ python -m epigraf_fast.doctor --json
+$ python -m epigraf_fast.doctor --check       # the kernels on this GPU, as the first start of a run does
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 from importlib import metadata
 from typing import Any
 
@@ -20,31 +22,27 @@ import torch
 from . import __version__, machine
 from .arguments import Parser
 from .command import running
-from .ops import backends
+from .config import PRESETS, preset
+from .ops import backends, verdicts
+from .training import proof
 from .training.metrics import PACKAGES as METRICS_PACKAGES
+from .training.networks import find_device
 
 Report = dict[str, Any]
 
 # Extras of setup.py that add a feature, and their packages.
 EXTRAS = {
     "metrics": METRICS_PACKAGES,
-    "make_dataset": ("pyvista", "pybullet"),
-    "tools": ("safetensors", "imageio-ffmpeg", "scikit-image", "trimesh", "mrcfile", "matplotlib"),
+    "make_dataset": ("pyvista",),
+    "tools": ("safetensors", "imageio-ffmpeg", "scikit-image", "scipy", "trimesh", "mrcfile", "matplotlib"),
     "viewer": ("viser",),
 }
 
-# Kernels that are opt-in as long as no GPU has passed their tests, see `backends.VERIFIED`.
-KERNELS = {
-    "triton": "--backend triton, the renderer on Triton kernels: not yet run on a GPU, only in Triton's interpreter",
-    "cuda": "--backend cuda, the convolutions on the extension: not yet run on a GPU, only compiled, and in "
-    "an emulation of its threads on the CPU",
-}
 # Code that only a GPU can run and that no GPU has run yet. It is never on by default.
 OPT_IN = (
     "torchrun on several GPUs (NCCL): not yet run, only gloo between two processes on a CPU",
     "--precision tf32 and fp16, --discriminator.half-blocks: not yet run on a GPU",
     "--cuda-graphs, a training phase as one launch: not yet run on a GPU; a CPU tests what the phases read and give",
-    *(text for backend, text in KERNELS.items() if backend not in backends.VERIFIED),
 )
 
 
@@ -59,6 +57,7 @@ def report() -> Report:
         backends: op -> backend -> None if it can be used here, else the reason why not.
         defaults: op -> device type -> the backend that `backend=None` takes.
         extras: extra -> its packages that are missing.
+        checked: item -> state and why, the worst that checks of the kernels found on this GPU; None: there was none.
         opt_in: `OPT_IN`.
     """
     cuda = _cuda()
@@ -79,7 +78,13 @@ def report() -> Report:
         "defaults": {op: {device: backends.resolve(op, None, device) for device in devices} for op in backends.OPS},
         "extras": {extra: [name for name in names if _version(name) is None] for extra, names in EXTRAS.items()},
         "opt_in": list(OPT_IN),
+        "checked": _checked() if cuda["gpus"] else None,
     }
+
+
+def _checked() -> dict[str, tuple[str, str]] | None:
+    items = verdicts.of_bare_ops("cuda")
+    return None if items is None else {item: (verdict.state, verdict.why) for item, verdict in items.items()}
 
 
 def format_backends(report: Report, chosen: dict[str, str] | None = None) -> str:
@@ -124,6 +129,9 @@ def format_report(report: Report) -> str:
         "devices": _columns(devices),
         "backends": format_backends(report).splitlines(),
         "extras": _columns(extras),
+        "kernels on this GPU": _columns([[item, *words] for item, words in (report["checked"] or {}).items()])
+        if report["checked"]
+        else [backends.UNCHECKED] * bool(cuda["gpus"]),
         "off by default": report["opt_in"],
     }
     return "\n\n".join("\n  ".join([title, *lines]) for title, lines in sections.items() if lines)
@@ -179,11 +187,33 @@ def _cuda() -> Report:
     return {"reason": None, "gpus": gpus}
 
 
+def check_kernels(preset_name: str, device: torch.device) -> int:
+    """Checks the kernels with a preset's constants, prints what was found, and keeps it for calls and runs.
+
+    Returns:
+        An exit code: 1 where a kernel failed.
+    """
+    if device.type not in backends.CHECKED:
+        print(f"nothing to check: there are no kernels for {device} that a check decides about")
+        return 0
+    config = preset(preset_name)
+    poses = torch.tensor([[0.2 * i, 1.2 + 0.1 * i, 0.0] for i in range(-3, 4)])
+    found = proof.find(config, 0, poses, device, config.batch, settings=False, recheck=True)
+    rows = [[item, verdict.state, f"{verdict.seconds:.1f} s", verdict.why] for item, verdict in found.items.items()]
+    print("\n".join(_columns(rows)) if rows else "nothing to check: no kernel can be used here, see above")
+    return int(any(verdict.state == verdicts.FAILED for verdict in found.items.values()))
+
+
 def main() -> None:
     with running():
         parser = Parser("doctor", __doc__)
         parser.add_argument("--json", action="store_true", help="print JSON")
+        parser.add_argument("--check", action="store_true", help="check the kernels on this GPU, again if need be")
+        parser.add_argument("--preset", choices=PRESETS, default="ffhq", help="whose constants to check with (ffhq)")
+        parser.add_argument("--device", default=None, help="to check; default: the GPU, if there is one")
         args = parser.parse_args()
+        if args.check:
+            sys.exit(check_kernels(args.preset, find_device(args.device)))
         print(json.dumps(report(), indent=2) if args.json else format_report(report()))
 
 

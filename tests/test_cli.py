@@ -368,7 +368,7 @@ def test_faults_in_the_settings(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(backends, "_lacking_on", lambda op, backend, device_type: None)  # also where Triton is not here
+    monkeypatch.setattr(backends, "lacking_on", lambda op, backend, device_type: None)  # also where Triton is not here
     assert train.main([*flags(tiny_config(**overrides)), *(["--dry-run"] if dry else [])]) == 2
     captured = capsys.readouterr()
     assert_one_error_line(captured.err, *words)

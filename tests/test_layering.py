@@ -44,7 +44,7 @@ ALLOWED = {
     "train": {"training", "doctor", "config", "data", *BASE},
     "training": {"training", "models", "ops", "config", "data", *BASE},
     "models": {"models", "ops", "config", *BASE},
-    "ops": {"ops", "reference", "kernels", "_C"},
+    "ops": {"ops", "reference", "kernels", "_C", "machine"},
     "reference": {"reference"},
     "kernels": {"kernels"},
     "data": {"config", "files", *BASE},

@@ -32,7 +32,7 @@ from .checks import (
     resolve_deterministic,
 )
 from .ranges import annotate
-from .sample_triplane import as_region, sample_triplane_cpu
+from .sample_triplane import as_region, is_unordered, sample_triplane_cpu
 
 PRECISIONS = ("fp32", "tf32", "fp16")
 
@@ -105,9 +105,10 @@ def decode_triplane(
     Returns:
         [B, N, out]: raw colour, raw density last; the widest dtype of planes and network (of fp16 and bf16 fp32).
 
-    Derivatives: reference any order, to everything; cpu the first, summed in a fixed order (by the extension where all
-        is fp32 or all fp64 and no gradient to points is asked for, else by torch's grid sampler); triton the first, to
-        planes and network, summed in fp32 in an order that changes from run to run unless `deterministic`.
+    Derivatives: reference any order, to everything; torch the first; cpu the first, summed in a fixed order (by the
+        extension where all is fp32 or all fp64 and no gradient to points is asked for, else by torch's grid sampler);
+        triton the first, to planes and network, summed in fp32 in an order that changes from run to run unless
+        `deterministic`.
 
     Raises:
         ValueError, TypeError: Wrong ranks, shapes, dtypes or devices; unknown or missing backend, unknown precision.
@@ -147,8 +148,12 @@ def _decode(
     precision: str,
     deterministic: bool | None,
 ) -> Tensor:
-    """At points, or at rays and their t, by triton or cpu."""
-    if chosen == "triton" or _is_fused(planes, rays, network):
+    """At points, or at rays and their t, by triton, cpu or torch."""
+    if chosen == "torch" and is_unordered(planes, deterministic):
+        if rays[2] is None:
+            return _reference(planes, rays[0], *network, region)
+        return _reference_rays(planes, *rays, *network, cube_scale, region)
+    if chosen == "triton" or (chosen == "cpu" and _is_fused(planes, rays, network)):
         first, settings = _settings(cube_scale, region, precision, deterministic, chosen)
         return library.call(route, _DecodeTriplane, planes, *rays, *network, first, settings)
     points, directions, t = rays

@@ -82,7 +82,8 @@ def set_arithmetic(config: Config) -> None:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not reproducible
         torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over every tensor; ours are all written
-    torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
+    if torch.are_deterministic_algorithms_enabled() != config.deterministic:  # to say it takes seconds of imports
+        torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
 
 
 def choose_backends(config: Config, device_type: str) -> dict[str, str]:

@@ -16,7 +16,6 @@ import torch
 import csrc_backends
 from checks import assert_close, draw
 from epigraf_fast import ops
-from epigraf_fast.doctor import OPT_IN
 from epigraf_fast.ops import backends, native
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,7 +137,7 @@ def test_missing_backend_is_an_error_that_says_why(name):
 @pytest.mark.parametrize("name", CALLS)
 def test_unknown_backend_is_an_error_that_lists_the_known(name):
     op, call = CALLS[name]
-    message = re.escape(f"{op}: backend must be None or one of reference, triton, cuda, cpu, got 'numpy'")
+    message = re.escape(f"{op}: backend must be None or one of reference, torch, triton, cuda, cpu, got 'numpy'")
     with pytest.raises(ValueError, match=message):
         call(backend="numpy")
 
@@ -158,7 +157,7 @@ def test_default_gives_what_the_reference_gives(name):
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_run_takes_the_named_backend_where_an_op_has_it(name, device, monkeypatch):
     """Whatever is implemented, were it all here; and every family can be told so by one argument."""
-    monkeypatch.setattr(backends, "_lacking_on", lambda op, backend, device_type: None)
+    monkeypatch.setattr(backends, "lacking_on", lambda op, backend, device_type: None)
     chosen = backends.choose(name, device)
     expected = {op: backends.resolve(op, None, device) for op in backends.OPS}
     for backend in ("triton", "cuda") if name == "gpu" else (name,):
@@ -172,7 +171,7 @@ def test_a_run_takes_the_named_backend_where_an_op_has_it(name, device, monkeypa
 
 
 def test_gpu_is_the_kernels_of_both_kinds(monkeypatch):
-    monkeypatch.setattr(backends, "_lacking_on", lambda op, backend, device_type: None)
+    monkeypatch.setattr(backends, "lacking_on", lambda op, backend, device_type: None)
     assert set(backends.choose("gpu", "cuda").values()) == {"triton", "cuda"}
 
 
@@ -186,7 +185,9 @@ def test_a_run_is_told_why_a_backend_is_missing(monkeypatch):
         backends.choose("triton", "cuda")
     with pytest.raises(ValueError, match=r"^backend 'cpu' is not available: the tensors are on cuda$"):
         backends.choose("cpu", "cuda")
-    with pytest.raises(ValueError, match="backend must be one of auto, gpu, reference, triton, cuda, cpu, got 'numpy'"):
+    with pytest.raises(
+        ValueError, match="backend must be one of auto, gpu, reference, torch, triton, cuda, cpu, got 'numpy'"
+    ):
         backends.choose("numpy", "cpu")
 
 
@@ -221,9 +222,9 @@ def test_status_tells_the_reasons_apart(monkeypatch):
     stand_in(monkeypatch, 13000, (9, 0))
     assert reasons(monkeypatch, gpu) == (None, None)
     assert backends.resolve("bias_act", "cuda", "cuda") == "cuda"
-    monkeypatch.setattr(backends, "VERIFIED", ())
+    monkeypatch.setattr(backends, "_accepted", {})
     assert backends.resolve("bias_act", None, "cuda") == "reference"
-    monkeypatch.setattr(backends, "VERIFIED", ("triton", "cuda"))  # once a GPU has passed the tests
+    backends.accept({"bias_act": ("cuda",)})  # once this GPU has passed the check
     assert backends.resolve("bias_act", None, "cuda") == "cuda"
     assert backends.resolve("bias_act", None, "cpu") == "cpu"
     with pytest.raises(ValueError, match="the tensors are on cpu"):
@@ -322,9 +323,9 @@ print(backends.resolve("bias_act", None, "cpu"), "|", backends.status()["upfirdn
     assert reason == (f"the extension is not built: {native.BUILD}" if blocked else HIDDEN)
 
 
-def test_verified_backends_become_the_default_on_gpus(monkeypatch):
-    """Each op takes the one that is written for it, and where that is missing, the reference; a CPU takes neither."""
-    monkeypatch.setattr(backends, "VERIFIED", ("triton", "cuda"))
+def test_what_a_gpu_has_passed_becomes_its_default(monkeypatch):
+    """Each op takes the one that is written for it, and where that is missing, the fallback; a CPU takes neither."""
+    monkeypatch.setattr(backends, "_accepted", {op: (name,) for name, ops in backends.KERNELS.items() for op in ops})
     monkeypatch.setattr(backends, "_lacking_triton", lambda: None)
     monkeypatch.setattr(native, "lacking", lambda backend: None)
     renderer, convolutions = backends.FAMILIES.values()
@@ -333,13 +334,19 @@ def test_verified_backends_become_the_default_on_gpus(monkeypatch):
     assert backends.choose("auto", "cuda") == expected == backends.choose("gpu", "cuda")
     assert [backends.family_backend(family, expected, "cuda") for family in backends.FAMILIES] == [None, None]
     assert not {"triton", "cuda"} & set(backends.choose("auto", "cpu").values())
+    backends.accept({"composite": ("triton",)})
+    assert backends.resolve("composite", None, "cuda") == "triton"
+    assert backends.resolve("decode_triplane", None, "cuda") == "torch"
     monkeypatch.setattr(native, "lacking", lambda backend: "the extension is not built")
     assert {backends.resolve(op, None, "cuda") for op in convolutions} == {"reference"}
 
 
-def test_only_kernels_for_gpus_are_verified():
-    assert set(backends.VERIFIED) <= {"triton", "cuda"}
-    assert all(
-        any(text.startswith(f"--backend {name}") for text in OPT_IN) != (name in backends.VERIFIED)
-        for name in ("triton", "cuda")
-    )
+@pytest.mark.parametrize("name", ["sample_triplane", "decode_triplane", "decode_triplane_rays", "composite", "cut"])
+def test_the_tier_of_torch_gives_what_the_reference_gives(name):
+    _, call = CALLS[name]
+    actual, expected = call(backend="torch"), call(backend="reference")
+    if isinstance(actual, torch.Tensor):
+        actual, expected = (actual,), (expected,)
+    for one, other in zip(actual, expected, strict=True):
+        if other is not None:
+            assert_close(one, other, name)
