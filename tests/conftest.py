@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import compiled
+import interpreter
 from epigraf_fast.config import (
     CameraConfig,
     Config,
@@ -32,6 +33,7 @@ from epigraf_fast.config import (
     check,
 )
 from epigraf_fast.data import ImageDataset, make_loader
+from epigraf_fast.ops import backends
 from epigraf_fast.training import networks, pretrained, start
 from epigraf_fast.training.step import Trainer
 
@@ -60,6 +62,11 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _interpreter() -> None:
+    interpreter.hasten()
+
+
 @pytest.fixture(autouse=True)
 def _arithmetic() -> None:
     """A GPU rounds no product to TF32 and sums convolutions in one order, whatever the test before has set."""
@@ -72,6 +79,12 @@ def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is told no device takes the CPU, also where there is a GPU: tests of the GPU name it."""
     for module in (pretrained, start):
         monkeypatch.setattr(module, "find_device", lambda name: networks.find_device(name or "cpu"))
+
+
+@pytest.fixture(autouse=True)
+def _unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this machine's GPU has passed before decides nothing."""
+    monkeypatch.setattr(backends, "_accepted", {})
 
 
 @pytest.fixture(autouse=True)

@@ -80,7 +80,7 @@ BRINGS = {
     "metrics": ("metrics",),
     "tools": ("render", "mesh", "convert", "convert_data", "check_data", "figures"),
     "viewer": ("viewer", "metrics", "render", "mesh", "convert", "convert_data", "check_data", "figures"),
-    "make_dataset": ("make_dataset",),
+    "make_dataset": ("make_data",),
 }
 ROOMS = {"train": ("metrics", "log", "board"), "metrics": ("metrics", "pretrained"), "": ("pretrained",)}
 PACKAGES = {
@@ -96,12 +96,8 @@ PACKAGES = {
 def outside_imports(command: str) -> set[str]:
     """The packages, as pip names them, that a command's modules import or hand to `require`."""
     package = ROOT / "epigraf_fast"
-    (first,) = [
-        path
-        for path in (ROOT / "train.py", *package.rglob("*.py"))
-        if path.stem == command and (path.parent.name in ("tools", ROOT.name, "epigraf_fast"))
-    ]
-    rooms = () if command == "make_dataset" else ROOMS.get(command, ROOMS[""])
+    first = package / "tools" / f"{command}.py"
+    rooms = () if command == "make_data" else ROOMS.get(command, ROOMS[""])
     queue = [first, *(package / "training" / f"{name}.py" for name in rooms)]
     seen, names = set(), set()
     while queue:
@@ -142,7 +138,7 @@ def test_what_a_command_imports_is_found() -> None:
     assert {"scikit-image", "scipy", "trimesh", "mrcfile", "safetensors"} <= outside_imports("mesh")
     assert {"torchmetrics", "matplotlib", "efficientnet-lite-pytorch"} <= outside_imports("metrics")
     assert {"torchmetrics", "tensorboard", "imageio", "tyro"} <= outside_imports("train")
-    assert "pyvista" in outside_imports("make_dataset")
+    assert "pyvista" in outside_imports("make_data")
 
 
 def test_the_demo_installs_its_extra_and_tests_theirs(tmp_path: Path) -> None:

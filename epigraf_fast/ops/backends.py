@@ -68,9 +68,7 @@ def accepted() -> dict[str, tuple[str, ...]]:
     return _accepted
 
 
-UNCHECKED = (
-    "the kernels have not been checked on this GPU, slower ones are taken: python -m epigraf_fast.doctor --check"
-)
+UNCHECKED = "the kernels have not been checked on this GPU, slower ones are taken: epigraf doctor --check"
 
 
 def status() -> dict[str, dict[str, str | None]]:

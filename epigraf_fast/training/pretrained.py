@@ -112,4 +112,4 @@ def check_finite(state: dict[str, Tensor], name: str) -> None:
 
 def _require_safetensors() -> None:
     if importlib.util.find_spec("safetensors") is None:
-        raise UserError("safetensors is not installed: pip install 'epigraf_fast[tools]'")
+        raise UserError("safetensors is not installed: pip install -e '.[tools]'")

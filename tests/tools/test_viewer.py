@@ -21,9 +21,9 @@ import pytest
 import torch
 
 from checks import HANG, assert_close
-from epigraf_fast import viewer
 from epigraf_fast.camera import cam2world_matrix
 from epigraf_fast.errors import UserError
+from epigraf_fast.tools import viewer
 from epigraf_fast.training.pretrained import load_generator
 
 RESOLUTION = 64
@@ -127,7 +127,7 @@ def test_missing_viser_is_one_line(
     tiny_run: Path, one_error_line: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "viser", None)
-    assert "viser is not installed: pip install 'epigraf_fast[viewer]'" in one_error_line(viewer.main, tiny_run)
+    assert "viser is not installed: pip install -e '.[viewer]'" in one_error_line(viewer.main, tiny_run)
 
 
 @pytest.fixture

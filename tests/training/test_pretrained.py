@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from epigraf_fast.config import Config
-from epigraf_fast.convert import export_generator
 from epigraf_fast.errors import UserError
+from epigraf_fast.tools.convert import export_generator
 from epigraf_fast.training.checkpoint import save_checkpoint
 from epigraf_fast.training.networks import find_device
 from epigraf_fast.training.pretrained import (
@@ -127,7 +127,7 @@ def test_faults_are_one_line(
     for name in [name for name in sys.modules if name.split(".")[0] == "safetensors"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"safetensors is not installed: pip install 'epigraf_fast\[tools\]'"):
+    with pytest.raises(UserError, match=r"safetensors is not installed: pip install -e '\.\[tools\]'"):
         save_safetensors(trainer.average.state_dict(), config, tmp_path / "y.safetensors")
 
 

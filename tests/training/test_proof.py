@@ -5,6 +5,7 @@ Children are forks of the test, so that a fault that is put into a kernel here i
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import signal
@@ -49,6 +50,7 @@ class Fork:
         if self.pid == 0:
             code = 1
             try:
+                faulthandler.disable()
                 os.dup2(errors.fileno(), 2)
                 code = proof_items.main([str(path)])
             except BaseException:

@@ -1,32 +1,32 @@
 """What this machine can run, and why not the rest.
 
-$ python -m epigraf_fast.doctor
-$ python -m epigraf_fast.doctor --json
-$ python -m epigraf_fast.doctor --check       # the kernels on this GPU, as the first start of a run does
+$ epigraf doctor
+$ epigraf doctor --json
+$ epigraf doctor --check       # the kernels on this GPU, as the first start of a run does
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import platform
 import re
 import shutil
 import subprocess
-import sys
+from collections.abc import Sequence
 from importlib import metadata
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from . import __version__, machine
-from .arguments import Parser
+from .. import __version__, machine
+from ..config import preset
+from ..ops import backends, verdicts
+from ..training import proof
+from ..training.metrics import PACKAGES as METRICS_PACKAGES
+from ..training.networks import find_device
 from .command import running
-from .config import PRESETS, preset
-from .ops import backends, verdicts
-from .training import proof
-from .training.metrics import PACKAGES as METRICS_PACKAGES
-from .training.networks import find_device
 
 Report = dict[str, Any]
 
@@ -204,18 +204,25 @@ def check_kernels(preset_name: str, device: torch.device) -> int:
     return int(any(verdict.state == verdicts.FAILED for verdict in found.items.values()))
 
 
-def main() -> None:
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The command line of `epigraf doctor`."""
+
+    json: bool = False
+    """Print JSON, for programs."""
+    check: bool = False
+    """Check the kernels on this GPU, whatever was found before."""
+    preset: Literal["demo", "ffhq", "cats", "plants", "food"] = "ffhq"
+    """Whose constants to check with."""
+    device: str | None = None
+    """To check; default: the GPU, if there is one."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    from .arguments import parse  # here, as those that only ask for a report may lack tyro
+
     with running():
-        parser = Parser("doctor", __doc__)
-        parser.add_argument("--json", action="store_true", help="print JSON")
-        parser.add_argument("--check", action="store_true", help="check the kernels on this GPU, again if need be")
-        parser.add_argument("--preset", choices=PRESETS, default="ffhq", help="whose constants to check with (ffhq)")
-        parser.add_argument("--device", default=None, help="to check; default: the GPU, if there is one")
-        args = parser.parse_args()
-        if args.check:
-            sys.exit(check_kernels(args.preset, find_device(args.device)))
-        print(json.dumps(report(), indent=2) if args.json else format_report(report()))
-
-
-if __name__ == "__main__":
-    main()
+        options = parse(Options, "doctor", __doc__, args)
+        if options.check:
+            raise SystemExit(check_kernels(options.preset, find_device(options.device)))
+        print(json.dumps(report(), indent=2) if options.json else format_report(report()))
