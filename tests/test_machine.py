@@ -197,3 +197,17 @@ def test_a_gpu_that_torch_has_no_code_for_ends_before_the_first_kernel(monkeypat
         networks.find_device(None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     assert networks.find_device("cuda:0") == torch.device("cuda:0")
+
+
+def test_the_table_of_the_guide_is_what_is_chosen() -> None:
+    capabilities = {"V100": 70, "A100": 80, "H100": 90, "B200": 100, "P100": 60}
+    text = (ROOT / "docs/install.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([A-Z]\w+(?: and \w+)?|none) \| (\d+|none) \| (stops|[\d.]+) \|", text, re.MULTILINE)
+    assert len(rows) > 10
+    for gpus, driver, torch_version in rows:
+        cards = [] if gpus == "none" else [machine.Gpu(name, capabilities[name]) for name in gpus.split(" and ")]
+        choice = machine.choose(machine.Machine(tuple(cards), None if driver == "none" else f"{driver}.1"))
+        assert ("stops" if choice.fault else choice.torch) == torch_version, (gpus, driver)
+    words = [machine.TESTED, machine.CUDA12, str(machine.CUDA12_DRIVER), str(machine.CUDA13_DRIVER)]
+    table = (ROOT / "README.md").read_text(encoding="utf-8").partition("| machine | torch |")[2].partition("\n\n")[0]
+    assert all(word in table and word in text for word in words)

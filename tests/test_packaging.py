@@ -133,6 +133,15 @@ def test_an_extra_brings_what_its_commands_import(extra: str, arguments: dict[st
         assert not missing, f"{command}: .[{extra}] does not bring {', '.join(sorted(missing))}"
 
 
+def test_the_guide_names_every_extra(arguments: dict[str, Any]) -> None:
+    text = (
+        (ROOT / "docs/install.md").read_text(encoding="utf-8").partition("| extra | brings |")[2].partition("\n\n")[0]
+    )
+    assert {*re.findall(r"`(\w+)`", re.sub(r"\|[^|]*\|$", "", text, flags=re.MULTILINE))} == {
+        *arguments["extras_require"]
+    }
+
+
 def test_what_a_command_imports_is_found() -> None:
     assert {"viser", "torch", "numpy"} <= outside_imports("viewer")
     assert {"scikit-image", "scipy", "trimesh", "mrcfile", "safetensors"} <= outside_imports("mesh")
