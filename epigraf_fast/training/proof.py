@@ -21,13 +21,15 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from ..config import Config, flat, to_dict
+from ..config import Config, flat, from_dict, to_dict
+from ..config import check as check_config
 from ..data import ImageDataset
+from ..errors import UserError
 from ..ops import backends, verdicts
 from ..ops.verdicts import FAILED, PASSED, Items, Verdict
 from .distributed import World
 from .progress import say, waiting
-from .proof_items import BEGUN, BOTH, GRADIENTS, SETTINGS, Request
+from .proof_items import BEGUN, BOTH, GRADIENTS, GRAPHS, RECORDED, SETTINGS, Request
 
 PATIENCE = 60.0  # seconds without news of a child, before it counts as hanging
 PAUSE = 0.05  # seconds between two looks
@@ -66,6 +68,12 @@ class Finding(NamedTuple):
     def passed(self) -> dict[str, tuple[str, ...]]:
         """op -> the kernels that may be taken."""
         return verdicts.accepted(self.items, backends.KERNELS)
+
+    @property
+    def records(self) -> bool:
+        """Whether CUDA graphs of a run's phases may be taken."""
+        verdict = self.items.get(f"{GRAPHS} {RECORDED}")
+        return verdict is not None and verdict.state == PASSED
 
 
 def request_for(config: Config, label_dim: int, angles: torch.Tensor, device: torch.device, micro: int) -> Request:
@@ -136,7 +144,18 @@ def prove(
             found |= check(*alone)
             if all(found[item].state == PASSED for item in alone):  # they fail only side by side
                 found |= dict.fromkeys(alone, verdict)
+    if able_to_record(request.config):
+        found |= check(f"{GRAPHS} {RECORDED}")
     return found
+
+
+def able_to_record(values: dict[str, Any]) -> bool:
+    """Whether the settings, as `to_dict` gives them, can do with CUDA graphs."""
+    try:
+        check_config(from_dict(values | {"cuda_graphs": True}))
+    except UserError:
+        return False
+    return True
 
 
 def _check(request: Request, start: Callable[[Path, Any], Child], patience: float) -> Items:
@@ -225,7 +244,7 @@ def settle(
     One process of each machine checks, or reads what an earlier start found; the others wait for it.
 
     Returns:
-        What was found on this machine, None where there is nothing to decide.
+        What was found, the worst of all machines; None where there is nothing to decide.
     """
     if config.backend != "auto" or device.type not in backends.CHECKED:
         return None
@@ -233,28 +252,27 @@ def settle(
     with world.together():
         if world.local_rank == 0:
             mine = find(config, dataset.label_dim, dataset.angles, device, config.batch // world.size, recheck=recheck)
-    everyone = [Finding(_items(value)) for value in world.exchange(mine and mine.items) if value is not None]
-    passed = worst([finding.passed for finding in everyone])
-    backends.accept(passed)
-    if world.rank == 0:
-        said = list(dict.fromkeys(line for finding in everyone for line in lines_of(finding)))
-        if said:
-            say("\n  ".join([*said, "--recheck checks again"]))
-    return mine
+    everyone = [_items(value) for value in world.exchange(mine and mine.items) if value is not None]
+    finding = Finding(worst(everyone), mine is not None and mine.fresh)
+    backends.accept(finding.passed)
+    if world.rank == 0 and (said := lines_of(finding)):
+        say("\n  ".join([*said, "--recheck checks again"]))
+    return finding
 
 
 def _items(value: dict[str, Sequence[Any]]) -> Items:
     return {item: Verdict(*verdict) for item, verdict in value.items()}
 
 
-def worst(passed: Sequence[dict[str, tuple[str, ...]]]) -> dict[str, tuple[str, ...]]:
-    """op -> the kernels that passed in every one."""
-    first, *others = passed
-    return {
-        op: kept
-        for op, names in first.items()
-        if (kept := tuple(n for n in names if all(n in o.get(op, ()) for o in others)))
-    }
+def worst(everyone: Sequence[Items]) -> Items:
+    """What all machines have found, each item at its worst; what failed on one counts, whatever the others checked."""
+    merged: Items = {}
+    for item in dict.fromkeys(item for items in everyone for item in items):
+        found = [items[item] for items in everyone if item in items]
+        bad = [verdict for verdict in found if verdict.state == FAILED]
+        if bad or len(found) == len(everyone):
+            merged[item] = (bad or [verdict for verdict in found if verdict.state != PASSED] or found)[0]
+    return merged
 
 
 def find(

@@ -2,17 +2,18 @@
 
 $ python -m epigraf_fast.training.proof_items REQUEST.json
 
-An item is "backend op", "backend gradients" (of tiny networks) or "backend settings" (a micro-batch of the run, as it
-is). Truth is the reference, in float64 on the same device for ops.
+An item is "backend op", "backend gradients" (of tiny networks), "backend settings" (a micro-batch of the run, as it is)
+or "graphs phases" (recorded ones). Truth is the reference, in float64 on the same device for ops.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from ..config import Config, from_dict
 from ..errors import UserError
 from ..ops import backends
 from ..ops.verdicts import FAILED, PASSED, UNSUITED
+from .graphs import GraphedPhase, GraphMemory
 from .networks import set_arithmetic
 from .step import Samples, Trainer
 
@@ -33,7 +35,8 @@ BEGUN = "begun"  # the state of an item that is being checked; whoever reads not
 # Of the largest value of the truth. They find faults; roundings are far below.
 TOLERANCE = {"fp32": 1e-4, "tf32": 1e-2, "fp16": 1e-2}
 COSINE, NORM = 1e-5, 1e-3  # what gradients of networks may differ by from 1, in direction and length
-GRADIENTS, SETTINGS = "gradients", "settings"
+GRADIENTS, SETTINGS, RECORDED = "gradients", "settings", "phases"
+GRAPHS = "graphs"  # the backend of the item of phases that are recorded
 BOTH = "all"  # the backend of an item that is checked with those of all kernels that passed until then
 
 SEED, PHILOX = 2**40 + 123, (0.23770536, 0.62879139, 2.16664696, 2.86162829)  # four depths of ray 0 in [0, 3]
@@ -404,7 +407,18 @@ def phases(trainer: Trainer, *, drawn: bool) -> dict[str, list[Tensor]]:
     Args:
         drawn: Whether the renderer draws samples and noise, which kernels do otherwise than torch does.
     """
-    torch.manual_seed(0)
+    return {name: _copied(compute(*inputs)) for name, compute, inputs in _phases(trainer, drawn=drawn, seed=0)}
+
+
+def _copied(result: tuple[list[Tensor | None], Any]) -> list[Tensor]:
+    return [x.detach().clone() for x in result[0] if x is not None]
+
+
+def _phases(
+    trainer: Trainer, *, drawn: bool, seed: int
+) -> Iterator[tuple[str, Callable[..., tuple[list[Tensor | None], Any]], tuple[Any, ...]]]:
+    """Name, function and inputs of every phase, the networks being ready for it; see `Trainer._gradients`."""
+    torch.manual_seed(seed)
     trainer.generator.train(drawn)
     config, share = trainer.config, trainer.share
     fakes = [trainer._with_patches(part) for part in trainer._draw_fakes(2 * share).split(share)]
@@ -415,14 +429,13 @@ def phases(trainer: Trainer, *, drawn: bool) -> dict[str, list[Tensor]]:
     now = trainer._schedule()
     if not drawn:
         now = now._replace(density_noise_std=0.0)
-    found = {}
+    g, d = trainer.g_optimizer, trainer.d_optimizer
     trainer.discriminator.requires_grad_(False)
-    found["G"], _ = trainer._gradients(trainer.g_optimizer, trainer._generator_phase, now, fakes[0])
+    yield "G", functools.partial(trainer._gradients, g, trainer._generator_phase), (now, fakes[0])
     trainer.discriminator.requires_grad_(True)
-    found["D"], _ = trainer._gradients(trainer.d_optimizer, trainer._discriminator_phase, now, fakes[1], reals)
+    yield "D", functools.partial(trainer._gradients, d, trainer._discriminator_phase), (now, fakes[1], reals)
     if config.optim.r1_gamma:
-        found["R1"], _ = trainer._gradients(trainer.d_optimizer, trainer._regularization_phase, now, reals)
-    return {name: [x.detach().clone() for x in grads if x is not None] for name, grads in found.items()}
+        yield "R1", functools.partial(trainer._gradients, d, trainer._regularization_phase), (now, reals)
 
 
 def check_gradients(case: Case, backend: str) -> None:
@@ -439,12 +452,39 @@ def check_gradients(case: Case, backend: str) -> None:
     finally:
         set_arithmetic(case.config)
     for name, grads in plain.items():
-        expected, found = (torch.cat([x.flatten() for x in part]).double() for part in (grads, fast[name]))
-        if not bool(found.isfinite().all()):
-            raise Wrong(f"the gradient of {name} is not finite")
-        length, cosine = float(found.norm() / expected.norm()), float(F.cosine_similarity(found, expected, dim=0))
-        if not (cosine >= 1 - COSINE and abs(length - 1) <= NORM):
-            raise Wrong(f"the gradient of {name} has cosine {cosine:.7f} to that without kernels, length {length:.5f}")
+        _same_gradient(f"the gradient of {name}", fast[name], grads, "that without kernels")
+
+
+def _same_gradient(what: str, found: list[Tensor], expected: list[Tensor], other: str) -> None:
+    """Raises Wrong where a gradient, of many tensors, has another direction or length."""
+    one, truth = (torch.cat([x.flatten() for x in part]).double() for part in (found, expected))
+    if not bool(one.isfinite().all()):
+        raise Wrong(f"{what} is not finite")
+    length, cosine = float(one.norm() / truth.norm()), float(F.cosine_similarity(one, truth, dim=0))
+    if not (cosine >= 1 - COSINE and abs(length - 1) <= NORM):
+        raise Wrong(f"{what} has cosine {cosine:.7f} to {other}, and {length:.5f} of its length")
+
+
+def check_recorded(case: Case, backend: str) -> None:
+    """Phases as CUDA graphs against plain calls: one that only chooses kernels, one that records, and replays.
+
+    Every call has draws and inputs of its own; the renderer's draws, which kernels make from seeds, are left out.
+    """
+    config = dataclasses.replace(tiny(case.config), cuda_graphs=True)
+    set_arithmetic(config)
+    backends.accept(_only(case, BOTH))
+    torch.manual_seed(0)
+    trainer = Trainer(config, Poses(case), case.device)
+    memory, recorded = GraphMemory(case.device), {}
+    for call in range(4):
+        for name, compute, inputs in _phases(trainer, drawn=False, seed=call):
+            torch.manual_seed(100 + call)
+            expected = _copied(compute(*inputs))
+            torch.manual_seed(100 + call)
+            graphed = recorded.setdefault(name, GraphedPhase(compute, memory))
+            what = f"the gradient of {name} in call {call + 1}"
+            _same_gradient(what, _copied(graphed(*inputs)), expected, "that of a plain call")
+    set_arithmetic(case.config)
 
 
 def check_settings(case: Case, backend: str) -> None:
@@ -475,6 +515,7 @@ CHECKS: dict[str, Callable[[Case, str], None]] = {
     "modulated_conv2d": check_modulated_conv2d,
     GRADIENTS: check_gradients,
     SETTINGS: check_settings,
+    RECORDED: check_recorded,
 }
 
 

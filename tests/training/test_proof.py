@@ -151,6 +151,7 @@ def test_every_fault_stays_with_its_kernel(
         "all settings": FAILED,
         "triton settings": PASSED,
         "cuda settings": FAILED,
+        "graphs phases": PASSED,
     }
     assert found["triton sample_importance"].why == "it hangs: no progress in 60 s"
     assert found["triton sample_triplane"].why.startswith("it crashed: SIGABRT")
@@ -180,6 +181,15 @@ def test_gradients_of_networks_show_what_ops_alone_do_not(
     (verdict,) = proof._check(request._replace(items=["cuda gradients"], passed=passed), Fork, 60.0).values()
     assert verdict.state == FAILED
     assert "gradient of" in verdict.why
+
+
+def test_recorded_phases_that_read_old_inputs_are_seen(
+    stand_in: None, tiny_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = request_of(tiny_config(batch=8))._replace(items=["graphs phases"])
+    assert proof._check(request, Fork, 60.0)["graphs phases"].state == PASSED
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda own, given: None)
+    assert "in call 2 has cosine" in proof._check(request, Fork, 60.0)["graphs phases"].why
 
 
 def test_a_child_of_its_own(stand_in: None, tiny_config: Any) -> None:
@@ -269,9 +279,13 @@ def test_processes_take_what_passed_on_every_machine(
         def exchange(self, value: Any) -> list[Any]:
             return [None] * 4 if value is None or isinstance(value, str) else [value, None, other, None]
 
+    recorded = good | {"graphs phases": Verdict(PASSED), "triton settings": Verdict(FAILED, "not finite")}
     monkeypatch.setattr(proof, "find", lambda *args, **options: Finding(good))
+    assert verdicts.accepted(proof.worst([good, recorded]), KERNELS).keys() == {*KERNELS["cuda"]}
+    assert not Finding(proof.worst([good, recorded])).records
+    assert Finding(proof.worst([recorded, recorded])).records
     data = SimpleNamespace(label_dim=0, angles=torch.zeros(5, 3))
-    proof.settle(tiny_config(), data, torch.device("cpu"), Worlds(0, 4, 0))
+    assert not proof.settle(tiny_config(), data, torch.device("cpu"), Worlds(0, 4, 0)).records
     assert backends.resolve("cut", None, "cpu") == "triton"
     assert backends.resolve("sample_triplane", None, "cpu") != "triton"
     assert "triton sample_triplane: it hangs" in capsys.readouterr().out
