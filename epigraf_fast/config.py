@@ -11,6 +11,7 @@ from typing import Any, Literal
 from .camera import frustum_extent
 from .errors import UserError
 
+MICRO_BATCH = 8  # images, the most that `auto` takes where it does not know the memory
 PRESETS = ("demo", "ffhq", "cats", "plants", "food")
 
 
@@ -242,8 +243,9 @@ class Config:
     """Of the data set's images."""
     batch: int = 64
     """Images per iteration, over all micro-batches."""
-    micro_batch: int | None = None
-    """Images in memory at once; default: the whole batch."""
+    micro_batch: int | Literal["auto"] | None = None
+    """Images in memory at once; default: the whole batch. auto: on a GPU as many as fit, else 8. Gradients do not
+    depend on it."""
     kimg: float = 20_000.0
     """Length of training, thousands of real images."""
     run_dir: str = "runs/run"
@@ -294,7 +296,7 @@ class Config:
     @property
     def micro(self) -> int:
         """The micro-batch in force."""
-        return self.batch if self.micro_batch is None else min(self.micro_batch, self.batch)
+        return micro_of(self, self.batch)
 
     @property
     def patches(self) -> PatchConfig:
@@ -312,7 +314,7 @@ def preset(name: str) -> Config:
         return Config(
             data="datasets/ffhq.zip",
             resolution=512,
-            micro_batch=8,
+            micro_batch="auto",
             kimg=20_000,
             run_dir="runs/ffhq",
             generator=GeneratorConfig(pose_conditioning=True),
@@ -324,7 +326,7 @@ def preset(name: str) -> Config:
         return Config(
             data="datasets/cats.zip",
             resolution=256,
-            micro_batch=8,
+            micro_batch="auto",
             kimg=15_000,
             run_dir="runs/cats",
             discriminator=DiscriminatorConfig(camera_conditioning=True),
@@ -334,7 +336,7 @@ def preset(name: str) -> Config:
         return Config(
             data=f"datasets/{name}.zip",
             resolution=256,
-            micro_batch=8,
+            micro_batch="auto",
             kimg=15_000,
             run_dir=f"runs/{name}",
             camera=CameraConfig(
@@ -425,7 +427,7 @@ def check(config: Config) -> None:
         if c.batch % c.micro:
             raise UserError(f"batch must be a positive multiple of micro_batch, got {c.batch} and {c.micro}: {advice}")
         whole_groups = -(-c.batch // group) * group
-        if c.micro_batch is None or c.micro_batch >= whole_groups:
+        if c.micro_batch is None or (c.micro_batch != "auto" and c.micro_batch >= whole_groups):
             advice += f" or --batch {whole_groups}"
         raise UserError(
             f"micro_batch must be a multiple of discriminator.minibatch_std_group = {group}, got {c.micro}: {advice}"
@@ -571,6 +573,13 @@ def check(config: Config) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{name} must be finite, got {value}")
     check_camera(c.camera)
+
+
+def micro_of(config: Config, batch: int) -> int:
+    """The micro-batch of a batch, or of a process's share of one."""
+    if config.micro_batch == "auto" and batch > 0:
+        return micro_batch_for(batch, MICRO_BATCH, config.discriminator.minibatch_std_group)
+    return batch if config.micro_batch in (None, "auto") else min(config.micro_batch, batch)
 
 
 def micro_batch_for(batch: int, at_most: int, group: int) -> int:

@@ -23,8 +23,9 @@ from ..config import PRESETS, Config, check, preset, to_dict, with_data_camera
 from ..data import ImageDataset, make_loader
 from ..errors import DivergenceError, Stopped, UserError
 from ..training import cores
+from ..training.defaults import tuned
 from ..training.distributed import FAULT, World, check_world
-from ..training.endurance import StopRequest, explain_out_of_memory
+from ..training.endurance import StopRequest, explain_out_of_memory, sized
 from ..training.files import require_writable
 from ..training.lock import locked
 from ..training.log import flush_output
@@ -57,11 +58,14 @@ def main(args: Sequence[str] | None = None) -> int:
             config = with_data_camera(config, dataset.camera)
             check(config)
         require_same(config, dataset, device, world, dry_run=command.dry_run)
+        config, size = sized(config, dataset.label_dim, device, world)
+        if size and world.rank == 0:
+            say(size)
         if command.dry_run:
             with world.together():
                 return dry_run(config, dataset, device, world)
         with traced(Path(config.run_dir) / "trace.json" if command.profile and world.rank == 0 else None):
-            return train(config, dataset, device, command.resume, world, recheck=command.recheck)
+            return train(config, dataset, device, command.resume, world, recheck=command.recheck, tune=command.tune)
     except (UserError, DivergenceError) as error:
         where = f"[rank {world.rank}] " if world.size > 1 else ""
         say(f"{where}{'error' if isinstance(error, UserError) else 'stopped'}: {error}", sys.stderr)
@@ -89,6 +93,8 @@ def commands() -> dict[str, tuple[str, Any]]:
         """Write a torch profiler trace of a few iterations, from the sixth on, to trace.json in --run-dir."""
         recheck: bool = False
         """Check the kernels on this GPU again, whatever an earlier start found."""
+        tune: bool = True
+        """On a GPU: take CUDA graphs where they proved right, and cuDNN's fastest algorithms."""
 
     return {name: (f"the {name} preset", Command(preset(name))) for name in PRESETS}
 
@@ -128,6 +134,7 @@ def train(
     world: World | None = None,
     *,
     recheck: bool = False,
+    tune: bool = False,
 ) -> int:
     """Builds or restores a run, and trains it."""
     world = World() if world is None else world
@@ -135,11 +142,12 @@ def train(
         if device.type == "cpu":
             cores.watch(fixed=config.deterministic or world.size > 1)
         with StopRequest(talks=world.rank == 0) as stop, locked(Path(config.run_dir), world):
-            settle(config, dataset, device, world, recheck=recheck)
+            finding = settle(config, dataset, device, world, recheck=recheck)
+            config, chosen = tuned(config, finding, device) if tune else (config, [])
             world.connect(device)
             trainer = build(config, dataset, device, resume, world)
             if world.rank == 0:
-                say(doctor.format_backends(doctor.report(), trainer.backends))
+                say("\n".join([doctor.format_backends(doctor.report(), trainer.backends), *chosen]))
             with world.together():
                 warm_up(trainer)
                 record = Record(config, dataset, trainer)

@@ -5,9 +5,11 @@ Children are forks of the test, so that a fault that is put into a kernel here i
 
 from __future__ import annotations
 
+import dataclasses
 import faulthandler
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -22,11 +24,14 @@ import torch
 
 from epigraf_fast import ops
 from epigraf_fast.config import Config, preset, to_dict
+from epigraf_fast.data import ImageDataset
 from epigraf_fast.kernels import sample_importance as importance_kernels
 from epigraf_fast.kernels import sample_triplane as triplane_kernels
 from epigraf_fast.ops import backends, native, verdicts
 from epigraf_fast.ops.verdicts import FAILED, PASSED, Verdict
+from epigraf_fast.tools import train
 from epigraf_fast.training import proof, proof_items
+from epigraf_fast.training.defaults import tuned
 from epigraf_fast.training.distributed import World
 from epigraf_fast.training.proof import Finding
 
@@ -267,6 +272,42 @@ def test_a_call_that_no_run_has_checked_for(
     assert backends.resolve("sample_triplane", None, "cuda") == "triton"
     assert backends.resolve("bias_act", None, "cuda") == "torch"
     assert capsys.readouterr().err == ""
+
+
+def test_a_run_takes_what_the_device_has_proved(
+    stand_in: None, tiny_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Graphs and cuDNN's trials, each with a line; none without a check, on a plain CPU, or where order matters."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    config, device = tiny_config(), torch.device("cpu")
+    proved = Finding({"graphs phases": Verdict(PASSED)})
+    assert tuned(config, None, device) == (config, [])
+    assert tuned(tiny_config(deterministic=True), Finding({}), device)[1] == []
+    assert not torch.backends.cudnn.benchmark
+    chosen, lines = tuned(config, proved, device)
+    assert chosen == dataclasses.replace(config, cuda_graphs=True)
+    assert [line.split(":")[0] for line in lines] == ["CUDA graphs", "cudnn.benchmark"]
+    assert torch.backends.cudnn.benchmark
+    monkeypatch.setattr(backends, "CHECKED", ("cuda",))
+    assert tuned(config, proved, device) == (config, [])
+
+
+def test_a_start_proves_then_trains_and_says_so(
+    stand_in: None, tiny_config: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`train` takes what passed, keeps it in the checkpoint, and a start that finds otherwise says what changed."""
+    found = {f"cuda {op}": Verdict(PASSED) for op in KERNELS["cuda"]}
+    monkeypatch.setattr(proof, "prove", lambda request, **options: found)
+    config = tiny_config(kimg=0.008, backend="auto")
+    data = ImageDataset(config.data)
+    assert train.train(config, data, torch.device("cpu"), None) == 0
+    assert re.search(r"^bias_act .* cuda$", capsys.readouterr().out, re.MULTILINE)
+    found = found | {"cuda bias_act": Verdict(FAILED, "gradient to x is off")}
+    more = dataclasses.replace(config, kimg=0.016)
+    assert train.train(more, data, torch.device("cpu"), "auto", recheck=True) == 0
+    said = capsys.readouterr().out
+    assert "not taken on this GPU: cuda bias_act: gradient to x is off" in said
+    assert "bias_act: cuda -> reference" in said
 
 
 def test_processes_take_what_passed_on_every_machine(
