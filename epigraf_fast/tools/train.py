@@ -21,7 +21,7 @@ import torch
 
 from ..config import PRESETS, Config, check, preset, to_dict, with_data_camera
 from ..data import ImageDataset, make_loader
-from ..errors import DivergenceError, Stopped, UserError
+from ..errors import DeviceError, DivergenceError, Stopped, UserError
 from ..training import cores
 from ..training.defaults import tuned
 from ..training.distributed import FAULT, World, check_world
@@ -32,7 +32,7 @@ from ..training.log import flush_output
 from ..training.memory import meta_networks, parameter_count, step_bytes
 from ..training.profile import traced
 from ..training.progress import say, waiting
-from ..training.proof import settle
+from ..training.proof import settle, suspecting
 from ..training.record import Record
 from ..training.start import build, pick_device, require_same
 from ..training.step import Trainer
@@ -66,7 +66,7 @@ def main(args: Sequence[str] | None = None) -> int:
                 return dry_run(config, dataset, device, world)
         with traced(Path(config.run_dir) / "trace.json" if command.profile and world.rank == 0 else None):
             return train(config, dataset, device, command.resume, world, recheck=command.recheck, tune=command.tune)
-    except (UserError, DivergenceError) as error:
+    except (UserError, DivergenceError, DeviceError) as error:
         where = f"[rank {world.rank}] " if world.size > 1 else ""
         say(f"{where}{'error' if isinstance(error, UserError) else 'stopped'}: {error}", sys.stderr)
         return 2 if isinstance(error, UserError) else 1
@@ -151,7 +151,7 @@ def train(
             with world.together():
                 warm_up(trainer)
                 record = Record(config, dataset, trainer)
-            with contextlib.closing(record):
+            with contextlib.closing(record), suspecting(config, dataset, device, world):
                 return loop(config, dataset, trainer, record, stop)
     except Stopped as stopped:  # before anything was trained
         say(str(stopped))

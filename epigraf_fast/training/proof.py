@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -24,13 +24,14 @@ import torch
 from ..config import Config, flat, from_dict, to_dict
 from ..config import check as check_config
 from ..data import ImageDataset
-from ..errors import UserError
+from ..errors import DeviceError, UserError
 from ..ops import backends, verdicts
-from ..ops.verdicts import FAILED, PASSED, Items, Verdict
+from ..ops.verdicts import FAILED, PASSED, SLOWER, Items, Verdict
 from .distributed import World
 from .progress import say, waiting
-from .proof_items import BEGUN, BOTH, GRADIENTS, GRAPHS, RECORDED, SETTINGS, Request
+from .proof_items import BEGUN, BOTH, GRADIENTS, GRAPHS, RECORDED, SETTINGS, TIME, Request
 
+TIMED = ("cuda",)  # kinds of devices whose kernels have to be faster than what they replace
 PATIENCE = 60.0  # seconds without news of a child, before it counts as hanging
 PAUSE = 0.05  # seconds between two looks
 POSES = 64  # of a data set that a child is told
@@ -144,6 +145,8 @@ def prove(
             found |= check(*alone)
             if all(found[item].state == PASSED for item in alone):  # they fail only side by side
                 found |= dict.fromkeys(alone, verdict)
+    if settings and torch.device(request.device).type in TIMED:
+        found |= check(*(f"{backend} {TIME}" for backend in having()))
     if able_to_record(request.config):
         found |= check(f"{GRAPHS} {RECORDED}")
     return found
@@ -232,7 +235,7 @@ def lines_of(finding: Finding) -> list[str]:
     return [
         f"not taken on this GPU: {item}: {verdict.why}"
         for item, verdict in finding.items.items()
-        if verdict.state == FAILED
+        if verdict.state in (FAILED, SLOWER)
     ]
 
 
@@ -260,6 +263,31 @@ def settle(
     return finding
 
 
+@contextlib.contextmanager
+def suspecting(config: Config, dataset: ImageDataset, device: torch.device, world: World) -> Iterator[None]:
+    """Turns an error that a GPU does not recover from into one line, and has the next start check the kernels again."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_sticky(error):
+            raise
+        if config.backend == "auto":
+            name = signature(config, dataset.label_dim, min(config.micro, config.batch // world.size))
+            verdicts.forget(device, name, Path(config.run_dir))
+        raise DeviceError(
+            f"{device} has failed ({str(error).strip().splitlines()[0][:200]}); the next start checks the kernels "
+            f"again: go on with --run-dir {config.run_dir} --resume auto"
+        ) from None
+
+
+def _is_sticky(error: RuntimeError) -> bool:
+    """Of the GPU itself, as an illegal address, and not of its memory being full."""
+    kind = getattr(torch, "AcceleratorError", ())
+    if isinstance(error, torch.OutOfMemoryError):
+        return False
+    return isinstance(error, kind) or "CUDA error" in str(error)
+
+
 def _items(value: dict[str, Sequence[Any]]) -> Items:
     return {item: Verdict(*verdict) for item, verdict in value.items()}
 
@@ -269,7 +297,7 @@ def worst(everyone: Sequence[Items]) -> Items:
     merged: Items = {}
     for item in dict.fromkeys(item for items in everyone for item in items):
         found = [items[item] for items in everyone if item in items]
-        bad = [verdict for verdict in found if verdict.state == FAILED]
+        bad = [verdict for verdict in found if verdict.state in (FAILED, SLOWER)]
         if bad or len(found) == len(everyone):
             merged[item] = (bad or [verdict for verdict in found if verdict.state != PASSED] or found)[0]
     return merged

@@ -25,7 +25,7 @@ from .. import ops
 from ..config import Config, from_dict
 from ..errors import UserError
 from ..ops import backends
-from ..ops.verdicts import FAILED, PASSED, UNSUITED
+from ..ops.verdicts import FAILED, PASSED, SLOWER, UNSUITED
 from .graphs import GraphedPhase, GraphMemory
 from .networks import set_arithmetic
 from .step import Samples, Trainer
@@ -35,13 +35,19 @@ BEGUN = "begun"  # the state of an item that is being checked; whoever reads not
 # Of the largest value of the truth. They find faults; roundings are far below.
 TOLERANCE = {"fp32": 1e-4, "tf32": 1e-2, "fp16": 1e-2}
 COSINE, NORM = 1e-5, 1e-3  # what gradients of networks may differ by from 1, in direction and length
-GRADIENTS, SETTINGS, RECORDED = "gradients", "settings", "phases"
+GRADIENTS, SETTINGS, TIME, RECORDED = "gradients", "settings", "time", "phases"
+SLOWER_BY = 1.05  # that kernels may be slower and are still taken: a measurement is no better
+ROUNDS = 3  # of each of two ways, in turn
 GRAPHS = "graphs"  # the backend of the item of phases that are recorded
 BOTH = "all"  # the backend of an item that is checked with those of all kernels that passed until then
 
 SEED, PHILOX = 2**40 + 123, (0.23770536, 0.62879139, 2.16664696, 2.86162829)  # four depths of ray 0 in [0, 3]
 
 Values = dict[str, Tensor]
+
+
+class Slow(Exception):
+    """Kernels take longer than what they replace."""
 
 
 class Wrong(Exception):
@@ -500,6 +506,40 @@ def check_settings(case: Case, backend: str) -> None:
             raise Wrong(f"the gradient of {name} is not finite")
 
 
+def check_time(case: Case, backend: str) -> None:
+    """A micro-batch of every phase at the run's own sizes is not slower than with torch's operations in their place."""
+    config = dataclasses.replace(
+        case.config, batch=case.request.micro, micro_batch=None, backend="auto", cuda_graphs=False
+    )
+    set_arithmetic(config)
+    everything = _only(case, BOTH)
+    without = {op: [name for name in names if name != backend] for op, names in everything.items()}
+    backends.accept(everything)
+    trainer = Trainer(config, Poses(case), case.device)
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    for turn in range(2 * (ROUNDS + 1)):
+        taken = turn % 2 == 0
+        backends.accept(everything if taken else without)
+        try:
+            seconds[taken].append(measure(lambda: phases(trainer, drawn=True), case.device))
+        except torch.OutOfMemoryError:
+            if taken:
+                raise
+            return  # without them the run would not fit
+    fast, plain = (min(seconds[taken][1:]) for taken in (True, False))  # the first turns choose and compile
+    if fast > SLOWER_BY * plain:
+        raise Slow(f"a micro-batch takes {1000 * fast:.3g} ms with them, {1000 * plain:.3g} ms without")
+
+
+def measure(function: Callable[[], Any], device: torch.device) -> float:
+    """Seconds that a function takes on a device."""
+    _synchronize(device)
+    begun = time.monotonic()
+    function()
+    _synchronize(device)
+    return time.monotonic() - begun
+
+
 def _only(case: Case, backend: str) -> dict[str, list[str]]:
     return {op: [name for name in names if backend in (name, BOTH)] for op, names in case.request.passed.items()}
 
@@ -515,6 +555,7 @@ CHECKS: dict[str, Callable[[Case, str], None]] = {
     "modulated_conv2d": check_modulated_conv2d,
     GRADIENTS: check_gradients,
     SETTINGS: check_settings,
+    TIME: check_time,
     RECORDED: check_recorded,
 }
 
@@ -538,10 +579,12 @@ def run(request: Request, report: Callable[[str, str, str, float], None]) -> int
             CHECKS[what](case, backend)
             _synchronize(case.device)
         except (torch.OutOfMemoryError, MemoryError) as error:
-            if what != SETTINGS:
+            if what not in (SETTINGS, TIME):
                 state, why = FAILED, _line(error)
             else:  # which is no fault of a kernel: a run says what would fit
                 why = "not checked at these sizes, which need more memory than there is"
+        except Slow as error:
+            state, why = SLOWER, str(error)
         except Exception as error:
             refused = isinstance(error, TypeError | ValueError) and f'backend is "{backend}"' in str(error)
             state, why = UNSUITED if refused else FAILED, _line(error)

@@ -25,10 +25,11 @@ import torch
 from epigraf_fast import ops
 from epigraf_fast.config import Config, preset, to_dict
 from epigraf_fast.data import ImageDataset
+from epigraf_fast.errors import DeviceError
 from epigraf_fast.kernels import sample_importance as importance_kernels
 from epigraf_fast.kernels import sample_triplane as triplane_kernels
 from epigraf_fast.ops import backends, native, verdicts
-from epigraf_fast.ops.verdicts import FAILED, PASSED, Verdict
+from epigraf_fast.ops.verdicts import FAILED, PASSED, SLOWER, Verdict
 from epigraf_fast.tools import train
 from epigraf_fast.training import proof, proof_items
 from epigraf_fast.training.defaults import tuned
@@ -195,6 +196,43 @@ def test_recorded_phases_that_read_old_inputs_are_seen(
     assert proof._check(request, Fork, 60.0)["graphs phases"].state == PASSED
     monkeypatch.setattr(torch, "_foreach_copy_", lambda own, given: None)
     assert "in call 2 has cosine" in proof._check(request, Fork, 60.0)["graphs phases"].why
+
+
+def test_kernels_that_are_slower_are_not_taken(
+    stand_in: None, tiny_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that knows what is called: the convolutions' kernels take twice as long, the renderer's half."""
+
+    def measure(function: Callable[[], Any], device: torch.device) -> float:
+        taken = backends.accepted()
+        return 1.0 + (1.0 if taken.get("bias_act") else 0.0) - (0.5 if taken.get("cut") else 0.0)
+
+    monkeypatch.setattr(proof_items, "measure", measure)
+    passed = {op: [backend] for backend, names in KERNELS.items() for op in names}
+    request = request_of(tiny_config(batch=8))._replace(items=["triton time", "cuda time"], passed=passed)
+    found = proof._check(request, Fork, 60.0)
+    assert {item: verdict.state for item, verdict in found.items()} == {"triton time": PASSED, "cuda time": SLOWER}
+    assert found["cuda time"].why == "a micro-batch takes 1.5e+03 ms with them, 500 ms without"
+    good = {f"{backend} {op}": Verdict(PASSED) for backend, names in KERNELS.items() for op in names}
+    assert verdicts.accepted(good | found, KERNELS).keys() == {*KERNELS["triton"]}
+    assert proof.lines_of(Finding(found))[0].startswith("not taken on this GPU: cuda time: a micro-batch takes")
+    monkeypatch.undo()
+    assert 0 < proof_items.measure(lambda: time.sleep(0.001), torch.device("cpu")) < 60
+
+
+def test_a_gpu_that_fails_is_one_line_and_checked_again(stand_in: None, tiny_config: Any) -> None:
+    config, data, device = tiny_config(), SimpleNamespace(label_dim=3), torch.device("cpu")
+    name = proof.signature(config, 3, config.micro)
+    verdicts.write(device, name, {"cuda bias_act": Verdict(PASSED)})
+    verdicts.write(device, "another", {"cuda bias_act": Verdict(PASSED)})
+    with pytest.raises(RuntimeError, match="shapes"), proof.suspecting(config, data, device, World()):
+        raise RuntimeError("shapes do not match")
+    assert verdicts.read(device).keys() == {name, "another"}
+    words = r"cpu has failed \(CUDA error: an illegal memory .* --resume auto$"
+    with pytest.raises(DeviceError, match=words) as caught, proof.suspecting(config, data, device, World()):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with")
+    assert "\n" not in str(caught.value)
+    assert verdicts.read(device).keys() == {"another"}
 
 
 def test_a_child_of_its_own(stand_in: None, tiny_config: Any) -> None:
