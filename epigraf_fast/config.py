@@ -263,7 +263,8 @@ class Config:
     """Whether gradients have the same bits in every run, at some cost: those of planes and decoder are summed in fixed
     point or in a fixed order, and torch takes its deterministic kernels (and warns where it has none)."""
     cuda_graphs: bool = False
-    """Record each phase of an iteration as a CUDA graph, which one launch replays. Opt-in until a GPU has run it."""
+    """Record each phase of an iteration as a CUDA graph, which one launch replays. A run on a GPU does so by itself
+    where this GPU has passed a check of it, unless --no-tune."""
     device: str | None = None
     """cpu or cuda; default: a GPU if there is one."""
     log_kimg: float = 4.0

@@ -42,7 +42,6 @@ EXTRAS = {
 OPT_IN = (
     "torchrun on several GPUs (NCCL): not yet run, only gloo between two processes on a CPU",
     "--precision tf32 and fp16, --discriminator.half-blocks: not yet run on a GPU",
-    "--cuda-graphs, a training phase as one launch: not yet run on a GPU; a CPU tests what the phases read and give",
 )
 
 
