@@ -8,7 +8,8 @@
 #   make lint              ruff
 #   make bench             what this machine can measure (OUT=folder): on a GPU bench/gpu_day.sh, else ratios on the CPU
 #   make sanitize          the extension's CPU code under the address, undefined-behaviour and thread sanitizers
-#   make test TORCH=2.10.0 another torch, with the Triton that belongs to it (V100s need at most 2.10)
+#   make test TORCH=2.10.0 another torch than the one for this machine's GPUs and driver, with its Triton
+#   make demo DEVICE=cpu   whatever GPUs there are
 #   make clean             remove what set-up, tests and builds left (not runs/)
 
 PYTHON  ?= python3
@@ -17,36 +18,20 @@ JOBS    ?= 2
 ARGS    ?=
 OUT     ?= bench/results
 
-TESTED_TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
-TORCH        ?= $(TESTED_TORCH)
-
-# The Triton that each torch was released with.
-TRITON_2.8.0  := 3.4.0
-TRITON_2.9.0  := 3.5.0
-TRITON_2.9.1  := 3.5.1
-TRITON_2.10.0 := 3.6.0
-TRITON_2.11.0 := 3.6.0
-TRITON_2.12.0 := 3.7.0
-TRITON_2.12.1 := 3.7.1
-TRITON_2.13.0 := 3.7.1
-TRITON_2.14.0 := 3.8.0
-TRITON_2.14.1 := 3.8.0
-TRITON_2.15.0 := 3.9.0
-TRITON        ?= $(or $(TRITON_$(TORCH)),$(error TORCH=$(TORCH): name its Triton too, as in TRITON=3.7.1. Known: \
-	$(sort $(patsubst TRITON_%,%,$(filter TRITON_2.%,$(.VARIABLES))))))
-
-# Another torch brings its own wishes for setuptools, the one pin that then must go.
-ifneq ($(TORCH),$(TESTED_TORCH))
-REPIN = -e 's/^torch==.*/torch==$(TORCH)/' -e 's/^triton==.*/triton==$(TRITON)/' -e '/^setuptools==/d'
-endif
+# Which torch: by the GPUs and the driver of this machine, see epigraf_fast/machine.py; TORCH= (and TRITON=) name another.
+TORCH   ?=
+TRITON  ?=
+DEVICE  ?=
 
 VENV  := .venv
 READY := $(VENV)/ready
+# A demo needs less than tests, and does with what is there for them.
+DEMO  := $(or $(wildcard $(READY)),$(VENV)/demo)
 
 .PHONY: demo test compiled counts lint bench sanitize clean force
 
-demo: $(READY)
-	$(VENV)/bin/python train.py demo --run-dir $(RUN_DIR) --resume auto
+demo: $(DEMO)
+	$(VENV)/bin/python train.py demo --run-dir $(RUN_DIR) --resume auto $(DEVICE:%=--device %)
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
@@ -83,18 +68,18 @@ sanitize:
 	build/sanitize-thread
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache epigraf_fast/_C.*.so
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache epigraf_fast/_C.*.so epigraf_fast/_build.txt
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(READY): $(VENV)/constraints.txt setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
+$(READY): EXTRA := test
+$(VENV)/demo: EXTRA := demo
+$(READY) $(VENV)/demo: $(VENV)/constraints.txt setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "The tested versions need Python 3.11 or newer; name one, as in: make PYTHON=python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install -c $< -e '.[test]'
+	$(VENV)/bin/python -m pip install -c $< -e '.[$(EXTRA)]'
 	@touch $@
 
-# Written anew at every call, but touched only when it says something new: that is what re-installs.
+# Asked at every call, but touched only when it says something new: that is what re-installs.
 $(VENV)/constraints.txt: force
-	@mkdir -p $(VENV)
-	@sed -e '' $(REPIN) constraints.txt > $@.new
-	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
+	@$(PYTHON) -I epigraf_fast/machine.py --torch "$(TORCH)" --triton "$(TRITON)" --device "$(DEVICE)" constraints.txt $@

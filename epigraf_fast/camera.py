@@ -213,7 +213,9 @@ def camera_rays(
     depth = depth.reshape(-1, 1, 1).expand(batch, grid.shape[1], 1)
     directions = torch.cat([grid, depth], dim=-1)
     directions = torch.nn.functional.normalize(directions, dim=-1)
-    directions = directions @ cam2world[:, :3, :3].transpose(1, 2)
+    # Multiplied and summed: TF32 would round a matrix product, by more than a pixel of a large image.
+    x, y, z = (directions[..., i, None] * cam2world[:, None, :3, i] for i in range(3))
+    directions = x + y + z
     origins = cam2world[:, None, :3, 3].expand_as(directions).contiguous()
     return origins, directions
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from .camera import frustum_extent
 from .errors import UserError
 
+MICRO_BATCH = 8  # images, the most that `auto` takes where it does not know the memory
 PRESETS = ("demo", "ffhq", "cats", "plants", "food")
 
 
@@ -283,8 +284,9 @@ class Config:
     """Of the data set's images."""
     batch: int = 64
     """Images per iteration, over all micro-batches."""
-    micro_batch: int | None = None
-    """Images in memory at once; default: the whole batch."""
+    micro_batch: int | Literal["auto"] | None = None
+    """Images in memory at once; default: the whole batch. auto: on a GPU as many as fit, else 8. Gradients do not
+    depend on it."""
     kimg: float = 20_000.0
     """Length of training, thousands of real images."""
     run_dir: str = "runs/run"
@@ -294,15 +296,16 @@ class Config:
     precision: Literal["fp32", "tf32", "fp16"] = "fp32"
     """fp32: no TF32, and fp16 only in discriminator.half_blocks; tf32: the same with TF32 matrix products; fp16: also
     the top 4 resolutions of G and blocks of D in fp16. A CPU computes in fp32."""
-    backend: Literal["auto", "gpu", "reference", "triton", "cuda", "cpu"] = "auto"
+    backend: Literal["auto", "gpu", "reference", "torch", "triton", "cuda", "cpu"] = "auto"
     """Of the ops: every op that has the named one takes it, the others their default for the device, and so do all with
-    auto; gpu is triton and cuda together. The table at the start of a run says what it takes. triton and cuda are
-    opt-in until a GPU has run them."""
+    auto; gpu is triton and cuda together. The table at the start of a run says what it takes. On a GPU auto takes the
+    kernels that this GPU has passed a check of, which the first start makes; a name takes them unchecked."""
     deterministic: bool = False
     """Whether gradients have the same bits in every run, at some cost: those of planes and decoder are summed in fixed
     point or in a fixed order, and torch takes its deterministic kernels (and warns where it has none)."""
     cuda_graphs: bool = False
-    """Record each phase of an iteration as a CUDA graph, which one launch replays. Opt-in until a GPU has run it."""
+    """Record each phase of an iteration as a CUDA graph, which one launch replays. A run on a GPU does so by itself
+    where this GPU has passed a check of it, unless --no-tune."""
     device: str | None = None
     """cpu or cuda; default: a GPU if there is one."""
     log_kimg: float = 4.0
@@ -335,7 +338,7 @@ class Config:
     @property
     def micro(self) -> int:
         """The micro-batch in force."""
-        return self.batch if self.micro_batch is None else min(self.micro_batch, self.batch)
+        return micro_of(self, self.batch)
 
     @property
     def patches(self) -> PatchConfig:
@@ -353,7 +356,7 @@ def preset(name: str) -> Config:
         return Config(
             data="datasets/ffhq.zip",
             resolution=512,
-            micro_batch=8,
+            micro_batch="auto",
             kimg=20_000,
             run_dir="runs/ffhq",
             generator=GeneratorConfig(pose_conditioning=True),
@@ -365,7 +368,7 @@ def preset(name: str) -> Config:
         return Config(
             data="datasets/cats.zip",
             resolution=256,
-            micro_batch=8,
+            micro_batch="auto",
             kimg=15_000,
             run_dir="runs/cats",
             discriminator=DiscriminatorConfig(camera_conditioning=True),
@@ -375,7 +378,7 @@ def preset(name: str) -> Config:
         return Config(
             data=f"datasets/{name}.zip",
             resolution=256,
-            micro_batch=8,
+            micro_batch="auto",
             kimg=15_000,
             run_dir=f"runs/{name}",
             camera=CameraConfig(
@@ -466,7 +469,7 @@ def check(config: Config) -> None:
         if c.batch % c.micro:
             raise UserError(f"batch must be a positive multiple of micro_batch, got {c.batch} and {c.micro}: {advice}")
         whole_groups = -(-c.batch // group) * group
-        if c.micro_batch is None or c.micro_batch >= whole_groups:
+        if c.micro_batch is None or (c.micro_batch != "auto" and c.micro_batch >= whole_groups):
             advice += f" or --batch {whole_groups}"
         raise UserError(
             f"micro_batch must be a multiple of discriminator.minibatch_std_group = {group}, got {c.micro}: {advice}"
@@ -612,6 +615,13 @@ def check(config: Config) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{name} must be finite, got {value}")
     check_camera(c.camera)
+
+
+def micro_of(config: Config, batch: int) -> int:
+    """The micro-batch of a batch, or of a process's share of one."""
+    if config.micro_batch == "auto" and batch > 0:
+        return micro_batch_for(batch, MICRO_BATCH, config.discriminator.minibatch_std_group)
+    return batch if config.micro_batch in (None, "auto") else min(config.micro_batch, batch)
 
 
 def micro_batch_for(batch: int, at_most: int, group: int) -> int:

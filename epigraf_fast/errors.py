@@ -20,6 +20,10 @@ class DivergenceError(RuntimeError):
     """A loss is not finite any more. The message says where the last good checkpoint is."""
 
 
+class DeviceError(RuntimeError):
+    """A GPU has failed in a way that the process does not recover from. The message says how to go on."""
+
+
 class SaveError(UserError):
     """A checkpoint could not be written; the ones before are as they were."""
 

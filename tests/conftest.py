@@ -33,12 +33,14 @@ from epigraf_fast.config import (
     check,
 )
 from epigraf_fast.data import ImageDataset, make_loader
+from epigraf_fast.ops import backends
 from epigraf_fast.training import networks, pretrained, start
 from epigraf_fast.training.step import Trainer
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as behind a shell's `&`: what tests start shall hear it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if not torch.cuda.is_available():
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that the machine has and torch does not see is none of these tests'
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported, which `ops` do when called
 
 CAMERA = {"fov": 30.0, "radius": 1.0, "ray_start": 0.75, "ray_end": 1.25, "cube_scale": 0.475}
@@ -77,6 +79,12 @@ def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is told no device takes the CPU, also where there is a GPU: tests of the GPU name it."""
     for module in (pretrained, start):
         monkeypatch.setattr(module, "find_device", lambda name: networks.find_device(name or "cpu"))
+
+
+@pytest.fixture(autouse=True)
+def _unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this machine's GPU has passed before decides nothing."""
+    monkeypatch.setattr(backends, "_accepted", {})
 
 
 @pytest.fixture(autouse=True)

@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import brief, demo, parity, published, region, report, results, run, step, timing, verified, waiting
+from bench import brief, demo, parity, published, region, report, results, run, step, timing, waiting
 from bench import cases as catalogue
 from bench.cases import SIZES, Work
 from checks import HANG, assert_error_within_reference
 from epigraf_fast import ops
-from epigraf_fast.ops import backends, ranges
+from epigraf_fast.ops import ranges
 from epigraf_fast.training import log, profile
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -431,25 +431,6 @@ def test_ranges_reach_listeners_and_cost_nothing_without():
     assert seen == ["+G", "+inside", "-inside", "-G"]
 
 
-def test_what_a_gpu_has_verified_is_what_it_has_whole(monkeypatch, tmp_path, capsys):
-    """An extension without CUDA verifies Triton's kernels alone; and what is written is what the package reads."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert verified.main(["--json", str(tmp_path / "no.json")]) == 1
-    assert not (tmp_path / "no.json").exists()
-    status = {op: {"triton": None, "cuda": "built without CUDA"} for op in backends.OPS}
-    monkeypatch.setattr(backends, "status", lambda: status)
-    monkeypatch.setattr(results, "environment", lambda: {"gpu": {"name": "Tiny"}})
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    path = tmp_path / "verified.json"
-    assert verified.main(["--json", str(path)]) == 0
-    assert json.loads(path.read_text())["backends"] == ["triton"]
-    for row in status.values():
-        row["cuda"] = None
-    assert verified.record()["backends"] == ["triton", "cuda"]
-    stored = json.loads((ROOT / "epigraf_fast/ops/verified.json").read_text())
-    assert tuple(stored["backends"]) == backends.VERIFIED
-
-
 def test_the_demo_leaves_out_what_is_missing(monkeypatch, tmp_path):
     assert demo.missing("torch", "no-such-package") == ["no-such-package"]
     monkeypatch.setattr(log, "Board", demo.NoBoard)
@@ -540,7 +521,7 @@ def test_a_rehearsed_gpu_day_passes(tmp_path):
     done = gpu_day("--cpu", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     summary = done.stdout.partition("== cpu")[2].splitlines()
-    for part in ("build", "tests", "kernels", "sanitize", "demo", "ops", "renderer", "step", "report"):
+    for part in ("build", "check", "tests", "kernels", "sanitize", "demo", "ops", "renderer", "step", "report"):
         assert any(line.startswith(part) and line.endswith("ok") for line in summary), done.stdout
     assert len(summary) < 50
     for name in ("cpu-ops.json", "cpu-renderer.json", "cpu-step.json", "cpu-demo.json"):

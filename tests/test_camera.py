@@ -338,3 +338,20 @@ def test_frustum_extent_is_that_of_the_farthest_sample(fov, radius, ray_start, r
     origins, directions = camera_rays(cam2world_matrix(random_angles(3), radius), fov, 5)
     farthest = max((origins + t * directions).norm(dim=-1).max().item() for t in (ray_start, ray_end))
     assert_close(frustum_extent(fov, radius, ray_start, ray_end), farthest, "extent")
+
+
+def test_rays_take_no_matrix_product():
+    """TF32, where a run allows it, would round one to 10 bits: more than a pixel of 512^2."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Seen(TorchDispatchMode):
+        names = frozenset()
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.names |= {function.overloadpacket.__name__}
+            return function(*args, **(kwargs or {}))
+
+    with Seen() as seen:
+        camera_rays(cam2world_matrix(random_angles(2).float(), 1.0), 30.0, 4)
+    assert "mul" in seen.names
+    assert not seen.names & {"mm", "bmm", "addmm", "baddbmm", "matmul", "linear", "einsum"}

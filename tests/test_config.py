@@ -112,7 +112,7 @@ def test_what_differs_between_data_sets(
 @pytest.mark.parametrize("name", ["ffhq", "cats", "plants", "food"])
 def test_the_paper_otherwise(name: str) -> None:
     config = preset(name)
-    assert (config.batch, config.micro_batch, config.precision) == (64, 8, "fp32")
+    assert (config.batch, config.micro_batch, config.precision) == (64, "auto", "fp32")
     g, d, r, p, o = config.generator, config.discriminator, config.renderer, config.patch, config.optim
     assert (g.z_dim, g.w_dim, g.mapping_layers, g.plane_resolution, g.plane_channels) == (512, 512, 2, 512, 32)
     assert (g.channel_base, g.channel_max, g.decoder_hidden) == (32768, 512, 64)
@@ -335,6 +335,8 @@ def test_micro_batch_defaults_to_the_batch() -> None:
     assert Config(batch=48).micro == 48
     assert Config(batch=48, micro_batch=8).micro == 8
     assert Config(batch=4, micro_batch=8).micro == 4
+    assert Config(batch=48, micro_batch="auto").micro == 8
+    assert Config(batch=12, micro_batch="auto").micro == 4  # whole groups of 4
 
 
 # To JSON and back

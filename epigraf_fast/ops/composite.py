@@ -10,7 +10,7 @@ from torch import Tensor
 from ..reference.composite import INFINITE_INTERVAL, Composite
 from ..reference.composite import composite as _reference
 from . import library
-from .backends import resolve
+from .backends import resolve, served
 from .checks import (
     TRITON_DTYPES,
     check_density,
@@ -129,23 +129,15 @@ def composite(
         "last_back": last_back,
         "white_background": white_background,
     }
-    chosen = resolve("composite", backend, t.device.type)
     route = library.route(t, values, t_fine, values_fine, density_noise, background)
-    if chosen == "triton" and route is not library.REFERENCE:
-        _check_triton(t, values, t_fine, values_fine)
-        from ..kernels import composite as kernels
+    preferred = resolve("composite", backend, t.device.type)
 
-        channels = values.shape[-1]
-        if channels > kernels.MAX_CHANNELS:
-            raise ValueError(
-                f"composite: values must hold at most {kernels.MAX_CHANNELS} numbers a sample "
-                f'(because backend is "triton"), got {channels}'
-            )
-        if samples > kernels.max_samples(channels):
-            raise ValueError(
-                f"composite: t and t_fine must hold at most {kernels.max_samples(channels)} samples of {channels} "
-                f'numbers together (because backend is "triton"), got {samples}'
-            )
+    def check() -> None:
+        if route is not library.REFERENCE:
+            _check_triton(t, values, t_fine, values_fine)
+
+    chosen = served("composite", backend, t.device.type, check)
+    if chosen == "triton" and route is not library.REFERENCE:
         if not t_sorted:
             t, values = sort_samples(t, values)
             t_fine, values_fine = (None, None) if t_fine is None else sort_samples(t_fine, values_fine)
@@ -153,7 +145,7 @@ def composite(
         std, number = std_for_kernel(noise_std) if noisy else (None, None)
         inputs = t, values, t_fine, values_fine, density_noise, background, seed, std
         return Composite(*library.call(route, _Composite, *inputs, _Settings(**settings), return_weights, number))
-    if noisy or chosen != "triton":
+    if chosen == preferred and (noisy or chosen != "triton"):  # a fallback draws from torch's generator
         check_no_seed("composite", seed)
     if t_fine is None and not t_sorted:  # two sets are sorted together in any case
         t, values = sort_samples(t, values)
@@ -188,6 +180,21 @@ def _check_triton(t: Tensor, values: Tensor, t_fine: Tensor | None, values_fine:
         check_dtype("composite", "t_fine", t_fine, (torch.float32,), because)
         check_dtype("composite", "values_fine", values_fine, (values.dtype,), f"{because}, and values are")
     check_no_gradient("composite", t=t, t_fine=t_fine)
+    from ..kernels import composite as kernels
+
+    channels = values.shape[-1]
+    if channels > kernels.MAX_CHANNELS:
+        raise ValueError(
+            f"composite: values must hold at most {kernels.MAX_CHANNELS} numbers a sample "
+            f"(because {because}), got {channels}"
+        )
+    most = kernels.max_samples(channels)
+    samples = t.shape[-1] + (0 if t_fine is None else t_fine.shape[-1])
+    if samples > most:
+        raise ValueError(
+            f"composite: t and t_fine must hold at most {most} samples of {channels} numbers together "
+            f"(because {because}), got {samples}"
+        )
 
 
 class _Settings(NamedTuple):

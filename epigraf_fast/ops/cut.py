@@ -11,7 +11,7 @@ from torch import Tensor
 from ..reference.cut import cut as _reference
 from ..reference.cut import paste as _reference_paste
 from . import library
-from .backends import resolve
+from .backends import served
 from .checks import check_shape
 from .ranges import annotate
 
@@ -45,11 +45,16 @@ def cut(x: Tensor, first: Tensor, size: tuple[int, int], *, backend: str | None 
         raise ValueError(f"cut: first must be on {x.device} as x is, got {first.device}")
     if len(size) != 2 or not all(1 <= part <= whole for part, whole in zip(size, x.shape[2:], strict=True)):
         raise ValueError(f"cut: size must be two numbers from 1 to {list(x.shape[2:])}, those of x, got {list(size)}")
-    chosen, route = resolve("cut", backend, x.device.type), library.route(x, first)
+    route = library.route(x, first)
+
+    def check() -> None:
+        if route is not library.REFERENCE and x.element_size() > 8:
+            raise TypeError(f'cut: x must have numbers of at most 8 bytes (because backend is "triton"), got {x.dtype}')
+
+    chosen = served("cut", backend, x.device.type, check)
+    chosen = "reference" if chosen == "torch" else chosen
     if route is library.REFERENCE or (route is library.LIBRARY and chosen == "reference"):
         return _reference(x, first, size)
-    if chosen == "triton" and x.element_size() > 8:
-        raise TypeError(f'cut: x must have numbers of at most 8 bytes (because backend is "triton"), got {x.dtype}')
     if tuple(size) == tuple(x.shape[2:]):
         if route is library.PLAIN:
             _check_room(first, size, x.shape[2:])

@@ -15,7 +15,7 @@ from ..reference.decode_triplane import decode_triplane as _reference
 from ..reference.decode_triplane import decode_triplane_rays as _reference_rays
 from ..reference.sample_triplane import PlaneRegion
 from . import decode_triplane_cpu, library
-from .backends import resolve
+from .backends import resolve, served
 from .checks import (
     TRITON_DTYPES,
     check_choice,
@@ -32,7 +32,7 @@ from .checks import (
     resolve_deterministic,
 )
 from .ranges import annotate
-from .sample_triplane import as_region, sample_triplane_cpu
+from .sample_triplane import as_region, is_unordered, sample_triplane_cpu
 
 PRECISIONS = ("fp32", "tf32", "fp16")
 
@@ -59,6 +59,20 @@ def _check_triton(op: str, planes: Tensor, network: dict[str, Tensor], points: d
     if not 2 <= out <= 16:
         raise ValueError(f"{op}: w1 must have 2 to 16 rows, outputs (because {because}), got {out}")
     check_no_gradient(op, **points)
+
+
+def _chosen(
+    op: str, route: str, backend: str | None, planes: Tensor, network: dict[str, Tensor], points: dict[str, Tensor]
+) -> str:
+    """The backend that a call gets, whose demands the arguments meet."""
+    if route is library.REFERENCE:
+        resolve("decode_triplane", backend, planes.device.type)
+        return "reference"
+
+    def check() -> None:
+        _check_triton(op, planes, network, points)
+
+    return served("decode_triplane", backend, planes.device.type, check)
 
 
 def decode_triplane(
@@ -91,9 +105,10 @@ def decode_triplane(
     Returns:
         [B, N, out]: raw colour, raw density last; the widest dtype of planes and network (of fp16 and bf16 fp32).
 
-    Derivatives: reference any order, to everything; cpu the first, summed in a fixed order (by the extension where all
-        is fp32 or all fp64 and no gradient to points is asked for, else by torch's grid sampler); triton the first, to
-        planes and network, summed in fp32 in an order that changes from run to run unless `deterministic`.
+    Derivatives: reference any order, to everything; torch the first; cpu the first, summed in a fixed order (by the
+        extension where all is fp32 or all fp64 and no gradient to points is asked for, else by torch's grid sampler);
+        triton the first, to planes and network, summed in fp32 in an order that changes from run to run unless
+        `deterministic`.
 
     Raises:
         ValueError, TypeError: Wrong ranks, shapes, dtypes or devices; unknown or missing backend, unknown precision.
@@ -104,12 +119,12 @@ def decode_triplane(
     check_shape("decode_triplane", "points", points, (planes.shape[0], "N", 3))
     check_choice("decode_triplane", "precision", precision, PRECISIONS)
     check_region("decode_triplane", region, planes)
-    chosen = resolve("decode_triplane", backend, planes.device.type)
     route = library.route(planes, points, w0, b0, w1, b1)
-    if "reference" in (chosen, route):
+    chosen = _chosen(
+        "decode_triplane", route, backend, planes, {"w0": w0, "b0": b0, "w1": w1, "b1": b1}, {"points": points}
+    )
+    if chosen == "reference":
         return _reference(planes, points, w0, b0, w1, b1, region)
-    if chosen == "triton":
-        _check_triton("decode_triplane", planes, {"w0": w0, "b0": b0, "w1": w1, "b1": b1}, {"points": points})
     rays, network = (points, None, None), (w0, b0, w1, b1)
     return _decode(route, chosen, planes, rays, network, 1.0, region, precision, deterministic)
 
@@ -133,8 +148,12 @@ def _decode(
     precision: str,
     deterministic: bool | None,
 ) -> Tensor:
-    """At points, or at rays and their t, by triton or cpu."""
-    if chosen == "triton" or _is_fused(planes, rays, network):
+    """At points, or at rays and their t, by triton, cpu or torch."""
+    if chosen == "torch" and is_unordered(planes, deterministic):
+        if rays[2] is None:
+            return _reference(planes, rays[0], *network, region)
+        return _reference_rays(planes, *rays, *network, cube_scale, region)
+    if chosen == "triton" or (chosen == "cpu" and _is_fused(planes, rays, network)):
         first, settings = _settings(cube_scale, region, precision, deterministic, chosen)
         return library.call(route, _DecodeTriplane, planes, *rays, *network, first, settings)
     points, directions, t = rays
@@ -256,13 +275,8 @@ def check_rays(
     check_shape(op, "t", rays["t"], (planes.shape[0], rays["ray_origins"].shape[1], "S"))
     check_positive(op, "cube_scale", cube_scale)
     check_choice(op, "precision", precision, PRECISIONS)
-    chosen = resolve("decode_triplane", backend, planes.device.type)
     route = library.route(planes, *rays.values(), *network.values())
-    if route is library.REFERENCE:
-        chosen = "reference"
-    if chosen == "triton":
-        _check_triton(op, planes, network, rays)
-    return route, chosen
+    return route, _chosen(op, route, backend, planes, network, rays)
 
 
 class _Settings(NamedTuple):

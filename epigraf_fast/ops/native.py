@@ -10,7 +10,9 @@ import functools
 import importlib
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from .ranges import annotate
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}  # as in csrc/common.h
 
 BUILD = "build it with pip install and a C++17 compiler"
+NOTE = Path(__file__).parents[1] / "_build.txt"  # which setup.py leaves where a compiler failed
 
 
 @functools.cache
@@ -32,7 +35,7 @@ def extension() -> ModuleType | str:
     try:
         return importlib.import_module("epigraf_fast._C")
     except ModuleNotFoundError:
-        return f"the extension is not built: {BUILD}"
+        return f"the extension is not built{_why()}: {BUILD}"
     except ImportError as error:
         return f"the extension does not load ({error}): {BUILD}"
 
@@ -44,10 +47,44 @@ def lacking(backend: str) -> str | None:
     if isinstance(module, str):
         return module
     if backend == "cuda" and not module.cuda_built:
-        return "the extension is built without CUDA: EPIGRAF_FAST_CUDA=1 pip install, with nvcc in PATH"
+        return f"the extension is built without CUDA{_why()}: EPIGRAF_FAST_CUDA=1 pip install, with nvcc in PATH"
     if backend == "cuda" and not torch.cuda.is_available():
         return "there is no CUDA device"
-    return None
+    return _unfit(**module.build_info()) if backend == "cuda" else None
+
+
+def _why() -> str:
+    """What the compiler said when the extension was built, as an insertion."""
+    try:
+        return f" ({' '.join(NOTE.read_text(encoding='utf-8').split())})"
+    except OSError:
+        return ""
+
+
+def _unfit(cuda: str, cuda_archs: str, **_: Any) -> str | None:
+    """Why the driver or the current GPU cannot run what nvcc built.
+
+    Args:
+        cuda: Version of nvcc, whose runtime is linked in: a driver of its generation runs it.
+        cuda_archs: Numbers of the architectures that there is machine code for; for the last one PTX too, which needs a
+            driver as new as nvcc.
+    """
+    driver = divmod(torch._C._cuda_getDriverVersion(), 1000)  # 12040 is CUDA 12.4
+    driver = driver[0], driver[1] // 10
+    built = tuple(int(part) for part in cuda.split(".")[:2])
+    if driver[0] < built[0]:
+        return (
+            f"the extension is built by nvcc {cuda}, and the driver is of CUDA {driver[0]}.{driver[1]}: update the "
+            f"driver, or build it with CUDA_HOME of nvcc {driver[0]}"
+        )
+    major, minor = torch.cuda.get_device_capability()
+    archs = [int(arch) for arch in cuda_archs.split()]
+    if any(arch <= 10 * major + minor and arch // 10 == major for arch in archs):
+        return None
+    if archs[-1] <= 10 * major + minor and driver >= built:
+        return None
+    older = ", an nvcc 12 has" if major < 8 else ""
+    return f"the extension has no code for sm_{major}{minor}, only for sm_{', sm_'.join(map(str, archs))}{older}"
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -13,7 +13,7 @@ from ..reference.sample_importance import invert_cdf as _reference_invert_cdf
 from ..reference.sample_importance import sample_importance as _reference
 from ..reference.sample_importance import sample_stratified as _reference_stratified
 from . import library
-from .backends import resolve
+from .backends import resolve, served
 from .checks import check_density, check_dtype, check_integers, check_shape, check_together
 from .composite import sort_samples
 from .draws import check_no_seed, check_noise_std, is_noisy, seed_for_kernel, std_for_kernel
@@ -69,19 +69,23 @@ def sample_stratified(
         check_shape(op, "jitter", jitter, shape)
         dtype, device = jitter.dtype, jitter.device
     device = torch.get_default_device() if device is None else torch.device(device)
-    chosen = resolve("sample_importance", backend, device.type)
     route = library.route(jitter, seed)
+    preferred = resolve("sample_importance", backend, device.type)
+
+    def check() -> None:
+        if dtype != torch.float32 and route is not library.REFERENCE:
+            raise TypeError(f'{op}: dtype must be float32 (because backend is "triton"), got {dtype}')
+
+    chosen = served("sample_importance", backend, device.type, check)
     draws = stochastic and jitter is None
     if chosen == "triton" and route is not library.REFERENCE:
-        if dtype != torch.float32:
-            raise TypeError(f'{op}: dtype must be float32 (because backend is "triton"), got {dtype}')
         seed = seed_for_kernel(op, seed, device) if draws else None
         jitter = None if jitter is None else jitter.detach()
         if route is library.PLAIN:
             return _stratified(jitter, seed, *shape, float(ray_start), float(ray_end), device)
         if seed is not None or jitter is not None:
             return library.call(route, _SampleStratified, jitter, seed, *shape, float(ray_start), float(ray_end))
-    if draws or chosen != "triton":
+    if chosen == preferred and (draws or chosen != "triton"):  # a fallback draws from torch's generator
         check_no_seed(op, seed)
     if jitter is None:
         if not stochastic:
@@ -119,19 +123,25 @@ def invert_cdf(bins: Tensor, weights: Tensor, u: Tensor, *, backend: str | None 
     check_shape("invert_cdf", "weights", weights, (*bins.shape[:-1], bins.shape[-1] - 1))
     check_shape("invert_cdf", "u", u, (*bins.shape[:-1], "K"))
     route = library.route(bins, weights, u)
-    if resolve("sample_importance", backend, bins.device.type) == "triton" and route is not library.REFERENCE:
-        check_dtype("invert_cdf", "bins", bins, (torch.float32,), 'backend is "triton"')
-        from ..kernels import sample_importance as kernels
 
-        _check_lengths("invert_cdf", {"bins": bins.shape[-1], "u": u.shape[-1]}, kernels.MAX_SAMPLES)
+    def check() -> None:
+        if route is not library.REFERENCE:
+            check_dtype("invert_cdf", "bins", bins, (torch.float32,), 'backend is "triton"')
+            _check_lengths("invert_cdf", {"bins": bins.shape[-1], "u": u.shape[-1]})
+
+    chosen = served("sample_importance", backend, bins.device.type, check)
+    if chosen == "triton" and route is not library.REFERENCE:
         num_rows = bins.shape[:-1].numel()
         flat = (x.reshape(num_rows, x.shape[-1]) for x in (bins, weights, u))
         return library.call(route, _InvertCdf, *flat).reshape(u.shape)
     return _reference_invert_cdf(bins, weights, u)
 
 
-def _check_lengths(op: str, lengths: dict[str, int], most: int) -> None:
+def _check_lengths(op: str, lengths: dict[str, int]) -> None:
     """Rows are held in registers: raises ValueError where one is longer than the Triton kernels compile for."""
+    from ..kernels import sample_importance as kernels
+
+    most = kernels.MAX_SAMPLES
     for name, length in lengths.items():
         if length > most:
             raise ValueError(
@@ -213,21 +223,24 @@ def sample_importance(
     t, raw_density, u = t.detach(), raw_density.detach(), None if u is None else u.detach()
     if not t_sorted:
         t, raw_density = sort_samples(t, raw_density)
-    chosen = resolve("sample_importance", backend, t.device.type)
     route = library.route(t, raw_density, u)
+    preferred = resolve("sample_importance", backend, t.device.type)
+
+    def check() -> None:
+        if route is not library.REFERENCE:
+            check_dtype(op, "t", t, (torch.float32,), 'backend is "triton"')
+            _check_lengths(op, {"t": t.shape[-1], "u": samples})
+
+    chosen = served("sample_importance", backend, t.device.type, check)
     draws = noisy or (u is None and stochastic)
     if chosen == "triton" and route is not library.REFERENCE:
-        check_dtype(op, "t", t, (torch.float32,), 'backend is "triton"')
-        from ..kernels import sample_importance as kernels
-
-        _check_lengths(op, {"t": t.shape[-1], "u": samples}, kernels.MAX_SAMPLES)
         seed = seed_for_kernel(op, seed, t.device) if draws else None
         if u is not None and sorted:
             u = u.sort(dim=-1).values
         std, number = std_for_kernel(noise_std) if noisy else (None, None)
         settings = _Settings(samples, sorted, **density, even=not stochastic, noise_std=number)
         return library.call(route, _SampleImportance, t, raw_density, u, seed, std, settings)
-    if draws or chosen != "triton":
+    if chosen == preferred and (draws or chosen != "triton"):
         check_no_seed(op, seed)
     if noisy:
         raw_density = raw_density + noise_std * torch.randn_like(raw_density)

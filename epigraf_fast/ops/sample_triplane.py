@@ -12,7 +12,7 @@ from torch import Tensor
 from ..reference.sample_triplane import PlaneRegion
 from ..reference.sample_triplane import sample_triplane as _reference
 from . import library
-from .backends import resolve
+from .backends import served
 from .checks import (
     check_dtype,
     check_no_gradient,
@@ -53,7 +53,8 @@ def sample_triplane(
     Returns:
         [B, N, C], dtype of `planes`.
 
-    Derivatives: reference any order, to planes and points; cpu (torch's grid sampler) the first; triton the first, to
+    Derivatives: reference any order, to planes and points; cpu and torch (torch's grid sampler, on a GPU where no
+        `deterministic` order is asked for) the first; triton the first, to
         planes only, summed in fp32 in an order that changes from run to run. If `deterministic`, the sum is exact in
         fixed point, steps of at most 2^-43 of the largest incoming gradient at 2^18 points an image, and rounded to
         fp32 once; it takes 8 bytes a number more memory while it runs, two more passes, and scalar atomics.
@@ -66,14 +67,20 @@ def sample_triplane(
     check_planes("sample_triplane", planes)
     check_shape("sample_triplane", "points", points, (planes.shape[0], "N", 3))
     check_region("sample_triplane", region, planes)
-    chosen = resolve("sample_triplane", backend, planes.device.type)
     route = library.route(planes, points)
+
+    def check() -> None:
+        if route is not library.REFERENCE:
+            check_triton_planes("sample_triplane", planes)
+            check_dtype("sample_triplane", "points", points, (torch.float32,), 'backend is "triton"')
+            check_no_gradient("sample_triplane", points=points)
+
+    chosen = served("sample_triplane", backend, planes.device.type, check)
     if "reference" in (chosen, route):
         return _reference(planes, points, region)
+    if chosen == "torch" and is_unordered(planes, deterministic):
+        return _reference(planes, points, region)
     if chosen == "triton":
-        check_triton_planes("sample_triplane", planes)
-        check_dtype("sample_triplane", "points", points, (torch.float32,), 'backend is "triton"')
-        check_no_gradient("sample_triplane", points=points)
         first, whole = (None, None) if region is None else region
         options = whole, resolve_deterministic(deterministic)
         return library.call(route, _SampleTriplane, planes, points, first, *options)
@@ -100,9 +107,16 @@ def sample_triplane_cpu(planes: Tensor, points: Tensor, region: PlaneRegion | No
 
 def _in_part(grid: Tensor, region: PlaneRegion, height: int, width: int) -> Tensor:
     """Coordinates [B, 3, N, 2] of whole planes as those of a part of so many texels."""
-    last = grid.new_tensor([region.whole[1] - 1, region.whole[0] - 1])  # horizontal first, as the coordinates
-    first = region.first.to(grid).flip(1)[:, None, None]
-    return ((grid + 1) * (last / 2) - first) * (2 / grid.new_tensor([width - 1, height - 1])) - 1
+    first = region.first.to(grid).flip(1)[:, None, None]  # horizontal first, as the coordinates
+    parts = []  # axis by axis: a vector of sizes would be copied from the host, which makes a GPU wait
+    for axis, (whole, size) in enumerate(((region.whole[1], width), (region.whole[0], height))):
+        parts.append(((grid[..., axis] + 1) * ((whole - 1) / 2) - first[..., axis]) * (2 / (size - 1)) - 1)
+    return torch.stack(parts, dim=-1)
+
+
+def is_unordered(planes: Tensor, deterministic: bool | None) -> bool:
+    """Whether torch's grid sampler would add the planes' gradient in an order that must not change from run to run."""
+    return planes.is_cuda and resolve_deterministic(deterministic)
 
 
 def as_region(first: Tensor | None, whole: Sequence[int] | None) -> PlaneRegion | None:

@@ -2,6 +2,7 @@
 
 $ epigraf doctor
 $ epigraf doctor --json
+$ epigraf doctor --check       # the kernels on this GPU, as the first start of a run does
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from importlib import metadata
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from .. import __version__
-from ..ops import backends
+from .. import __version__, machine
+from ..config import preset
+from ..ops import backends, verdicts
+from ..training import proof
 from ..training.metrics import PACKAGES as METRICS_PACKAGES
+from ..training.networks import find_device
 from .command import running
 
 Report = dict[str, Any]
@@ -29,23 +33,15 @@ Report = dict[str, Any]
 # Extras of setup.py that add a feature, and their packages.
 EXTRAS = {
     "metrics": METRICS_PACKAGES,
-    "make_dataset": ("pyvista", "pybullet"),
-    "tools": ("safetensors", "imageio-ffmpeg", "scikit-image", "trimesh", "mrcfile", "matplotlib"),
+    "make_dataset": ("pyvista",),
+    "tools": ("safetensors", "imageio-ffmpeg", "scikit-image", "scipy", "trimesh", "mrcfile", "matplotlib"),
     "viewer": ("viser",),
 }
 
-# Kernels that are opt-in as long as no GPU has passed their tests, see `backends.VERIFIED`.
-KERNELS = {
-    "triton": "--backend triton, the renderer on Triton kernels: not yet run on a GPU, only in Triton's interpreter",
-    "cuda": "--backend cuda, the convolutions on the extension: not yet run on a GPU, only compiled, and in "
-    "an emulation of its threads on the CPU",
-}
 # Code that only a GPU can run and that no GPU has run yet. It is never on by default.
 OPT_IN = (
     "torchrun on several GPUs (NCCL): not yet run, only gloo between two processes on a CPU",
     "--precision tf32 and fp16, --discriminator.half-blocks: not yet run on a GPU",
-    "--cuda-graphs, a training phase as one launch: not yet run on a GPU; a CPU tests what the phases read and give",
-    *(text for backend, text in KERNELS.items() if backend not in backends.VERIFIED),
 )
 
 
@@ -60,6 +56,7 @@ def report() -> Report:
         backends: op -> backend -> None if it can be used here, else the reason why not.
         defaults: op -> device type -> the backend that `backend=None` takes.
         extras: extra -> its packages that are missing.
+        checked: item -> state and why, the worst that checks of the kernels found on this GPU; None: there was none.
         opt_in: `OPT_IN`.
     """
     cuda = _cuda()
@@ -80,7 +77,13 @@ def report() -> Report:
         "defaults": {op: {device: backends.resolve(op, None, device) for device in devices} for op in backends.OPS},
         "extras": {extra: [name for name in names if _version(name) is None] for extra, names in EXTRAS.items()},
         "opt_in": list(OPT_IN),
+        "checked": _checked() if cuda["gpus"] else None,
     }
+
+
+def _checked() -> dict[str, tuple[str, str]] | None:
+    items = verdicts.of_bare_ops("cuda")
+    return None if items is None else {item: (verdict.state, verdict.why) for item, verdict in items.items()}
 
 
 def format_backends(report: Report, chosen: dict[str, str] | None = None) -> str:
@@ -125,6 +128,9 @@ def format_report(report: Report) -> str:
         "devices": _columns(devices),
         "backends": format_backends(report).splitlines(),
         "extras": _columns(extras),
+        "kernels on this GPU": _columns([[item, *words] for item, words in (report["checked"] or {}).items()])
+        if report["checked"]
+        else [backends.UNCHECKED] * bool(cuda["gpus"]),
         "off by default": report["opt_in"],
     }
     return "\n\n".join("\n  ".join([title, *lines]) for title, lines in sections.items() if lines)
@@ -159,14 +165,15 @@ def _nvcc() -> str | None:
 
 def _cuda() -> Report:
     if torch.version.cuda is None:
-        return {"reason": "this torch is built without CUDA", "gpus": []}
+        return {"reason": f"this torch is built without CUDA (the system has {machine.look()})", "gpus": []}
     if not torch.cuda.is_available():
-        return {"reason": "torch finds no GPU, or a driver too old for it", "gpus": []}
+        reason = f"torch finds no GPU, or a driver too old for it (the system has {machine.look()})"
+        return {"reason": reason, "gpus": []}
     driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0] or None
     gpus = []
     for properties in map(torch.cuda.get_device_properties, range(torch.cuda.device_count())):
         capability = 10 * properties.major + properties.minor
-        runs = any(_runs(arch, capability) for arch in torch.cuda.get_arch_list())
+        runs = any(machine.runs(arch, capability) for arch in torch.cuda.get_arch_list())
         gpus.append(
             {
                 "name": properties.name,
@@ -179,10 +186,21 @@ def _cuda() -> Report:
     return {"reason": None, "gpus": gpus}
 
 
-def _runs(arch: str, capability: int) -> bool:
-    """Whether code for `arch` runs on a GPU: machine code (sm_) within a generation, PTX (compute_) from then on."""
-    kind, number = re.match(r"([a-z]+)_(\d+)", arch).groups()
-    return int(number) <= capability and (kind == "compute" or int(number) // 10 == capability // 10)
+def check_kernels(preset_name: str, device: torch.device) -> int:
+    """Checks the kernels with a preset's constants, prints what was found, and keeps it for calls and runs.
+
+    Returns:
+        An exit code: 1 where a kernel failed.
+    """
+    if device.type not in backends.CHECKED:
+        print(f"nothing to check: there are no kernels for {device} that a check decides about")
+        return 0
+    config = preset(preset_name)
+    poses = torch.tensor([[0.2 * i, 1.2 + 0.1 * i, 0.0] for i in range(-3, 4)])
+    found = proof.find(config, 0, poses, device, config.batch, settings=False, recheck=True)
+    rows = [[item, verdict.state, f"{verdict.seconds:.1f} s", verdict.why] for item, verdict in found.items.items()]
+    print("\n".join(_columns(rows)) if rows else "nothing to check: no kernel can be used here, see above")
+    return int(any(verdict.state == verdicts.FAILED for verdict in found.items.values()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +209,12 @@ class Options:
 
     json: bool = False
     """Print JSON, for programs."""
+    check: bool = False
+    """Check the kernels on this GPU, whatever was found before."""
+    preset: Literal["demo", "ffhq", "cats", "plants", "food"] = "ffhq"
+    """Whose constants to check with."""
+    device: str | None = None
+    """To check; default: the GPU, if there is one."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -198,4 +222,6 @@ def main(args: Sequence[str] | None = None) -> None:
 
     with running():
         options = parse(Options, "doctor", __doc__, args)
+        if options.check:
+            raise SystemExit(check_kernels(options.preset, find_device(options.device)))
         print(json.dumps(report(), indent=2) if options.json else format_report(report()))

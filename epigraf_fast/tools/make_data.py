@@ -8,8 +8,8 @@ $ epigraf data make --recipe megascans --meshes FOLDER --resolution 256 --out pl
 cameras are uniform on the sphere and look at the centre of the object's box. Lights stand still in the world, so that
 shading belongs to the object. The background is white. A seed fixes objects and cameras.
 
-Needs `pip install -e '.[make_dataset]'`, and for builtin `pip install pybullet`. Without a display VTK renders through
-the system's EGL or OSMesa library; Mesa's software driver will do (a bare Debian gets it from `apt install libegl1`).
+Needs `pip install -e '.[make_dataset]'`. Without a display VTK renders through the system's EGL or OSMesa
+library; Mesa's software driver will do (a bare Debian gets it from `apt install libegl1`).
 """
 
 from __future__ import annotations

@@ -21,15 +21,17 @@ import torch
 
 from ..config import PRESETS, Config, check, preset, with_data_camera
 from ..data import ImageDataset, make_loader
-from ..errors import DivergenceError, Stopped, UserError
+from ..errors import DeviceError, DivergenceError, Stopped, UserError
 from ..training import cores
+from ..training.defaults import tuned
 from ..training.distributed import FAULT, World, check_world
-from ..training.endurance import StopRequest, explain_out_of_memory
+from ..training.endurance import StopRequest, explain_out_of_memory, sized
 from ..training.files import require_writable
 from ..training.lock import locked
 from ..training.log import flush_output
 from ..training.profile import traced
 from ..training.progress import say, waiting
+from ..training.proof import settle, suspecting
 from ..training.record import Record
 from ..training.start import build, pick_device, require_same
 from ..training.step import Trainer
@@ -55,6 +57,9 @@ def main(args: Sequence[str] | None = None) -> int:
             config = with_data_camera(config, dataset.camera)
             check(config)
         require_same(config, dataset, device, world, dry_run=command.dry_run)
+        config, size = sized(config, dataset.label_dim, device, world)
+        if size and world.rank == 0:
+            say(size)
         if command.dry_run:
             with world.together():
                 found = dry_run.facts(config, command.name, dataset, device, world.size, command.resume)
@@ -63,8 +68,8 @@ def main(args: Sequence[str] | None = None) -> int:
                 print(json.dumps(found, indent=2) if command.json else "\n".join(dry_run.summary(found)))
             return 0
         with traced(Path(config.run_dir) / "trace.json" if command.profile and world.rank == 0 else None):
-            return train(config, dataset, device, command.resume, world)
-    except (UserError, DivergenceError) as error:
+            return train(config, dataset, device, command.resume, world, recheck=command.recheck, tune=command.tune)
+    except (UserError, DivergenceError, DeviceError) as error:
         where = f"[rank {world.rank}] " if world.size > 1 else ""
         say(f"{where}{'error' if isinstance(error, UserError) else 'stopped'}: {error}", sys.stderr)
         return 2 if isinstance(error, UserError) else 1
@@ -92,6 +97,10 @@ def commands() -> dict[str, tuple[str, Any]]:
         name: tyro.conf.Suppress[str] = ""  # of the preset
         profile: bool = False
         """Write a torch profiler trace of a few iterations, from the sixth on, to trace.json in --run-dir."""
+        recheck: bool = False
+        """Check the kernels on this GPU again, whatever an earlier start found."""
+        tune: bool = True
+        """On a GPU: take CUDA graphs where they proved right, and cuDNN's fastest algorithms."""
 
     return {name: (f"the {name} preset", Command(preset(name), name=name)) for name in PRESETS}
 
@@ -107,7 +116,14 @@ def parse(args: Sequence[str] | None) -> Any:
 
 
 def train(
-    config: Config, dataset: ImageDataset, device: torch.device, resume: str | None, world: World | None = None
+    config: Config,
+    dataset: ImageDataset,
+    device: torch.device,
+    resume: str | None,
+    world: World | None = None,
+    *,
+    recheck: bool = False,
+    tune: bool = False,
 ) -> int:
     """Builds or restores a run, and trains it."""
     world = World() if world is None else world
@@ -115,14 +131,16 @@ def train(
         if device.type == "cpu":
             cores.watch(fixed=config.deterministic or world.size > 1)
         with StopRequest(talks=world.rank == 0) as stop, locked(Path(config.run_dir), world):
+            finding = settle(config, dataset, device, world, recheck=recheck)
+            config, chosen = tuned(config, finding, device) if tune else (config, [])
             world.connect(device)
             trainer = build(config, dataset, device, resume, world)
             if world.rank == 0:
-                say(doctor.format_backends(doctor.report(), trainer.backends))
+                say("\n".join([doctor.format_backends(doctor.report(), trainer.backends), *chosen]))
             with world.together():
                 warm_up(trainer)
                 record = Record(config, dataset, trainer)
-            with contextlib.closing(record):
+            with contextlib.closing(record), suspecting(config, dataset, device, world):
                 return loop(config, dataset, trainer, record, stop)
     except Stopped as stopped:  # before anything was trained
         say(str(stopped))

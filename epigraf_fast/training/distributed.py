@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..config import Config, micro_batch_for
+from ..config import Config, micro_batch_for, micro_of
 from ..errors import Stopped, UserError
 from .progress import waiting
 
@@ -286,16 +286,17 @@ def check_world(config: Config, world: World) -> None:
     def shared(batch: int) -> bool:
         """Whether one process could train on so many images, and these processes, too."""
         shares = [batch, batch // size]
-        return batch % size == 0 and all(fits(share, min(config.micro_batch or share, share)) for share in shares)
+        return batch % size == 0 and all(fits(share, micro_of(config, share)) for share in shares)
 
     if config.batch % size:
-        whole = size * math.lcm(config.micro_batch or 1, group)  # in most settings multiples of this can be shared
+        known = 1 if config.micro_batch == "auto" else config.micro_batch or 1
+        whole = size * math.lcm(known, group)  # in most settings multiples of this can be shared
         batch = next((batch for batch in range(config.batch, config.batch + whole + 1) if shared(batch)), None)
         advice = f"--batch {batch}" if batch else f"--batch {-(-config.batch // whole) * whole} --micro-batch {group}"
         raise UserError(f"batch must be a multiple of the {size} processes, got {config.batch}: set {advice}")
     if not shared(config.batch):
         share = config.batch // size
-        micro = min(config.micro, share)
+        micro = micro_of(config, share)
         raise UserError(
             f"the share of a process, batch / {size} = {share}, must be a multiple of micro_batch = {micro}, and "
             f"that of discriminator.minibatch_std_group = {group}: set --micro-batch "

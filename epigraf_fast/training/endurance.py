@@ -14,9 +14,10 @@ from typing import TypeVar
 
 import torch
 
-from ..config import Config
+from ..config import Config, micro_batch_for, micro_of
 from ..errors import DivergenceError, Stopped, UserError
 from .checkpoint import list_checkpoints
+from .distributed import World
 from .memory import meta_networks, step_bytes
 from .step import Trainer
 
@@ -127,6 +128,28 @@ def device_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def sized(
+    config: Config, label_dim: int, device: torch.device, world: World, free: int | None = None
+) -> tuple[Config, str]:
+    """The settings with a micro-batch in place of `auto`, the same in all processes, and what to say of it.
+
+    Args:
+        free: Bytes of the device's memory; default: what is free now. On a CPU nothing is measured.
+    """
+    if config.micro_batch != "auto":
+        return config, ""
+    share, group = config.batch // world.size, config.discriminator.minibatch_std_group
+    micro, why = micro_of(config, share), "by default on a CPU"
+    if device.type == "cuda" or free is not None:
+        free = torch.cuda.mem_get_info(device)[0] if free is None else free
+        one = dataclasses.replace(config, batch=share, micro_batch=micro)
+        fixed, step = step_bytes(one, *meta_networks(one, label_dim))
+        most = max(1, int((USABLE * free - fixed) * micro / step)) if USABLE * free > fixed else 1
+        micro, why = micro_batch_for(share, most, group), f"by {free / 2**30:.1f} GiB of free memory"
+    everyone = world.exchange(micro)
+    return dataclasses.replace(config, micro_batch=min(everyone)), f"micro-batch {min(everyone)}, {why}"
 
 
 def micro_batch_that_fits(config: Config, label_dim: int, available: int) -> int | None:

@@ -7,6 +7,7 @@ import re
 
 import torch
 
+from .. import machine
 from ..config import Config
 from ..errors import UserError
 from ..models.augment import Augment
@@ -19,8 +20,13 @@ HALF_BLOCKS = 4  # top resolutions of G and blocks of D in fp16, with precision 
 
 
 def find_device(name: str | None) -> torch.device:
-    """The device of that name; default: a GPU if there is one."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    """The device of that name; default: a GPU if there is one.
+
+    Raises:
+        UserError: There is no such device; torch cannot use it; or, where none was named, the machine has a GPU that
+            torch does not see.
+    """
+    name = name or _default_device()
     if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
         raise UserError(f"--device must be cpu, cuda or cuda:N, got {name}")
     if name.startswith("cuda"):
@@ -28,7 +34,43 @@ def find_device(name: str | None) -> torch.device:
             raise UserError("device is cuda, but torch sees no GPU: see epigraf doctor")
         if int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
             raise UserError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs, counted from cuda:0")
+        _require_code(torch.device(name))
     return torch.device(name)
+
+
+def _default_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    if not machine.hidden():
+        found = machine.look()
+        if found.has_gpu:
+            raise UserError(
+                f"this machine has {found}, but torch {torch.__version__} sees no GPU: {_way(found)}; "
+                f"or train on the CPU with --device cpu"
+            )
+    return "cpu"
+
+
+def _require_code(device: torch.device) -> None:
+    """Raises UserError where torch is not compiled for the GPU: its first kernel would end the run."""
+    major, minor = torch.cuda.get_device_capability(device)
+    if not any(machine.runs(arch, 10 * major + minor) for arch in torch.cuda.get_arch_list()):
+        name = torch.cuda.get_device_name(device)
+        raise UserError(
+            f"torch {torch.__version__} has no code for {device}, {name} (sm_{major}{minor}): "
+            f"{_way(machine.look())}; or train on the CPU with --device cpu"
+        )
+
+
+def _way(found: machine.Machine) -> str:
+    """How to get a torch that can use the machine's GPUs."""
+    choice = machine.choose(found)
+    if choice.fault:
+        return "the driver is too old, update it"
+    torch_here = torch.__version__.partition("+")[0]
+    if torch.version.cuda and torch_here == choice.torch:
+        return "epigraf doctor and nvidia-smi may say why"
+    return f"install torch=={choice.torch} and triton=={machine.TRITONS[choice.torch]}, with CUDA, as make does"
 
 
 def set_arithmetic(config: Config) -> None:
@@ -47,27 +89,39 @@ def set_arithmetic(config: Config) -> None:
 def choose_backends(config: Config, device_type: str) -> dict[str, str]:
     """op -> the backend that a run takes on this kind of device.
 
+    With backend auto an op that has no kernel for the settings takes its fallback, as it does in every call.
+
     Raises:
-        UserError: The backend is missing here, or has no kernels for the settings.
+        UserError: A backend was named that is missing here, or has no kernels for the settings.
     """
     try:
         chosen = backends.choose(config.backend, device_type)
     except ValueError as error:
         raise UserError(f"{error} (--backend auto takes what is there)") from None
-    channels, hidden = config.generator.plane_channels, config.generator.decoder_hidden
+    for op, reason in _beyond_triton(config).items():
+        if chosen[op] == "triton":
+            if config.backend != "auto":
+                raise UserError(f"{reason} (--backend auto takes what is there)")
+            chosen[op] = backends.fallback(op, device_type)
+    return chosen
+
+
+def _beyond_triton(config: Config) -> dict[str, str]:
+    """op -> what the settings ask of it that triton's kernels cannot do."""
+    generator, beyond = config.generator, {}
     samples = config.renderer.coarse_samples + config.renderer.fine_samples
-    if chosen["composite"] == "triton" and samples > 2048:
-        raise UserError(
+    if samples > 2048:
+        beyond["composite"] = (
             f"renderer.coarse_samples and fine_samples must be at most 2048 together with backend triton, got {samples}"
         )
-    if chosen["decode_triplane"] == "triton":
-        if channels % 8 or channels > 64:
-            raise UserError(
-                f"generator.plane_channels must be a multiple of 8 and at most 64 with backend triton, got {channels}"
-            )
-        if not 16 <= hidden <= 128:
-            raise UserError(f"generator.decoder_hidden must be in [16, 128] with backend triton, got {hidden}")
-    return chosen
+    channels, hidden = generator.plane_channels, generator.decoder_hidden
+    if channels % 8 or channels > 64:
+        beyond["decode_triplane"] = (
+            f"generator.plane_channels must be a multiple of 8 and at most 64 with backend triton, got {channels}"
+        )
+    elif not 16 <= hidden <= 128:
+        beyond["decode_triplane"] = f"generator.decoder_hidden must be in [16, 128] with backend triton, got {hidden}"
+    return beyond
 
 
 def build_generator(config: Config, label_dim: int, device_type: str | None = None) -> Generator | ImageGenerator:
@@ -114,7 +168,7 @@ def build_augment(config: Config, device_type: str | None = None) -> Augment | N
 
 def _family_backends(config: Config, device_type: str | None) -> tuple[str | None, str | None]:
     """What the renderer's ops and the convolutions are handed as `backend`."""
-    if device_type is None:
+    if device_type is None or config.backend == "auto":
         return None, None
     chosen = choose_backends(config, device_type)
     return tuple(backends.family_backend(family, chosen, device_type) for family in ("renderer", "convolutions"))

@@ -38,7 +38,8 @@ def pick_device(config: Config, world: World) -> torch.device:
         raise UserError(f"precision {config.precision} needs a GPU, a CPU computes in fp32: set --precision fp32")
     if device.type == "cpu" and config.cuda_graphs:
         raise UserError("cuda_graphs needs a GPU, a CPU has nothing to record: leave --cuda-graphs out")
-    choose_backends(config, device.type)
+    if config.backend != "auto":  # which takes what is there
+        choose_backends(config, device.type)
     set_arithmetic(config)
     if device.type == "cpu":
         keep_freed_memory()
@@ -146,6 +147,10 @@ def build(config: Config, dataset: ImageDataset, device: torch.device, resume: s
             trainer = Trainer(config, dataset, device, world)
         if stored is not None and counts[world.rank] == counts[0]:
             changes = check_resumable(stored_config, config)
+            before = stored["trainer"].get("backends", trainer.backends)  # which the first release did not keep
+            changes += [
+                f"{op}: {before.get(op)} -> {now}" for op, now in trainer.backends.items() if before.get(op) != now
+            ]
             trainer.load_state_dict(stored["trainer"])
             random_states = stored["random"]
     if world.size > 1:

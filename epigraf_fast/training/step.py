@@ -495,6 +495,7 @@ class Trainer:
             "sums": self.sums,
             "counts": self.counts,
             "label_values": self.label_values,
+            "backends": dict(self.backends),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

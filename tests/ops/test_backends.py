@@ -17,7 +17,6 @@ import csrc_backends
 from checks import assert_close, draw
 from epigraf_fast import ops
 from epigraf_fast.ops import backends, native
-from epigraf_fast.tools.doctor import OPT_IN
 
 ROOT = Path(__file__).resolve().parents[2]
 NET = {"w0": draw(5, 2), "b0": draw(5), "w1": draw(4, 5), "b1": draw(4)}
@@ -138,7 +137,7 @@ def test_missing_backend_is_an_error_that_says_why(name):
 @pytest.mark.parametrize("name", CALLS)
 def test_unknown_backend_is_an_error_that_lists_the_known(name):
     op, call = CALLS[name]
-    message = re.escape(f"{op}: backend must be None or one of reference, triton, cuda, cpu, got 'numpy'")
+    message = re.escape(f"{op}: backend must be None or one of reference, torch, triton, cuda, cpu, got 'numpy'")
     with pytest.raises(ValueError, match=message):
         call(backend="numpy")
 
@@ -158,7 +157,7 @@ def test_default_gives_what_the_reference_gives(name):
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_run_takes_the_named_backend_where_an_op_has_it(name, device, monkeypatch):
     """Whatever is implemented, were it all here; and every family can be told so by one argument."""
-    monkeypatch.setattr(backends, "_lacking_on", lambda op, backend, device_type: None)
+    monkeypatch.setattr(backends, "lacking_on", lambda op, backend, device_type: None)
     chosen = backends.choose(name, device)
     expected = {op: backends.resolve(op, None, device) for op in backends.OPS}
     for backend in ("triton", "cuda") if name == "gpu" else (name,):
@@ -172,7 +171,7 @@ def test_a_run_takes_the_named_backend_where_an_op_has_it(name, device, monkeypa
 
 
 def test_gpu_is_the_kernels_of_both_kinds(monkeypatch):
-    monkeypatch.setattr(backends, "_lacking_on", lambda op, backend, device_type: None)
+    monkeypatch.setattr(backends, "lacking_on", lambda op, backend, device_type: None)
     assert set(backends.choose("gpu", "cuda").values()) == {"triton", "cuda"}
 
 
@@ -186,7 +185,9 @@ def test_a_run_is_told_why_a_backend_is_missing(monkeypatch):
         backends.choose("triton", "cuda")
     with pytest.raises(ValueError, match=r"^backend 'cpu' is not available: the tensors are on cuda$"):
         backends.choose("cpu", "cuda")
-    with pytest.raises(ValueError, match="backend must be one of auto, gpu, reference, triton, cuda, cpu, got 'numpy'"):
+    with pytest.raises(
+        ValueError, match="backend must be one of auto, gpu, reference, torch, triton, cuda, cpu, got 'numpy'"
+    ):
         backends.choose("numpy", "cpu")
 
 
@@ -215,17 +216,90 @@ def test_status_tells_the_reasons_apart(monkeypatch):
     assert "built without CUDA" in cuda
     assert backends.resolve("bias_act", None, "cpu") == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert reasons(monkeypatch, SimpleNamespace(cuda_built=True)) == (None, "there is no CUDA device")
+    gpu = SimpleNamespace(cuda_built=True, build_info=lambda: {"cuda": "13.0", "cuda_archs": "80 90", "openmp": True})
+    assert reasons(monkeypatch, gpu) == (None, "there is no CUDA device")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert reasons(monkeypatch, SimpleNamespace(cuda_built=True)) == (None, None)
+    stand_in(monkeypatch, 13000, (9, 0))
+    assert reasons(monkeypatch, gpu) == (None, None)
     assert backends.resolve("bias_act", "cuda", "cuda") == "cuda"
-    monkeypatch.setattr(backends, "VERIFIED", ())
+    monkeypatch.setattr(backends, "_accepted", {})
     assert backends.resolve("bias_act", None, "cuda") == "reference"
-    monkeypatch.setattr(backends, "VERIFIED", ("triton", "cuda"))  # once a GPU has passed the tests
+    backends.accept({"bias_act": ("cuda",)})  # once this GPU has passed the check
     assert backends.resolve("bias_act", None, "cuda") == "cuda"
     assert backends.resolve("bias_act", None, "cpu") == "cpu"
     with pytest.raises(ValueError, match="the tensors are on cpu"):
         backends.resolve("bias_act", "cuda", "cpu")
+
+
+def stand_in(monkeypatch, driver, capability):
+    """The driver's CUDA, as 12040 for 12.4, and the GPU's compute capability."""
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+
+
+@pytest.mark.parametrize(
+    ("nvcc", "archs", "driver", "capability", "words"),
+    [
+        ("13.0", "80 90", 13000, (7, 0), "no code for sm_70, only for sm_80, sm_90, an nvcc 12 has"),
+        ("13.0", "80 90", 12080, (8, 0), "built by nvcc 13.0, and the driver is of CUDA 12.8: update the driver"),
+        ("12.8", "70 80 90", 12020, (7, 0), None),
+        ("12.8", "70 80 90", 13000, (7, 0), None),
+        ("12.8", "70 80 90", 12020, (8, 6), None),
+        ("12.8", "70 80 90", 12080, (10, 0), None),  # by PTX
+        ("12.8", "70 80 90", 12040, (10, 0), "no code for sm_100, only for sm_70, sm_80, sm_90"),
+    ],
+)
+def test_what_nvcc_built_fits_driver_and_gpu(nvcc, archs, driver, capability, words, monkeypatch):
+    stand_in(monkeypatch, driver, capability)
+    said = native._unfit(nvcc, archs, compiler="12.2.0")
+    assert said is None if words is None else words in said
+
+
+def test_why_a_build_fell_back_is_told(monkeypatch, tmp_path):
+    note = tmp_path / "_build.txt"
+    monkeypatch.setattr(native, "NOTE", note)
+    monkeypatch.setattr(native, "extension", lambda: SimpleNamespace(cuda_built=False))
+    assert native.lacking("cuda").startswith("the extension is built without CUDA: EPIGRAF")
+    note.write_text("nvcc: #error -- unsupported GNU version!\n")
+    assert "without CUDA (nvcc: #error -- unsupported GNU version!): EPIGRAF" in native.lacking("cuda")
+
+
+def test_triton_asks_for_a_compiler_and_the_header_of_python(monkeypatch, tmp_path):
+    monkeypatch.setattr(backends, "_interpreting", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    lacking = backends._lacking_compiler.__wrapped__
+    monkeypatch.setattr(backends, "_lacking_compiler", lacking)
+    monkeypatch.setattr(backends.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert "C compiler, and CC=no-such-compiler is none" in backends._lacking_triton()
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "there is no gcc and no clang: apt-get install gcc" in backends._lacking_triton()
+    (tmp_path / "gcc").touch(mode=0o755)
+    assert re.search(r"Triton needs Python.h in .*python3\.\d+-dev", backends._lacking_triton())
+    (tmp_path / "Python.h").touch()
+    assert backends._lacking_triton() is None
+
+
+def test_what_the_kernels_refuse_falls_back_where_nobody_named_them(monkeypatch):
+    """Two channels a plane and double precision: what the reference gives, not an error; named, they are refused."""
+    monkeypatch.setattr(backends, "resolve", lambda op, backend, device_type: backend or "triton")
+    for op in ("decode_triplane", "sample_triplane", "sample_importance", "composite", "cut"):
+        module = sys.modules[f"epigraf_fast.ops.{op}"]
+        if hasattr(module, "resolve"):
+            monkeypatch.setattr(module, "resolve", backends.resolve)
+    calls = {name: CALLS[name][1] for name in ("sample_triplane", "decode_triplane", "decode_triplane_rays")}
+    calls["composite"] = functools.partial(ops.composite, T.double(), draw(1, 2, 4, 4))
+    calls["sample_importance"] = functools.partial(ops.sample_importance, T.double(), draw(1, 2, 4), T.double() / 3)
+    for name, call in calls.items():
+        actual, expected = call(), call(backend="reference")
+        if isinstance(actual, torch.Tensor):
+            actual, expected = (actual,), (expected,)
+        for one, other in zip(actual, expected, strict=True):
+            if other is not None:
+                assert_close(one, other, name)
+        with pytest.raises((TypeError, ValueError), match='backend is "triton"'):
+            call(backend="triton")
 
 
 @pytest.mark.parametrize("blocked", [True, False])
@@ -249,9 +323,9 @@ print(backends.resolve("bias_act", None, "cpu"), "|", backends.status()["upfirdn
     assert reason == (f"the extension is not built: {native.BUILD}" if blocked else HIDDEN)
 
 
-def test_verified_backends_become_the_default_on_gpus(monkeypatch):
-    """Each op takes the one that is written for it, and where that is missing, the reference; a CPU takes neither."""
-    monkeypatch.setattr(backends, "VERIFIED", ("triton", "cuda"))
+def test_what_a_gpu_has_passed_becomes_its_default(monkeypatch):
+    """Each op takes the one that is written for it, and where that is missing, the fallback; a CPU takes neither."""
+    monkeypatch.setattr(backends, "_accepted", {op: (name,) for name, ops in backends.KERNELS.items() for op in ops})
     monkeypatch.setattr(backends, "_lacking_triton", lambda: None)
     monkeypatch.setattr(native, "lacking", lambda backend: None)
     renderer, convolutions = backends.FAMILIES.values()
@@ -260,13 +334,19 @@ def test_verified_backends_become_the_default_on_gpus(monkeypatch):
     assert backends.choose("auto", "cuda") == expected == backends.choose("gpu", "cuda")
     assert [backends.family_backend(family, expected, "cuda") for family in backends.FAMILIES] == [None, None]
     assert not {"triton", "cuda"} & set(backends.choose("auto", "cpu").values())
+    backends.accept({"composite": ("triton",)})
+    assert backends.resolve("composite", None, "cuda") == "triton"
+    assert backends.resolve("decode_triplane", None, "cuda") == "torch"
     monkeypatch.setattr(native, "lacking", lambda backend: "the extension is not built")
     assert {backends.resolve(op, None, "cuda") for op in convolutions} == {"reference"}
 
 
-def test_only_kernels_for_gpus_are_verified():
-    assert set(backends.VERIFIED) <= {"triton", "cuda"}
-    assert all(
-        any(text.startswith(f"--backend {name}") for text in OPT_IN) != (name in backends.VERIFIED)
-        for name in ("triton", "cuda")
-    )
+@pytest.mark.parametrize("name", ["sample_triplane", "decode_triplane", "decode_triplane_rays", "composite", "cut"])
+def test_the_tier_of_torch_gives_what_the_reference_gives(name):
+    _, call = CALLS[name]
+    actual, expected = call(backend="torch"), call(backend="reference")
+    if isinstance(actual, torch.Tensor):
+        actual, expected = (actual,), (expected,)
+    for one, other in zip(actual, expected, strict=True):
+        if other is not None:
+            assert_close(one, other, name)

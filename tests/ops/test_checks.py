@@ -35,6 +35,7 @@ def test_poisoned_memory_changes_nothing_about_sums(poisoned):
 def test_the_device_that_commands_take_by_default_is_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(networks, "_require_code", lambda device: None)
     assert networks.find_device(None).type == "cuda"
     assert pretrained.find_device(None).type == start.find_device(None).type == "cpu"
     assert pretrained.find_device("cuda:1") == torch.device("cuda:1")

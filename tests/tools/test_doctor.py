@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from checks import HANG
-from epigraf_fast import __version__
+from epigraf_fast import __version__, machine
 from epigraf_fast.ops import backends
 from epigraf_fast.tools import doctor
 
@@ -38,8 +38,8 @@ def test_command_prints_text(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 def test_backend_table() -> None:
     report = {
         "backends": {
-            "composite": {"reference": None, "triton": None, "cuda": "not compiled", "cpu": None},
-            "bias_act": {"reference": None, "triton": "not written", "cuda": "not compiled", "cpu": None},
+            "composite": {"reference": None, "torch": None, "triton": None, "cuda": "not compiled", "cpu": None},
+            "bias_act": {"reference": None, "torch": "-", "triton": "not written", "cuda": "not compiled", "cpu": None},
         },
         "defaults": {
             "composite": {"cpu": "reference", "cuda": "triton"},
@@ -49,11 +49,11 @@ def test_backend_table() -> None:
     header, *lines = doctor.format_backends(report).splitlines()
     assert header.split() == ["op", *backends.BACKENDS, "default", "on", "cpu", "default", "on", "cuda"]
     assert [line.split() for line in lines[:2]] == [
-        ["composite", "yes", "yes", "-", "yes", "reference", "triton"],
-        ["bias_act", "yes", "-", "-", "yes", "reference", "reference"],
+        ["composite", "yes", "yes", "yes", "-", "yes", "reference", "triton"],
+        ["bias_act", "yes", "-", "-", "-", "yes", "reference", "reference"],
     ]
     assert lines[0].index("reference") == lines[1].index("reference")
-    assert lines[2:] == ["no cuda: not compiled", "no triton (bias_act): not written"]
+    assert lines[2:] == ["no cuda: not compiled", "no torch (bias_act): -", "no triton (bias_act): not written"]
     header, *lines = doctor.format_backends(report, {"composite": "triton", "bias_act": "cpu"}).splitlines()
     assert header.endswith("this run")
     assert [line.split()[-1] for line in lines[:2]] == ["triton", "cpu"]
@@ -108,4 +108,4 @@ def test_gpu_that_torch_has_no_code_for(monkeypatch: pytest.MonkeyPatch) -> None
     ],
 )
 def test_which_code_runs_where(arch: str, capability: int, runs: bool) -> None:
-    assert doctor._runs(arch, capability) == runs
+    assert machine.runs(arch, capability) == runs

@@ -341,7 +341,7 @@ def test_faults_in_the_settings(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(backends, "_lacking_on", lambda op, backend, device_type: None)  # also where Triton is not here
+    monkeypatch.setattr(backends, "lacking_on", lambda op, backend, device_type: None)  # also where Triton is not here
     assert train.main([*flags(tiny_config(**overrides)), *(["--dry-run"] if dry else [])]) == 2
     captured = capsys.readouterr()
     assert_one_error_line(captured.err, *words)
@@ -394,6 +394,7 @@ def test_more_processes_than_gpus(tiny_config: TinyConfig, monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr("epigraf_fast.training.start.choose_backends", lambda *args: {})
     monkeypatch.setattr("epigraf_fast.training.start.set_arithmetic", lambda *args: None)
+    monkeypatch.setattr("epigraf_fast.training.networks._require_code", lambda device: None)
     with pytest.raises(UserError, match=r"LOCAL_RANK is 2, but torch sees 2 GPUs .*--nproc_per_node 2"):
         train.pick_device(tiny_config(device="cuda"), World(2, 3, 2))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import zipfile
 from collections.abc import Callable, Iterator
@@ -17,7 +18,14 @@ from epigraf_fast.errors import SaveError, UserError
 from epigraf_fast.tools import train
 from epigraf_fast.training import endurance, record, snapshot
 from epigraf_fast.training.checkpoint import list_checkpoints, load_checkpoint
-from epigraf_fast.training.endurance import explain_out_of_memory, is_out_of_memory, micro_batch_that_fits
+from epigraf_fast.training.distributed import World
+from epigraf_fast.training.endurance import (
+    USABLE,
+    explain_out_of_memory,
+    is_out_of_memory,
+    micro_batch_that_fits,
+    sized,
+)
 from epigraf_fast.training.memory import meta_networks, step_bytes
 from epigraf_fast.training.snapshot import read_metrics
 from epigraf_fast.training.step import Trainer
@@ -272,3 +280,32 @@ def test_the_best_checkpoint_is_kept(
     (newest,) = list_checkpoints(run_dir)
     assert newest.name == "checkpoint-000000048.pt"
     assert load_checkpoint(newest.with_name("best.pt"))[1]["trainer"]["cur_nimg"] == 32
+
+
+def test_the_micro_batch_follows_the_memory(tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice the memory for steps is twice the images; the smallest of all processes is that of all."""
+    config = dataclasses.replace(tiny_config(), batch=64, micro_batch="auto")
+    one = dataclasses.replace(config, micro_batch=8)
+    fixed, step = 10**9, 8 * 10**8
+    monkeypatch.setattr(endurance, "meta_networks", lambda config, label_dim: ())
+    monkeypatch.setattr(endurance, "step_bytes", lambda config: (fixed, step * config.micro // 8))
+    device = torch.device("cpu")
+
+    def micro(free: float, world: World | None = None) -> int:
+        chosen, said = sized(config, 3, device, world or World(), int(free))
+        assert said.startswith(f"micro-batch {chosen.micro_batch}, by ")
+        return chosen.micro_batch
+
+    assert micro((fixed + 2.01 * step) / USABLE) == 16
+    assert micro((fixed + 4.01 * step) / USABLE) == 32
+    assert micro((fixed + 3.9 * step) / USABLE) == 16  # a divisor of the batch
+    assert micro(1e15) == 64
+    assert micro(fixed / 2) == 1
+    assert sized(config, 3, device, World())[0].micro_batch == 8
+    assert sized(one, 3, device, World()) == (one, "")
+
+    class Two(World):
+        def exchange(self, value: int) -> list[int]:
+            return [value, 4]
+
+    assert micro(1e15, Two(0, 2, 0)) == 4

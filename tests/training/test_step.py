@@ -617,6 +617,14 @@ def test_backends_are_chosen_before_the_first_step(tiny_config: TinyConfig, monk
             generator = {**triton["generator"], **change}
             with pytest.raises(UserError, match=message):
                 choose_backends(tiny_config(generator=generator, backend="triton"), "cuda")
+            auto = choose_backends(tiny_config(generator=generator), "cuda")
+            assert auto == {op: backends.resolve(op, None, "cuda") for op in backends.OPS}
+    with monkeypatch.context() as patch:  # a default that cannot serve the settings
+        patch.setattr(backends, "_accepted", dict.fromkeys(backends.KERNELS["triton"], ("triton",)))
+        patch.setattr(backends, "_lacking_triton", lambda: None)
+        odd = {"plane_channels": 12, "decoder_hidden": 16}
+        chosen = choose_backends(tiny_config(generator=odd), "cuda")
+        assert (chosen["decode_triplane"], chosen["composite"]) == ("torch", "triton")
     for why in ("Triton is not installed: pip install triton", "there is no CUDA device"):
         monkeypatch.setattr(backends, "_lacking_triton", lambda why=why: why)
         with pytest.raises(UserError, match=rf"^backend 'triton' is not available: {why} \(--backend auto .*\)$"):

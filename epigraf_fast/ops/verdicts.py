@@ -1,0 +1,178 @@
+"""Which kernels the GPU of this machine has passed: kept on disk by what the verdict depends on.
+
+`training.proof` runs the checks. Here is what they found: a file for every GPU with its driver, libraries and this
+package's code; in it, by a name of the settings that were checked, item -> verdict.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import machine
+
+PASSED, FAILED, SLOWER = "passed", "failed", "slower"
+UNSUITED = "unsuited"  # there are no such kernels for the settings
+
+
+class Verdict(NamedTuple):
+    """What one item of a check came to, and why it failed."""
+
+    state: str
+    why: str = ""
+    seconds: float = 0.0
+
+
+Items = dict[str, Verdict]  # item -> verdict; an item is "backend what", as "triton composite"
+
+# What the kernels of an op call by name: they are no better than these.
+NEEDS = {"modulated_conv2d": ("upfirdn2d", "bias_act")}
+
+
+def accepted(items: Mapping[str, Verdict], ops: Mapping[str, Iterable[str]]) -> dict[str, tuple[str, ...]]:
+    """op -> the backends that passed everything that was checked of them, and at all.
+
+    Args:
+        ops: backend -> the ops that it has, of `backends.IMPLEMENTED`.
+    """
+    good = {item for item, verdict in items.items() if verdict.state == PASSED}
+    found: dict[str, list[str]] = {}
+    for backend, names in ops.items():
+        whole = [item for item in items if item.startswith(f"{backend} ") and item.split(" ", 1)[1] not in names]
+        if not all(item in good for item in whole):
+            continue
+        for op in names:
+            if all(f"{backend} {part}" in good for part in (op, *NEEDS.get(op, ()))):
+                found.setdefault(op, []).append(backend)
+    return {op: tuple(names) for op, names in found.items()}
+
+
+@functools.cache
+def facts(device: torch.device | str) -> dict[str, Any]:
+    """What a verdict depends on beside the settings."""
+    device = torch.device(device)
+    name, capability = "cpu", None
+    if device.type == "cuda":
+        name, capability = torch.cuda.get_device_name(device), list(torch.cuda.get_device_capability(device))
+    try:
+        triton = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        triton = None
+    return {
+        "gpu": name,
+        "capability": capability,
+        "driver": machine.driver() if device.type == "cuda" else None,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if torch.version.cuda else None,
+        "triton": triton,
+        "code": code(),
+    }
+
+
+@functools.cache
+def code() -> str:
+    """A checksum of the kernels, of the ops and of the extension."""
+    package = Path(__file__).parents[1]
+    paths = [*Path(__file__).parent.glob("*.py"), *package.glob("_C*.so")]
+    kernels = importlib.util.find_spec(f"{package.name}.kernels")  # which a checkout has beside the package
+    for place in (kernels and kernels.submodule_search_locations) or []:
+        paths += Path(place).glob("*.py")
+    return _checksum([(path.name, hashlib.blake2b(path.read_bytes()).hexdigest()) for path in sorted(paths)])
+
+
+def _checksum(content: Any) -> str:
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=10).hexdigest()
+
+
+def signature(settings: Mapping[str, Any]) -> str:
+    """A name of the settings that a check was made with."""
+    return _checksum(settings)
+
+
+def folder() -> Path:
+    """$XDG_CACHE_HOME/epigraf_fast/verdicts, by default in ~/.cache."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    base = Path(home) if home and os.path.isabs(home) else Path(os.path.expanduser("~/.cache"))
+    return base / "epigraf_fast" / "verdicts"
+
+
+def read(device: torch.device | str, *elsewhere: Path) -> dict[str, Items]:
+    """signature -> items, of the file of this GPU; what is damaged or of another GPU counts as nothing.
+
+    Args:
+        elsewhere: Folders to look in too.
+    """
+    found: dict[str, Items] = {}
+    for place in (*elsewhere, folder()):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+            content = json.loads((place / _name(device)).read_bytes())
+            if content["facts"] == facts(device):
+                checks = {
+                    str(name): {str(item): Verdict(*verdict) for item, verdict in items.items()}
+                    for name, items in content["checks"].items()
+                }
+                found |= checks
+    return found
+
+
+def write(device: torch.device | str, name: str, items: Items, *elsewhere: Path) -> Path | None:
+    """Adds the items of a signature to the file of this GPU, in the first folder that takes it.
+
+    Args:
+        elsewhere: Folders to write to where the usual one cannot be written.
+
+    Returns:
+        The file, or None where nothing can be written.
+    """
+    for place in (folder(), *elsewhere):
+        path = place / _name(device)
+        checks = read(device, place) | {name: items}
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps({"facts": facts(device), "checks": checks}, indent=1) + "\n")
+            os.replace(temporary, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            continue
+        return path
+    return None
+
+
+def forget(device: torch.device | str, name: str, *elsewhere: Path) -> None:
+    """Removes what was found for a signature: the next start checks anew."""
+    for place in (folder(), *elsewhere):
+        path = place / _name(device)
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            content = json.loads(path.read_bytes())
+            del content["checks"][name]
+            temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+            temporary.write_text(json.dumps(content, indent=1) + "\n")
+            os.replace(temporary, path)
+
+
+def _name(device: torch.device | str) -> str:
+    return f"{_checksum(facts(device))}.json"
+
+
+def of_bare_ops(device: torch.device | str) -> Items | None:
+    """What a call takes that no run has checked for: the worst of all checks of this GPU; None: there was none."""
+    worst: Items = {}
+    checks = read(device)
+    for items in checks.values():
+        for item, verdict in items.items():
+            if item not in worst or worst[item].state == UNSUITED or verdict.state == FAILED:
+                worst[item] = verdict
+    return worst if checks else None
