@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
-from unittest import mock
 
 import numpy as np
 import torch
@@ -23,9 +22,8 @@ from epigraf_fast.models.layers import LOW_PASS
 
 from . import cases
 from .cases import PATCH_SCALES, Work
-from .ptx import csrc_host, csrc_launch, triton_launch
+from .ptx import csrc_launch, triton_launch
 from .ptx.parse import Entry
-from .resources_cuda import demangled
 
 SIZE = cases.SIZES["real"]
 BATCH = preset("ffhq").micro
@@ -426,29 +424,10 @@ def csrc_launches(arch: int, run: Callable[[Launch], None]) -> Iterator[None]:
     Raises:
         RuntimeError: The emulated launchers cannot be built, or a compiler for the architecture is missing.
     """
-    from epigraf_fast.ops import native
 
-    module = csrc_host.module()
-    if isinstance(module, str):
-        raise RuntimeError(f"bench.counts: csrc: {module}")
-    entries = csrc_launch.entries(arch)
+    def forward(one: csrc_launch.Compiled) -> None:
+        if _listed:
+            run(Launch(*one, shared=0, arch=arch))
 
-    def launch(name: str, tensors: list[Tensor | None], *numbers: float) -> None:
-        names = csrc_launch.argument_names(name)
-        memory = {names[i]: x.detach() for i, x in enumerate(tensors) if x is not None}
-
-        def forward(one: csrc_host.Launch) -> None:
-            if _listed:
-                entry = csrc_launch._program(entries[one.kernel]).entries[one.kernel]
-                kernel = demangled([one.kernel])[0]
-                run(Launch(kernel, entry, one.grid, one.block, one.params, memory, 0, arch))
-
-        with csrc_host.recorded(forward):
-            csrc_host.launch_emulated(name, tensors, *numbers)
-
-    with (
-        mock.patch.object(native, "extension", return_value=module),
-        mock.patch.object(native, "launch", launch),
-        mock.patch.object(native, "on_gpu", return_value=True),
-    ):
+    with csrc_launch.forwarded(arch, forward):
         yield

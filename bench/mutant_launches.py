@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .ptx import Program, csrc_host, csrc_launch, triton_launch
+from .ptx import Program, csrc_launch, triton_launch
 from .ptx.memory import extent
 from .ptx.parse import Entry
-from .resources_cuda import demangled
 
 RAYS = 67  # more than a program has, and odd
 MOST_STEPS = 20_000  # basic blocks; none of these launches enters a tenth of that
@@ -130,30 +129,12 @@ def _triton(keep: Callable[..., None], arch: int) -> Iterator[None]:
 @contextmanager
 def _csrc(keep: Callable[..., None], arch: int) -> Iterator[None]:
     """The ops' backend cpu launches csrc's kernels."""
-    from epigraf_fast.ops import native
 
-    module = csrc_host.module()
-    if isinstance(module, str):
-        raise RuntimeError(f"bench.mutants: csrc: {module}")
-    entries = csrc_launch.entries(arch)
+    def run(one: csrc_launch.Compiled) -> None:
+        options = {"grid": one.grid, "block": one.block, "params": one.params, "arch": arch}
+        keep(one.kernel.split("<")[0], one.entry, one.tensors, options)
 
-    def launch(name: str, tensors: list[Tensor | None], *numbers: float) -> None:
-        names = csrc_launch.argument_names(name)
-        memory = {names[i]: x.detach() for i, x in enumerate(tensors) if x is not None}
-
-        def run(one: csrc_host.Launch) -> None:
-            entry = csrc_launch._program(entries[one.kernel]).entries[one.kernel]
-            options = {"grid": one.grid, "block": one.block, "params": one.params, "arch": arch}
-            keep(demangled([one.kernel])[0].split("<")[0], entry, memory, options)
-
-        with csrc_host.recorded(run):
-            csrc_host.launch_emulated(name, tensors, *numbers)
-
-    with (
-        mock.patch.object(native, "extension", return_value=module),
-        mock.patch.object(native, "launch", launch),
-        mock.patch.object(native, "on_gpu", return_value=True),
-    ):
+    with csrc_launch.forwarded(arch, run):
         yield
 
 

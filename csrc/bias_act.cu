@@ -10,72 +10,70 @@ constexpr int kThreads = 256, kRowThreads = 8, kWarp = 32;
 
 enum Order : int { kFwd, kBwd, kDoubleBwd };
 
-// The activation is known when a kernel is launched, not when it is compiled: that makes few kernels, and a branch that
-// all threads take alike. CURVED parts those with exponentials from those without.
-template <bool CURVED, typename S>
-struct AnyAct {
-  int act;
-  S gain, clamp;
-
-#define EPIGRAF_CASE(ACT, call) \
-  case ACT: return BiasAct<ACT, S>{gain, clamp}.call;
-#define EPIGRAF_SWITCH(call)                                                                              \
-  if constexpr (CURVED) {                                                                                 \
-    switch (act) {                                                                                        \
-      EPIGRAF_CASE(kTanh, call)                                                                           \
-      EPIGRAF_CASE(kSigmoid, call)                                                                        \
-      EPIGRAF_CASE(kElu, call)                                                                            \
-      EPIGRAF_CASE(kSelu, call)                                                                           \
-      EPIGRAF_CASE(kSoftplus, call)                                                                       \
-      default: return BiasAct<kSwish, S>{gain, clamp}.call;                                               \
-    }                                                                                                     \
-  } else {                                                                                                \
-    switch (act) {                                                                                        \
-      EPIGRAF_CASE(kLinear, call)                                                                         \
-      EPIGRAF_CASE(kRelu, call)                                                                           \
-      default: return BiasAct<kLrelu, S>{gain, clamp}.call;                                               \
-    }                                                                                                     \
+// What an order computes of V elements; `sums` is what they add to the gradient of the bias.
+template <int ACT, Order ORDER, typename S, int V>
+__device__ __forceinline__ void activate(const BiasActArgs& args, const S (&u)[V], const S (&g)[V], const S (&h)[V],
+                                         S (&out)[V], S (&sums)[V]) {
+  const BiasAct<ACT, S> f{static_cast<S>(args.gain), static_cast<S>(args.clamp)};
+#pragma unroll
+  for (int k = 0; k < V; k++) {
+    if constexpr (ORDER == kFwd) out[k] = f.value(u[k]);
+    if constexpr (ORDER == kBwd) sums[k] = f.backward(u[k], g[k]);
+    if constexpr (ORDER == kDoubleBwd) {
+      out[k] = f.forward(u[k], h[k]);
+      sums[k] = f.second(u[k], g[k], h[k]);
+    }
   }
-  __device__ __forceinline__ S value(S u) const { EPIGRAF_SWITCH(value(u)) }
-  __device__ __forceinline__ S backward(S u, S g) const { EPIGRAF_SWITCH(backward(u, g)) }
-  __device__ __forceinline__ S forward(S u, S h) const { EPIGRAF_SWITCH(forward(u, h)) }
-  __device__ __forceinline__ S second(S u, S g, S h) const { EPIGRAF_SWITCH(second(u, g, h)) }
-#undef EPIGRAF_SWITCH
+}
+
+// The activation is known when a kernel is launched, not when it is compiled: that makes few kernels, and a branch that
+// all threads take alike, once for a vector. CURVED parts those with exponentials from those without.
+template <bool CURVED, Order ORDER, typename S, int V>
+__device__ __forceinline__ void activate_any(const BiasActArgs& args, const S (&u)[V], const S (&g)[V], const S (&h)[V],
+                                             S (&out)[V], S (&sums)[V]) {
+#define EPIGRAF_CASE(ACT) \
+  case ACT: return activate<ACT, ORDER>(args, u, g, h, out, sums);
+  if constexpr (CURVED) {
+    switch (args.act) {
+      EPIGRAF_CASE(kTanh)
+      EPIGRAF_CASE(kSigmoid)
+      EPIGRAF_CASE(kElu)
+      EPIGRAF_CASE(kSelu)
+      EPIGRAF_CASE(kSoftplus)
+      default: return activate<kSwish, ORDER>(args, u, g, h, out, sums);
+    }
+  } else {
+    switch (args.act) {
+      EPIGRAF_CASE(kLinear)
+      EPIGRAF_CASE(kRelu)
+      default: return activate<kLrelu, ORDER>(args, u, g, h, out, sums);
+    }
+  }
 #undef EPIGRAF_CASE
-};
+}
 
 // V neighbouring elements; what they add to the gradient of the bias is returned in `sums`.
 template <typename T, int V, bool CURVED, Order ORDER>
 __device__ __forceinline__ void compute(const BiasActArgs& args, i64 first, const Compute<T> (&bias)[V],
                                         const Compute<T> (&grad_grad_bias)[V], Compute<T> (&sums)[V]) {
   using S = Compute<T>;
-  const AnyAct<CURVED, S> f{args.act, static_cast<S>(args.gain), static_cast<S>(args.clamp)};
-  S x[V], g[V], h[V], out[V];
-  if constexpr (ORDER == kFwd) {
-    load_vector<T, V>(args.x, first, x);
+  S x[V], g[V] = {}, h[V] = {}, out[V];
+  load_vector<T, V>(ORDER == kFwd || args.x ? args.x : args.grad_y, first, x);  // null: the slope is the same everywhere
+  if constexpr (ORDER != kFwd) load_vector<T, V>(args.grad_y, first, g);
+  if constexpr (ORDER == kDoubleBwd) {
+    if (args.grad_grad_x) load_vector<T, V>(args.grad_grad_x, first, h);
+  }
 #pragma unroll
-    for (int k = 0; k < V; k++) out[k] = f.value(x[k] + bias[k]);
-    store_vector<T, V>(args.y, first, out);
-  } else {
-    load_vector<T, V>(args.grad_y, first, g);
-    load_vector<T, V>(args.x ? args.x : args.grad_y, first, x);  // null: the slope is the same everywhere
-    if constexpr (ORDER == kBwd) {
-#pragma unroll
-      for (int k = 0; k < V; k++) sums[k] = f.backward(x[k] + bias[k], g[k]);
-      store_vector<T, V>(args.grad_x, first, sums);
-    } else {
-#pragma unroll
-      for (int k = 0; k < V; k++) h[k] = S(0);
-      if (args.grad_grad_x) load_vector<T, V>(args.grad_grad_x, first, h);
-#pragma unroll
-      for (int k = 0; k < V; k++) {
-        const S u = x[k] + bias[k], s = h[k] + grad_grad_bias[k];
-        out[k] = f.forward(u, s);
-        sums[k] = f.second(u, g[k], s);
-      }
-      if (args.grad_grad_y) store_vector<T, V>(args.grad_grad_y, first, out);
-      if (args.grad_x) store_vector<T, V>(args.grad_x, first, sums);
-    }
+  for (int k = 0; k < V; k++) {
+    x[k] += bias[k];
+    h[k] += grad_grad_bias[k];
+  }
+  activate_any<CURVED, ORDER>(args, x, g, h, out, sums);
+  if constexpr (ORDER == kFwd) store_vector<T, V>(args.y, first, out);
+  if constexpr (ORDER == kBwd) store_vector<T, V>(args.grad_x, first, sums);
+  if constexpr (ORDER == kDoubleBwd) {
+    if (args.grad_grad_y) store_vector<T, V>(args.grad_grad_y, first, out);
+    if (args.grad_x) store_vector<T, V>(args.grad_x, first, sums);
   }
 }
 
@@ -112,13 +110,15 @@ __global__ void __launch_bounds__(kThreads) bias_act_elements_kernel(const BiasA
   }
 }
 
-// The channel runs fastest. One block: a part, of the bias's gradient, of 32 V channels; one thread: every 8th row of V.
+// The channel runs fastest. One block: a part, of the bias's gradient, of V channels for each of `across` threads side by
+// side, which is a power of two; one thread: every `down`th row of V.
 template <typename T, int V, bool CURVED, Order ORDER>
-__global__ void __launch_bounds__(kThreads, 1) bias_act_rows_kernel(const BiasActArgs args) {
+__global__ void __launch_bounds__(kThreads, 1) bias_act_rows_kernel(const BiasActArgs args, int across) {
   using S = Compute<T>;
-  __shared__ S shared[kRowThreads][kWarp * V];
+  __shared__ S shared[kThreads * V];
+  const int thread = threadIdx.x, side = thread % across, down = kThreads / across, columns = across * V;
   const i64 channels = args.channels, rows = bias_act_part_rows(channels), part = blockIdx.x;
-  const i64 c = (static_cast<i64>(blockIdx.y) * kWarp + threadIdx.x) * V;
+  const i64 left = static_cast<i64>(blockIdx.y) * columns, c = left + side * V;
   const i64 end = minimum(args.count / channels, (part + 1) * rows);
   S bias[V], grad_grad_bias[V], sums[V], total[V];
 #pragma unroll
@@ -126,21 +126,25 @@ __global__ void __launch_bounds__(kThreads, 1) bias_act_rows_kernel(const BiasAc
   if (c < channels) {
     load_channels(args.bias, c, bias);
     load_channels(args.grad_grad_bias, c, grad_grad_bias);
-    for (i64 row = part * rows + threadIdx.y; row < end; row += kRowThreads) {
+    for (i64 row = part * rows + thread / across; row < end; row += down) {
       compute<T, V, CURVED, ORDER>(args, row * channels + c, bias, grad_grad_bias, sums);
 #pragma unroll
       for (int k = 0; k < V; k++) total[k] += sums[k];
     }
   }
+  // Element [row][column] of all that the threads have; then [kThreads / columns][column].
 #pragma unroll
-  for (int k = 0; k < V; k++) shared[threadIdx.y][threadIdx.x * V + k] = total[k];
+  for (int k = 0; k < V; k++) shared[thread * V + k] = total[k];
   __syncthreads();
-  for (int i = threadIdx.y * kWarp + threadIdx.x; i < kWarp * V; i += kThreads) {
-    const i64 channel = static_cast<i64>(blockIdx.y) * kWarp * V + i;
-    S sum = S(0);
-    for (int k = 0; k < kRowThreads; k++) sum += shared[k][i];
-    if (channel < channels) static_cast<S*>(args.partials)[part * channels + channel] = sum;
-  }
+  S sum = S(0);
+#pragma unroll
+  for (int k = 0; k < V; k++) sum += shared[(thread / columns * V + k) * columns + thread % columns];
+  __syncthreads();
+  shared[thread] = sum;
+  __syncthreads();
+  if (thread >= columns || left + thread >= channels) return;
+  for (int other = thread + columns; other < kThreads; other += columns) sum += shared[other];
+  static_cast<S*>(args.partials)[part * channels + left + thread] = sum;
 }
 
 // Runs of `inner` elements of one channel. One warp: a part of kPartInner elements.
@@ -167,38 +171,69 @@ __global__ void __launch_bounds__(kThreads) bias_act_runs_kernel(const BiasActAr
   if (threadIdx.x % kWarp == 0) static_cast<S*>(args.partials)[part * args.channels + c] = total;
 }
 
-// grad_bias[c] = the sum of its parts, always in the same order. One block: 32 channels.
+// The sum of parts first, first + stride, ... of a channel, always in the same order. One block: 32 channels, and of the
+// parts the `each` that blockIdx.y counts. The sum goes to the place of the first of them or, where these are all, to
+// grad_bias.
 template <typename S>
-__global__ void __launch_bounds__(kThreads) bias_act_sum_parts_kernel(const BiasActArgs args, i64 parts) {
+__global__ void __launch_bounds__(kThreads) bias_act_sum_parts_kernel(const BiasActArgs args, i64 parts, i64 stride,
+                                                                      i64 each) {
   __shared__ double shared[kRowThreads][kWarp];
-  const i64 c = static_cast<i64>(blockIdx.x) * kWarp + threadIdx.x;
+  const i64 c = static_cast<i64>(blockIdx.x) * kWarp + threadIdx.x, first = blockIdx.y * each;
+  const i64 end = minimum(parts, first + each);
+  S* partials = static_cast<S*>(args.partials);
   double total = 0;
   if (c < args.channels)
-    for (i64 part = threadIdx.y; part < parts; part += kRowThreads)
-      total += static_cast<double>(static_cast<const S*>(args.partials)[part * args.channels + c]);
+    for (i64 part = first + threadIdx.y; part < end; part += kRowThreads)
+      total += static_cast<double>(partials[part * stride * args.channels + c]);
   shared[threadIdx.y][threadIdx.x] = total;
   __syncthreads();
   if (threadIdx.y > 0 || c >= args.channels) return;
   for (int k = 1; k < kRowThreads; k++) total += shared[k][threadIdx.x];
-  static_cast<S*>(args.grad_bias)[c] = static_cast<S>(total);
+  S* to = each < parts ? partials + first * stride * args.channels : static_cast<S*>(args.grad_bias);
+  to[c] = static_cast<S>(total);
 }
 
 #if !defined(__CUDACC_RTC__)
 
 namespace {
 
+// Threads side by side for channels that are `vectors` vectors: a power of two, so that few have none.
+int threads_across(i64 vectors) {
+  int across = 1;
+  while (across < kWarp && across < vectors) across *= 2;
+  return across;
+}
+
+// Parts up to which one step adds them up: more launches take longer than what they save.
+constexpr i64 kFewParts = 256;
+
+template <typename S>
+void launch_sum_parts(const BiasActArgs& args, i64 parts, cudaStream_t stream) {
+  const dim3 threads(kWarp, kRowThreads);
+  const auto groups = static_cast<unsigned>(ceil_div(args.channels, kWarp));
+  i64 stride = 1;
+  if (parts > kFewParts) {
+    const Slices slices = slices_of(parts, groups);
+    const dim3 grid(groups, static_cast<unsigned>(slices.count));
+    bias_act_sum_parts_kernel<S><<<grid, threads, 0, stream>>>(args, parts, 1, slices.each);
+    stride = slices.each;
+    parts = slices.count;
+  }
+  bias_act_sum_parts_kernel<S><<<groups, threads, 0, stream>>>(args, parts, stride, parts);
+}
+
 template <typename T, int V, bool CURVED, Order ORDER>
 void launch(const BiasActArgs& args, cudaStream_t stream) {
   // Without a second derivative nothing is added to the gradient of the bias.
   constexpr bool kSums = ORDER == kBwd || (ORDER == kDoubleBwd && CURVED);
-  const dim3 rows(kWarp, kRowThreads);
   if (args.count > 0) {
     bool summed = false;
     if constexpr (kSums) {
       if (args.grad_bias && args.inner == 1) {
         const i64 parts = bias_act_parts(args.count, args.channels, 1);
-        const dim3 grid(static_cast<unsigned>(parts), static_cast<unsigned>(ceil_div(args.channels, kWarp * V)));
-        bias_act_rows_kernel<T, V, CURVED, ORDER><<<grid, rows, 0, stream>>>(args);
+        const int across = threads_across(args.channels / V);
+        const dim3 grid(static_cast<unsigned>(parts), static_cast<unsigned>(ceil_div(args.channels, across * V)));
+        bias_act_rows_kernel<T, V, CURVED, ORDER><<<grid, kThreads, 0, stream>>>(args, across);
         summed = true;
       } else if (args.grad_bias) {
         const i64 warps = args.count / args.inner * ceil_div(args.inner, kPartInner);
@@ -214,8 +249,7 @@ void launch(const BiasActArgs& args, cudaStream_t stream) {
   }
   if (ORDER != kFwd && args.grad_bias && args.channels > 0) {
     const i64 parts = args.count > 0 ? bias_act_parts(args.count, args.channels, args.inner) : 0;
-    const auto grid = static_cast<unsigned>(ceil_div(args.channels, kWarp));
-    bias_act_sum_parts_kernel<Compute<T>><<<grid, rows, 0, stream>>>(args, kSums ? parts : 0);
+    launch_sum_parts<Compute<T>>(args, kSums ? parts : 0, stream);
   }
 }
 

@@ -360,8 +360,7 @@ epigraf::ModulationArgs modulation_fwd(const Check& check, Pointer weight, Point
   args.affine = check.pointer("affine", affine, size, c_in * w_dim, true);
   args.w = check.pointer("w", w, size, batch * w_dim, affine == 0);
   args.affine_bias = check.pointer("affine_bias", affine_bias, size, c_in, affine == 0);
-  const i64 count = epigraf::base::modulation_partials(batch, c_out, c_in);
-  args.partials = check.pointer("partials", partials, size, count, true);
+  args.partials = check.pointer("partials", partials, size, epigraf::base::modulation_partials(batch, c_in), true);
   return args;
 }
 
@@ -392,9 +391,8 @@ void bind_modulated_conv2d(py::module_& m) {
   EPIGRAF_DEFINE(m, layer_epilogue_fwd);
   EPIGRAF_DEFINE(m, layer_epilogue_bwd);
   EPIGRAF_DEFINE(m, layer_epilogue_double_bwd);
-  m.def("modulation_partials", [](i64 batch, i64 c_out, i64 c_in) {
-    return epigraf::base::modulation_partials(batch, c_out, c_in);
-  });
+  m.def("modulation_partials",
+        [](i64 batch, i64 c_in) { return epigraf::base::modulation_partials(batch, c_in); });
   EPIGRAF_DEFINE(m, modulation_fwd);
   EPIGRAF_DEFINE(m, modulation_bwd);
 }

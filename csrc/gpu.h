@@ -22,12 +22,41 @@ __device__ __forceinline__ void load_vector(const void* tensor, i64 first, Compu
   for (int k = 0; k < V; k++) out[k] = Storage<T>::load(loaded.of[k]);
 }
 
+// Words of 4 bytes, 2 or 4 of them, by one instruction. The compiler takes vectors that come out of branches and loops
+// apart, and then stores every element, with a sector for each.
+template <int COUNT>
+__device__ __forceinline__ void store_words(void* to, const unsigned (&words)[COUNT]) {
+#if defined(__CUDA_ARCH__)
+  const auto address = __cvta_generic_to_global(to);
+  if constexpr (COUNT == 4)
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+                 :: "l"(address), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]));
+  else
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" :: "l"(address), "r"(words[0]), "r"(words[1]));
+#else
+  memcpy(to, words, sizeof(words));
+#endif
+}
+
+// To memory that the kernel does not read.
 template <typename T, int V>
 __device__ __forceinline__ void store_vector(void* tensor, i64 first, const Compute<T> (&values)[V]) {
-  Vector<T, V> stored;
+  T* to = static_cast<T*>(tensor) + first;
+  if constexpr (V * sizeof(T) < 8 || sizeof(T) == 8) {
 #pragma unroll
-  for (int k = 0; k < V; k++) stored.of[k] = Storage<T>::store(values[k]);
-  *reinterpret_cast<Vector<T, V>*>(static_cast<T*>(tensor) + first) = stored;
+    for (int k = 0; k < V; k++) to[k] = Storage<T>::store(values[k]);
+  } else {
+    unsigned words[V * sizeof(T) / 4];
+    if constexpr (sizeof(T) == 4) {
+#pragma unroll
+      for (int k = 0; k < V; k++) words[k] = float_bits(values[k]);
+    } else {
+#pragma unroll
+      for (int k = 0; k < V; k += 2)
+        words[k / 2] = Storage<T>::store(values[k]).bits | Storage<T>::store(values[k + 1]).bits << 16;
+    }
+    store_words(to, words);
+  }
 }
 
 struct Quotient {
@@ -43,6 +72,11 @@ __device__ __forceinline__ Quotient divide(i64 a, i64 b) {
   return Quotient{a / b, a % b};
 }
 
+// How rows of partial sums are added up in two steps: slices of `each` rows, the last one of fewer, then their sums.
+struct Slices {
+  i64 each, count;
+};
+
 }  // namespace EPIGRAF_ISA
 }  // namespace epigraf
 
@@ -56,6 +90,16 @@ __device__ __forceinline__ Quotient divide(i64 a, i64 b) {
 namespace epigraf {
 
 constexpr i64 kMostBlocks = (i64(1) << 31) - 1;
+
+// Blocks that fill a GPU: two for each of the 132 multiprocessors of an H100. What is cut by it, and sums with that, has
+// one value on all GPUs.
+constexpr i64 kFill = 2 * 132;
+
+// As many slices as it takes for kFill blocks, `blocks` of which every slice has.
+inline device::Slices slices_of(i64 rows, i64 blocks) {
+  const i64 each = device::maximum<i64>(1, rows / device::ceil_div(kFill, blocks));
+  return device::Slices{each, device::ceil_div(rows, each)};
+}
 
 inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 

@@ -1,5 +1,5 @@
 // The modulated layer's epilogue on the GPU, channels-last only: 8 threads side by side own 8 vectors of channels of one
-// pixel (or column), 32 pixels make a block. Sums over pixels leave a block as partial sums, which a small kernel adds up
+// pixel (or column), 32 pixels make a block. Sums over pixels leave a block as partial sums, which two small kernels add up
 // in one order.
 #include "modulated_conv2d.h"
 
@@ -8,11 +8,10 @@
 namespace epigraf {
 namespace EPIGRAF_ISA {
 
-constexpr int kLanes = 8, kPixels = 32, kThreads = kLanes * kPixels;
+constexpr int kLanes = 8, kPixels = 32, kThreads = kLanes * kPixels, kWarps = kThreads / 32;
 constexpr int kRows = 8;  // of outputs that a thread of the blurred forward makes
 constexpr int kOwnColumns = kPixels - 3;  // of grad_x that a block of the blurred backward makes
-constexpr int kPixelsOfBlock = 8 * kPixels;  // of the backward without blur
-static_assert(kOwnColumns == kLayerColumns && kPixelsOfBlock == kLayerPixels, "partial sums are counted elsewhere too");
+static_assert(kOwnColumns == kLayerColumns && kLayerPixels % kPixels == 0, "partial sums are counted elsewhere too");
 
 // Vectors of at most 16 bytes and four elements: the backward kernels hold many of them.
 template <typename T>
@@ -173,37 +172,35 @@ struct LayerLane {
     }
   }
 
-  // The block's sums over its pixels, to partials[part]. `shared` has kThreads * V places.
-  __device__ __forceinline__ void write(const LayerEpilogueArgs& a, S* shared, i64 part, i64 channel, bool active) {
-    const int lane = threadIdx.x % kLanes, row = threadIdx.x / kLanes;
-    for (int sum = 0; sum < (K > 1 ? kLayerSums : kLayerSums - 1); sum++) {
-      __syncthreads();
+  // The block's sums over its pixels, to partials[part]: first over the pixels of a warp. `shared` has kSumPlaces<V>.
+  __device__ __forceinline__ void write(const LayerEpilogueArgs& a, S* shared, i64 part, i64 chunk) {
+    constexpr int kinds = K > 1 ? kLayerSums : kLayerSums - 1, columns = kLanes * V;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    __syncthreads();
+#pragma unroll
+    for (int sum = 0; sum < kinds; sum++)
 #pragma unroll
       for (int k = 0; k < V; k++) {
-        S value = sums[kSumDemod][k];  // by selection, not by index: registers have none
-        if (sum == kSumBias) value = sums[kSumBias][k];
-        if (sum == kSumNoise) value = sums[kSumNoise][k];
-        if (sum == kSumStyle0) value = sums[kSumStyle0][k];
-        if (sum == kSumStyle1) value = sums[kSumStyle1][k];
-        shared[(row * kLanes + lane) * V + k] = value;
+        S value = sums[sum][k];
+        for (int distance = kLanes; distance < 32; distance *= 2)
+          value += __shfl_xor_sync(0xffffffffu, value, distance);
+        if (lane < kLanes) shared[(sum * kWarps + warp) * columns + lane * V + k] = value;
       }
-      for (int half = kPixels / 2; half > 0; half /= 2) {
-        __syncthreads();
-        if (row < half) {
+    __syncthreads();
+    for (int place = threadIdx.x; place < kinds * columns; place += kThreads) {
+      const int sum = place / columns, column = place % columns;
+      const i64 channel = chunk * columns + column;
+      S total = 0;
 #pragma unroll
-          for (int k = 0; k < V; k++)
-            shared[(row * kLanes + lane) * V + k] += shared[((row + half) * kLanes + lane) * V + k];
-        }
-      }
-      if (row == 0 && active) {
-#pragma unroll
-        for (int k = 0; k < V; k++)
-          static_cast<S*>(a.partials)[(part * kLayerSums + sum) * a.channels + channel + k] = shared[lane * V + k];
-      }
+      for (int w = 0; w < kWarps; w++) total += shared[(sum * kWarps + w) * columns + column];
+      if (channel < a.channels) static_cast<S*>(a.partials)[(part * kLayerSums + sum) * a.channels + channel] = total;
     }
     __syncthreads();
   }
 };
+
+template <int V>
+constexpr int kSumPlaces = kLayerSums * kWarps * kLanes * V;
 
 // The sum over channels of a pixel: over the vector, then over the 8 threads side by side. The first of them adds it to
 // the map, chunk after chunk of the channels.
@@ -231,22 +228,21 @@ struct ChannelChunks {
   }
 };
 
-// One block: kPixelsOfBlock pixels of image blockIdx.y.
+// One block: as many pixels of image blockIdx.y as make a part.
 template <typename T, int V, int K>
 __global__ void __launch_bounds__(kThreads, 1) layer_epilogue_bwd_kernel(const LayerEpilogueArgs a) {
   using S = Compute<T>;
-  __shared__ S shared[kThreads * V];
+  __shared__ S shared[kSumPlaces<V>];
   const i64 b = blockIdx.y, pixels = a.height * a.width, part = b * layer_parts(a) + blockIdx.x;
-  const i64 start = static_cast<i64>(blockIdx.x) * kPixelsOfBlock + threadIdx.x / kLanes;
-  const i64 end = minimum<i64>(pixels, (static_cast<i64>(blockIdx.x) + 1) * kPixelsOfBlock);
+  const i64 each = layer_epilogue_pixels_cuda(pixels);
+  const i64 start = blockIdx.x * each + threadIdx.x / kLanes, end = minimum<i64>(pixels, (blockIdx.x + 1) * each);
   const ChannelChunks chunks(a, V);
   for (i64 chunk = chunks.first; chunk < chunks.last; chunk++) {
     const i64 wanted = (chunk * kLanes + threadIdx.x % kLanes) * V;
     const bool active = wanted < a.channels;
     const i64 channel = active ? wanted : 0;
     LayerLane<S, V, K> lane(a, b, channel);
-    for (int step = 0; step < kPixelsOfBlock / kPixels; step++) {
-      const i64 pixel = start + step * kPixels;
+    for (i64 pixel = start; pixel < start + each; pixel += kPixels) {
       S gu[V];
 #pragma unroll
       for (int k = 0; k < V; k++) gu[k] = 0;
@@ -263,7 +259,7 @@ __global__ void __launch_bounds__(kThreads, 1) layer_epilogue_bwd_kernel(const L
       }
       if (a.map) add_to_map(a.map, b * pixels + pixel, gu, chunk == 0, pixel < end);
     }
-    lane.write(a, shared, part, channel, active);
+    lane.write(a, shared, part, chunk);
   }
 }
 
@@ -272,7 +268,7 @@ __global__ void __launch_bounds__(kThreads, 1) layer_epilogue_bwd_kernel(const L
 template <typename T, int V, int K>
 __global__ void __launch_bounds__(kThreads, 1) layer_epilogue_blurred_bwd_kernel(const LayerEpilogueArgs a) {
   using S = Compute<T>;
-  __shared__ S shared[2][kThreads * V];
+  __shared__ S shared[2 * kThreads * V];
   const i64 b = blockIdx.y, tiles = ceil_div(a.width + 1, kOwnColumns), part = b * layer_parts(a) + blockIdx.x;
   const Quotient tile = divide(blockIdx.x, tiles);
   const i64 top = tile.quotient * kLayerRows, bottom = minimum<i64>(top + kLayerRows, a.height + 1);
@@ -321,7 +317,7 @@ __global__ void __launch_bounds__(kThreads, 1) layer_epilogue_blurred_bwd_kernel
         }
       }
       if (a.map) add_to_map(a.map, (b * a.height + row) * a.width + column, gu, chunk == 0, own);
-      S* line = shared[row & 1];
+      S* line = shared + (row & 1) * kThreads * V;
 #pragma unroll
       for (int k = 0; k < V; k++) line[threadIdx.x * V + k] = gu[k];
       __syncthreads();
@@ -346,18 +342,18 @@ __global__ void __launch_bounds__(kThreads, 1) layer_epilogue_blurred_bwd_kernel
         }
       }
     }
-    lane.write(a, shared[0], part, channel, active);
+    lane.write(a, shared, part, chunk);
   }
 }
 
-// One block: kPixelsOfBlock pixels of image blockIdx.y; no blur.
+// One block: as many pixels of image blockIdx.y as make a part; no blur.
 template <typename T, int V, int K>
 __global__ void __launch_bounds__(kThreads, 1) layer_epilogue_double_bwd_kernel(const LayerEpilogueArgs a) {
   using S = Compute<T>;
-  __shared__ S shared[kThreads * V];
+  __shared__ S shared[kSumPlaces<V>];
   const i64 b = blockIdx.y, pixels = a.height * a.width, part = b * layer_parts(a) + blockIdx.x;
-  const i64 start = static_cast<i64>(blockIdx.x) * kPixelsOfBlock + threadIdx.x / kLanes;
-  const i64 end = minimum<i64>(pixels, (static_cast<i64>(blockIdx.x) + 1) * kPixelsOfBlock);
+  const i64 each = layer_epilogue_pixels_cuda(pixels);
+  const i64 start = blockIdx.x * each + threadIdx.x / kLanes, end = minimum<i64>(pixels, (blockIdx.x + 1) * each);
   const ChannelChunks chunks(a, V);
   for (i64 chunk = chunks.first; chunk < chunks.last; chunk++) {
     const i64 wanted = (chunk * kLanes + threadIdx.x % kLanes) * V;
@@ -370,8 +366,7 @@ __global__ void __launch_bounds__(kThreads, 1) layer_epilogue_double_bwd_kernel(
 #pragma unroll
     for (int j = 0; j < K; j++) read_vector<S, V>(a.dot_style[j], vector, S(0), dot_style[j]);
     const LayerDots dots(a);
-    for (int step = 0; step < kPixelsOfBlock / kPixels; step++) {
-      const i64 pixel = start + step * kPixels;
+    for (i64 pixel = start; pixel < start + each; pixel += kPixels) {
       S gu[V], gu_dot[V];
 #pragma unroll
       for (int k = 0; k < V; k++) gu[k] = gu_dot[k] = 0;
@@ -417,32 +412,70 @@ __global__ void __launch_bounds__(kThreads, 1) layer_epilogue_double_bwd_kernel(
       if (a.map) add_to_map(a.map, b * pixels + pixel, gu_dot, chunk == 0, pixel < end);
       if (a.gradient_map) add_to_map(a.gradient_map, b * pixels + pixel, gu, chunk == 0, pixel < end);
     }
-    lane.write(a, shared, part, channel, active);
+    lane.write(a, shared, part, chunk);
   }
 }
 
-// Partial sums to gradients: block row y < 3B makes 32 channels of demod, style0 or style1 of an image, the next one those
-// of the bias, the last one the strength.
+// Adds up slices of `each` parts of an image: image blockIdx.z, slice blockIdx.y, 32 channels. A sum goes to the place of
+// the first part; of the noise's, which is one over channels too, to the first channel of the 32.
 template <typename S>
-__global__ void __launch_bounds__(kThreads) layer_sums_kernel(const LayerEpilogueArgs a) {
+__global__ void __launch_bounds__(kThreads) layer_slices_kernel(const LayerEpilogueArgs a, i64 each) {
+  __shared__ double shared[kLayerSums][kWarps][32];
+  const int side = threadIdx.x % 32, row = threadIdx.x / 32;
+  const i64 parts = layer_parts(a), c = static_cast<i64>(blockIdx.x) * 32 + side;
+  const i64 first = blockIdx.y * each, last = minimum(first + each, parts);
+  const bool wanted[kLayerSums] = {a.grad_demod != nullptr, a.grad_bias != nullptr, a.grad_strength != nullptr,
+                                   a.grad_style[0] != nullptr, a.grad_style[1] != nullptr};
+  S* partials = static_cast<S*>(a.partials) + blockIdx.z * parts * kLayerSums * a.channels;
+  double totals[kLayerSums] = {};
+  if (c < a.channels)
+    for (i64 part = first + row; part < last; part += kWarps)
+#pragma unroll
+      for (int sum = 0; sum < kLayerSums; sum++)
+        if (wanted[sum]) totals[sum] += static_cast<double>(partials[(part * kLayerSums + sum) * a.channels + c]);
+#pragma unroll
+  for (int sum = 0; sum < kLayerSums; sum++) shared[sum][row][side] = totals[sum];
+  __syncthreads();
+  if (row >= kLayerSums) return;  // a warp adds up one of the sums
+  double total = 0;
+  for (int k = 0; k < kWarps; k++) total += shared[row][k][side];
+  S* to = partials + (first * kLayerSums + row) * a.channels + c;
+  if (row != kSumNoise) {
+    if (c < a.channels) *to = static_cast<S>(total);
+    return;
+  }
+  for (int distance = 16; distance > 0; distance /= 2) total += __shfl_xor_sync(0xffffffffu, total, distance);
+  if (side == 0) *to = static_cast<S>(total);
+}
+
+// Sums of parts 0, each, 2 each, ... of the images to gradients: block row y < 3B makes 32 channels of demod, style0 or
+// style1 of an image, the next one those of the bias, the last one the strength, from every `step`th channel.
+template <typename S>
+__global__ void __launch_bounds__(kThreads) layer_sums_kernel(const LayerEpilogueArgs a, i64 each, i64 step) {
   __shared__ double shared[kThreads];
-  const i64 parts = layer_parts(a), y = blockIdx.y;
+  const i64 parts = layer_parts(a), slices = ceil_div(parts, each), y = blockIdx.y;
   const bool one_image = y < 3 * a.batch, whole = y == 3 * a.batch + 1;
   const i64 role = one_image ? y / a.batch : 3;
   const int side = threadIdx.x % 32, row = threadIdx.x / 32;
   const i64 c = static_cast<i64>(blockIdx.x) * 32 + side;
   const int sum = whole ? kSumNoise : role >= 3 ? kSumBias : role == 0 ? kSumDemod : role == 1 ? kSumStyle0 : kSumStyle1;
-  void* to = whole ? a.grad_strength
-                   : role >= 3 ? a.grad_bias : role == 0 ? a.grad_demod : a.grad_style[role == 1 ? 0 : 1];
+  void* to = a.grad_style[1];  // by selection, not by index: arguments have one address for all threads
+  if (role == 0) to = a.grad_demod;
+  if (role == 1) to = a.grad_style[0];
+  if (role == 3) to = whole ? a.grad_strength : a.grad_bias;
   if (!to || (whole && blockIdx.x > 0)) return;
-  const i64 first = one_image ? y % a.batch * parts : 0, last = one_image ? first + parts : a.batch * parts;
+  const i64 first = one_image ? y % a.batch * slices : 0, last = one_image ? first + slices : a.batch * slices;
   const S* partials = static_cast<const S*>(a.partials);
   double total = 0;
-  for (i64 part = first + row; part < last; part += kThreads / 32)
-    for (i64 channel = c; channel < a.channels; channel += 32) {
-      total += static_cast<double>(partials[(part * kLayerSums + sum) * a.channels + channel]);
-      if (!whole) break;
-    }
+  for (i64 i = first + row; i < last; i += kWarps) {
+    const Quotient slice = divide(i, slices);
+    const S* of_part = partials + ((slice.quotient * parts + slice.remainder * each) * kLayerSums + sum) * a.channels;
+    if (whole)
+      for (i64 channel = side * step; channel < a.channels; channel += 32 * step)
+        total += static_cast<double>(of_part[channel]);
+    else if (c < a.channels)
+      total += static_cast<double>(of_part[c]);
+  }
   shared[threadIdx.x] = total;
   for (int half = kThreads / 2; half >= (whole ? 1 : 32); half /= 2) {
     __syncthreads();
@@ -457,10 +490,9 @@ __global__ void __launch_bounds__(kThreads) layer_sums_kernel(const LayerEpilogu
 
 // ---- modulation
 
-constexpr int kImages = 8;                     // whose styles a block holds
-constexpr int kOutputs = kThreads / kImages;   // output channels that it treats at once
-constexpr int kSlice = static_cast<int>(kModulationSlice);
-static_assert(kSlice == 32, "a warp's lanes are the input channels of a slice");
+constexpr int kImages = kWarps;  // that a block treats at once, at most
+constexpr int kStage = 9 * kThreads;  // numbers of the weight that it holds
+static_assert(kStage >= kImages * kThreads, "sums take the same place");
 
 template <typename S>
 __device__ __forceinline__ S sum_of_warp(S value) {
@@ -468,96 +500,100 @@ __device__ __forceinline__ S sum_of_warp(S value) {
   return value;
 }
 
-// How many blocks are done: behind the partial sums, 0 before the launch.
+// styles[b, i] by the affine; `warps` warps make one of them.
 template <typename S>
-__device__ __forceinline__ unsigned* arrivals_of(const ModulationArgs& a) {
-  return reinterpret_cast<unsigned*>(static_cast<S*>(a.partials) + modulation_slices(a.c_in) * a.batch * a.c_out);
-}
-
-// Styles b0 .. b0 + kImages of the block's slice, one dot product a warp.
-template <typename S>
-__device__ __forceinline__ void styles_of_slice(const ModulationArgs& a, i64 b0, S (&styles)[kImages][kSlice]) {
-  const int lane = threadIdx.x % 32;
-  const i64 first = static_cast<i64>(blockIdx.x) * kSlice;
-  for (int j = threadIdx.x / 32; j < kImages * kSlice; j += kThreads / 32) {
-    const int image = j % kImages;
-    const i64 b = b0 + image, i = first + j / kImages;
-    S value = 0;
-    if (b < a.batch && i < a.c_in) {
-      S* style = static_cast<S*>(a.style) + b * a.c_in + i;
-      if (a.affine) {
-        const S* row = static_cast<const S*>(a.affine) + i * a.w_dim;
-        const S* w = static_cast<const S*>(a.w) + b * a.w_stride;
-        for (i64 d = lane; d < a.w_dim; d += 32) value += row[d] * w[d];
-        value = static_cast<S>(a.factor) * sum_of_warp(value) + static_cast<const S*>(a.affine_bias)[i];
-        if (lane == 0) *style = value;
-      } else {
-        value = *style;
-      }
-    }
-    if (lane == 0) styles[image][j / kImages] = value;
+__global__ void __launch_bounds__(kThreads) modulation_styles_kernel(const ModulationArgs a, S* styles, int warps) {
+  __shared__ S shared[kWarps];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = warp % warps;
+  const Quotient place = divide((static_cast<i64>(blockIdx.x) * kWarps + warp) / warps, a.batch);
+  const i64 i = place.quotient, b = place.remainder;
+  S value = 0;
+  if (i < a.c_in) {
+    const S* row = static_cast<const S*>(a.affine) + i * a.w_dim;
+    const S* w = static_cast<const S*>(a.w) + b * a.w_stride;
+    for (i64 d = part * 32 + lane; d < a.w_dim; d += 32 * warps) value += row[d] * w[d];
   }
+  value = sum_of_warp(value);
+  if (lane == 0) shared[warp] = value;
+  __syncthreads();
+  if (lane > 0 || part > 0 || i >= a.c_in) return;
+  for (int k = 1; k < warps; k++) value += shared[warp + k];
+  styles[b * a.c_in + i] = static_cast<S>(a.factor) * value + static_cast<const S*>(a.affine_bias)[i];
 }
 
-// One block: a slice of the input channels, their part of every sum. The block that comes last adds the parts up, slice by
-// slice, and normalizes.
-template <typename S>
-__global__ void __launch_bounds__(kThreads) modulation_fwd_kernel(const ModulationArgs a) {
-  __shared__ S styles[kImages][kSlice], energies[kOutputs][kSlice + 1];
-  __shared__ bool last;
+// What `combine` makes of all threads' values[j], in warp j. `shared` has kImages x kThreads places.
+template <typename S, typename F>
+__device__ __forceinline__ S of_block(S* shared, const S (&values)[kImages], int images, const F& combine) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const i64 in = static_cast<i64>(blockIdx.x) * kSlice + lane;
-  for (i64 b0 = 0; b0 < a.batch; b0 += kImages) {
-    styles_of_slice(a, b0, styles);
-    for (i64 o0 = 0; o0 < a.c_out; o0 += kOutputs) {
-      for (int r = warp; r < kOutputs; r += kThreads / 32) {
-        const i64 o = o0 + r;
-        S energy = 0;
-        if (o < a.c_out && in < a.c_in) {
-          const S* weight = static_cast<const S*>(a.weight) + (o * a.c_in + in) * a.taps;
-          for (i64 k = 0; k < a.taps; k++) energy += weight[k] * weight[k];
-          if (b0 == 0) static_cast<S*>(a.energy)[o * a.c_in + in] = energy;
-        }
-        energies[r][lane] = energy;
+  __syncthreads();
+#pragma unroll
+  for (int j = 0; j < kImages; j++)
+    if (j < images) shared[j * kThreads + threadIdx.x] = values[j];
+  __syncthreads();
+  if (warp >= images) return S(0);
+  S value = shared[warp * kThreads + lane];
+  for (int k = 1; k < kWarps; k++) value = combine(value, shared[warp * kThreads + k * 32 + lane]);
+  for (int distance = 16; distance > 0; distance /= 2)
+    value = combine(value, __shfl_xor_sync(0xffffffffu, value, distance));
+  return value;
+}
+
+// One block: output channel blockIdx.x of the images from blockIdx.y * images on. A thread sums over every kThreads-th
+// input channel, a warp finishes an image. `styles` are not normalized; block x normalizes some of them.
+template <typename S>
+__global__ void __launch_bounds__(kThreads) modulation_fwd_kernel(const ModulationArgs a, const S* styles, int images) {
+  __shared__ S shared[kStage];
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const i64 o = blockIdx.x, b0 = static_cast<i64>(blockIdx.y) * images, c_in = a.c_in;
+  const int here = static_cast<int>(minimum<i64>(images, a.batch - b0));
+  const i64 channels = maximum<i64>(1, minimum<i64>(kThreads, kStage / maximum<i64>(a.taps, 1)));
+  S sums[kImages];
+#pragma unroll
+  for (int j = 0; j < kImages; j++) sums[j] = 0;
+  for (i64 first = 0; first < c_in && o < a.c_out; first += channels) {
+    const i64 count = minimum(channels, c_in - first), i = first + thread;
+    S energy = 0;
+    for (i64 tap = 0; tap < a.taps; tap += kStage) {  // more than one round only for a single channel
+      const i64 length = minimum<i64>(a.taps - tap, kStage);
+      const S* weight = static_cast<const S*>(a.weight) + (o * c_in + first) * a.taps + tap;
+      __syncthreads();
+      for (i64 e = thread; e < count * length; e += kThreads) shared[e] = weight[e];
+      __syncthreads();
+      if (thread < count)
+        for (i64 k = 0; k < length; k++) energy += shared[thread * length + k] * shared[thread * length + k];
+    }
+    if (thread >= count) continue;
+    if (blockIdx.y == 0) static_cast<S*>(a.energy)[o * c_in + i] = energy;
+#pragma unroll
+    for (int j = 0; j < kImages; j++)
+      if (j < here) {
+        const S style = styles[(b0 + j) * c_in + i];
+        sums[j] += style * style * energy;
       }
-      __syncthreads();
-      const int image = threadIdx.x / kOutputs, r = threadIdx.x % kOutputs;
-      S sum = 0;
-#pragma unroll 8
-      for (int i = 0; i < kSlice; i++) sum += styles[image][i] * styles[image][i] * energies[r][i];
-      if (b0 + image < a.batch && o0 + r < a.c_out)
-        static_cast<S*>(a.partials)[(blockIdx.x * a.batch + b0 + image) * a.c_out + o0 + r] = sum;
-      __syncthreads();
+  }
+  const S sum = of_block(shared, sums, here, [](S x, S y) { return x + y; });
+  S scale = 1;
+  if (a.scale) {
+    S largest[kImages];
+#pragma unroll
+    for (int j = 0; j < kImages; j++) {
+      largest[j] = static_cast<S>(a.tiny);
+      for (i64 i = thread; j < here && i < c_in; i += kThreads) {
+        const S value = styles[(b0 + j) * c_in + i];
+        largest[j] = maximum_or_nan(largest[j], value < S(0) ? -value : value);
+      }
     }
-    __syncthreads();
+    scale = S(1) / of_block(shared, largest, here, [](S x, S y) { return maximum_or_nan(x, y); });
   }
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) last = atomicAdd(arrivals_of<S>(a), 1u) + 1 == gridDim.x;
-  __syncthreads();
-  if (!last) return;
-  __threadfence();
-  for (i64 b = warp; a.scale && b < a.batch; b += kThreads / 32) {
-    S* style = static_cast<S*>(a.style) + b * a.c_in;
-    S largest = static_cast<S>(a.tiny);
-    for (i64 i = lane; i < a.c_in; i += 32) {
-      const S value = __ldcg(style + i);
-      largest = maximum_or_nan(largest, value < S(0) ? -value : value);
-    }
-    for (int distance = 16; distance > 0; distance /= 2)
-      largest = maximum_or_nan(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
-    const S scale = S(1) / largest;
-    for (i64 i = lane; i < a.c_in; i += 32) style[i] = scale * __ldcg(style + i);
-    if (lane == 0) static_cast<S*>(a.scale)[b] = scale;
+  if (warp >= here) return;
+  const i64 b = b0 + warp;
+  if (a.scale) {
+    for (i64 i = blockIdx.x * 32 + lane; i < c_in; i += gridDim.x * 32)
+      static_cast<S*>(a.style)[b * c_in + i] = scale * styles[b * c_in + i];
+    if (lane == 0 && blockIdx.x == 0) static_cast<S*>(a.scale)[b] = scale;
   }
-  __syncthreads();
-  for (i64 e = threadIdx.x; e < a.batch * a.c_out; e += kThreads) {
-    S sum = 0;
-    for (i64 slice = 0; slice < gridDim.x; slice++)
-      sum += __ldcg(static_cast<const S*>(a.partials) + slice * a.batch * a.c_out + e);
-    const S scale = a.scale ? static_cast<const S*>(a.scale)[divide(e, a.c_out).quotient] : S(1);
-    static_cast<S*>(a.demod)[e] = S(1) / sqrt(scale * sum * scale + static_cast<S>(a.epsilon));
-  }
+  if (lane == 0 && o < a.c_out)
+    static_cast<S*>(a.demod)[b * a.c_out + o] = S(1) / sqrt(scale * sum * scale + static_cast<S>(a.epsilon));
 }
 
 // Twice the gradient to demod^-2: demod = (...)^(-1/2).
@@ -673,14 +709,51 @@ void launch_double_bwd(const LayerEpilogueArgs& a, cudaStream_t stream) {
   layer_epilogue_double_bwd_kernel<T, V, K><<<grid, kThreads, 0, stream>>>(a);
 }
 
+// Partial sums of a kind up to which one step adds them up: more launches take longer than what they save.
+constexpr i64 kFewSums = 32768;
+
+template <typename S>
 void launch_sums(const LayerEpilogueArgs& a, cudaStream_t stream) {
   if (a.channels == 0) return;
-  const dim3 grid(grid_size("layer_epilogue", ceil_div(a.channels, 32)),
-                  grid_size("layer_epilogue", 3 * a.batch + 2, 65535));
+  const i64 parts = layer_epilogue_parts_cuda(a.height, a.width, a.taps != nullptr), groups = ceil_div(a.channels, 32);
+  i64 each = 1, step = 1;
+  if (a.batch * parts * a.channels > kFewSums) {
+    const Slices slices = slices_of(parts, groups * a.batch);
+    const dim3 grid(grid_size("layer_epilogue", groups), grid_size("layer_epilogue", slices.count, 65535),
+                    grid_size("layer_epilogue", a.batch, 65535));
+    layer_slices_kernel<S><<<grid, kThreads, 0, stream>>>(a, slices.each);
+    each = slices.each;
+    step = 32;
+  }
+  const dim3 grid(grid_size("layer_epilogue", groups), grid_size("layer_epilogue", 3 * a.batch + 2, 65535));
+  layer_sums_kernel<S><<<grid, kThreads, 0, stream>>>(a, each, step);
+}
+
+void launch_sums(const LayerEpilogueArgs& a, cudaStream_t stream) {
   if (a.dtype == DType::f64)
-    layer_sums_kernel<double><<<grid, kThreads, 0, stream>>>(a);
+    launch_sums<double>(a, stream);
   else
-    layer_sums_kernel<float><<<grid, kThreads, 0, stream>>>(a);
+    launch_sums<float>(a, stream);
+}
+
+template <typename S>
+void launch_modulation(const ModulationArgs& a, cudaStream_t stream) {
+  S* styles = static_cast<S*>(a.scale ? a.partials : a.style);
+  if (a.affine) {
+    const i64 dots = a.batch * a.c_in;
+    int warps = 1;
+    while (warps < kWarps && dots * warps < kFill * kWarps) warps *= 2;
+    const unsigned grid = grid_size("modulation_fwd", ceil_div(dots * warps, kWarps));
+    modulation_styles_kernel<S><<<grid, kThreads, 0, stream>>>(a, styles, warps);
+  } else if (a.scale) {
+    const auto size = static_cast<size_t>(a.batch * a.c_in) * sizeof(S);
+    cudaMemcpyAsync(styles, a.style, size, cudaMemcpyDeviceToDevice, stream);
+  }
+  int images = kImages;
+  while (images > 1 && a.c_out * ceil_div(a.batch, images) < kFill) images /= 2;
+  const dim3 grid(grid_size("modulation_fwd", maximum<i64>(1, a.c_out)),
+                  grid_size("modulation_fwd", ceil_div(a.batch, images), 65535));
+  modulation_fwd_kernel<S><<<grid, kThreads, 0, stream>>>(a, styles, images);
 }
 
 // Calls f<T, V, K>: V is `vector` where channels and addresses allow, else 1, and for fp64, which is for tests, always 1.
@@ -740,17 +813,13 @@ void layer_epilogue_double_bwd_cuda(const LayerEpilogueArgs& a, uintptr_t stream
 }
 
 void modulation_fwd_cuda(const ModulationArgs& a, uintptr_t stream) {
-  if (a.partials == nullptr) throw std::runtime_error("modulation_fwd: the GPU needs partials");
+  if (a.scale && a.partials == nullptr) throw std::runtime_error("modulation_fwd: the GPU needs partials for a scale");
+  if (a.batch == 0) return;
   const auto cuda_stream = reinterpret_cast<cudaStream_t>(stream);
-  const i64 slices = modulation_slices(a.c_in), size = size_of(a.dtype);
-  char* arrivals = static_cast<char*>(a.partials) + slices * a.batch * a.c_out * size;
-  if (cudaMemsetAsync(arrivals, 0, sizeof(unsigned), cuda_stream) == cudaSuccess) {
-    const unsigned grid = grid_size("modulation_fwd", slices);
-    if (a.dtype == DType::f64)
-      modulation_fwd_kernel<double><<<grid, kThreads, 0, cuda_stream>>>(a);
-    else
-      modulation_fwd_kernel<float><<<grid, kThreads, 0, cuda_stream>>>(a);
-  }
+  if (a.dtype == DType::f64)
+    launch_modulation<double>(a, cuda_stream);
+  else
+    launch_modulation<float>(a, cuda_stream);
   check_launch("modulation_fwd", sizes_of(a));
 }
 

@@ -59,7 +59,7 @@ struct ModulationArgs {
   void* scale;              // [B]; fwd: out, bwd: in; null: not normalized
   void* energy;             // [O, I]; fwd: out, bwd: in
   void* demod;              // [B, O]; fwd: out, bwd: in
-  void* partials;           // fwd on the GPU: scratch of modulation_partials()
+  void* partials;           // fwd on the GPU, with a scale: scratch of modulation_partials()
 
   const void* grad_demod;       // bwd: [B, O]
   const void* grad_weight;      // bwd: [O, I, K], what else arrives at the weight, with strides; null: nothing
@@ -83,21 +83,21 @@ constexpr i64 kLayerRows = 32;
 
 EPIGRAF_HD i64 layer_epilogue_blocks(i64 height, bool blur) { return ceil_div(height + (blur ? 1 : 0), kLayerRows); }
 
-// Parts of an image on the GPU: with the blur, blocks of rows cut into so many columns; without, so many pixels.
-constexpr i64 kLayerColumns = 29, kLayerPixels = 256;
+// Parts of an image on the GPU: with the blur, blocks of rows cut into so many columns; without, at least so many pixels,
+// and at most so many parts.
+constexpr i64 kLayerColumns = 29, kLayerPixels = 256, kLayerParts = 256;
+
+EPIGRAF_HD i64 layer_epilogue_pixels_cuda(i64 pixels) {
+  return kLayerPixels * maximum<i64>(1, ceil_div(pixels, kLayerPixels * kLayerParts));
+}
 
 EPIGRAF_HD i64 layer_epilogue_parts_cuda(i64 height, i64 width, bool blur) {
   if (blur) return ceil_div(height + 1, kLayerRows) * ceil_div(width + 1, kLayerColumns);
-  return ceil_div(height * width, kLayerPixels);
+  return ceil_div(height * width, layer_epilogue_pixels_cuda(height * width));
 }
 
-// On the GPU a block takes so many input channels.
-constexpr i64 kModulationSlice = 32;
-
-EPIGRAF_HD i64 modulation_slices(i64 c_in) { return ceil_div(c_in, kModulationSlice); }
-
-// Numbers of `partials`: the blocks' parts of every sum, and room to count the blocks that are done.
-EPIGRAF_HD i64 modulation_partials(i64 batch, i64 c_out, i64 c_in) { return modulation_slices(c_in) * batch * c_out + 1; }
+// Numbers of `partials`: the styles before they are normalized.
+EPIGRAF_HD i64 modulation_partials(i64 batch, i64 c_in) { return batch * c_in; }
 
 template <typename S>
 struct LeakyClamp {

@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 from torch import Tensor
 
 from .. import resources_cuda
 from . import Counts, Program
-from .csrc_host import CSRC, Launch, launch_emulated, recorded
+from .csrc_host import CSRC, Launch, launch_emulated, module, recorded
+from .parse import Entry
+
+
+class Compiled(NamedTuple):
+    """A launch that a GPU would be given, with the kernel's PTX and the tensors that it may touch."""
+
+    kernel: str  # as in C++, without arguments
+    entry: Entry
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    params: bytes
+    tensors: dict[str, Tensor]
 
 
 @functools.cache
@@ -49,8 +63,7 @@ def launch_compiled(
     Returns:
         The kernels that were launched, by their mangled names, and what each of them did.
     """
-    names = argument_names(name)
-    memory = {names[i]: x for i, x in enumerate(tensors) if x is not None}
+    memory = _named(name, tensors)
     made = []
 
     def run(launch: Launch) -> None:
@@ -62,6 +75,44 @@ def launch_compiled(
     with recorded(run):
         launch_emulated(name, tensors, *numbers)
     return made
+
+
+def _named(name: str, tensors: Sequence[Tensor | None]) -> dict[str, Tensor]:
+    names = argument_names(name)
+    return {names[i]: x.detach() for i, x in enumerate(tensors) if x is not None}
+
+
+@contextmanager
+def forwarded(arch: int, run: Callable[[Compiled], None]) -> Iterator[None]:
+    """In this block the ops' backend cpu launches csrc's kernels, and their launches go to `run` instead of being run.
+
+    Raises:
+        RuntimeError: The emulated launchers cannot be built, or a compiler for the architecture is missing.
+    """
+    from epigraf_fast.ops import native
+
+    extension = module()
+    if isinstance(extension, str):
+        raise RuntimeError(f"csrc for sm_{arch}: {extension}")
+    found = entries(arch)
+
+    def launch(name: str, tensors: Sequence[Tensor | None], *numbers: float) -> None:
+        memory = _named(name, tensors)
+
+        def forward(one: Launch) -> None:
+            entry = _program(found[one.kernel]).entries[one.kernel]
+            (kernel,) = resources_cuda.demangled([one.kernel])
+            run(Compiled(kernel, entry, one.grid, one.block, one.params, memory))
+
+        with recorded(forward):
+            launch_emulated(name, tensors, *numbers)
+
+    with (
+        mock.patch.object(native, "extension", return_value=extension),
+        mock.patch.object(native, "launch", launch),
+        mock.patch.object(native, "on_gpu", return_value=True),
+    ):
+        yield
 
 
 @functools.cache

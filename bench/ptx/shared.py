@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .faults import Fault, Misaligned, OutOfRange, Uninitialized
+from .faults import Misaligned, OutOfRange, Uninitialized
 from .memory import check_stored, filled, like_places
 from .races import Shadow, places_of
 
@@ -223,7 +223,7 @@ class ParameterMemory:
         count: int,
     ) -> tuple[np.ndarray, ...]:
         if address.size != 1:
-            raise Fault(f"parameters at addresses that threads do not share are not supported; {site}")
+            return self._gather(site, active, address + offset, size, count)
         start = int(address[0, 0]) + offset
         if (start, size, count) not in self.loaded:
             if start < 0 or start + size * count > len(self.bytes):
@@ -233,3 +233,20 @@ class ParameterMemory:
             values = self.bytes[start : start + size * count].view(f"u{size}")
             self.loaded[start, size, count] = tuple(values[i : i + 1].reshape(1, 1) for i in range(count))
         return self.loaded[start, size, count]
+
+    def _gather(
+        self, site: Instruction, active: np.ndarray | None, starts: np.ndarray, size: int, count: int
+    ) -> tuple[np.ndarray, ...]:
+        """Of threads that do not share an address; 0 for those that take no part."""
+        starts = starts.astype("i8")
+        taking = np.broadcast_to(True if active is None else active, starts.shape)
+        for start in np.unique(starts[taking]):
+            if start < 0 or start + size * count > len(self.bytes):
+                raise OutOfRange(f"{size * count} bytes at {start} of {len(self.bytes)} bytes of parameters; {site}")
+            if start % (size * count):
+                raise Misaligned(f"{size * count} bytes at {start} of the parameters; {site}")
+        places = np.where(taking, starts, 0)[..., None] + np.arange(size)
+        return tuple(
+            np.where(taking, self.bytes[np.where(taking[..., None], places + i * size, 0)].view(f"u{size}")[..., 0], 0)
+            for i in range(count)
+        )

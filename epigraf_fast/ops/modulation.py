@@ -47,10 +47,9 @@ class Modulating:
         style, demod, scale, energy = outputs
         if matrix is None and normalize:
             style.copy_(source)
-        batch, (c_out, c_in) = len(source), weight.shape[:2]
-        partials = None
-        if native.on_gpu(weight):
-            partials = source.new_empty(native.extension().modulation_partials(batch, c_out, c_in))
+        batch, partials = len(source), None
+        if normalize and native.on_gpu(weight):
+            partials = source.new_empty(native.extension().modulation_partials(batch, weight.shape[1]))
         tensors = weight, source if matrix is not None else None, matrix, bias, source if style is None else style
         numbers = DEMODULATION_EPSILON, factor, torch.finfo(weight.dtype).tiny, source.shape[1], source.stride(0)
         sizes = _modulation_sizes(weight, batch)

@@ -89,6 +89,27 @@ def test_parameters() -> None:
     assert out.tolist() == [7 + (8 << 32), int(np.float32(1.5).view("u4")), -9]
 
 
+def test_parameters_that_threads_choose() -> None:
+    """Odd threads read the second of two numbers; those from 4 on do not read."""
+    text = """
+    .reg .pred p; .reg .b64 a, out; .reg .b32 t, odd, x;
+    mov.u32 t, %tid.x; and.b32 odd, t, 1; mov.b64 a, s; mad.wide.u32 a, odd, 4, a;
+    mov.u32 x, 7; setp.lt.u32 p, t, 4; @p ld.param.u32 x, [a];
+    ld.param.u64 out, [y]; mad.wide.u32 out, t, 4, out; st.global.u32 [out], x;
+    ret;
+    """
+    import struct
+
+    from bench.ptx import Program
+    from ptx_snippets import kernel
+
+    y = torch.zeros(32, dtype=torch.int32)
+    program = Program(kernel(text, params=".param .align 8 .b8 s[8], .param .u64 y"))
+    buffer = struct.pack("<IIQ", 5, 6, y.data_ptr())
+    program.launch("k", grid=(1, 1, 1), block=(32, 1, 1), params=buffer, tensors={"y": y})
+    assert y.tolist() == [5, 6, 5, 6] + [7] * 28
+
+
 def test_shared_and_local_memory() -> None:
     y = torch.zeros(64, dtype=torch.int32)
     text = """
