@@ -95,39 +95,24 @@ def _give_vector(vector_ptr, x, SIZE: tl.constexpr, BLOCK: tl.constexpr, OWN: tl
 
 
 @triton.jit
-def _coordinate(
-    origins_ptr, directions_ptr, ray, t, inverse_cube_scale, valid, AXIS: tl.constexpr, VOLATILE: tl.constexpr
-):
-    coordinate = tl.load(origins_ptr + ray * 3 + AXIS, mask=valid, other=0.0, volatile=VOLATILE)
+def _coordinate(origins_ptr, directions_ptr, ray, t, inverse_cube_scale, valid, AXIS: tl.constexpr):
+    coordinate = tl.load(origins_ptr + ray * 3 + AXIS, mask=valid, other=0.0)
     if directions_ptr is not None:
-        coordinate += t * tl.load(directions_ptr + ray * 3 + AXIS, mask=valid, other=0.0, volatile=VOLATILE)
+        coordinate += t * tl.load(directions_ptr + ray * 3 + AXIS, mask=valid, other=0.0)
     return coordinate * inverse_cube_scale
 
 
 @triton.jit
-def _points(
-    origins_ptr,
-    directions_ptr,
-    t_ptr,
-    inverse_cube_scale,
-    image,
-    n,
-    num_points,
-    samples,
-    VOLATILE: tl.constexpr = False,
-):
-    """The coordinates of points n of an image, sample n % samples of ray n // samples, and which of them exist.
-
-    VOLATILE reads them from memory whether or not they have been read before.
-    """
+def _points(origins_ptr, directions_ptr, t_ptr, inverse_cube_scale, image, n, num_points, samples):
+    """The coordinates of points n of an image, sample n % samples of ray n // samples, and which of them exist."""
     valid = n < num_points
     ray = image * (num_points // samples) + n // samples
     t = 0.0
     if t_ptr is not None:
-        t = tl.load(t_ptr + image * num_points + n, mask=valid, other=0.0, volatile=VOLATILE)
-    p0 = _coordinate(origins_ptr, directions_ptr, ray, t, inverse_cube_scale, valid, 0, VOLATILE)
-    p1 = _coordinate(origins_ptr, directions_ptr, ray, t, inverse_cube_scale, valid, 1, VOLATILE)
-    p2 = _coordinate(origins_ptr, directions_ptr, ray, t, inverse_cube_scale, valid, 2, VOLATILE)
+        t = tl.load(t_ptr + image * num_points + n, mask=valid, other=0.0)
+    p0 = _coordinate(origins_ptr, directions_ptr, ray, t, inverse_cube_scale, valid, 0)
+    p1 = _coordinate(origins_ptr, directions_ptr, ray, t, inverse_cube_scale, valid, 1)
+    p2 = _coordinate(origins_ptr, directions_ptr, ray, t, inverse_cube_scale, valid, 2)
     return p0, p1, p2, valid
 
 
@@ -297,10 +282,6 @@ def _decode_triplane_bwd_kernel(
             # Selected, so that lanes which hold the same sum hold the same rounding of it: see `composite`.
             grad_b0 += tl.sum(tl.where(valid[None, :], grad_before, 0.0), axis=1)
         if grad_planes_ptr is not None:
-            # Read again, so that the twelve taps are worked out anew and not kept in registers all along.
-            p0, p1, p2, valid = _points(
-                origins_ptr, directions_ptr, t_ptr, inverse_cube_scale, image, n, num_points, samples, VOLATILE=True
-            )
             scatter_gradient(
                 grad_planes_ptr + image * height * width * (3 * CHANNELS),
                 scale_ptr,
