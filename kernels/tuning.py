@@ -48,9 +48,9 @@ def _plan(*configs: tuple[int | None, ...]) -> Plan:
     return tuple(Config(*config) for config in configs)
 
 
-# (kernel, size, bytes of a texel) -> oldest architecture -> plans, the default first. With sixteen points a warp a thread
-# holds half of a point's channels, and only two threads work out the same taps. The backward has two launches by default:
-# that to planes, 64 points for 8 warps, keeps 24 warps on a multiprocessor, on sm_90 32.
+# (kernel, size, bytes of a texel) -> oldest architecture -> plans, the default first. With sixteen points a warp a
+# thread holds half of a point's channels, and only two threads work out the same taps. The backward has two launches by
+# default: that to planes, 64 points for 8 warps, keeps 24 warps on a multiprocessor, on sm_90 32.
 PLANS: dict[tuple[str, str, int], dict[int, tuple[Plan, ...]]] = {
     ("sample_fwd", "any", 4): {
         70: (_plan((32, 4)), _plan((64, 4)), _plan((128, 8))),
