@@ -147,7 +147,7 @@ def _uniform(*shape: int, seed: int) -> Tensor:
 
 
 def triton_cases(arch: int) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """A kernel's name, and a call of its launcher."""
+    """The names of one kernel or more, and a call of their launcher."""
     from epigraf_fast.kernels import composite, cut, decode_triplane, sample_importance, sample_triplane
 
     cpu, seed = torch.device("cpu"), torch.tensor([7])
@@ -171,7 +171,7 @@ def triton_cases(arch: int) -> Iterator[tuple[str, Callable[[], Any]]]:
     rays = planes, origins, directions, depths
     yield "decode_triplane_fwd_kernel", lambda: decode_triplane.fwd(*rays, *network, arch=arch)
     yield (
-        "decode_triplane_bwd_kernel",
+        "decode_triplane_bwd_kernel, decode_triplane_scatter_kernel",
         lambda: decode_triplane.bwd(_draw(2, 27, 3, 4, seed=15), *rays, *network[:3], arch=arch),
     )
 

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .sample_triplane import (
+    adds_vectors,
     fixed_point_scale,
     from_fixed_point,
     gather_features,
@@ -42,7 +43,11 @@ SQRT_2 = tl.constexpr(2**0.5)
 @triton.jit
 def _dot(a, b, PRECISION: tl.constexpr):
     """a @ b in fp32, the operands rounded as PRECISION says."""
-    if PRECISION == "fp16":
+    if PRECISION == "ieee":
+        # Without tensor cores lanes lie along the columns of what is multiplied, and read the second operand without
+        # conflicts where its rows are contiguous: hidden units are the columns here.
+        product = tl.trans(tl.dot(tl.trans(b), tl.trans(a), input_precision="ieee"))
+    elif PRECISION == "fp16":
         product = tl.dot(a.to(tl.float16), b.to(tl.float16))
     else:
         product = tl.dot(a, b, input_precision=PRECISION)
@@ -55,6 +60,26 @@ def _load_matrix(matrix_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_R:
     r, k = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K)
     mask = (r < ROWS)[:, None] & (k < COLUMNS)[None, :]
     return tl.load(matrix_ptr + r[:, None] * COLUMNS + k[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_operand(
+    matrix_ptr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The same for the first operand of `_dot`; where that wants it, so that rows lie side by side in shared memory."""
+    if PRECISION == "ieee":
+        r, k = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K)
+        mask = (k < COLUMNS)[:, None] & (r < ROWS)[None, :]
+        pointers = tl.max_contiguous(matrix_ptr + r[None, :] * COLUMNS + k[:, None], [1, 1])
+        matrix = tl.trans(tl.load(pointers, mask=mask, other=0.0).to(tl.float32))
+    else:
+        matrix = _load_matrix(matrix_ptr, ROWS, COLUMNS, BLOCK_R, BLOCK_K)
+    return matrix
 
 
 @triton.jit
@@ -95,39 +120,24 @@ def _give_vector(vector_ptr, x, SIZE: tl.constexpr, BLOCK: tl.constexpr, OWN: tl
 
 
 @triton.jit
-def _coordinate(
-    origins_ptr, directions_ptr, ray, t, inverse_cube_scale, valid, AXIS: tl.constexpr, VOLATILE: tl.constexpr
-):
-    coordinate = tl.load(origins_ptr + ray * 3 + AXIS, mask=valid, other=0.0, volatile=VOLATILE)
+def _coordinate(origins_ptr, directions_ptr, ray, t, inverse_cube_scale, valid, AXIS: tl.constexpr):
+    coordinate = tl.load(origins_ptr + ray * 3 + AXIS, mask=valid, other=0.0)
     if directions_ptr is not None:
-        coordinate += t * tl.load(directions_ptr + ray * 3 + AXIS, mask=valid, other=0.0, volatile=VOLATILE)
+        coordinate += t * tl.load(directions_ptr + ray * 3 + AXIS, mask=valid, other=0.0)
     return coordinate * inverse_cube_scale
 
 
 @triton.jit
-def _points(
-    origins_ptr,
-    directions_ptr,
-    t_ptr,
-    inverse_cube_scale,
-    image,
-    n,
-    num_points,
-    samples,
-    VOLATILE: tl.constexpr = False,
-):
-    """The coordinates of points n of an image, sample n % samples of ray n // samples, and which of them exist.
-
-    VOLATILE reads them from memory whether or not they have been read before.
-    """
+def _points(origins_ptr, directions_ptr, t_ptr, inverse_cube_scale, image, n, num_points, samples):
+    """The coordinates of points n of an image, sample n % samples of ray n // samples, and which of them exist."""
     valid = n < num_points
     ray = image * (num_points // samples) + n // samples
     t = 0.0
     if t_ptr is not None:
-        t = tl.load(t_ptr + image * num_points + n, mask=valid, other=0.0, volatile=VOLATILE)
-    p0 = _coordinate(origins_ptr, directions_ptr, ray, t, inverse_cube_scale, valid, 0, VOLATILE)
-    p1 = _coordinate(origins_ptr, directions_ptr, ray, t, inverse_cube_scale, valid, 1, VOLATILE)
-    p2 = _coordinate(origins_ptr, directions_ptr, ray, t, inverse_cube_scale, valid, 2, VOLATILE)
+        t = tl.load(t_ptr + image * num_points + n, mask=valid, other=0.0)
+    p0 = _coordinate(origins_ptr, directions_ptr, ray, t, inverse_cube_scale, valid, 0)
+    p1 = _coordinate(origins_ptr, directions_ptr, ray, t, inverse_cube_scale, valid, 1)
+    p2 = _coordinate(origins_ptr, directions_ptr, ray, t, inverse_cube_scale, valid, 2)
     return p0, p1, p2, valid
 
 
@@ -191,14 +201,35 @@ def _decode_triplane_fwd_kernel(
         BLOCK_C,
         UNIT,
     )
-    w0 = _load_matrix(w0_ptr, HIDDEN, CHANNELS, BLOCK_H, BLOCK_C)
-    w1 = _load_matrix(w1_ptr, OUT, HIDDEN, BLOCK_O, BLOCK_H)
-    before = _dot(w0, tl.trans(features), PRECISION) + _load_vector(b0_ptr, HIDDEN, BLOCK_H)[:, None]
+    features = tl.reshape(tl.permute(features, (0, 2, 1)), BLOCK_C, BLOCK_N)
+    w0 = _load_operand(w0_ptr, HIDDEN, CHANNELS, BLOCK_H, BLOCK_C, PRECISION)
+    w1 = _load_operand(w1_ptr, OUT, HIDDEN, BLOCK_O, BLOCK_H, PRECISION)
+    before = _dot(w0, features, PRECISION) + _load_vector(b0_ptr, HIDDEN, BLOCK_H)[:, None]
     hidden = before * tl.where(before > 0, SQRT_2, 0.2 * SQRT_2)
     y = _dot(w1, hidden, PRECISION) + _load_vector(b1_ptr, OUT, BLOCK_O)[:, None]
     o = tl.arange(0, BLOCK_O)
     mask = (o < OUT)[:, None] & valid[None, :]
     tl.store(y_ptr + o[:, None] + ((image * num_points + n) * OUT)[None, :], y, mask=mask)
+
+
+@triton.jit
+def _pack_signs(before, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Which of before [BLOCK_H, BLOCK_N] are positive: 16-bit words [BLOCK_H / 16, BLOCK_N], hidden unit after unit."""
+    words = tl.reshape((before > 0).to(tl.int32), BLOCK_H // 16, 16, BLOCK_N) << tl.arange(0, 16)[None, :, None]
+    return tl.sum(words, axis=1).to(tl.int16)
+
+
+@triton.jit
+def _slopes(words, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr):
+    """lrelu' of what `_pack_signs` gave, [BLOCK_H, BLOCK_N]."""
+    positive = (words.to(tl.int32)[:, None, :] >> tl.arange(0, 16)[None, :, None]) & 1
+    return tl.reshape(tl.where(positive != 0, SQRT_2, 0.2 * SQRT_2), BLOCK_H, BLOCK_N)
+
+
+@triton.jit
+def _word_pointers(signs_ptr, point, BLOCK_H: tl.constexpr):
+    """Where the words of points lie, [BLOCK_H / 16, BLOCK_N]."""
+    return signs_ptr + (point * (BLOCK_H // 16))[None, :] + tl.arange(0, BLOCK_H // 16)[:, None]
 
 
 @triton.jit
@@ -214,6 +245,7 @@ def _decode_triplane_bwd_kernel(
     grad_planes_ptr,
     scale_ptr,
     grad_network_ptr,
+    signs_ptr,
     inverse_cube_scale,
     num_points,
     samples,
@@ -237,6 +269,7 @@ def _decode_triplane_bwd_kernel(
     UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
     DETERMINISTIC: tl.constexpr,
+    VECTORS: tl.constexpr,
 ):
     """With h = w0 feature + b0, y = w1 lrelu(h) + b1, features and h computed again:
 
@@ -251,7 +284,7 @@ def _decode_triplane_bwd_kernel(
     """
     image, first = image_and_point(num_points, BLOCK_N * TILES)
     row_start, column_start = region_start(first_ptr, image)
-    w0 = _load_matrix(w0_ptr, HIDDEN, CHANNELS, BLOCK_H, BLOCK_C)
+    w0 = _load_operand(w0_ptr, HIDDEN, CHANNELS, BLOCK_H, BLOCK_C, PRECISION)
     b0 = _load_vector(b0_ptr, HIDDEN, BLOCK_H)
     w1 = _load_matrix(w1_ptr, OUT, HIDDEN, BLOCK_O, BLOCK_H)
     o = tl.arange(0, BLOCK_O)
@@ -283,28 +316,29 @@ def _decode_triplane_bwd_kernel(
             BLOCK_C,
             UNIT,
         )
+        features = tl.reshape(tl.permute(features, (0, 2, 1)), BLOCK_C, BLOCK_N)
         mask = valid[:, None] & (o < OUT)[None, :]
         grad_y_pointers = grad_y_ptr + ((image * num_points + n) * OUT)[:, None] + o[None, :]
         grad_y = tl.load(grad_y_pointers, mask=mask, other=0.0).to(tl.float32)
 
-        before = _dot(w0, tl.trans(features), PRECISION) + b0[:, None]
+        before = _dot(w0, features, PRECISION) + b0[:, None]
+        if signs_ptr is not None:
+            words = _pack_signs(before, BLOCK_H, BLOCK_N)
+            tl.store(_word_pointers(signs_ptr, image * num_points + n, BLOCK_H), words, mask=valid[None, :])
         slope = tl.where(before > 0, SQRT_2, 0.2 * SQRT_2)
         grad_before = _dot(tl.trans(w1), tl.trans(grad_y), PRECISION) * slope
         if grad_network_ptr is not None:
             grad_w1 += _dot(before * slope, grad_y, PRECISION)
             grad_b1 += tl.sum(grad_y, axis=0)
-            grad_w0 += _dot(grad_before, features, PRECISION)
+            grad_w0 += _dot(grad_before, tl.trans(features), PRECISION)
             # Selected, so that lanes which hold the same sum hold the same rounding of it: see `composite`.
             grad_b0 += tl.sum(tl.where(valid[None, :], grad_before, 0.0), axis=1)
         if grad_planes_ptr is not None:
-            # Read again, so that the twelve taps are worked out anew and not kept in registers all along.
-            p0, p1, p2, valid = _points(
-                origins_ptr, directions_ptr, t_ptr, inverse_cube_scale, image, n, num_points, samples, VOLATILE=True
-            )
+            grad_features = _dot(tl.trans(w0), grad_before, PRECISION)
             scatter_gradient(
                 grad_planes_ptr + image * height * width * (3 * CHANNELS),
                 scale_ptr,
-                _dot(tl.trans(grad_before), w0, PRECISION),
+                tl.permute(tl.reshape(grad_features, BLOCK_C // 8, 8, BLOCK_N), (0, 2, 1)),
                 p0,
                 p1,
                 p2,
@@ -321,6 +355,7 @@ def _decode_triplane_bwd_kernel(
                 CHANNELS,
                 BLOCK_C,
                 1,
+                VECTORS,
             )
     if grad_network_ptr is not None:
         if DETERMINISTIC:
@@ -332,6 +367,88 @@ def _decode_triplane_bwd_kernel(
         _give_matrix(grad_network_ptr, tl.trans(grad_w1), OUT, HIDDEN, BLOCK_O, BLOCK_H, DETERMINISTIC)
         grad_network_ptr += OUT * HIDDEN
         _give_vector(grad_network_ptr, grad_b1, OUT, BLOCK_O, DETERMINISTIC)
+
+
+@triton.jit
+def _decode_triplane_scatter_kernel(
+    grad_y_ptr,
+    signs_ptr,
+    origins_ptr,
+    directions_ptr,
+    t_ptr,
+    w0_ptr,
+    w1_ptr,
+    grad_planes_ptr,
+    scale_ptr,
+    inverse_cube_scale,
+    num_points,
+    samples,
+    height,
+    width,
+    first_ptr,
+    whole_height,
+    whole_width,
+    CHANNELS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    OUT: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TILES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    VECTORS: tl.constexpr,
+):
+    """The planes' part of `_decode_triplane_bwd_kernel`, which has left the signs of hidden units: no texel is read."""
+    image, first = image_and_point(num_points, BLOCK_N * TILES)
+    row_start, column_start = region_start(first_ptr, image)
+    o = tl.arange(0, BLOCK_O)
+    c = tl.arange(0, BLOCK_C)
+    bits = tl.arange(0, 16)
+    for tile in range(tl.minimum(TILES, tl.cdiv(num_points - first, BLOCK_N))):
+        n = first + tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        valid = n < num_points
+        point = image * num_points + n
+        mask = valid[:, None] & (o < OUT)[None, :]
+        grad_y = tl.load(grad_y_ptr + (point * OUT)[:, None] + o[None, :], mask=mask, other=0.0).to(tl.float32)
+        grad_y = tl.trans(grad_y)
+        grad_features = tl.zeros([BLOCK_C, BLOCK_N], tl.float32)
+        for word in range(BLOCK_H // 16):
+            h = word * 16 + bits
+            w0_pointers = w0_ptr + h[None, :] * CHANNELS + c[:, None]
+            w0 = tl.load(w0_pointers, mask=(h < HIDDEN)[None, :] & (c < CHANNELS)[:, None], other=0.0).to(tl.float32)
+            w1_pointers = w1_ptr + o[None, :] * HIDDEN + h[:, None]
+            w1 = tl.load(w1_pointers, mask=(h < HIDDEN)[:, None] & (o < OUT)[None, :], other=0.0).to(tl.float32)
+            signs = tl.load(signs_ptr + point * (BLOCK_H // 16) + word, mask=valid, other=0).to(tl.int32)
+            positive = (signs[None, :] >> bits[:, None]) & 1
+            grad_before = _dot(w1, grad_y, PRECISION) * tl.where(positive != 0, SQRT_2, 0.2 * SQRT_2)
+            grad_features += _dot(w0, grad_before, PRECISION)
+        # Only now, so that they take no registers before.
+        p0, p1, p2, valid = _points(
+            origins_ptr, directions_ptr, t_ptr, inverse_cube_scale, image, n, num_points, samples
+        )
+        scatter_gradient(
+            grad_planes_ptr + image * height * width * (3 * CHANNELS),
+            scale_ptr,
+            tl.permute(tl.reshape(grad_features, BLOCK_C // 8, 8, BLOCK_N), (0, 2, 1)),
+            p0,
+            p1,
+            p2,
+            valid,
+            height,
+            width,
+            1,
+            width * (3 * CHANNELS),
+            3 * CHANNELS,
+            row_start,
+            column_start,
+            whole_height,
+            whole_width,
+            CHANNELS,
+            BLOCK_C,
+            1,
+            VECTORS,
+        )
 
 
 def case(
@@ -464,41 +581,65 @@ def bwd(
             scale = fixed_point_scale(_largest_grad_feature(grad_y, w0, w1), num_points)
         grad_y, unit, plane_strides = grad_y.contiguous(), *strides(planes)
         chosen = chosen or plan(case("bwd", planes, w0, w1, precision, arch, deterministic, region))
-        # (configuration, whether to planes, whether to the network) of every launch.
-        launches = [(chosen[0], needs_planes, needs_network and len(chosen) == 1)]
-        launches += [(config, False, needs_network) for config in chosen[1:]]
-        for config, to_planes, to_network in launches:
-            if not (to_planes or to_network):
-                continue
-            tiles = DETERMINISTIC_TILES if deterministic and to_network else config.tiles
-            programs = batch * triton.cdiv(num_points, config.block_n * tiles)
-            if deterministic and to_network:
-                network = torch.empty(programs, sum(numbers), dtype=torch.float32, device=device)
-            with torch.cuda.device_of(planes):
-                _decode_triplane_bwd_kernel[(programs,)](
+        inputs = [None if x is None else x.contiguous() for x in (origins, directions, t)]
+        numbers_of_points = 1.0 / cube_scale, num_points, samples, *planes.shape[2:]
+        w0, b0, w1 = (x.contiguous() for x in (w0, b0, w1))
+        constants = {
+            **region_options(region),
+            **_sizes(w0, w1),
+            "PRECISION": _dot_precision("tf32" if precision == "fp16" else precision, arch),
+            "VECTORS": adds_vectors(arch, deterministic),
+            "num_stages": 1,
+            "enable_fp_fusion": True,
+        }
+        apart = len(chosen) == 2 and needs_planes and needs_network
+        signs = None
+        if apart:
+            words = constants["BLOCK_H"] // 16
+            signs = torch.empty(batch, num_points, words, dtype=torch.int16, device=device)
+        config = chosen[-1] if needs_network else chosen[0]
+        tiles = DETERMINISTIC_TILES if deterministic and needs_network else config.tiles
+        programs = batch * triton.cdiv(num_points, config.block_n * tiles)
+        if deterministic and needs_network:
+            network = torch.empty(programs, sum(numbers), dtype=torch.float32, device=device)
+        with torch.cuda.device_of(planes):
+            _decode_triplane_bwd_kernel[(programs,)](
+                grad_y,
+                planes,
+                *inputs,
+                w0,
+                b0,
+                w1,
+                None if apart else grad_planes,
+                None if apart else scale,
+                network,
+                signs,
+                *numbers_of_points,
+                *plane_strides,
+                **constants,
+                BLOCK_N=config.block_n,
+                TILES=tiles,
+                UNIT=unit,
+                DETERMINISTIC=deterministic,
+                num_warps=config.num_warps,
+                maxnreg=config.max_registers,
+            )
+            if apart:
+                config = chosen[0]
+                _decode_triplane_scatter_kernel[(batch * triton.cdiv(num_points, config.block_n * config.tiles),)](
                     grad_y,
-                    planes,
-                    *(None if x is None else x.contiguous() for x in (origins, directions, t)),
-                    *(x.contiguous() for x in (w0, b0, w1)),
-                    grad_planes if to_planes else None,
-                    scale if to_planes else None,
-                    network if to_network else None,
-                    1.0 / cube_scale,
-                    num_points,
-                    samples,
-                    *planes.shape[2:],
-                    *plane_strides,
-                    **region_options(region),
-                    **_sizes(w0, w1),
+                    signs,
+                    *inputs,
+                    w0,
+                    w1,
+                    grad_planes,
+                    scale,
+                    *numbers_of_points,
+                    **constants,
                     BLOCK_N=config.block_n,
-                    TILES=tiles,
-                    UNIT=unit,
-                    PRECISION=_dot_precision("tf32" if precision == "fp16" else precision, arch),
-                    DETERMINISTIC=deterministic,
+                    TILES=config.tiles,
                     num_warps=config.num_warps,
-                    maxnreg=config.max_registers,
-                    num_stages=1,
-                    enable_fp_fusion=True,
+                    maxnreg=None if fixed_point else config.max_registers,  # integers take more
                 )
     if fixed_point:
         grad_planes = from_fixed_point(grad_planes, scale)

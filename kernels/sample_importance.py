@@ -181,7 +181,9 @@ def _sample_importance_kernel(
     k = tl.arange(0, BLOCK_K)[None, :]
 
     has_next = ray_exists & (j < S - 1)
-    t = tl.load(t_ptr + row * t_stride + j, mask=has_next, other=0.0)
+    # The last one too, which has no use: whole vectors are read then.
+    t = tl.load(t_ptr + row * t_stride + j, mask=ray_exists & (j < S), other=0.0)
+    t = tl.where(has_next, t, 0.0)
     t_next = tl.load(t_ptr + row * t_stride + j + 1, mask=has_next, other=0.0)
     densities = raw_density_ptr + row * raw_density_stride + j * raw_density_sample_stride
     raw_density = tl.load(densities, mask=has_next, other=0.0).to(tl.float32)

@@ -84,6 +84,17 @@ def tap(
     return texel_offset(row, column, stride_h, stride_w, UNIT), weight_x * weight_y, inside_x & inside_y
 
 
+# Channels are worked on in pieces of one sector. A tile is then [PIECES, BLOCK_N, PIECE], of which a thread has all
+# pieces of a point: two lanes hold a point, and work out its taps, where eight would side by side.
+SECTOR_BITS: tl.constexpr = tl.constexpr(256)
+
+
+@triton.jit
+def _pieces(BLOCK_C: tl.constexpr, PIECE: tl.constexpr):
+    """The channels of a tile, [PIECES, 1, PIECE]."""
+    return tl.arange(0, BLOCK_C // PIECE)[:, None, None] * PIECE + tl.arange(0, PIECE)[None, None, :]
+
+
 @triton.jit
 def gather_features(
     planes_ptr,
@@ -104,13 +115,16 @@ def gather_features(
     BLOCK_C: tl.constexpr,
     UNIT: tl.constexpr,
 ):
-    """feature(p) = 1/3 sum_k bilinear(plane_k, p[axes_k]) of a tile of points of one image: [BLOCK_N, BLOCK_C] fp32.
+    """feature(p) = 1/3 sum_k bilinear(plane_k, p[axes_k]) of a tile of points of one image: [PIECES, BLOCK_N, PIECE]
+    fp32, channel piece * PIECE + i at [piece, :, i], PIECE being the channels of a sector.
 
     Channels from CHANNELS on are 0, and so are points that are not `valid`. With a row_start and a column_start (see
     `region_start`) points are relative to whole planes, of which height x width texels are stored from there on.
     """
-    c = tl.arange(0, BLOCK_C)
-    features = tl.zeros([p0.shape[0], BLOCK_C], tl.float32)
+    BITS: tl.constexpr = planes_ptr.dtype.element_ty.primitive_bitwidth
+    PIECE: tl.constexpr = min(SECTOR_BITS // BITS, BLOCK_C)
+    c = _pieces(BLOCK_C, PIECE)
+    features = tl.zeros([BLOCK_C // PIECE, p0.shape[0], PIECE], tl.float32)
     for plane in range(3):  # not unrolled: the taps of one plane at a time fill the registers
         horizontal, vertical = plane_coordinates(p0, p1, p2, plane)
         channel = (plane * CHANNELS + c).to(tl.int64) * stride_c
@@ -130,9 +144,9 @@ def gather_features(
                 corner // 2,
                 UNIT,
             )
-            mask = (inside & valid)[:, None] & (c < CHANNELS)[None, :]
-            texel = tl.load(planes_ptr + offset[:, None] + channel[None, :], mask=mask, other=0.0)
-            features += weight[:, None] * texel.to(tl.float32)
+            mask = (inside & valid)[None, :, None] & (c < CHANNELS)
+            texel = tl.load(planes_ptr + offset[None, :, None] + channel, mask=mask, other=0.0)
+            features += weight[None, :, None] * texel.to(tl.float32)
     return features * (1.0 / 3.0)
 
 
@@ -157,16 +171,21 @@ def scatter_gradient(
     CHANNELS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     UNIT: tl.constexpr,
+    VECTORS: tl.constexpr,
 ):
     """The transpose of `gather_features`: adds 1/3 weight grad_feature to the twelve texels of every point.
 
     In fp32, in any order; or where scale_ptr is given, in integers of 1 / scale (see `fixed_point_scale`), whose sum
-    does not depend on the order.
+    does not depend on the order. grad_features is in pieces [PIECES, BLOCK_N, PIECE] of any size. If VECTORS a thread
+    adds to several channels in an instruction; else the threads of one add to channels side by side, whole sectors.
     """
-    c = tl.arange(0, BLOCK_C)
+    PIECE: tl.constexpr = grad_features.shape[2]
+    c = _pieces(BLOCK_C, PIECE)[None, :, :, :]
     grad_features = grad_features * (1.0 / 3.0)
     if scale_ptr is not None:
         grad_features *= tl.load(scale_ptr)
+    # The compiler moves a conversion of layouts above a new dimension, and so makes it once, not for every tap.
+    grad_features = grad_features[None, :, :, :]
     for plane in range(3):  # not unrolled: the taps of one plane at a time fill the registers
         horizontal, vertical = plane_coordinates(p0, p1, p2, plane)
         channel = (plane * CHANNELS + c).to(tl.int64) * stride_c
@@ -186,9 +205,11 @@ def scatter_gradient(
                 corner // 2,
                 UNIT,
             )
-            mask = (inside & valid)[:, None] & (c < CHANNELS)[None, :]
-            pointers = grad_planes_ptr + offset[:, None] + channel[None, :]
-            addend = weight[:, None] * grad_features
+            mask = (inside & valid)[None, None, :, None] & (c < CHANNELS)
+            pointers = grad_planes_ptr + offset[None, None, :, None] + channel
+            if not VECTORS:
+                pointers = tl.max_contiguous(pointers, [1, 1, 1, 1])
+            addend = weight[None, None, :, None] * grad_features
             if scale_ptr is not None:
                 addend = addend.to(tl.int64)
             tl.atomic_add(pointers, addend, mask=mask, sem="relaxed")
@@ -269,9 +290,9 @@ def _sample_triplane_fwd_kernel(
         BLOCK_C,
         UNIT,
     )
-    c = tl.arange(0, BLOCK_C)
-    mask = valid[:, None] & (c < CHANNELS)[None, :]
-    tl.store(features_ptr + (point * CHANNELS)[:, None] + c[None, :], features, mask=mask)
+    c = _pieces(BLOCK_C, features.shape[2])
+    mask = valid[None, :, None] & (c < CHANNELS)
+    tl.store(features_ptr + (point * CHANNELS)[None, :, None] + c, features, mask=mask)
 
 
 @triton.jit
@@ -294,6 +315,7 @@ def _sample_triplane_bwd_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
     UNIT: tl.constexpr,
+    VECTORS: tl.constexpr,
 ):
     """grad_plane_k[texel] += 1/3 weight(p, texel) grad_feature(p), the transpose of the forward, by atomics into fp32,
     or into int64 where scale_ptr is given.
@@ -305,9 +327,12 @@ def _sample_triplane_bwd_kernel(
     valid = n < num_points
     point = image * num_points + n
     row_start, column_start = region_start(first_ptr, image)
-    c = tl.arange(0, BLOCK_C)
-    mask = valid[:, None] & (c < CHANNELS)[None, :]
-    grad_features = tl.load(grad_features_ptr + (point * CHANNELS)[:, None] + c[None, :], mask=mask, other=0.0)
+    c = _pieces(BLOCK_C, min(SECTOR_BITS // 32, BLOCK_C))
+    mask = valid[None, :, None] & (c < CHANNELS)
+    pointers = grad_features_ptr + (point * CHANNELS)[None, :, None] + c
+    if not VECTORS:
+        pointers = tl.max_contiguous(pointers, [1, 1, 1])  # by the threads that add it
+    grad_features = tl.load(pointers, mask=mask, other=0.0)
     p0, p1, p2 = _load_points(points_ptr + point * 3, valid)
     scatter_gradient(
         grad_planes_ptr + image * stride_b * UNIT,
@@ -329,6 +354,7 @@ def _sample_triplane_bwd_kernel(
         CHANNELS,
         BLOCK_C,
         UNIT,
+        VECTORS,
     )
 
 
@@ -337,6 +363,11 @@ def strides(planes: Tensor) -> tuple[int, tuple[int, ...]]:
     stride_b, stride_c, stride_h, stride_w = planes.stride()
     unit = 8 if stride_c == 1 and stride_b % 8 == stride_h % 8 == stride_w % 8 == 0 else 1
     return unit, (stride_b // unit, stride_c, stride_h // unit, stride_w // unit)
+
+
+def adds_vectors(arch: int, deterministic: bool) -> bool:
+    """Whether a thread can add several numbers at once: fp32 ones, from sm_90 on."""
+    return arch >= 90 and not deterministic
 
 
 def zero_planes(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -478,6 +509,7 @@ def bwd(
             *plane_strides,
             **region_options(region),
             UNIT=unit,
+            VECTORS=adds_vectors(arch, deterministic),
             **options,
         )
     return from_fixed_point(grad_planes, scale) if deterministic else grad_planes

@@ -240,8 +240,8 @@ FORWARD = [
     "_decode_triplane_fwd_kernel",
     "_composite_fwd_kernel",
 ]
-# The gradient to planes and that to the network, for both sets of samples, are one launch each.
-BACKWARD = ["_composite_bwd_kernel", *["_decode_triplane_bwd_kernel"] * 2]
+# The gradient to the network and that to planes, for both sets of samples, are one launch each.
+BACKWARD = ["_composite_bwd_kernel", "_decode_triplane_bwd_kernel", "_decode_triplane_scatter_kernel"]
 
 
 @needs_triton
