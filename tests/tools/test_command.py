@@ -582,7 +582,17 @@ def test_what_is_no_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_every_tool_is_a_command() -> None:
-    shared = {"arguments", "command", "complete", "plotting", "poses", "published", "published_settings", "__init__"}
+    shared = {
+        "arguments",
+        "command",
+        "complete",
+        "dry_run",
+        "plotting",
+        "poses",
+        "published",
+        "published_settings",
+        "__init__",
+    }
     files = {path.stem for path in Path(command.__file__).parent.glob("*.py")}
     assert {module for module, _ in COMMANDS.values()} == files - shared
 
