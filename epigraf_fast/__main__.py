@@ -15,6 +15,7 @@ COMMANDS = {
     "render": ("render", "pictures and videos of generated objects"),
     "mesh": ("mesh", "meshes and density volumes of generated objects"),
     "viewer": ("viewer", "look at generated objects in a browser"),
+    "project": ("project", "find the object of a given image"),
     "metrics": ("metrics", "distances to the data, and whether views agree"),
     "figures": ("figures", "the paper's figures about patches, and a run's curves"),
     "convert": ("convert", "published snapshots to checkpoints, generators to safetensors"),

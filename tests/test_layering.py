@@ -200,3 +200,23 @@ def test_kernels_are_named_after_ops() -> None:
 
 def test_the_hall_is_small() -> None:
     assert {path.stem for path in PACKAGE.glob("*.py")} == {"__init__", "__main__", *HALL}
+
+
+def test_nothing_imports_in_a_circle() -> None:
+    modules = {module_name(path): path for path in SOURCES}
+    below = {name: {target for _, target in imports(path) if target in modules} for name, path in modules.items()}
+    packages = {name: f"{name}.__init__" for name in {module.rpartition(".")[0] for module in modules}}
+    for name, path in modules.items():
+        below[name] |= {packages[target] for _, target in imports(path) if packages.get(target) in modules}
+        below[name].discard(name)
+    done: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " -> ".join([*above[above.index(name) :], name])
+        if name not in done:
+            for target in sorted(below[name]):
+                visit(target, (*above, name))
+            done.add(name)
+
+    for name in modules:
+        visit(name, ())

@@ -527,7 +527,6 @@ def test_negative_numbers_are_no_flags() -> None:
         (["c"], "invalid choice 'c' for argument 'kind'. Expected one of ('a', 'b') (see epigraf x --help)"),
         (["a", "--sizes"], "unrecognized options: --sizes; perhaps you meant --size INT (see epigraf x --help)"),
         ([], "required: {a,b} (see epigraf x --help)"),
-        (["--sizes", "3"], "required: {a,b}; unrecognized: --sizes (see epigraf x --help)"),
         (["a", "--plain", "long " * 60 + "word"], f"--plain: could not convert string to float: '{'long ' * 60}word'"),
     ],
 )
@@ -546,10 +545,13 @@ def test_help_says_what_it_does_then_options_then_examples(
     assert not caught.value.code
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines[1:])) <= 60  # but for the usage
-    order = ["usage: epigraf x [-h] [OPTIONS] {a,b}", "What it does.", "$ epigraf x a"]
+    assert lines[0].startswith("usage: epigraf x [-h] ")
+    order = [lines[0], "What it does.", "$ epigraf x a"]
     assert sorted(order, key=lines.index) == order
-    assert lines.index("$ epigraf x a") > max(number for number, line in enumerate(lines) if line.startswith("╰"))
-    assert re.search(r"--yaw FLOAT \[FLOAT \.\.\.\]\s+│\n│\s+To look at\. \(default: ahead\)", "\n".join(lines))
+    last = max(number for number, line in enumerate(lines) if "(default: 1.0)" in line)  # of the last option
+    assert lines.index("$ epigraf x a") > last
+    text = " ".join(" ".join(line.strip("│ ") for line in lines).split())
+    assert "--yaw FLOAT [FLOAT ...] To look at. (default: ahead)" in text
 
 
 # One command line
@@ -582,7 +584,17 @@ def test_what_is_no_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_every_tool_is_a_command() -> None:
-    shared = {"arguments", "command", "complete", "plotting", "poses", "published", "published_settings", "__init__"}
+    shared = {
+        "arguments",
+        "command",
+        "complete",
+        "dry_run",
+        "plotting",
+        "poses",
+        "published",
+        "published_settings",
+        "__init__",
+    }
     files = {path.stem for path in Path(command.__file__).parent.glob("*.py")}
     assert {module for module, _ in COMMANDS.values()} == files - shared
 
@@ -595,14 +607,16 @@ def test_the_exit_code_is_that_of_the_command(capsys: pytest.CaptureFixture[str]
     assert main(["train", "birds"]) == 2
 
 
-def test_shells_complete_commands_and_flags(capsys: pytest.CaptureFixture[str]) -> None:
+def test_shells_complete_commands_and_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["--tyro-print-completion", "bash"])
     assert not caught.value.code
     script = capsys.readouterr().out
     for word in ("data", "check", "interpolation", "--min-alpha", "ffhq", "--patch.beta-start"):
         assert word in script
-    done = subprocess.run(["bash", "-c", f"{script}\ncomplete -p epigraf"], capture_output=True, text=True, check=True)
+    (tmp_path / "script").write_text(script)
+    line = ["bash", "-c", f"source {tmp_path}/script; complete -p epigraf"]
+    done = subprocess.run(line, capture_output=True, text=True, check=True)
     assert done.stdout == "complete -F _tyro_epigraf epigraf\n"
     with pytest.raises(SystemExit):
         main(["--tyro-print-completion", "csh"])

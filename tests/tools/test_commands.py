@@ -35,6 +35,7 @@ REQUIRED = {
     "mesh": ["RUN", "--out", "out.ply"],
     "metrics": ["RUN"],
     "viewer": ["RUN"],
+    "project": ["RUN", "x.png", "--out", "out.png"],
     "figures": ["scales"],
     "convert": ["RUN", "--out", "out"],
     "convert_data": ["to-eg3d", "DATA", "--out", "out.json"],
@@ -95,6 +96,7 @@ ZERO = {
     *(("mesh", flag) for flag in ("--truncation", "--cutoff", "--threshold")),
     *(("metrics", flag) for flag in ("--objects", "--turn")),  # `run` says what is wrong with no turn
     ("viewer", "--port"),
+    *(("project", flag) for flag in ("--yaw", "--pitch", "--seed")),
     ("figures", "--seed"),
     ("convert", "--kimg"),
     *(("convert_data", flag) for flag in ("--yaw-offset", "--tolerance", "--distance-tolerance")),
@@ -104,6 +106,7 @@ NEGATIVE = {
     *(("render", flag) for flag in ("--truncation", "--yaw")),
     *(("mesh", flag) for flag in ("--truncation", "--threshold")),
     ("metrics", "--turn"),
+    ("project", "--yaw"),
     ("convert_data", "--yaw-offset"),
 }
 HUGE = {("mesh", "--threshold")}
@@ -228,6 +231,7 @@ FILES = {
     "mesh": [NOWHERE, "--out", ".ply"],
     "mesh volume": [NOWHERE, "--out", ".mrc"],
     "metrics": [NOWHERE, "--out", ".json"],
+    "project": [NOWHERE, "x.png", "--out", ".mp4"],
     "metrics plot": [NOWHERE, "--plot", ".pdf"],
     "figures": ["curves", NOWHERE, "--out", ".svg"],
     "convert_data": ["from-eg3d", NOWHERE, "--out", ".zip"],
