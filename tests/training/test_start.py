@@ -252,7 +252,7 @@ def test_flags_that_are_wrong_on_one(together: Callable, node: Callable) -> None
     first, second = together([*node(0), "--no-such-flag", "1"], node(1))
     assert first.code == 2
     assert "no-such-flag" in first.errors
-    assert "[rank 1] error: rank 0 has stopped: its command line is wrong" in error_of(second)
+    assert "[rank 1] error: rank 0 has stopped: unrecognized options: --no-such-flag" in error_of(second)
 
 
 def test_a_checkpoint_that_is_damaged_on_rank_0(together: Callable, node: Callable, trained: Callable) -> None:
