@@ -191,7 +191,8 @@ class Discriminator(nn.Module):
             features = self.camera_encoder(camera_numbers(angles))
             condition.append(torch.nn.functional.dropout(features, self.config.camera_dropout, self.training))
 
-        x = patches
+        # A GPU's convolutions want channels last; told once, they copy nothing on the way.
+        x = patches.contiguous(memory_format=torch.channels_last) if patches.is_cuda else patches
         for res in self.resolutions:
             half = x.is_cuda and res in self.half_resolutions
             x = getattr(self, f"b{res}")(x.to(torch.float16 if half else patches.dtype), code)

@@ -14,6 +14,7 @@ from ..camera import extract_patches
 from ..config import Config
 from ..data import ImageDataset
 from ..errors import UserError
+from ..models.layers import scaled_once
 from ..models.mapping import mix_styles
 from ..models.region import Plan, boxes_of
 from .distributed import World
@@ -267,10 +268,12 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
         parameters = _parameters(optimizer)
         *first, last = zip(*(x.split(self.micro) for x in samples), strict=True)
-        for micro in first:
-            micro_phase(*micro)
-        with self.world.averaged_gradients(parameters) if self.graphs is None else contextlib.nullcontext():
-            micro_phase(*last)
+        with scaled_once(self.discriminator) as scaled:
+            for micro in first:
+                micro_phase(*micro)
+            leaves = [scaled.get(id(p), p) for p in parameters]
+            with self.world.averaged_gradients(leaves) if self.graphs is None else contextlib.nullcontext():
+                micro_phase(*last)
         return [p.grad for p in parameters], self.recorded
 
     def _generator_phase(self, fakes: Fakes) -> None:
