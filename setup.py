@@ -57,7 +57,7 @@ CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-err
 def extensions() -> list[Extension]:
     """The compiled part of the package: one pybind11 module `epigraf_fast._C` from csrc/, built by nothing but pip.
 
-    A machine that cannot build it still gets a package that works (`python -m epigraf_fast.doctor` says what is
+    A machine that cannot build it still gets a package that works (`epigraf doctor` says what is
     missing): `optional` turns a failed build into a warning.
     """
     return [Extension("epigraf_fast._C", sorted(map(str, CSRC.glob("*.c*"))), optional=True)]
@@ -191,6 +191,7 @@ setup(
     packages=[*find_packages(include=["epigraf_fast*"]), "epigraf_fast.kernels"],
     package_dir={"epigraf_fast.kernels": "kernels"},
     package_data={"epigraf_fast": ["builtin/*", "ops/verified.json"]},
+    entry_points={"console_scripts": ["epigraf = epigraf_fast.__main__:main"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildExt},
     install_requires=[

@@ -18,7 +18,7 @@ import torch
 
 from epigraf_fast import config as settings
 from epigraf_fast.data import ImageDataset
-from epigraf_fast.doctor import EXTRAS
+from epigraf_fast.tools.doctor import EXTRAS
 from epigraf_fast.training import log
 from epigraf_fast.training.distributed import World
 from epigraf_fast.training.log import read_stats
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--backend", default=None, help="of the ops; default: the fastest there is")
     parser.add_argument("--json", default=None, help="write speed and losses there")
     args = parser.parse_args(argv)
-    import train
+    from epigraf_fast.tools import train
 
     config = dataclasses.replace(
         settings.preset("demo"), run_dir=args.run_dir, device=args.device, precision=args.precision

@@ -248,7 +248,7 @@ def synthesize(synthesis: Synthesis, layout: torch.memory_format, ws: Tensor, no
         block = getattr(synthesis, f"b{resolution}")
         half = ws.is_cuda and resolution in synthesis.half_resolutions
         dtype = torch.float16 if half else ws.dtype
-        x, planes = block(x, planes, ws[:, first : first + block.num_convs + 1], dtype, noise_mode)
+        x, planes = block(x, planes, ws[:, first : first + block.num_convs + 1].unbind(1), dtype, noise_mode)
         x = x.contiguous(memory_format=layout)
         first += block.num_convs
     return planes.contiguous()

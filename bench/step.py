@@ -234,7 +234,7 @@ class Step:
     @contextlib.contextmanager
     def environment(self) -> Iterator[None]:
         """Torch's switches and the ops as the variant has them."""
-        import train  # the engine's own switches are those that train.py sets
+        from epigraf_fast.tools import train  # the engine's own switches are those that train.py sets
 
         switches = (
             (torch.backends.cuda.matmul, "allow_tf32"),

@@ -6,13 +6,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 run=${1:-runs/demo}
 python=${PYTHON:-python}
 
-"$python" -m epigraf_fast.render grid "$run" --out docs/render.png --seeds 0-5 --columns 6 --resolution 128 \
+"$python" -m epigraf_fast render grid "$run" --out docs/render.png --seeds 0-5 --columns 6 --resolution 128 \
     --overwrite --truncation 0.9 --show rgb depth normals
-"$python" -m epigraf_fast.render turntable "$run" --out docs/turntable.gif --seeds 0-5 --columns 6 --resolution 96 \
+"$python" -m epigraf_fast render turntable "$run" --out docs/turntable.gif --seeds 0-5 --columns 6 --resolution 96 \
     --overwrite --truncation 0.9 --frames 24 --fps 10
-"$python" -m epigraf_fast.mesh "$run" --out docs/mesh.png --seeds 3 --resolution 160 --truncation 0.9 --largest \
+"$python" -m epigraf_fast mesh "$run" --out docs/mesh.png --seeds 3 --resolution 160 --truncation 0.9 --largest \
     --overwrite
-"$python" -m epigraf_fast.metrics "$run" --images 200 --plot docs/metrics.png --overwrite
-"$python" -m epigraf_fast.check_data builtin --preset demo --plot docs/poses.png --overwrite
+"$python" -m epigraf_fast metrics "$run" --images 200 --plot docs/metrics.png --overwrite
+"$python" -m epigraf_fast data check builtin --preset demo --plot docs/poses.png --overwrite
 "$python" docs/viewer_screenshot.py "$run" docs/viewer.png
 "$python" docs/region_figure.py  # docs/region.png

@@ -9,8 +9,8 @@ import torch
 from epigraf_fast.camera import cam2world_matrix, camera_rays
 from epigraf_fast.config import CameraConfig
 from epigraf_fast.models.region import boxes_of, levels, region_of
-from epigraf_fast.plotting import new_figure, save
 from epigraf_fast.reference.sample_triplane import PLANE_AXES
+from epigraf_fast.tools.plotting import new_figure, save
 
 CAMERA = CameraConfig()  # FFHQ's
 RESOLUTION = 512

@@ -7,8 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+from epigraf_fast.tools.viewer import Viewer
 from epigraf_fast.training.pretrained import load_generator
-from epigraf_fast.viewer import Viewer
 
 FLAGS = ["--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
 

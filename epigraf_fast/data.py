@@ -29,7 +29,7 @@ from .errors import UserError
 from .files import IMAGE_SUFFIXES, Files, clean_name, is_image, name_key, pair_names, upright
 
 CAMERA_KEYS = ("fov", "radius", "ray_start", "ray_end", "cube_scale")
-ANGLE_NORM_MIN = 0.1  # norm over the set of the yaws, and of the pitches; below it they are placeholders
+ANGLE_MIN = 1e-4  # radians, of the largest yaw, and of the largest pitch; below it they are placeholders
 ANGLE_SLACK = 1e-5  # float32 rounds pi up
 LARGEST = float(np.finfo(np.float32).max)
 CLASS_NUMBERS, CLASS_SHARE = 1000, 10  # class numbers may reach so far, or so many times the classes with images
@@ -206,7 +206,7 @@ class ImageDataset(torch.utils.data.Dataset):
             check_angles(name, value)
         angles = np.array(values, np.float64)
         for column, which in enumerate(("yaw", "pitch")):
-            if np.linalg.norm(angles[:, column]) <= ANGLE_NORM_MIN:
+            if np.abs(angles[:, column]).max() <= ANGLE_MIN:
                 raise UserError(
                     f"every {which} is zero (or nearly): store the true camera_angles, or train without poses"
                 )

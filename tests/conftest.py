@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import compiled
+import interpreter
 from epigraf_fast.config import (
     CameraConfig,
     Config,
@@ -57,6 +58,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _one_thread() -> None:
     """Sums have one order, so that equal runs are equal to the last bit."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interpreter() -> None:
+    interpreter.hasten()
 
 
 @pytest.fixture(autouse=True)

@@ -142,6 +142,15 @@ def test_pickles_with_open_zip(files, tmp_path):
     assert torch.equal(copy[4][0], dataset[4][0])
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_frontal_sets_of_any_size(count, files, tmp_path):
+    """Small yaws are poses, however few the images are."""
+    for name in NAMES[count:]:
+        del files[name]
+    files["dataset.json"]["camera_angles"] = {name: [0.031, 1.57, 0] for name in NAMES[:count]}
+    assert len(ImageDataset(write(files, tmp_path), mirror=False)) == count
+
+
 def test_builtin():
     dataset = ImageDataset("builtin", 64)
     assert (dataset.name, len(dataset)) == ("objects64", 8000)
@@ -169,6 +178,7 @@ def test_builtin():
         ("camera_angles", 3, ("{name: value}",)),
         ("camera_angles", {NAMES[0]: ANGLES[0]}, ("lacks 2 of 3 images", "first 00/b.png")),
         ("camera_angles", {n: [0, a[1], 0] for n, a in zip(NAMES, ANGLES, strict=True)}, ("every yaw is zero",)),
+        ("camera_angles", {n: [1e-5, 1.5, 0] for n in NAMES}, ("every yaw is zero",)),
         ("camera_angles", {n: [a[0], 0, 0] for n, a in zip(NAMES, ANGLES, strict=True)}, ("every pitch is zero",)),
         ("camera_angles", {n: [90, 1, 0] for n in NAMES}, ("00/a.png", "yaw 90", "-pi to pi", "degrees")),
         ("camera_angles", {n: [1, -0.2, 0] for n in NAMES}, ("00/a.png", "pitch -0.2", "0 to pi")),

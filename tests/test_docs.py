@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
-from epigraf_fast import convert, published_settings
+from epigraf_fast.__main__ import COMMANDS, main
 from epigraf_fast.config import PRESETS, Config, preset
+from epigraf_fast.tools import convert, published_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDE = (ROOT / "docs" / "coming-from-epigraf.md").read_text(encoding="utf-8")
@@ -80,27 +80,28 @@ def test_the_table_of_tensors_is_what_the_importer_does() -> None:
         assert convert._translate(first + suffix, patterns) == expected
 
 
-def commands(text: str) -> list[list[str]]:
-    """Every `python -m epigraf_fast.tool ...` of a text: tool, then its words."""
-    text = text.replace("\\\n", " ").replace('"$python"', "python").replace('"$run"', "runs/demo")
-    found = re.findall(r"python -m epigraf_fast\.(\w+)([^\n`#|]*)", text)
-    return [[tool, *shlex.split(words)] for tool, words in found]
+def commands(text: str) -> list[tuple[str, list[str]]]:
+    """Every `epigraf ...` of a text: the command, then its words."""
+    text = text.replace("\\\n", " ").replace('"$python" -m epigraf_fast', "epigraf").replace('"$run"', "runs/demo")
+    found = re.findall(rf"\bepigraf ({'|'.join(COMMANDS)})\b([^\n`#|]*)", text)
+    return [(name, shlex.split(words)) for name, words in found]
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/coming-from-epigraf.md", "docs/make_pictures.sh"])
 def test_every_command_exists_with_its_flags(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    found = commands((ROOT / name).read_text(encoding="utf-8"))
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert "-m epigraf_fast." not in text
+    found = commands(text)
     assert found
-    for tool, *words in found:
-        module = importlib.import_module(f"epigraf_fast.{tool}")
-        if tool == "doctor":
-            continue
-        with pytest.raises(SystemExit):
-            module.main(["--help"])
-        usage = capsys.readouterr().out
+    helps = {}
+    for command, words in found:
+        if command not in helps:
+            with pytest.raises(SystemExit):
+                main([*command.split(), "--help"])
+            helps[command] = capsys.readouterr().out
         for word in words:
             if word.startswith("--"):
-                assert re.search(rf"(?<![\w-]){word}(?![\w-])", usage), f"{tool} has no {word}"
+                assert re.search(rf"(?<![\w-]){word}(?![\w-])", helps[command]), f"{command} has no {word}"
 
 
 def test_the_pictures_of_the_readme_are_made_by_the_script() -> None:

@@ -33,6 +33,26 @@ SYM6 = (
 )
 GEOMETRY = ("x_flip", "rotate90", "xint", "scale", "rotate", "aniso", "xfrac")
 COLOUR = ("brightness", "contrast", "luma_flip", "hue", "saturation")
+# One row a number that is drawn: (operation, gate, factor, constant, neutral value). The first are uniform, those from
+# `scale` on normal; factor and constant make them what `Operations` has, with what `Augment.draw` does to some rows.
+ROWS = (
+    ("x_flip", 0, 2.0, 0.0, 0.0),
+    ("rotate90", 1, 4.0, 0.0, 0.0),
+    ("xint", 2, 1 / 4, -1 / 8, 0.0),
+    ("xint", 2, 1 / 4, -1 / 8, 0.0),
+    ("rotate", 4, 2 * math.pi, -math.pi, 0.0),
+    ("rotate", 6, 2 * math.pi, -math.pi, 0.0),
+    ("luma_flip", 10, 2.0, 0.0, 0.0),
+    ("hue", 11, 2 * math.pi, -math.pi, 0.0),
+    ("scale", 3, 0.2, 0.0, 1.0),
+    ("aniso", 5, 0.2, 0.0, 1.0),
+    ("xfrac", 7, 1 / 8, 0.0, 0.0),
+    ("xfrac", 7, 1 / 8, 0.0, 0.0),
+    ("brightness", 8, 0.2, 0.0, 0.0),
+    ("contrast", 9, 0.5, 0.0, 1.0),
+    ("saturation", 12, 1.0, 0.0, 1.0),
+)
+UNIFORM, GATES = 8, 13
 REACH = 6  # pixels that half the filter sees beyond the image
 
 
@@ -66,6 +86,11 @@ class Augment(nn.Module):
         super().__init__()
         self.config, self.backend = config, backend
         self.enabled = {name for name in (*GEOMETRY, *COLOUR) if getattr(config, name)}
+        _, gates, *numbers = zip(*ROWS, strict=True)
+        numbers.append([name == "rotate" for name, *_ in ROWS])
+        numbers.append([name in self.enabled for name, *_ in ROWS])
+        self.register_buffer("rows", torch.tensor(numbers, dtype=torch.float64)[..., None], persistent=False)
+        self.register_buffer("gates", torch.tensor(gates), persistent=False)
         taps = torch.tensor(SYM6, dtype=torch.float64)
         self.register_buffer("low_pass", (taps / taps.sum()).float(), persistent=False)
         # Rodrigues' formula about v = (1, 1, 1) / sqrt(3): cos I + sin K + (1 - cos) v v^T, K x = v cross x.
@@ -110,46 +135,42 @@ class Augment(nn.Module):
     ) -> Operations:
         """The operations of `num` images of `size` (width, height)."""
         device = self.low_pass.device
+        factor, constant, neutral, rotates, enabled = self.rows.to(dtype)
         if percentile is None:
-            gates, uniform = torch.rand(21, num, dtype=dtype, device=device).split([13, 8])
-            normal = torch.randn(7, num, dtype=dtype, device=device)
+            gates, uniform = torch.rand(GATES + UNIFORM, num, dtype=dtype, device=device).split([GATES, UNIFORM])
+            drawn = torch.cat([uniform, torch.randn(len(ROWS) - UNIFORM, num, dtype=dtype, device=device)])
+            # Either rotation is on with probability p: 1 - (1 - gate)^2 = p.
             p = p.to(dtype)
+            opened = gates[self.gates] < torch.where(rotates > 0, 1 - (1 - p.clamp(0, 1)).sqrt(), p) * enabled
         else:
-            quantile = torch.full((15, num), percentile / 100, dtype=dtype, device=device)
-            uniform, normal = quantile[:8], (2 * quantile[8:] - 1).erfinv()
-            gates, p = torch.zeros(13, num, dtype=dtype, device=device), torch.ones([], dtype=dtype, device=device)
-        f, k, x, y, before, after, luma, hue = uniform
-        scale, aniso, right, down, light, contrast, saturation = normal
-        if percentile is not None:
-            after = torch.full_like(after, 0.5)  # an angle of 0
-        # Either rotation is on with probability p: 1 - (1 - gate)^2 = p.
-        rotation_p = 1 - (1 - p.clamp(0, 1)).sqrt()
-        zeros, ones = torch.zeros_like(f), torch.ones_like(f)
-        width, height = size
-        pixels = torch.stack([width * (2 * x - 1) / 8, height * (2 * y - 1) / 8], dim=1).round()
-        shares = torch.stack([right, down], dim=1) / 8
-
-        def on(name: str, gate: int, value: Tensor, neutral: Tensor = zeros, probability: Tensor = p) -> Tensor:
-            neutral = neutral if value.ndim == 1 else neutral[:, None].expand_as(value)
-            if name not in self.enabled:
-                return neutral
-            opened = gates[gate] < probability
-            return torch.where(opened if value.ndim == 1 else opened[:, None], value, neutral)
-
+            drawn = torch.full((len(ROWS), num), percentile / 100, dtype=dtype, device=device)
+            drawn[UNIFORM:] = (2 * drawn[UNIFORM:] - 1).erfinv()
+            drawn[5] = 0.5  # an angle of 0
+            opened = enabled > 0
+        # All numbers at once, few launches: each operation by itself would need several.
+        drawn = torch.addcmul(constant, drawn, factor)
+        drawn[:2].floor_()
+        drawn[2].mul_(size[0]).round_()
+        drawn[3].mul_(size[1]).round_()
+        drawn[6].floor_()
+        drawn[8:10].exp2_()
+        drawn[13:].exp2_()
+        drawn = torch.where(opened, drawn, neutral)
+        flip, turn, _, _, before, after, luma, hue, scale, aniso, _, _, brightness, contrast, saturation = drawn
         return Operations(
-            x_flip=on("x_flip", 0, (2 * f).floor()),
-            rotate90=on("rotate90", 1, (4 * k).floor()),
-            xint=on("xint", 2, pixels),
-            scale=on("scale", 3, torch.exp2(0.2 * scale), ones),
-            rotate_before=on("rotate", 4, (2 * before - 1) * math.pi, probability=rotation_p),
-            aniso=on("aniso", 5, torch.exp2(0.2 * aniso), ones),
-            rotate_after=on("rotate", 6, (2 * after - 1) * math.pi, probability=rotation_p),
-            xfrac=on("xfrac", 7, shares),
-            brightness=on("brightness", 8, 0.2 * light),
-            contrast=on("contrast", 9, torch.exp2(0.5 * contrast), ones),
-            luma_flip=on("luma_flip", 10, (2 * luma).floor()),
-            hue=on("hue", 11, (2 * hue - 1) * math.pi),
-            saturation=on("saturation", 12, torch.exp2(saturation), ones),
+            x_flip=flip,
+            rotate90=turn,
+            xint=drawn[2:4].t(),
+            scale=scale,
+            rotate_before=before,
+            aniso=aniso,
+            rotate_after=after,
+            xfrac=drawn[10:12].t(),
+            brightness=brightness,
+            contrast=contrast,
+            luma_flip=luma,
+            hue=hue,
+            saturation=saturation,
         )
 
     def colour_map(self, drawn: Operations, grey: bool = False) -> tuple[Tensor, Tensor]:

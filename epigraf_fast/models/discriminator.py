@@ -13,24 +13,28 @@ from .layers import CLAMP, Conv2d, FullyConnected, ScalarEncoder, camera_numbers
 from .mapping import Mapping
 
 
-def minibatch_std(x: Tensor, group: int) -> Tensor:
+def minibatch_std(x: Tensor, group: int, parts: int = 1) -> Tensor:
     """Appends one channel: the standard deviation over a group, averaged over channels and pixels.
 
     With G = min(group, B) and n = B / G, group j holds the samples j, j + n, j + 2n, ...
 
     Args:
-        x: [B, C, H, W], B a multiple of G.
+        x: [P B, C, H, W], B a multiple of G.
+        parts: P, batches one after the other, each with groups of its own.
 
     Returns:
-        [B, C+1, H, W].
+        [P B, C+1, H, W].
     """
-    batch, _, height, width = x.shape
+    total, _, height, width = x.shape
+    batch = total // parts
     group = min(group, batch)
-    if batch % group:
-        raise ValueError(f"minibatch_std: the batch must be a multiple of the group size {group}, got {batch}")
-    y = x.unflatten(0, (group, batch // group))
-    std = (y.var(dim=0, unbiased=False) + 1e-8).sqrt().mean(dim=(1, 2, 3))  # [n]
-    std = std.repeat(group).view(batch, 1, 1, 1).expand(-1, -1, height, width)
+    if total % parts or batch % group:
+        raise ValueError(
+            f"minibatch_std: the batch must be a multiple of the group size {group}, got {total} in {parts} parts"
+        )
+    y = x.unflatten(0, (parts, group, batch // group))
+    std = (y.var(dim=1, unbiased=False) + 1e-8).sqrt().mean(dim=(2, 3, 4))  # [P, n]
+    std = std.repeat(1, group).view(total, 1, 1, 1).expand(-1, -1, height, width)
     return torch.cat([x, std], dim=1)
 
 
@@ -160,6 +164,8 @@ class Discriminator(nn.Module):
         patch_offset: Tensor,
         label: Tensor | None = None,
         angles: Tensor | None = None,
+        *,
+        parts: int = 1,
     ) -> Tensor:
         """Logits [B], large for real.
 
@@ -169,6 +175,8 @@ class Discriminator(nn.Module):
             patch_scale, patch_offset: [B], [B, 2].
             label: [B, L], if the data set has labels.
             angles: [B, 3], with camera conditioning.
+            parts: Of the batch, equally large and one after the other, that do not see each other, as in calls of their
+                own: minibatch statistics are taken within each.
         """
         expected = [self.image_channels, self.input_resolution, self.input_resolution]
         if list(patches.shape[1:]) != expected:
@@ -183,11 +191,12 @@ class Discriminator(nn.Module):
             features = self.camera_encoder(camera_numbers(angles))
             condition.append(torch.nn.functional.dropout(features, self.config.camera_dropout, self.training))
 
-        x = patches
+        # A GPU's convolutions want channels last; told once, they copy nothing on the way.
+        x = patches.contiguous(memory_format=torch.channels_last) if patches.is_cuda else patches
         for res in self.resolutions:
             half = x.is_cuda and res in self.half_resolutions
             x = getattr(self, f"b{res}")(x.to(torch.float16 if half else patches.dtype), code)
-        x = minibatch_std(x.to(patches.dtype), self.config.minibatch_std_group)
+        x = minibatch_std(x.to(patches.dtype), self.config.minibatch_std_group, parts)
         x = self.out(self.fc(self.conv(x).flatten(1)))
         if self.head is None:
             return x.squeeze(1)
@@ -222,8 +231,14 @@ class ScaleDiscriminators(nn.Module):
         patch_offset: Tensor,
         label: Tensor | None = None,
         angles: Tensor | None = None,
+        *,
+        parts: int = 1,
     ) -> Tensor:
         """As `Discriminator`; a scale between two of the support belongs to the nearest."""
+        if parts > 1:  # which have different numbers of patches at a scale
+            given = (patches, patch_scale, patch_offset, label, angles)
+            chunks = zip(*((None,) * parts if x is None else x.chunk(parts) for x in given), strict=True)
+            return torch.cat([self(*chunk) for chunk in chunks])
         nearest = [min(range(len(self.scales)), key=lambda k: abs(s - self.scales[k])) for s in patch_scale.tolist()]
         logits, places = [], []
         for k, discriminator in enumerate(self.discriminators):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +94,8 @@ class Conv2d(nn.Module):
         self.gain = gain * (math.sqrt(2) if act == "lrelu" else 1.0)
         self.clamp = None if clamp is None else clamp * gain
         self.weight = nn.Parameter(torch.randn(c_out, c_in, kernel_size, kernel_size))
+        self.divisor = math.sqrt(c_in * kernel_size * kernel_size)
+        self.scaled: Tensor | None = None  # weight / divisor, while `scaled_once` has it
         self.bias = nn.Parameter(torch.zeros(c_out)) if bias else None
         self.register_buffer("low_pass", torch.tensor(LOW_PASS), persistent=False)
 
@@ -102,7 +106,7 @@ class Conv2d(nn.Module):
             out_scale: [B, c_out], multiplies what the convolution gives.
             next_scale: [B, c_out], multiplies what comes out, in the same pass: it modulates the next input.
         """
-        weight = (self.weight / math.sqrt(self.weight[0].numel())).to(x.dtype)
+        weight = (self.weight / self.divisor if self.scaled is None else self.scaled).to(x.dtype)
         x = ops.conv2d_resample(x, weight, kernel=self.low_pass, down=self.down, backend=self.backend)
         if out_scale is None and next_scale is None:
             return ops.bias_act(x, self.bias, act=self.act, gain=self.gain, clamp=self.clamp, backend=self.backend)
@@ -117,6 +121,34 @@ class Conv2d(nn.Module):
             backend=self.backend,
         )
         return y
+
+
+@contextlib.contextmanager
+def scaled_once(module: nn.Module) -> Iterator[dict[int, Tensor]]:
+    """The weights of a module's convolutions are scaled here, once for all calls inside of the block, in one launch.
+
+    Gradients of `backward()` arrive at the scaled weights. At the end of the block each weight's `grad`, which must be
+    None before, is made of its own.
+
+    Yields:
+        id(weight) -> the leaf that stands for it.
+    """
+    convolutions = [part for part in module.modules() if isinstance(part, Conv2d)]
+    divisors = [conv.divisor for conv in convolutions]
+    with torch.no_grad():
+        scaled = torch._foreach_div([conv.weight for conv in convolutions], divisors)
+    for conv, weight in zip(convolutions, scaled, strict=True):
+        conv.scaled = weight.requires_grad_(conv.weight.requires_grad)
+    try:
+        yield {id(conv.weight): conv.scaled for conv in convolutions}
+    finally:
+        for conv in convolutions:
+            conv.scaled = None
+    learning = [i for i, weight in enumerate(scaled) if weight.grad is not None]
+    if learning:
+        grads = torch._foreach_div([scaled[i].grad for i in learning], [divisors[i] for i in learning])
+        for i, grad in zip(learning, grads, strict=True):
+            convolutions[i].weight.grad = grad
 
 
 class ScalarEncoder(nn.Module):

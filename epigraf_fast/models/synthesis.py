@@ -163,32 +163,32 @@ class SynthesisBlock(nn.Module):
         self,
         x: Tensor | None,
         planes: Tensor | None,
-        ws: Tensor,
+        ws: Sequence[Tensor],
         dtype: torch.dtype,
         noise_mode: str,
         level: Level | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """ws [B, num_convs + 1, w_dim]; x and planes at half the resolution (None at the first).
+        """ws num_convs + 1 times [B, w_dim]; x and planes at half the resolution (None at the first).
 
         With a `level`, only what that says is computed, of what the level below hands on.
         """
         if self.first:
-            x = self.const.to(dtype).expand(len(ws), -1, -1, -1).contiguous(memory_format=torch.channels_last)
+            x = self.const.to(dtype).expand(len(ws[0]), -1, -1, -1).contiguous(memory_format=torch.channels_last)
         elif level is None:
-            x = self.conv0(x.to(dtype), ws[:, 0], noise_mode)
+            x = self.conv0(x.to(dtype), ws[0], noise_mode)
         else:
             x = ops.cut(x, level.below, level.below_size, backend=self.cut_backend)
-            x = self.conv0(x.to(dtype), ws[:, 0], noise_mode, level.frame)
+            x = self.conv0(x.to(dtype), ws[0], noise_mode, level.frame)
             x = ops.cut(x, level.between, level.size, backend=self.cut_backend)
-        x = self.conv1(x, ws[:, self.num_convs - 1], noise_mode, None if level is None else level.first)
-        added = self.to_planes(x, ws[:, self.num_convs]).to(ws.dtype)
+        x = self.conv1(x, ws[self.num_convs - 1], noise_mode, None if level is None else level.first)
+        added = self.to_planes(x, ws[self.num_convs]).to(ws[0].dtype)
         return x, added if planes is None else self.upsample(planes, level) + added
 
     def chained(
         self,
         x: Tensor | None,
         planes: Tensor | None,
-        ws: Tensor,
+        ws: Sequence[Tensor],
         modulations: Sequence[ops.Modulation],
         next_style: Tensor | None,
         noise_mode: str,
@@ -212,13 +212,13 @@ class SynthesisBlock(nn.Module):
             x = ops.cut(x, level.between, level.size, backend=self.cut_backend)
         styles, first = (None,) if next_style is None else (None, next_style), None if level is None else level.first
         y, *following = self.conv1.chained(x, last, noise_mode, styles, first)
-        product, bias = self.to_planes.product(y, ws[:, self.num_convs]), self.to_planes.bias
+        product, bias = self.to_planes.product(y, ws[self.num_convs]), self.to_planes.bias
         if planes is None:
-            planes = ops.bias_act(product, bias, clamp=self.clamp, backend=self.backend).to(ws.dtype)
+            planes = ops.bias_act(product, bias, clamp=self.clamp, backend=self.backend).to(ws[0].dtype)
         elif level is None:
             planes = self.upsample(planes, added=product, bias=bias, clamp=self.clamp)
         else:
-            added = ops.bias_act(product, bias, clamp=self.clamp, backend=self.backend).to(ws.dtype)
+            added = ops.bias_act(product, bias, clamp=self.clamp, backend=self.backend).to(ws[0].dtype)
             planes = self.upsample(planes, level) + added
         return following[0] if following else None, planes
 
@@ -295,14 +295,15 @@ class Synthesis(nn.Module):
         halves = [ws.is_cuda and res in self.half_resolutions for res in self.resolutions]
         dtypes = [torch.float16 if half else ws.dtype for half in halves]
         firsts = itertools.accumulate((block.num_convs for block in blocks[:-1]), initial=0)
-        vectors = [ws[:, i : i + block.num_convs + 1] for i, block in zip(firsts, blocks, strict=True)]
+        every = ws.unbind(1)  # whose gradients are stacked once; those of slices would be padded and added, one by one
+        vectors = [every[i : i + block.num_convs + 1] for i, block in zip(firsts, blocks, strict=True)]
         x = planes = None
         if resolve("modulated_conv2d", self.backend, ws.device.type) == "reference":
             for res, block, block_ws, dtype in zip(self.resolutions, blocks, vectors, dtypes, strict=True):
                 x, planes = block(x, planes, block_ws, dtype, noise_mode, levels.get(res))
         else:
             modulations = [
-                [conv.modulation(block_ws[:, i], dtype) for i, conv in enumerate(block.convs())]
+                [conv.modulation(block_ws[i], dtype) for i, conv in enumerate(block.convs())]
                 for block, block_ws, dtype in zip(blocks, vectors, dtypes, strict=True)
             ]
             next_styles = [first.style for first, *_ in modulations[1:]] + [None]

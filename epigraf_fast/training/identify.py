@@ -9,14 +9,14 @@ from pathlib import Path
 
 from ..data import IMAGE_SUFFIXES
 
-DATA = "a data set: train.py --data and check_data take it"
-SNAPSHOT = "a pickle, as published snapshots are: make a checkpoint of it with python -m epigraf_fast.convert"
+DATA = "a data set: train.py --data and epigraf data check take it"
+SNAPSHOT = "a pickle, as published snapshots are: make a checkpoint of it with epigraf convert"
 TORCH_WITHOUT_ZIP = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"  # how files of torch.save once began
 PIECES = {
     "config.json": "the settings of a run: give the folder that it lies in",
     "stats.jsonl": "the log of a run: give the folder that it lies in",
     "metrics.json": "the measurements of a run: give the folder that it lies in",
-    "dataset.json": "the description of a data set: train.py --data and check_data take the folder or zip with it",
+    "dataset.json": "the description of a data set: train.py --data and epigraf data check take its folder or zip",
 }
 OTHERS = {
     "an image": IMAGE_SUFFIXES,
@@ -46,7 +46,7 @@ def _folder(path: Path) -> str | None:
     if "stats.jsonl" in names or "config.json" in names:
         return "the folder of a run that has saved no checkpoint yet"
     if pickles:
-        return f"a folder of pickles, as published snapshots are: python -m epigraf_fast.convert takes {pickles[-1]}"
+        return f"a folder of pickles, as published snapshots are: epigraf convert takes {pickles[-1]}"
     files = itertools.chain(path.glob("*"), path.glob("*/*"))
     if "dataset.json" in names or any(file.suffix.lower() in IMAGE_SUFFIXES for file in files):
         return DATA

@@ -25,7 +25,7 @@ def find_device(name: str | None) -> torch.device:
         raise UserError(f"--device must be cpu, cuda or cuda:N, got {name}")
     if name.startswith("cuda"):
         if not torch.cuda.is_available():
-            raise UserError("device is cuda, but torch sees no GPU: see python -m epigraf_fast.doctor")
+            raise UserError("device is cuda, but torch sees no GPU: see epigraf doctor")
         if int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
             raise UserError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs, counted from cuda:0")
     return torch.device(name)
@@ -40,7 +40,8 @@ def set_arithmetic(config: Config) -> None:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not reproducible
         torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over every tensor; ours are all written
-    torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
+    # `use_deterministic_algorithms` does the same, and imports a compiler for it that takes longer than torch itself.
+    torch.set_deterministic_debug_mode("warn" if config.deterministic else "default")
 
 
 def choose_backends(config: Config, device_type: str) -> dict[str, str]:

@@ -14,6 +14,7 @@ from ..camera import extract_patches
 from ..config import Config
 from ..data import ImageDataset
 from ..errors import UserError
+from ..models.layers import scaled_once
 from ..models.mapping import mix_styles
 from ..models.region import Plan, boxes_of
 from .distributed import World
@@ -267,15 +268,17 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
         parameters = _parameters(optimizer)
         *first, last = zip(*(x.split(self.micro) for x in samples), strict=True)
-        for micro in first:
-            micro_phase(*micro)
-        with self.world.averaged_gradients(parameters) if self.graphs is None else contextlib.nullcontext():
-            micro_phase(*last)
+        with scaled_once(self.discriminator) as scaled:
+            for micro in first:
+                micro_phase(*micro)
+            leaves = [scaled.get(id(p), p) for p in parameters]
+            with self.world.averaged_gradients(leaves) if self.graphs is None else contextlib.nullcontext():
+                micro_phase(*last)
         return [p.grad for p in parameters], self.recorded
 
     def _generator_phase(self, fakes: Fakes) -> None:
         patches, scale, offset = self._generate(fakes)
-        logits = self._judge(patches, scale, offset, fakes)
+        logits = self._judge(patches, scale, offset, fakes.label, fakes.angles)
         loss = generator_loss(logits)
         self._backward(loss)
         self._record("loss/G", loss)
@@ -299,8 +302,17 @@ class Trainer:
     def _discriminator_phase(self, fakes: Fakes, real: Samples) -> None:
         with torch.no_grad():
             patches, scale, offset = self._generate(fakes, update_w_avg=True)
-        fake_logits = self._judge(patches, scale, offset, fakes)
-        real_logits = self._judge(*self._cut(real), real)
+        # In one call, whose launches and whose work on the weights are needed once.
+        real_patches, real_scale, real_offset = self._cut(real)
+        logits = self._judge(
+            torch.cat([patches, real_patches]),
+            torch.cat([scale, real_scale]),
+            torch.cat([offset, real_offset]),
+            torch.cat([fakes.label, real.label]),
+            torch.cat([fakes.angles, real.angles]),
+            parts=2,
+        )
+        fake_logits, real_logits = logits.chunk(2)
         loss = discriminator_loss(fake_logits, real_logits)
         self._backward(loss)
         self._record("loss/D", loss)
@@ -312,7 +324,7 @@ class Trainer:
     def _regularization_phase(self, real: Samples) -> None:
         patches, scale, offset = self._cut(real)
         patches.requires_grad_(True)
-        logits = self._judge(patches, scale, offset, real)
+        logits = self._judge(patches, scale, offset, real.label, real.angles)
         penalty = r1_penalty(logits, patches)
         optim = self.config.optim
         self._backward((penalty * (optim.r1_gamma / 2)).mean() * optim.r1_interval)
@@ -373,11 +385,13 @@ class Trainer:
             patches = with_context(torch.cat([patches, whole], dim=1), placed, offset, self.config)
         return patches, scale, offset
 
-    def _judge(self, patches: Tensor, scale: Tensor, offset: Tensor, samples: Samples) -> Tensor:
+    def _judge(
+        self, patches: Tensor, scale: Tensor, offset: Tensor, label: Tensor, angles: Tensor, parts: int = 1
+    ) -> Tensor:
         patches = blur(patches, self.now.blur_sigma, self.now.blur_radius)
         if self.augment is not None:
             patches = self.augment(patches, self.augment_p)
-        return self.discriminator(patches, scale, offset, samples.label, samples.angles)
+        return self.discriminator(patches, scale, offset, label, angles, parts=parts)
 
     def _draw_fakes(self, num: int) -> Samples:
         """On the device but for `angles`, which the host has to know: see `_with_patches`."""

@@ -306,6 +306,29 @@ def test_groups_are_strided(tiny_discriminator):
     assert changed.tolist() == [i % 2 == 0 for i in range(8)]
 
 
+@pytest.mark.parametrize("scales", [1, 2])
+def test_parts_of_a_batch_are_judged_apart(tiny_discriminator, scales):
+    """Fake and real patches in one call: logits, and gradients of parameters and patches, are those of two calls."""
+    if scales == 1:
+        judge = tiny_discriminator(label_dim=2)
+    else:
+        torch.manual_seed(0)
+        config = DiscriminatorConfig(channel_base=128, channel_max=8, scales=scales, minibatch_std_group=2)
+        judge = ScaleDiscriminators(config, 16, 8, label_dim=2).double()
+    support = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.25, 1.0, 0.25, 1.0], dtype=torch.float64)
+    inputs = [draw(8, 3, 8, 8, seed=4).requires_grad_(), support, draw(8, 2) * 0, draw(8, 2, seed=5)]
+    parameters = [*judge.parameters(), inputs[0]]
+    results = []
+    for logits in (
+        torch.cat([judge(*(x[part] for x in inputs)) for part in (slice(4), slice(4, 8))]),
+        judge(*inputs, parts=2),
+    ):
+        results.append([logits, *torch.autograd.grad(logits @ draw(8, seed=6), parameters)])
+    assert not torch.allclose(judge(*inputs), logits), "the parts are small enough to tell"
+    for apart, together in zip(*results, strict=True):
+        assert_close(together, apart, "logits and gradients")
+
+
 def test_float64_agrees_with_float32(tiny_discriminator):
     settings = {"label_dim": 3, "camera_conditioning": True}
     label = torch.eye(3, dtype=torch.float64)[[0, 2, 1, 0]]

@@ -16,8 +16,8 @@ import torch
 import csrc_backends
 from checks import assert_close, draw
 from epigraf_fast import ops
-from epigraf_fast.doctor import OPT_IN
 from epigraf_fast.ops import backends, native
+from epigraf_fast.tools.doctor import OPT_IN
 
 ROOT = Path(__file__).resolve().parents[2]
 NET = {"w0": draw(5, 2), "b0": draw(5), "w1": draw(4, 5), "b1": draw(4)}
@@ -234,7 +234,7 @@ def test_without_the_extension_everything_works(blocked):
 import sys, torch
 BLOCK
 from epigraf_fast import ops
-from epigraf_fast.doctor import OPT_IN
+from epigraf_fast.tools.doctor import OPT_IN
 from epigraf_fast.ops import backends
 x = torch.ones(1, 1, 4, 4, requires_grad=True)
 y = ops.upfirdn2d(ops.bias_act(x, torch.ones(1), act="lrelu", clamp=256), torch.ones(4), padding=(2, 1, 2, 1))

@@ -256,19 +256,11 @@ def check_seen(case: Case, function: Function, graph: torch.fx.Graph) -> None:
 # --- what looks at the operations of torch
 
 
-@every_op
-def test_make_fx(case):
-    def measure(function):
-        traced = make_fx(function, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*function.inputs)
-        check_seen(case, function, traced.graph)
-        return traced(*other_numbers(function.inputs))
-
-    same(case, measure)
-
-
 @some_ops
-@pytest.mark.parametrize("how", [{}, {"pre_dispatch": True}], ids=str)
-def test_other_ways_of_make_fx(case, how):
+@pytest.mark.parametrize(
+    "how", [{}, {"pre_dispatch": True}, {"tracing_mode": "symbolic", "_allow_non_fake_inputs": True}], ids=str
+)
+def test_make_fx(case, how):
     def measure(function):
         traced = make_fx(function, **how)(*function.inputs)
         check_seen(case, function, traced.graph)

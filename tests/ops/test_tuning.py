@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import bench.tune
-import train
 from checks import assert_close, draw, draw_uniform
 from epigraf_fast import ops
 from epigraf_fast.data import ImageDataset
 from epigraf_fast.ops import tuning as ops_tuning
+from epigraf_fast.tools import train
 from epigraf_fast.training.warmup import FILE, choose_kernels, warm_up
 
 if importlib.util.find_spec("triton") is None:

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from epigraf_fast import command
 from epigraf_fast.config import (
     CameraConfig,
     Config,
@@ -22,6 +21,7 @@ from epigraf_fast.config import (
     to_dict,
 )
 from epigraf_fast.data import ImageDataset, make_loader
+from epigraf_fast.tools import command
 from epigraf_fast.training.checkpoint import save_checkpoint
 from epigraf_fast.training.step import Trainer
 

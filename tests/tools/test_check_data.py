@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from checks import assert_close
-from epigraf_fast import check_data
 from epigraf_fast.camera import frustum_extent
 from epigraf_fast.config import CameraConfig, preset
+from epigraf_fast.tools import check_data
 
 
 def test_report_and_plot(tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -45,6 +45,11 @@ def test_the_numbers_are_those_of_the_set(
     printed = capsys.readouterr().out
     assert "yaw: 1.000 to 1.010, mean 1.005" in printed
     assert "pitch: 1.500 to 1.500" in printed
+    check_data.main([str(tmp_path / "x.zip"), "--preset", "plants", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert (found["images"], found["resolution"], found["camera"]["from"]) == (24, 16, "preset")
+    assert found["yaw"] == pytest.approx({"min": 1.0, "max": 1.01, "mean": 1.005, "std": 0.0051}, rel=1e-2)
+    assert any("not centred" in warning for warning in found["warnings"])
     assert "camera (of the preset): fov 30, radius 1, rays 0.75 to 1.25" in printed
     assert "warning: the yaws are not centred at zero (mean 1.00" in printed
 

@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import os
 import pty
+import re
 import signal
 import stat
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated, Literal
 
 import pytest
+import tyro
+from tyro.constructors import PrimitiveConstructorSpec
 
 from checks import HANG
-from epigraf_fast import arguments, command
-from epigraf_fast.command import Progress, check_folder, check_output, output, output_folder, running
+from epigraf_fast.__main__ import COMMANDS, main
 from epigraf_fast.errors import UserError
-
-TOOLS = (
-    "check_data",
-    "convert",
-    "convert_data",
-    "doctor",
-    "figures",
-    "make_dataset",
-    "mesh",
-    "metrics",
-    "render",
-    "viewer",
-)
+from epigraf_fast.tools import arguments, command
+from epigraf_fast.tools.arguments import real, whole
+from epigraf_fast.tools.command import Progress, check_folder, check_output, output, output_folder, running
 
 
 def tree(folder: Path) -> list[str]:
@@ -237,7 +229,7 @@ def test_a_command_in_another_thread_has_no_signals() -> None:
 PROGRAM = """
 import signal, sys, time
 from pathlib import Path
-from epigraf_fast import command
+from epigraf_fast.tools import command
 def ready():
     print("ready", flush=True)
 def sleep():
@@ -367,12 +359,12 @@ def test_a_reader_that_leaves_is_no_fault(tmp_path: Path) -> None:
     assert not tree(tmp_path)
 
 
-@pytest.mark.parametrize("tool", TOOLS)
-def test_ctrl_c_while_torch_is_loaded_is_one_line(tool: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", COMMANDS)
+def test_ctrl_c_while_torch_is_loaded_is_one_line(name: str, tmp_path: Path) -> None:
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("import time\nprint('ready', flush=True)\ntime.sleep(600)\n")
     process = subprocess.Popen(
-        [sys.executable, "-m", f"epigraf_fast.{tool}", "--help"],
+        [sys.executable, "-m", "epigraf_fast", *name.split(), "--help"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -388,7 +380,7 @@ def test_a_terminal_sees_that_torch_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "torch" / "__init__.py").write_text("import time\ntime.sleep(600)\n")
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "epigraf_fast.render", "--help"],
+        [sys.executable, "-m", "epigraf_fast", "render", "--help"],
         stdout=subprocess.PIPE,
         stderr=theirs,
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
@@ -467,62 +459,151 @@ def test_a_wait_that_fails_is_shown_no_longer() -> None:
     assert not [thread for thread in threading.enumerate() if thread.name == "progress"]
 
 
-# Arguments
+# Options
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("0-3,8", [0, 1, 2, 3, 8]), ("7", [7]), ("4,4", [4, 4]), (str(2**63 - 1), [2**63 - 1])],
-)
-def test_numbers(text: str, expected: list[int]) -> None:
-    assert arguments.numbers(text) == expected
+def test_numbers() -> None:
+    read = arguments.parse_numbers
+    assert [read(text) for text in ("0-3,8", "7", "4,4")] == [(0, 1, 2, 3, 8), (7,), (4, 4)]
+    assert read(str(2**63 - 1)) == (2**63 - 1,)
 
 
 @pytest.mark.parametrize(
     "text", ["", "a", "3-", "1,,2", "5-3", "0-2,9-5", "-1", "9" * 30, str(2**63), "0-9999999999", "0-5000,1-5000", "1 "]
 )
 def test_wrong_numbers(text: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError, match=r"^must (look like|be ranges that go up|be at most)"):
-        arguments.numbers(text)
+    with pytest.raises(ValueError, match=r"^must (look like|be ranges that go up|be at most)"):
+        arguments.parse_numbers(text)
 
 
-def refusal(kind: Callable[[str], object], text: str) -> str:
-    with pytest.raises(argparse.ArgumentTypeError) as caught:
-        kind(text)
+def read(spec: PrimitiveConstructorSpec, text: str) -> object:
+    return spec.instance_from_str([text])
+
+
+def refusal(spec: PrimitiveConstructorSpec, text: str) -> str:
+    with pytest.raises(ValueError) as caught:
+        read(spec, text)
     return str(caught.value)
 
 
 def test_bounds() -> None:
-    assert [arguments.whole(2, 5)(text) for text in ("2", "5", "+3")] == [2, 5, 3]
+    assert [read(whole(2, 5), text) for text in ("2", "5", "+3")] == [2, 5, 3]
     for text in ("1", "6", "2.0", "", "nan", "1_0", "9" * 5000):
-        assert refusal(arguments.whole(2, 5), text).startswith("must be a whole number from 2 to 5, got ")
-    assert [arguments.real(-1, 1)(text) for text in ("-1", "1", "1e-3")] == [-1, 1, 1e-3]
+        assert refusal(whole(2, 5), text).startswith("must be a whole number from 2 to 5, got ")
+    assert [read(real(-1, 1), text) for text in ("-1", "1", "1e-3")] == [-1, 1, 1e-3]
     for text in ("-1.1", "nan", "inf", "-inf", "1e999", "x", ""):
-        assert refusal(arguments.real(-1, 1), text).startswith("must be a finite number from -1 to 1, got ")
-    assert arguments.real()("-1e300") == -1e300
-    assert refusal(arguments.real(), "inf") == "must be a finite number, got inf"
-    assert refusal(arguments.real(0), "-1") == "must be a finite number of at least 0, got -1"
+        assert refusal(real(-1, 1), text).startswith("must be a finite number from -1 to 1, got ")
+    assert read(real(), "-1e300") == -1e300
+    assert refusal(real(), "inf") == "must be a finite number, got inf"
+    assert refusal(real(0), "-1") == "must be a finite number of at least 0, got -1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    kind: tyro.conf.Positional[Literal["a", "b"]]
+    """The first word."""
+    size: Annotated[int, whole(1, 9)] = 3
+    """Of it."""
+    yaw: Annotated[tuple[float, ...] | None, real(several=True), arguments.default("ahead")] = None
+    """To look at."""
+    plain: float = 1.0
+
+
+def parse(*line: str) -> Options:
+    return arguments.parse(Options, "x", "What it does.\n\n$ epigraf x a\n\nWith care, " + "and " * 40, line)
 
 
 def test_negative_numbers_are_no_flags() -> None:
-    parser = arguments.Parser("x", None)
-    parser.add_argument("--yaw", type=arguments.real(), nargs="+")
-    assert parser.parse_args(["--yaw", "-1", "-.5", "-1e-3", "-2.E+1"]).yaw == [-1, -0.5, -0.001, -20]
+    assert parse("a", "--yaw", "-1", "-.5", "-1e-3", "-2.E+1").yaw == (-1, -0.5, -0.001, -20)
 
 
-def test_faults_of_a_command_line_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    parser = arguments.Parser("x", "What it does.")
-    parser.add_argument("--size", type=arguments.whole(1, 9))
-    parser.add_argument("kind", choices=("a", "b"))
-    for line, message in (
-        (["a", "--size", "0"], "error: --size must be a whole number from 1 to 9, got 0\n"),
-        (["c"], "error: argument kind: invalid choice: 'c' (choose from "),
-        (["a", "--other"], "error: unrecognized arguments: --other (see --help)\n"),
-        ([], "error: the following arguments are required: kind (see --help)\n"),
-    ):
-        with pytest.raises(SystemExit) as caught:
-            parser.parse_args(line)
-        assert caught.value.code == 2
-        error = capsys.readouterr().err
-        assert error.startswith(message)
-        assert error.count("\n") == 1
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["a", "--size", "0"], "--size must be a whole number from 1 to 9, got 0 (see epigraf x --help)"),
+        (["a", "--size"], "--size needs a value (see epigraf x --help)"),
+        (["a", "--yaw"], "--yaw needs at least one value (see epigraf x --help)"),
+        (["a", "--plain", "y"], "--plain: could not convert string to float: 'y' (see epigraf x --help)"),
+        (["c"], "invalid choice 'c' for argument 'kind'. Expected one of ('a', 'b') (see epigraf x --help)"),
+        (["a", "--sizes"], "unrecognized options: --sizes; perhaps you meant --size INT (see epigraf x --help)"),
+        ([], "required: {a,b} (see epigraf x --help)"),
+        (["--sizes", "3"], "required: {a,b}; unrecognized: --sizes (see epigraf x --help)"),
+        (["a", "--plain", "long " * 60 + "word"], f"--plain: could not convert string to float: '{'long ' * 60}word'"),
+    ],
+)
+def test_faults_of_a_command_line_are_one_line(line: list[str], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse(*line)
+    assert str(caught.value).startswith(message)
+
+
+def test_help_says_what_it_does_then_options_then_examples(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    with pytest.raises(SystemExit) as caught:
+        parse("--help")
+    assert not caught.value.code
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines[1:])) <= 60  # but for the usage
+    order = ["usage: epigraf x [-h] [OPTIONS] {a,b}", "What it does.", "$ epigraf x a"]
+    assert sorted(order, key=lines.index) == order
+    assert lines.index("$ epigraf x a") > max(number for number, line in enumerate(lines) if line.startswith("╰"))
+    assert re.search(r"--yaw FLOAT \[FLOAT \.\.\.\]\s+│\n│\s+To look at\. \(default: ahead\)", "\n".join(lines))
+
+
+# One command line
+
+
+def epigraf(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-X", "importtime", "-m", "epigraf_fast", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANG)
+
+
+def test_the_help_page_has_a_line_for_each_command_and_loads_nothing() -> None:
+    done = epigraf("--help")
+    assert done.returncode == 0
+    for name, (_, about) in COMMANDS.items():
+        assert f"  {name} {about}" in re.sub(r"  +(?=[a-z])", " ", done.stdout).replace("\n ", "\n  ")
+    loaded = set(re.findall(r"\| +([\w.]+)$", done.stderr, re.MULTILINE))
+    assert not loaded & {"torch", "numpy", "tyro", "PIL"}
+    assert {name for name in loaded if name.startswith("epigraf_fast.tools.")} == {"epigraf_fast.tools.command"}
+
+
+def test_what_is_no_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for line, name in ((["trian"], "trian"), (["data", "mesh"], "data mesh"), (["--grid"], "--grid")):
+        assert main(line) == 2
+        assert capsys.readouterr().err == f"error: there is no command {name!r} (see epigraf --help)\n"
+    for line in ([], ["data"]):
+        assert main(line) == 2
+        assert capsys.readouterr().out.startswith("usage: epigraf ")
+    assert main(["data", "--help"]) == 0
+    assert len(re.findall(r"^  data ", capsys.readouterr().out, re.MULTILINE)) == 3
+
+
+def test_every_tool_is_a_command() -> None:
+    shared = {"arguments", "command", "complete", "plotting", "poses", "published", "published_settings", "__init__"}
+    files = {path.stem for path in Path(command.__file__).parent.glob("*.py")}
+    assert {module for module, _ in COMMANDS.values()} == files - shared
+
+
+def test_the_exit_code_is_that_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["figures", "curves"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: curves needs a run: give its folder\n"
+    assert main(["train", "birds"]) == 2
+
+
+def test_shells_complete_commands_and_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--tyro-print-completion", "bash"])
+    assert not caught.value.code
+    script = capsys.readouterr().out
+    for word in ("data", "check", "interpolation", "--min-alpha", "ffhq", "--patch.beta-start"):
+        assert word in script
+    done = subprocess.run(["bash", "-c", f"{script}\ncomplete -p epigraf"], capture_output=True, text=True, check=True)
+    assert done.stdout == "complete -F _tyro_epigraf epigraf\n"
+    with pytest.raises(SystemExit):
+        main(["--tyro-print-completion", "csh"])
+    assert "needs a shell, one of bash, zsh, fish" in capsys.readouterr().err

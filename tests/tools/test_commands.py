@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib
 import json
@@ -11,18 +10,21 @@ import re
 import resource
 import shutil
 import stat
+import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Annotated
 
 import PIL.Image
 import pytest
 import torch
 from torch import nn
+from tyro.constructors import PrimitiveConstructorSpec
 
-from epigraf_fast import command
-from epigraf_fast.arguments import numbers
 from epigraf_fast.data import ImageDataset
+from epigraf_fast.errors import UserError
+from epigraf_fast.tools import arguments, command
 from epigraf_fast.training.checkpoint import list_checkpoints
 from epigraf_fast.training.identify import what_else
 from epigraf_fast.training.pretrained import load_generator, save_safetensors
@@ -34,39 +36,46 @@ REQUIRED = {
     "metrics": ["RUN"],
     "viewer": ["RUN"],
     "figures": ["scales"],
-    "convert": ["RUN", "out"],
-    "convert_data": ["to-eg3d", "DATA", "out.json"],
+    "convert": ["RUN", "--out", "out"],
+    "convert_data": ["to-eg3d", "DATA", "--out", "out.json"],
     "check_data": ["DATA"],
-    "make_dataset": ["--recipe", "builtin", "--out", "out.zip"],
+    "make_data": ["--recipe", "builtin", "--out", "out.zip"],
 }
-WORDS = {"--set", "--device", "--host", "--data", "--attribution", "data"}  # arguments that are free text
+WORDS = {"set", "device", "host", "data", "attribution"}  # options that are free text
 
 
 def module(tool: str) -> ModuleType:
-    return importlib.import_module(f"epigraf_fast.{tool}")
+    return importlib.import_module(f"epigraf_fast.tools.{tool}")
 
 
-def actions(tool: str) -> list[argparse.Action]:
-    return [action for action in module(tool).arguments()._actions if action.nargs != 0]
+def options(tool: str) -> dict[str, tuple[object, str]]:
+    """Every option's type, and the word for its value where we read it ourselves."""
+    found = {}
+    for name, hint in typing.get_type_hints(module(tool).Options, include_extras=True).items():
+        kind, *details = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
+        specs = [detail for detail in details if isinstance(detail, PrimitiveConstructorSpec)]
+        found[name] = kind, specs[0].metavar if specs else ""
+    return found
 
 
-def name_of(action: argparse.Action) -> str:
-    return action.option_strings[0] if action.option_strings else action.dest
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
-def is_number(action: argparse.Action) -> bool:
-    return getattr(action.type, "__name__", "") in ("whole_number", "number")
+def is_number(metavar: str) -> bool:
+    return metavar.split()[:1] in (["INT"], ["FLOAT"])
 
 
-NUMBERS = [(tool, name_of(action)) for tool in REQUIRED for action in actions(tool) if is_number(action)]
-RANGES = [(tool, name_of(action)) for tool in REQUIRED for action in actions(tool) if action.type is numbers]
+NUMBERS = [(tool, flag_of(name)) for tool in REQUIRED for name, (_, it) in options(tool).items() if is_number(it)]
+RANGES = [(tool, flag_of(name)) for tool in REQUIRED for name, (_, it) in options(tool).items() if it == "0-3,8"]
 
 
 @pytest.mark.parametrize("tool", REQUIRED)
-def test_every_argument_has_a_type(tool: str) -> None:
-    for action in actions(tool):
-        known = action.choices or action.type in (Path, numbers) or is_number(action) or name_of(action) in WORDS
-        assert known, f"{tool} {name_of(action)} takes any text"
+def test_every_option_has_a_type(tool: str) -> None:
+    for name, (kind, metavar) in options(tool).items():
+        words = {word for part in (kind, *typing.get_args(kind)) for word in typing.get_args(part) or (part,)}
+        known = metavar or kind is bool or Path in words or name in WORDS or str not in words
+        assert known, f"{tool} {name} takes any text"
 
 
 def test_the_numbers_are_all_here() -> None:
@@ -83,7 +92,7 @@ ZERO = {
     ("figures", "--seed"),
     ("convert", "--kimg"),
     *(("convert_data", flag) for flag in ("--yaw-offset", "--tolerance", "--distance-tolerance")),
-    *(("make_dataset", flag) for flag in ("--min-alpha", "--seed")),
+    *(("make_data", flag) for flag in ("--min-alpha", "--seed")),
 }
 NEGATIVE = {
     *(("render", flag) for flag in ("--truncation", "--yaw")),
@@ -95,22 +104,20 @@ HUGE = {("mesh", "--threshold")}
 
 
 def parse(tool: str, text: str) -> None:
-    module(tool).arguments().parse_args([*REQUIRED[tool], text])
+    arguments.parse(module(tool).Options, tool, "", [*REQUIRED[tool], text])
 
 
 @pytest.mark.parametrize(("tool", "flag"), NUMBERS)
-def test_numbers_out_of_bounds_are_one_line(tool: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_numbers_out_of_bounds_are_one_line(tool: str, flag: str) -> None:
     texts = {"nan", "inf", "-inf", "1e999", "abc", ""}
     texts |= set() if (tool, flag) in HUGE else {"1e30", "9" * 30, "-1e30"}
     texts |= set() if (tool, flag) in ZERO else {"0"}
     texts |= set() if (tool, flag) in NEGATIVE else {"-1", "-0.5"}
     for text in texts:
-        with pytest.raises(SystemExit) as caught:
+        with pytest.raises(UserError) as caught:
             parse(tool, f"{flag}={text}")
-        assert caught.value.code == 2
-        error = capsys.readouterr().err
-        assert error.startswith(f"error: {flag} must be a "), (text, error)
-        assert error.count("\n") == 1
+        assert str(caught.value).startswith(f"{flag} must be a "), (text, caught.value)
+        assert "\n" not in str(caught.value)
     for texts, tools in (("0", ZERO), ("-1", NEGATIVE), ("1e30", HUGE)):
         if (tool, flag) in tools:
             parse(tool, f"{flag}={texts}")
@@ -167,19 +174,19 @@ def plain_run(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("figures scales --out OUT.png --batch 8", "--batch does nothing for scales, only for schedules"),
         ("figures schedules --out OUT.png --patch 512", "--patch must be below the --resolution 512, got 512"),
         ("figures modulation --out OUT.png", "modulation needs a run"),
-        ("convert RUN OUT --kimg 3", "--kimg does nothing for a checkpoint of ours, only for a .pkl"),
-        ("convert RUN OUT --preset cats", "--preset does nothing for a checkpoint of ours"),
-        ("convert x.pkl OUT --names ours", "--names does nothing for a .pkl"),
+        ("convert RUN --out OUT --kimg 3", "--kimg does nothing for a checkpoint of ours, only for a .pkl"),
+        ("convert RUN --out OUT --preset cats", "--preset does nothing for a checkpoint of ours"),
+        ("convert x.pkl --out OUT --names ours", "--names does nothing for a .pkl"),
         (
-            "convert_data to-eg3d DATA OUT.json --ray-start 1",
+            "convert_data to-eg3d DATA --out OUT.json --ray-start 1",
             "--ray-start does nothing for to-eg3d, only for from-eg3d",
         ),
-        ("convert_data from-eg3d DATA OUT.json --fov 30", "--fov does nothing for from-eg3d"),
+        ("convert_data from-eg3d DATA --out OUT.json --fov 30", "--fov does nothing for from-eg3d"),
         (
-            "make_dataset --recipe builtin --out OUT.zip --meshes x",
+            "make_data --recipe builtin --out OUT.zip --meshes x",
             "--meshes does nothing for builtin, only for megasc",
         ),
-        ("make_dataset --recipe builtin --out OUT.zip --resolution 48", "--resolution must be a power of two"),
+        ("make_data --recipe builtin --out OUT.zip --resolution 48", "--resolution must be a power of two"),
         ("render grid RUN --out OUT.png --device tpu", "--device must be cpu, cuda or cuda:N, got tpu"),
         ("render grid RUN --out OUT.png --device cuda:99", "torch sees"),
     ],
@@ -211,15 +218,15 @@ FILES = {
     "metrics": [NOWHERE, "--out", ".json"],
     "metrics plot": [NOWHERE, "--plot", ".pdf"],
     "figures": ["curves", NOWHERE, "--out", ".svg"],
-    "convert_data": ["from-eg3d", NOWHERE, "", ".zip"],
+    "convert_data": ["from-eg3d", NOWHERE, "--out", ".zip"],
     "check_data": [NOWHERE, "--plot", ".png"],
-    "make_dataset": ["--recipe", "megascans", "--meshes", NOWHERE, "--out", ".zip"],
+    "make_data": ["--recipe", "megascans", "--meshes", NOWHERE, "--out", ".zip"],
 }
 
 
 def message_for(case: str, name: object, one_error_line: Callable[..., str]) -> str:
-    *before, flag, _ = FILES[case]
-    return one_error_line(module(case.split()[0]).main, *before, *filter(None, [flag]), name)
+    *before, _ = FILES[case]
+    return one_error_line(module(case.split()[0]).main, *before, name)
 
 
 @pytest.mark.parametrize("case", FILES)
@@ -240,7 +247,7 @@ def test_outputs_that_cannot_be_written_are_one_line_before_any_work(
     ):
         message = message_for(case, tmp_path / name, one_error_line)
         assert words in message
-        assert message.startswith(f"error: {flag or 'out'} ")
+        assert message.startswith(f"error: {flag} ")
     assert NOWHERE in message_for(case, tmp_path / "a" / f"x{suffix}", one_error_line)  # fine so far
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -251,12 +258,12 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, one_error_l
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "G_ema.safetensors").touch()
     for name, words in (
-        ("file", "out .*file is a file: name a folder"),
+        ("file", "--out .*file is a file: name a folder"),
         ("file/x", "file is a file, not a folder"),
-        ("full", r"out .*full has a G_ema\.safetensors already: choose another folder, or add --overwrite"),
-        ("/proc/x", r"out /proc/x cannot be written \("),
+        ("full", r"--out .*full has a G_ema\.safetensors already: choose another folder, or add --overwrite"),
+        ("/proc/x", r"--out /proc/x cannot be written \("),
     ):
-        assert re.search(words, one_error_line(convert, NOWHERE, tmp_path / name))
+        assert re.search(words, one_error_line(convert, NOWHERE, "--out", tmp_path / name))
     assert len(list(tmp_path.rglob("*"))) == 3
 
 
@@ -273,10 +280,10 @@ MAKES = {
     "figures schedules --out OUT/x.pdf": ["x.pdf"],
     "figures schedules --out OUT/x.svg": ["x.svg"],
     "check_data DATA --plot OUT/x.png": ["x.png"],
-    "convert RUN OUT": ["G_ema.safetensors"],
-    "convert RUN OUT --names published": ["G_ema-published.safetensors"],
-    "convert_data to-eg3d DATA OUT/x.json": ["x.json"],
-    "convert_data to-eg3d DATA OUT/x.zip": ["x.zip"],
+    "convert RUN --out OUT": ["G_ema.safetensors"],
+    "convert RUN --out OUT --names published": ["G_ema-published.safetensors"],
+    "convert_data to-eg3d DATA --out OUT/x.json": ["x.json"],
+    "convert_data to-eg3d DATA --out OUT/x.zip": ["x.zip"],
 }
 
 
@@ -378,8 +385,8 @@ def interrupted(main: Callable[[list[str]], None], *words: object) -> None:
         ("mesh RUN --out OUT/x.ply --resolution 12", "mesh", "to_trimesh", 2),
         ("mesh RUN --out OUT/x.png --resolution 12", "mesh", "picture", 1),
         ("check_data DATA --plot OUT/x.png", "plotting", "output", 1),
-        ("convert RUN OUT", "convert", "save_safetensors", 1),
-        ("convert_data to-eg3d DATA OUT/x.zip", "convert_data", "picture", 1),
+        ("convert RUN --out OUT", "convert", "save_safetensors", 1),
+        ("convert_data to-eg3d DATA --out OUT/x.zip", "convert_data", "picture", 1),
     ],
 )
 def test_an_interruption_leaves_nothing_half(
@@ -449,16 +456,16 @@ class Views:
 def test_objects_that_are_rendered_are_kept(
     first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make_dataset = module("make_dataset")
+    make_data = module("make_data")
     (tmp_path / "meshes").mkdir()
     for number in range(7):
         (tmp_path / "meshes" / f"{number}.stl").touch()
-    monkeypatch.setattr(make_dataset, "Renderer", Views)
+    monkeypatch.setattr(make_data, "Renderer", Views)
     if first:
         interrupt_at(monkeypatch, Views, "render", 1)
     out = tmp_path / "x.zip"
     line = ["--recipe", "megascans", "--meshes", tmp_path / "meshes", "--views", 3, "--resolution", 8, "--out", out]
-    interrupted(make_dataset.main, *line)
+    interrupted(make_data.main, *line)
     printed = capsys.readouterr()
     assert printed.err == "interrupted\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == (["meshes"] if first else ["meshes", "x.zip"])
@@ -486,8 +493,8 @@ WAITS = {
     ],
     "figures schedules --out OUT/x.png": ["drawing x.png"],
     "check_data DATA --plot OUT/x.png": ["reading dataset.json", "images checked", "drawing x.png"],
-    "convert RUN OUT": ["converting RUN"],
-    "convert_data to-eg3d DATA OUT/x.zip": ["poses", "images"],
+    "convert RUN --out OUT": ["converting RUN"],
+    "convert_data to-eg3d DATA --out OUT/x.zip": ["poses", "images"],
 }
 
 
@@ -540,11 +547,11 @@ def things(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> dict[str, Path]:
 
 
 THINGS = {
-    "data.zip": "a data set: train.py --data and check_data take it",
-    "images": "a data set: train.py --data and check_data take it",
-    "deep": "a data set: train.py --data and check_data take it",
-    "snapshot.pkl": "a pickle, as published snapshots are: make a checkpoint of it with python -m epigraf_fast.convert",
-    "renamed.pt": "a pickle, as published snapshots are: make a checkpoint of it with python -m epigraf_fast.convert",
+    "data.zip": "a data set: train.py --data and epigraf data check take it",
+    "images": "a data set: train.py --data and epigraf data check take it",
+    "deep": "a data set: train.py --data and epigraf data check take it",
+    "snapshot.pkl": "a pickle, as published snapshots are: make a checkpoint of it with epigraf convert",
+    "renamed.pt": "a pickle, as published snapshots are: make a checkpoint of it with epigraf convert",
     "config.json": "the settings of a run: give the folder that it lies in",
     "settings.json": "the settings of a run: give the folder that it lies in",
     "stats.jsonl": "the log of a run: give the folder that it lies in",
@@ -554,7 +561,7 @@ THINGS = {
     "x.mp4": "a video",
     "x.glb": "a mesh or volume",
     "inception.pt": "a network in TorchScript, as metrics --inception takes",
-    "pickles": "python -m epigraf_fast.convert takes network-snapshot-000100.pkl",
+    "pickles": "epigraf convert takes network-snapshot-000100.pkl",
     "begun": "the folder of a run that has saved no checkpoint yet",
 }
 
@@ -578,7 +585,7 @@ def test_what_is_no_checkpoint_is_named(
             "mesh": [things[name], "--out", tmp_path / "x.ply"],
             "metrics": [things[name]],
             "viewer": [things[name], "--port", 0],
-            "convert": [things[name], tmp_path / "x"],
+            "convert": [things[name], "--out", tmp_path / "x"],
             "figures": ["modulation", things[name], "--out", tmp_path / "x.png"],
         }[tool]
         message = one_error_line(module(tool).main, *line)
@@ -589,6 +596,6 @@ def test_what_is_no_checkpoint_is_named(
             message = one_error_line(module(tool).main, "modulation", path, "--out", tmp_path / "x.png")
             assert "generator alone" in message
     if tool == "convert":
-        message = one_error_line(module(tool).main, things["renamed.pt"], tmp_path / "x")
+        message = one_error_line(module(tool).main, things["renamed.pt"], "--out", tmp_path / "x")
         assert "it is no EpiGRAF snapshot" in message
     assert [path.name for path in tmp_path.iterdir()] == ["things"]

@@ -14,11 +14,11 @@ import PIL.Image
 import pytest
 import torch
 
-from epigraf_fast import convert_data
 from epigraf_fast.camera import cam2world_matrix, frustum_extent
 from epigraf_fast.data import ImageDataset
-from epigraf_fast.make_dataset import vtk_view_angle
-from epigraf_fast.poses import to_angles
+from epigraf_fast.tools import convert_data
+from epigraf_fast.tools.make_data import vtk_view_angle
+from epigraf_fast.tools.poses import to_angles
 
 FOCAL = 4.2647  # of EG3D's FFHQ labels
 
@@ -65,7 +65,7 @@ def eg3d(tmp_path: Path) -> Path:
 
 def test_from_eg3d(eg3d: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Faces look along +z there and along +x here; the image's right stays right."""
-    run("from-eg3d", eg3d, tmp_path / "ours.zip", "--ray-start", 2.25, "--ray-end", 3.3)
+    run("from-eg3d", eg3d, "--out", tmp_path / "ours.zip", "--ray-start", 2.25, "--ray-end", 3.3)
     printed = capsys.readouterr().out
     assert "4 cameras: distance 2.7 " in printed
     assert "aim up to 0.00 degrees" in printed
@@ -97,8 +97,8 @@ def test_eg3d_and_back(eg3d: Path, tmp_path: Path, container: str) -> None:
     ours = tmp_path / f"ours.{container}"
     if container == "json":
         ours = eg3d / "ours.json"
-    run("from-eg3d", eg3d, ours, "--ray-start", 2.25, "--ray-end", 3.3)
-    run("to-eg3d", ours, tmp_path / "back.json")
+    run("from-eg3d", eg3d, "--out", ours, "--ray-start", 2.25, "--ray-end", 3.3)
+    run("to-eg3d", ours, "--out", tmp_path / "back.json")
     original = json.loads((eg3d / "dataset.json").read_text())["labels"]
     back = json.loads((tmp_path / "back.json").read_text())["labels"]
     assert [name for name, _ in back] == [name for name, _ in original]
@@ -134,7 +134,7 @@ def nerf(tmp_path: Path) -> Path:
 
 
 def test_from_nerf_and_back(nerf: Path, tmp_path: Path) -> None:
-    run("from-nerf", nerf, tmp_path / "lego.zip", "--resolution", 8, "--ray-start", 2, "--ray-end", 6)
+    run("from-nerf", nerf, "--out", tmp_path / "lego.zip", "--resolution", 8, "--ray-start", 2, "--ray-end", 6)
     dataset = ImageDataset(tmp_path / "lego.zip", 8, mirror=False)
     dataset.check_images()
     np.testing.assert_allclose(dataset.angles[:, :2], ANGLES, atol=1e-6)
@@ -142,7 +142,7 @@ def test_from_nerf_and_back(nerf: Path, tmp_path: Path) -> None:
     picture = dataset[2][0]
     assert (picture[:, :4] == 255).all()  # transparent: white
     assert (picture[:, 4:] == 90).all()
-    run("to-nerf", tmp_path / "lego.zip", tmp_path / "back.json")
+    run("to-nerf", tmp_path / "lego.zip", "--out", tmp_path / "back.json")
     back, original = json.loads((tmp_path / "back.json").read_text()), transforms(ANGLES)
     assert back["camera_angle_x"] == pytest.approx(original["camera_angle_x"], abs=1e-6)
     for a, b in zip(original["frames"], back["frames"], strict=True):
@@ -187,7 +187,7 @@ def test_wrong_labels_are_one_line(
     metadata = json.loads((eg3d / "dataset.json").read_text())
     spoil(metadata)
     (eg3d / "dataset.json").write_text(json.dumps(metadata))
-    assert words in one_error_line(convert_data.main, "from-eg3d", eg3d, tmp_path / "x.json")
+    assert words in one_error_line(convert_data.main, "from-eg3d", eg3d, "--out", tmp_path / "x.json")
     assert not (tmp_path / "x.json").exists()
 
 
@@ -197,21 +197,25 @@ def test_wrong_arguments_are_one_line(
     def fault(*arguments: object) -> str:
         return one_error_line(convert_data.main, *arguments)
 
-    assert "there is no" in fault("from-nerf", tmp_path / "none.json", tmp_path / "x.zip")
-    assert "must end in .json or .zip" in fault("from-nerf", nerf, tmp_path / "x.tar")
-    assert "camera_angle_x" in fault("from-nerf", eg3d, tmp_path / "x.zip")
-    assert "has no dataset.json: give the .json" in fault("from-eg3d", nerf.parent, tmp_path / "x.zip")
-    assert "--ray-end must be" in fault("from-nerf", nerf, tmp_path / "x.zip", "--ray-start", 2, "--ray-end", 1)
-    assert '"camera_angles"' in fault("to-eg3d", eg3d, tmp_path / "x.json")
-    run("from-nerf", nerf, tmp_path / "poses.json")
-    assert "give --fov and --radius" in fault("to-nerf", tmp_path / "poses.json", tmp_path / "x.json")
+    assert "there is no" in fault("from-nerf", tmp_path / "none.json", "--out", tmp_path / "x.zip")
+    assert "must end in .json or .zip" in fault("from-nerf", nerf, "--out", tmp_path / "x.tar")
+    assert "camera_angle_x" in fault("from-nerf", eg3d, "--out", tmp_path / "x.zip")
+    assert "has no dataset.json: give the .json" in fault("from-eg3d", nerf.parent, "--out", tmp_path / "x.zip")
+    assert "--ray-end must be" in fault(
+        "from-nerf", nerf, "--out", tmp_path / "x.zip", "--ray-start", 2, "--ray-end", 1
+    )
+    assert '"camera_angles"' in fault("to-eg3d", eg3d, "--out", tmp_path / "x.json")
+    run("from-nerf", nerf, "--out", tmp_path / "poses.json")
+    assert "give --fov and --radius" in fault("to-nerf", tmp_path / "poses.json", "--out", tmp_path / "x.json")
     assert "give their --resolution" in fault(
-        "to-nerf", tmp_path / "poses.json", tmp_path / "x.json", "--fov", 30, "--radius", 1
+        "to-nerf", tmp_path / "poses.json", "--out", tmp_path / "x.json", "--fov", 30, "--radius", 1
     )
     (nerf.parent / "train" / "r_1.png").write_bytes(b"nothing")
-    assert "image train/r_1.png cannot be read" in fault("from-nerf", nerf, tmp_path / "x.zip")
+    assert "image train/r_1.png cannot be read" in fault("from-nerf", nerf, "--out", tmp_path / "x.zip")
     (tmp_path / "x.bin").write_bytes(b"no zip")
-    assert "is not a folder and not a readable zip" in fault("from-eg3d", tmp_path / "x.bin", tmp_path / "x.zip")
+    assert "is not a folder and not a readable zip" in fault(
+        "from-eg3d", tmp_path / "x.bin", "--out", tmp_path / "x.zip"
+    )
     assert not list(tmp_path.glob("x.zip*"))
     with zipfile.ZipFile(tiny_data) as archive:
         assert "camera_angles" in json.loads(archive.read("dataset.json"))
@@ -262,7 +266,7 @@ RAYS = ("--ray-start", 2, "--ray-end", 6)
 )
 def test_focal_lengths_in_pixels(nerf: Path, tmp_path: Path, edit: Callable[[dict], object]) -> None:
     """tan(fov / 2) = (w / 2) / fl_x = 1/4, however it is told."""
-    run("from-nerf", edited(nerf, edit), tmp_path / "x.zip", "--resolution", 8, *RAYS)
+    run("from-nerf", edited(nerf, edit), "--out", tmp_path / "x.zip", "--resolution", 8, *RAYS)
     assert fov_of(tmp_path / "x.zip", 8) == pytest.approx(math.degrees(2 * math.atan(0.25)), abs=1e-4)
 
 
@@ -303,7 +307,7 @@ def test_lenses_that_ours_is_not_are_refused(
     one_error_line: Callable[..., str],
 ) -> None:  # fmt: skip
     """By the name of the frame, where one is meant."""
-    message = one_error_line(convert_data.main, "from-nerf", edited(nerf, edit), tmp_path / "x.zip", *RAYS)
+    message = one_error_line(convert_data.main, "from-nerf", edited(nerf, edit), "--out", tmp_path / "x.zip", *RAYS)
     assert str(nerf) in message
     for word in words:
         assert word in message
@@ -313,12 +317,14 @@ def test_lenses_that_ours_is_not_are_refused(
 def test_images_that_are_not_square(nerf: Path, tmp_path: Path, one_error_line: Callable[..., str]) -> None:
     """32x16 is not squashed: the middle 16x16 is what --crop leaves, with the field of view of that."""
     pictures = replace_images(nerf, (32, 16))
-    arguments = "from-nerf", nerf, tmp_path / "x.zip", *RAYS
+    arguments = "from-nerf", nerf, "--out", tmp_path / "x.zip", *RAYS
     for more in ((), ("--resolution", 8)):
         assert "image of ./train/r_0 is 32x16, not square: add --crop" in one_error_line(
             convert_data.main, *arguments, *more
         )
-    assert "must be a .zip" in one_error_line(convert_data.main, "from-nerf", nerf, tmp_path / "x.json", "--crop")
+    assert "must be a .zip" in one_error_line(
+        convert_data.main, "from-nerf", nerf, "--out", tmp_path / "x.json", "--crop"
+    )
     run(*arguments, "--crop")
     dataset = ImageDataset(tmp_path / "x.zip", 16, mirror=False)
     for number, pixels in enumerate(pictures):
@@ -331,8 +337,8 @@ def test_a_principal_point_off_the_centre_is_cut_around(nerf: Path, tmp_path: Pa
     """Of 32x16 with the point at (20, 9), what lies 7 pixels around it: to the bottom, the nearest border."""
     pictures = replace_images(nerf, (32, 16))
     edited(nerf, lambda m: m.update(fl_x=40.0, w=32, h=16, cx=20.0, cy=9.0) or m.pop("camera_angle_x"))
-    run("from-nerf", nerf, tmp_path / "x.zip", *RAYS, "--crop", "--resolution", 16)
-    run("from-nerf", nerf, tmp_path / "y.zip", "--crop")
+    run("from-nerf", nerf, "--out", tmp_path / "x.zip", *RAYS, "--crop", "--resolution", 16)
+    run("from-nerf", nerf, "--out", tmp_path / "y.zip", "--crop")
     with zipfile.ZipFile(tmp_path / "y.zip") as archive, archive.open("train/r_0.png") as file:
         np.testing.assert_array_equal(np.asarray(PIL.Image.open(file)), pictures[0][2:16, 13:27])
     expected = PIL.Image.fromarray(pictures[0][2:16, 13:27]).resize((16, 16), PIL.Image.Resampling.BOX)
@@ -356,7 +362,7 @@ def test_lenses_that_differ_by_frame_are_cut_to_the_narrowest(
         for frame, (fx, fy) in zip(metadata["frames"], focal, strict=True):
             frame.update(fl_x=fx, fl_y=fy, w=size, h=size)
 
-    arguments = "from-nerf", edited(nerf, edit), tmp_path / "x.zip", "--crop"
+    arguments = "from-nerf", edited(nerf, edit), "--out", tmp_path / "x.zip", "--crop"
     assert "give a --resolution" in one_error_line(convert_data.main, *arguments)
     run(*arguments, "--resolution", 8, *RAYS)
     half = 20 / 100  # the smallest
@@ -378,7 +384,7 @@ def test_eg3d_intrinsics_are_looked_at(eg3d: Path, tmp_path: Path, one_error_lin
             metadata["labels"][2][1][place] = value
         path = eg3d / "spoilt.json"
         path.write_text(json.dumps(metadata))
-        return one_error_line(convert_data.main, "from-eg3d", path, tmp_path / "x.zip")
+        return one_error_line(convert_data.main, "from-eg3d", path, "--out", tmp_path / "x.zip")
 
     assert "00/2.png has its principal point off the centre" in spoil((18, 0.6))
     assert "00/2.png has pixels that are not square" in spoil((20, 4.0))
@@ -410,11 +416,11 @@ def test_axes_and_worlds_of_every_kind(
             frame["transform_matrix"] = matrix[:rows].tolist()
 
     edited(nerf, edit)
-    run("from-nerf", nerf, tmp_path / "x.json", "--axes", axes, "--up", up)
+    run("from-nerf", nerf, "--out", tmp_path / "x.json", "--axes", axes, "--up", up)
     angles = json.loads((tmp_path / "x.json").read_text())["camera_angles"]
     np.testing.assert_allclose(np.array(list(angles.values()))[:, :2], ANGLES, atol=1e-6)
     if (axes, up) != ("opengl", "z"):
-        message = one_error_line(convert_data.main, "from-nerf", nerf, tmp_path / "y.json")
+        message = one_error_line(convert_data.main, "from-nerf", nerf, "--out", tmp_path / "y.json")
         assert f"add --axes {axes} --up {up}" in message
         assert "train/r_" in message
         assert not (tmp_path / "y.json").exists()
@@ -427,10 +433,10 @@ def test_an_eg3d_set_with_z_up(eg3d: Path, tmp_path: Path, one_error_line: Calla
         label[:16] = (np.array([[1.0, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 0], [0, 0, 0, 1]]) @ matrix).flatten().tolist()
     (eg3d / "z.json").write_text(json.dumps(metadata))
     assert "--axes opencv --up z" in one_error_line(
-        convert_data.main, "from-eg3d", eg3d / "z.json", tmp_path / "x.json"
+        convert_data.main, "from-eg3d", eg3d / "z.json", "--out", tmp_path / "x.json"
     )
     for name, more in (("dataset", ()), ("z", ("--up", "z"))):
-        run("from-eg3d", eg3d / f"{name}.json", tmp_path / f"{name}.json", *more)
+        run("from-eg3d", eg3d / f"{name}.json", "--out", tmp_path / f"{name}.json", *more)
     one, two = (json.loads((tmp_path / f"{name}.json").read_text())["camera_angles"] for name in ("dataset", "z"))
     np.testing.assert_allclose(list(one.values()), list(two.values()), atol=1e-6)
 
@@ -443,13 +449,13 @@ def test_distances_that_differ_are_refused_by_name(
             row[3] *= 1.05
 
     edited(nerf, edit)
-    message = one_error_line(convert_data.main, "from-nerf", nerf, tmp_path / "x.json")
+    message = one_error_line(convert_data.main, "from-nerf", nerf, "--out", tmp_path / "x.json")
     assert "camera of ./train/r_1 is 4.232 from the origin, that of most 4.03" in message
     assert "--distance-tolerance 0.01" in message
-    run("from-nerf", nerf, tmp_path / "x.json", "--distance-tolerance", 0.06)
+    run("from-nerf", nerf, "--out", tmp_path / "x.json", "--distance-tolerance", 0.06)
     assert "distance 4.03 (up to 5.00% off)" in capsys.readouterr().out
     edited(nerf, lambda m: [row.__setitem__(3, 0.0) for f in m["frames"] for row in f["transform_matrix"][:3]])
-    message = one_error_line(convert_data.main, "from-nerf", nerf, tmp_path / "y.json")
+    message = one_error_line(convert_data.main, "from-nerf", nerf, "--out", tmp_path / "y.json")
     assert "camera of ./train/r_0 stands in the origin" in message
 
 
@@ -457,7 +463,7 @@ def test_the_camera_that_looks_aside_is_named(eg3d: Path, tmp_path: Path, one_er
     metadata = json.loads((eg3d / "dataset.json").read_text())
     metadata["labels"][2][1][3] = 1.0  # its position's x
     (eg3d / "dataset.json").write_text(json.dumps(metadata))
-    message = one_error_line(convert_data.main, "from-eg3d", eg3d, tmp_path / "x.json")
+    message = one_error_line(convert_data.main, "from-eg3d", eg3d, "--out", tmp_path / "x.json")
     assert "camera of 00/2.png looks" in message
     assert "centre the scene" in message
 
@@ -469,7 +475,7 @@ def test_16_bit_grey_stays_grey(nerf: Path, tmp_path: Path) -> None:
     """All over white it became: its upper 8 bits are what is shown."""
     grey = (np.arange(400, dtype=np.uint16) * 160).reshape(20, 20)
     PIL.Image.fromarray(grey).save(nerf.parent / "train/r_0.png")
-    run("from-nerf", nerf, tmp_path / "x.zip")
+    run("from-nerf", nerf, "--out", tmp_path / "x.zip")
     with zipfile.ZipFile(tmp_path / "x.zip") as archive, archive.open("train/r_0.png") as file:
         pixels = np.asarray(PIL.Image.open(file))
     np.testing.assert_array_equal(pixels, np.broadcast_to((grey >> 8)[..., None], (20, 20, 3)))
@@ -489,7 +495,7 @@ def test_grey_and_palettes_are_what_they_show(nerf: Path, tmp_path: Path, mode: 
         image.save(nerf.parent / "train/r_0.png")
         expected = np.asarray(image.convert("L"))
     for out, resolution, more in (("x", 20, ()), ("y", 4, ("--resolution", 4))):
-        run("from-nerf", nerf, tmp_path / f"{out}.zip", *more)
+        run("from-nerf", nerf, "--out", tmp_path / f"{out}.zip", *more)
         with zipfile.ZipFile(tmp_path / f"{out}.zip") as archive, archive.open("train/r_0.png") as file:
             found = np.asarray(PIL.Image.open(file).convert("RGB"))
         step = 20 // resolution
@@ -514,7 +520,7 @@ def test_images_without_one_meaning_are_refused(
     more = {"save_all": True, "append_images": others} if others else {}
     first.save(nerf.parent / "train/r_1.png", kind, **more)
     assert f"image train/r_1.png is {words}" in one_error_line(
-        convert_data.main, "from-nerf", nerf, tmp_path / "x.zip", *resolution
+        convert_data.main, "from-nerf", nerf, "--out", tmp_path / "x.zip", *resolution
     )
     assert not list(tmp_path.glob("x.zip*"))
 
@@ -526,7 +532,7 @@ def test_truncated_images_are_not_passed_on(
     path = nerf.parent / "train/r_1.png"
     PIL.Image.fromarray(noise((20, 20))).save(path)
     path.write_bytes(path.read_bytes()[:-100])
-    message = one_error_line(convert_data.main, "from-nerf", nerf, tmp_path / "x.zip", *resolution)
+    message = one_error_line(convert_data.main, "from-nerf", nerf, "--out", tmp_path / "x.zip", *resolution)
     assert "image train/r_1.png cannot be read (image file is truncated" in message
     assert not list(tmp_path.glob("x.zip*"))
 
@@ -540,7 +546,7 @@ def test_images_become_upright(nerf: Path, tmp_path: Path) -> None:
         exif[0x0112] = 6
         image.save(nerf.parent / f"train/r_{number}.png", exif=exif)
     edited(nerf, lambda m: m.update(w=32, h=16))
-    run("from-nerf", nerf, tmp_path / "x.zip", "--crop")
+    run("from-nerf", nerf, "--out", tmp_path / "x.zip", "--crop")
     dataset = ImageDataset(tmp_path / "x.zip", 16, mirror=False)
     upright = pixels.transpose(1, 0, 2)[:, ::-1]
     np.testing.assert_array_equal(dataset[0][0].permute(1, 2, 0), upright[:, 8:24])
@@ -554,7 +560,7 @@ def test_files_that_fit_are_copied(eg3d: Path, tmp_path: Path) -> None:
     pixels[3, 5, 3] = 0
     PIL.Image.fromarray(pixels).save(eg3d / "00/1.webp", lossless=True)
     (eg3d / "00/1.png").unlink()
-    run("from-eg3d", eg3d, tmp_path / "x.zip")
+    run("from-eg3d", eg3d, "--out", tmp_path / "x.zip")
     with zipfile.ZipFile(tmp_path / "x.zip") as archive:
         assert sorted(archive.namelist()) == ["00/0.jpg", "00/1.png", "00/2.png", "00/3.png", "dataset.json"]
         assert archive.read("00/0.jpg") == (eg3d / "00/0.jpg").read_bytes()
@@ -567,9 +573,9 @@ def test_files_that_fit_are_copied(eg3d: Path, tmp_path: Path) -> None:
 def test_our_own_oblong_images_are_not_squashed_either(
     eg3d: Path, tmp_path: Path, one_error_line: Callable[..., str]
 ) -> None:
-    run("from-eg3d", eg3d, eg3d / "ours.json", "--ray-start", 2.25, "--ray-end", 3.3)
+    run("from-eg3d", eg3d, "--out", eg3d / "ours.json", "--ray-start", 2.25, "--ray-end", 3.3)
     PIL.Image.fromarray(noise((16, 8))).save(eg3d / "00/1.png")
-    arguments = "to-eg3d", eg3d / "ours.json", tmp_path / "x.zip", "--resolution", 8
+    arguments = "to-eg3d", eg3d / "ours.json", "--out", tmp_path / "x.zip", "--resolution", 8
     assert "image 00/1.png is 16x8, not square" in one_error_line(convert_data.main, *arguments)
 
 
@@ -588,7 +594,7 @@ def test_names_of_every_spelling(nerf: Path, tmp_path: Path) -> None:
         for frame, path in zip(metadata["frames"], paths, strict=True):
             frame["file_path"] = path
 
-    run("from-nerf", edited(nerf, edit), tmp_path / "x.zip", "--resolution", 8)
+    run("from-nerf", edited(nerf, edit), "--out", tmp_path / "x.zip", "--resolution", 8)
     dataset = ImageDataset(tmp_path / "x.zip", 8, mirror=False)
     assert dataset.files == ["train/r_1.png", "train/r_2.png", "train/\u00e9.png"]
     np.testing.assert_allclose(dataset.angles[:, :2], ANGLES[[1, 2, 0]], atol=1e-6)
@@ -596,14 +602,14 @@ def test_names_of_every_spelling(nerf: Path, tmp_path: Path) -> None:
 
 def test_a_renamed_top_folder(nerf: Path, tmp_path: Path) -> None:
     (nerf.parent / "train").rename(nerf.parent / "images")
-    run("from-nerf", nerf, tmp_path / "x.zip", "--resolution", 8)
+    run("from-nerf", nerf, "--out", tmp_path / "x.zip", "--resolution", 8)
     assert len(ImageDataset(tmp_path / "x.zip", 8, mirror=False)) == 3
 
 
 def test_absolute_names(nerf: Path, tmp_path: Path) -> None:
     """As of the machine where the poses were made."""
     edited(nerf, lambda m: [f.update(file_path=f"/data/lego/{f['file_path']}") for f in m["frames"]])
-    run("from-nerf", nerf, tmp_path / "x.zip", "--resolution", 8)
+    run("from-nerf", nerf, "--out", tmp_path / "x.zip", "--resolution", 8)
     assert ImageDataset(tmp_path / "x.zip", 8).files == [f"train/r_{number}.png" for number in range(3)]
 
 
@@ -611,17 +617,17 @@ def test_leftovers_are_counted_and_named(
     nerf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], one_error_line: Callable[..., str]
 ) -> None:
     (nerf.parent / "train/r_1.png").rename(nerf.parent / "train/other.png")
-    run("from-nerf", nerf, tmp_path / "x.zip", "--resolution", 8)
+    run("from-nerf", nerf, "--out", tmp_path / "x.zip", "--resolution", 8)
     printed = capsys.readouterr().out
     assert "poses without an image: 1, first ./train/r_1" in printed
     assert "images without a pose: 1, first train/other.png" in printed
     np.testing.assert_allclose(ImageDataset(tmp_path / "x.zip", mirror=False).angles[:, :2], ANGLES[[0, 2]], atol=1e-6)
     for number in (0, 2):
         (nerf.parent / f"train/r_{number}.png").unlink()
-    message = one_error_line(convert_data.main, "from-nerf", nerf, tmp_path / "y.zip")
+    message = one_error_line(convert_data.main, "from-nerf", nerf, "--out", tmp_path / "y.zip")
     assert "an image is train/other.png, a pose ./train/r_0" in message
     (nerf.parent / "train/other.png").unlink()
-    assert "holds no image" in one_error_line(convert_data.main, "from-nerf", nerf, tmp_path / "y.zip")
+    assert "holds no image" in one_error_line(convert_data.main, "from-nerf", nerf, "--out", tmp_path / "y.zip")
 
 
 @pytest.mark.parametrize("link", ["the file itself", "symlink", "hard link", "linked folder"])
@@ -644,10 +650,10 @@ def test_the_source_is_never_overwritten(
             folder = tmp_path / f"link-{source.suffix[1:]}"
             folder.symlink_to(source.parent)
             out = folder / source.name
-        message = one_error_line(convert_data.main, "from-eg3d", source, out, "--overwrite")
+        message = one_error_line(convert_data.main, "from-eg3d", source, "--out", out, "--overwrite")
         assert "is what is read: choose another output" in message
         if source.suffix == ".json":
-            one_error_line(convert_data.main, "from-eg3d", eg3d, out, "--overwrite")
+            one_error_line(convert_data.main, "from-eg3d", eg3d, "--out", out, "--overwrite")
         assert source.read_bytes() == before
         assert out.samefile(source)
 
@@ -667,10 +673,10 @@ def test_damaged_archives_are_one_line(eg3d: Path, tmp_path: Path, one_error_lin
         return bytearray(path.read_bytes())
 
     def fault() -> str:
-        return one_error_line(convert_data.main, "from-eg3d", path, tmp_path / "x.zip")
+        return one_error_line(convert_data.main, "from-eg3d", path, "--out", tmp_path / "x.zip")
 
     pack(zipfile.ZIP_LZMA)
-    run("from-eg3d", path, tmp_path / "lzma.zip")
+    run("from-eg3d", path, "--out", tmp_path / "lzma.zip")
     for offsets, value, words in (
         ((8, 10), 9, "its method is deflate64): repack with Deflate"),
         ((6, 8), 1, "repack with Deflate, without a password"),

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from checks import assert_close
-from epigraf_fast import figures
 from epigraf_fast.config import Config, PatchConfig
+from epigraf_fast.tools import figures
 from epigraf_fast.training.checkpoint import save_checkpoint
 from epigraf_fast.training.step import Trainer
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +15,9 @@ import torch
 from torch import Tensor
 
 from checks import assert_close
-from epigraf_fast import mesh
 from epigraf_fast.models.feature_decoder import FeatureDecoder
 from epigraf_fast.models.generator import Generator
+from epigraf_fast.tools import mesh
 from epigraf_fast.training.pretrained import load_generator
 
 trimesh = pytest.importorskip("trimesh", reason="needs the extra tools")
@@ -132,6 +134,27 @@ def test_the_picture_shows_the_ball_where_the_renderer_does(generator: Generator
     assert clay[int(rows.mean()), int(columns.mean())] > 215  # faces the camera
 
 
+def test_a_glb_is_smooth_and_unlit_and_stores_light(generator: Generator) -> None:
+    surface = mesh.extract(generator, PLANES, mesh.density_volume(generator, PLANES, 32), 0.0)
+    content = mesh.glb_of(surface)
+    assert (content[:8], struct.unpack("<I", content[8:12])) == (b"glTF\2\0\0\0", (len(content),))
+    length = struct.unpack("<I", content[12:16])[0]
+    scene, data = json.loads(content[20 : 20 + length]), content[28 + length :]
+    assert scene["materials"][0]["pbrMetallicRoughness"] == {"metallicFactor": 0, "roughnessFactor": 1}
+    assert scene["materials"][0]["extensions"].keys() == set(scene["extensionsUsed"]) == {"KHR_materials_unlit"}
+    found = {}
+    attributes = scene["meshes"][0]["primitives"][0]["attributes"]
+    for name, number in attributes.items():
+        view = scene["bufferViews"][scene["accessors"][number]["bufferView"]]
+        part = data[view["byteOffset"] : view["byteOffset"] + view["byteLength"]]
+        found[name] = np.frombuffer(part, "<f4").reshape(-1, 3)
+    outward = found["POSITION"] / np.linalg.norm(found["POSITION"], axis=1, keepdims=True)
+    assert ((found["NORMAL"] * outward).sum(axis=1) > 0.99).all()
+    light = found["COLOR_0"]
+    shown = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    np.testing.assert_allclose(255 * shown, surface.colors, atol=0.01)
+
+
 def test_components(generator: Generator) -> None:
     generator.decoder = Ball((0.22, 0.0, 0.0), (-0.22, 0.0, 0.0))
     volume = mesh.density_volume(generator, PLANES, 32)
@@ -140,7 +163,7 @@ def test_components(generator: Generator) -> None:
     sizes = np.bincount(mesh.components(surface))
     assert len(sizes) == 3
     assert (np.diff(sizes) <= 0).all()
-    lines = "\n".join(mesh.statistics(surface))
+    lines = "\n".join(mesh.statistics(mesh.measured(surface)))
     assert "watertight: yes" in lines
     assert "components: 3" in lines
     alone = mesh.largest(surface)
@@ -162,7 +185,10 @@ def test_files(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     for loaded in meshes:
         assert len(loaded.faces) == len(meshes[0].faces) > 20
         np.testing.assert_allclose(loaded.vertices, meshes[0].vertices, atol=1e-5)
-        assert (loaded.visual.vertex_colors == meshes[0].visual.vertex_colors).all()
+        colors = loaded.visual.vertex_colors[:, :3].astype(float)
+        light = mesh.linear(meshes[0].visual.vertex_colors[:, :3])
+        expected = 255 * light if loaded is meshes[2] else meshes[0].visual.vertex_colors[:, :3]
+        np.testing.assert_allclose(colors, expected, atol=1)
         assert np.abs(loaded.vertices).max() <= 0.475 * (1 + 2 / 23)
     with mrcfile.open(paths[3]) as file:
         assert file.data.shape == (24, 24, 24)
@@ -175,9 +201,16 @@ def test_files(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert len(list(tmp_path.iterdir())) == 4
 
 
-def test_several_seeds_and_a_given_threshold(tiny_run: Path, tmp_path: Path) -> None:
-    mesh.main([str(tiny_run), "--out", str(tmp_path / "x.ply"), "--resolution", "12", "--seeds", "0-1", "--largest"])
+def test_several_seeds_as_json(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = [str(tiny_run), "--out", str(tmp_path / "x.ply"), "--resolution", "12", "--seeds", "0-1", "--largest"]
+    mesh.main([*line, "--json"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x-0.ply", "x-1.ply"]
+    for seed, result in enumerate(json.loads(capsys.readouterr().out)):
+        loaded = trimesh.load(result["files"][0], force="mesh", process=False)
+        assert (result["seed"], result["components"], result["watertight"]) == (seed, 1, True)
+        assert result["faces"] == len(loaded.faces)
+        assert result["volume"] == pytest.approx(loaded.volume, rel=1e-4)
+        assert result["density_min"] < result["threshold"] < result["density_max"]
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from checks import assert_close, draw
-from epigraf_fast import metrics
 from epigraf_fast.camera import cam2world_matrix, camera_rays
 from epigraf_fast.config import CameraConfig
 from epigraf_fast.models.renderer import Images
+from epigraf_fast.tools import metrics
 from epigraf_fast.training.checkpoint import list_checkpoints
 from epigraf_fast.training.metrics import ScriptFeatures, kernel_distance
 
@@ -145,8 +145,8 @@ def test_a_folder_of_checkpoints(
         assert result["fd_efficientnet"] > 0
         assert result["fid"] > 0
         assert f"fid {result['fid']:.4g}" in printed
-    metrics.main([results[1]["checkpoint"], *arguments, "--out", str(out), "--overwrite"])
-    assert json.loads(out.read_text()) == results[1:]
+    metrics.main([results[1]["checkpoint"], *arguments, "--out", str(out), "--overwrite", "--json"])
+    assert json.loads(out.read_text()) == json.loads(capsys.readouterr().out) == results[1:]
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from checks import HANG, assert_close
-from epigraf_fast import render
 from epigraf_fast.camera import cam2world_matrix, camera_rays
 from epigraf_fast.models import region
 from epigraf_fast.models.renderer import Images
+from epigraf_fast.tools import render
 from epigraf_fast.training.pretrained import load_generator
 
 
@@ -139,7 +139,7 @@ def test_memory_at_1024_is_bounded(tiny_run: Path, tmp_path: Path) -> None:
     """A million rays, in a process of its own: what they take beyond a tiny picture is far below all samples."""
     program = f"""
 import resource, sys
-from epigraf_fast import render
+from epigraf_fast.tools import render
 sizes = []
 for size in (16, 1024):
     render.main(["grid", {str(tiny_run)!r}, "--out", {str(tmp_path / "x.png")!r}, "--seeds", "0", "--ray-samples", "10",

@@ -21,9 +21,9 @@ import pytest
 import torch
 
 from checks import HANG, assert_close
-from epigraf_fast import viewer
 from epigraf_fast.camera import cam2world_matrix
 from epigraf_fast.errors import UserError
+from epigraf_fast.tools import viewer
 from epigraf_fast.training.pretrained import load_generator
 
 RESOLUTION = 64

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,16 +17,19 @@ from typing import Any
 import pytest
 import torch
 from in_part import IN_PART
-from test_cli import flags
 
 from checks import HANG, assert_close
-from epigraf_fast.config import Config, DiscriminatorConfig, check, to_dict
+from command_lines import flags
+from epigraf_fast.config import Config, DiscriminatorConfig, check
 from epigraf_fast.data import ImageDataset, make_loader
 from epigraf_fast.errors import UserError
+from epigraf_fast.tools import train
+from epigraf_fast.training import distributed
 from epigraf_fast.training.checkpoint import list_checkpoints, load_checkpoint
 from epigraf_fast.training.distributed import World, check_world
 from epigraf_fast.training.log import read_stats
 from epigraf_fast.training.step import Fakes, Samples, Trainer
+from together import fork, train_together
 
 TinyConfig = Callable[..., Config]
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,24 +50,45 @@ def torchrun(*line: str) -> subprocess.Popen:
 
 def step_of_two(config: Config, tmp_path: Path) -> list[dict[str, Any]]:
     """What the two processes saw in one step."""
-    (tmp_path / "settings.json").write_text(json.dumps(to_dict(config)))
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    workers = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                str(Path(__file__).with_name("worker.py")),
-                str(tmp_path / "settings.json"),
-                str(tmp_path),
-            ],
-            env=environment(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port),
-        )
-        for rank in range(2)
-    ]
-    assert [worker.wait(TIMEOUT) for worker in workers] == [0, 0]
+
+    def main(rank: int) -> None:
+        distributed.BUCKET = 1000  # numbers, so that the tiny networks make several
+        world, device = World.from_environment(), torch.device("cpu")
+        world.connect(device)
+        dataset = ImageDataset(config.data, use_labels=True)
+        torch.manual_seed(config.seed)
+        trainer = Trainer(config, dataset, device, world)
+        world.reseed(config.seed, 0)
+        start = torch.get_rng_state()
+        grads = gradients_of_steps(trainer)
+        loader = make_loader(dataset, trainer.share, config.seed, rank=world.rank, world_size=world.size)
+        trainer.iteration(*next(loader))
+        result = {
+            "start": start,
+            "grads": grads,
+            "statistics": trainer.statistics(),
+            "augment_p": trainer.augment_p,
+            "weights": {name: p.detach() for name, p in trainer.average.state_dict().items()},
+        }
+        torch.save(result, tmp_path / f"rank{world.rank}.pt")
+        world.close()
+
+    assert fork(2, main) == [0, 0]
     return [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def gradients_of_steps(trainer: Trainer) -> list[dict[str, torch.Tensor]]:
+    """Filled with the gradients of G, D and R1 as the optimizers take them."""
+    grads: list[dict[str, torch.Tensor]] = []
+    networks = ((trainer.generator, trainer.g_optimizer), (trainer.discriminator, trainer.d_optimizer))
+    for network, optimizer in networks:
+
+        def step(network: Any = network, original: Callable[[], None] = optimizer.step) -> None:
+            grads.append({name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None})
+            original()
+
+        optimizer.step = step
+    return grads
 
 
 class Alternating(Trainer):
@@ -124,15 +146,7 @@ def test_gradients_are_those_of_one_process(settings: dict[str, Any], tiny_confi
     trainer.states = [first["start"], second["start"]]
     for name in ("_generator_phase", "_discriminator_phase", "_regularization_phase"):
         trainer.in_turn(name)
-    grads = []
-    networks = ((trainer.generator, trainer.g_optimizer), (trainer.discriminator, trainer.d_optimizer))
-    for network, optimizer in networks:
-
-        def step(network=network, original=optimizer.step) -> None:
-            grads.append({name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None})
-            original()
-
-        optimizer.step = step
+    grads = gradients_of_steps(trainer)
     batches = [next(make_loader(dataset, 8, config.seed, rank=rank, world_size=2)) for rank in range(2)]
     halves = [[part.split(4) for part in batch] for batch in batches]  # of rank 0, then of rank 1, in turn
     trainer.iteration(
@@ -153,15 +167,13 @@ def test_gradients_are_those_of_one_process(settings: dict[str, Any], tiny_confi
 
 def test_a_run_of_two_and_its_continuation_by_one(tiny_config: TinyConfig, tmp_path: Path) -> None:
     """One set of files; global batch and image count stay."""
-    process = torchrun("train.py", *flags(tiny_config(kimg=0.032)))
-    output, errors = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == 0, errors
-    assert output.count("initial samples:") == 1
+    line = flags(tiny_config(kimg=0.032))
+    first, second = train_together(tmp_path / "ended", line, line)
+    assert first.code == second.code == 0, first.errors
+    assert (first.output + second.output).count("initial samples:") == 1
     run_dir = tmp_path / "run"
     assert [path.name for path in list_checkpoints(run_dir)] == ["checkpoint-000000032.pt"]
     assert [line["cur_nimg"] for line in read_stats(run_dir / "stats.jsonl")] == [8, 16, 24, 32]
-
-    import train
 
     assert train.main([*flags(tiny_config(kimg=0.048)), "--resume", "auto"]) == 0
     lines = read_stats(run_dir / "stats.jsonl")
@@ -172,11 +184,11 @@ def test_two_go_on_exactly(tiny_config: TinyConfig, tmp_path: Path) -> None:
     """A run of two that stopped halfway ends with the weights of one that did not."""
     settings = {"augment": {"mode": "ada", "p": 0.3}}  # adjusted every 4 steps, so in the middle of its count
     folders = tmp_path / "whole", tmp_path / "halves"
-    for folder, kimg, resume in ((folders[0], 0.04, ()), (folders[1], 0.024, ()), (folders[1], 0.04, ("auto",))):
-        config = tiny_config(kimg=kimg, checkpoint_kimg=0.024, run_dir=str(folder), **settings)
-        process = torchrun("train.py", *flags(config), *(("--resume", *resume) if resume else ()))
-        _, errors = process.communicate(timeout=TIMEOUT)
-        assert process.returncode == 0, errors
+    for part, (folder, kimg) in enumerate(((folders[0], 0.04), (folders[1], 0.024), (folders[1], 0.04))):
+        line = flags(tiny_config(kimg=kimg, checkpoint_kimg=0.024, run_dir=str(folder), **settings))
+        line += ["--resume", "auto"] if part == 2 else []
+        for ended in train_together(tmp_path / f"ended{part}", line, line):
+            assert ended.code == 0, ended.errors
     whole, halves = (load_checkpoint(list_checkpoints(folder)[-1])[1] for folder in folders)
     assert whole["trainer"]["cur_nimg"] == halves["trainer"]["cur_nimg"] == 40
     assert len(whole["random"]) == 2
@@ -194,7 +206,7 @@ def children(pid: int) -> list[int]:
 
 
 def test_a_killed_worker_ends_the_job(tiny_config: TinyConfig, tmp_path: Path) -> None:
-    """Within a minute, with an error code; and two processes go on from the last checkpoint."""
+    """Within a minute, with an error code; what it leaves is a checkpoint that two processes go on from."""
     process = torchrun("train.py", *flags(tiny_config(kimg=100.0, checkpoint_kimg=0.016)))
     started = time.monotonic()
     while not list_checkpoints(tmp_path / "run"):
@@ -214,11 +226,10 @@ def test_a_killed_worker_ends_the_job(tiny_config: TinyConfig, tmp_path: Path) -
     assert not any(Path(f"/proc/{pid}").is_dir() for pid in workers)
 
     newest = load_checkpoint(list_checkpoints(tmp_path / "run")[-1])[1]["trainer"]["cur_nimg"]
-    kimg = newest / 1000 + 0.016
-    process = torchrun("train.py", *flags(tiny_config(kimg=kimg, checkpoint_kimg=0.016)), "--resume", "auto")
-    output, errors = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == 0, errors
-    assert output.count("continuing from") == 1
+    line = [*flags(tiny_config(kimg=newest / 1000 + 0.016, checkpoint_kimg=0.016)), "--resume", "auto"]
+    first, second = train_together(tmp_path / "ended", line, line)
+    assert first.code == second.code == 0, first.errors
+    assert (first.output + second.output).count("continuing from") == 1
     assert list_checkpoints(tmp_path / "run")[-1].name == f"checkpoint-{newest + 16:09d}.pt"
 
 

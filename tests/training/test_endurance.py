@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-import train
 from epigraf_fast.config import Config, check
 from epigraf_fast.data import ImageDataset, InfiniteSampler
 from epigraf_fast.errors import SaveError, UserError
+from epigraf_fast.tools import train
 from epigraf_fast.training import endurance, record, snapshot
 from epigraf_fast.training.checkpoint import list_checkpoints, load_checkpoint
 from epigraf_fast.training.endurance import explain_out_of_memory, is_out_of_memory, micro_batch_that_fits

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_cli import Distance, assert_one_error_line, flags
 
-import train
 from checks import HANG
+from command_lines import Distance, assert_one_error_line, flags
 from epigraf_fast.config import Config
 from epigraf_fast.data import ImageDataset
+from epigraf_fast.tools import train
 from epigraf_fast.training import board as board_module
 from epigraf_fast.training import log as log_module
 from epigraf_fast.training import snapshot, warmup

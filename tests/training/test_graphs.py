@@ -15,12 +15,12 @@ from in_part import IN_PART
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-import train
 from checks import TOLERANCES
 from epigraf_fast.config import Config
 from epigraf_fast.data import ImageDataset, make_loader
 from epigraf_fast.errors import UserError
 from epigraf_fast.reference import sample_triplane as reference
+from epigraf_fast.tools import train
 from epigraf_fast.training import graphs
 from epigraf_fast.training.distributed import World
 from epigraf_fast.training.gradients import clean_, flatten

@@ -11,13 +11,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_cli import Distance, flags, losses
 
-import train
 from checks import HANG
+from command_lines import Distance, flags, losses
 from epigraf_fast.config import Config
 from epigraf_fast.data import ImageDataset
 from epigraf_fast.errors import Stopped
+from epigraf_fast.tools import train
 from epigraf_fast.training import endurance, snapshot, start
 from epigraf_fast.training import progress as progress_module
 from epigraf_fast.training.checkpoint import list_checkpoints

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import assert_one_error_line, flags
 
-import train
 from checks import HANG
+from command_lines import assert_one_error_line, flags
 from epigraf_fast.config import Config
 from epigraf_fast.errors import UserError
+from epigraf_fast.tools import train
 from epigraf_fast.training import files, lock
 from epigraf_fast.training.checkpoint import find_checkpoint, list_checkpoints
 from epigraf_fast.training.distributed import World

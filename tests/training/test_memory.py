@@ -71,7 +71,7 @@ def test_the_step_is_what_autograd_keeps(
         raise AssertionError(f"no micro-batch has a box of {largest.levels[128].size}")
     trainer.discriminator.requires_grad_(False)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        trainer._judge(*trainer._generate(fakes), fakes)
+        trainer._judge(*trainer._generate(fakes), fakes.label, fakes.angles)
     measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     _, estimate = step_bytes(config, *meta_networks(config, 3), angles)
     assert 0.9 * measured <= estimate <= 1.1 * measured

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-import train
 from checks import SIGMAS
 from epigraf_fast.config import Config
 from epigraf_fast.data import ImageDataset, make_loader
+from epigraf_fast.tools import train
 from epigraf_fast.training.distributed import World
 from epigraf_fast.training.step import Trainer
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from epigraf_fast.config import Config
-from epigraf_fast.convert import export_generator
 from epigraf_fast.errors import UserError
+from epigraf_fast.tools.convert import export_generator
 from epigraf_fast.training.checkpoint import save_checkpoint
 from epigraf_fast.training.networks import find_device
 from epigraf_fast.training.pretrained import (

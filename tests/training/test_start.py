@@ -3,108 +3,35 @@
 from __future__ import annotations
 
 import datetime
-import multiprocessing
 import os
 import shutil
 import signal
-import socket
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from test_cli import Distance, flags
 
-import train
+from command_lines import Distance, flags
 from epigraf_fast.config import Config
 from epigraf_fast.errors import UserError
+from epigraf_fast.tools import train
 from epigraf_fast.training import distributed, snapshot, start
 from epigraf_fast.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from epigraf_fast.training.distributed import World
 from epigraf_fast.training.start import checksum
+from together import Ended, Fault, train_together
 
 TinyConfig = Callable[..., Config]
-Fault = Callable[[], None]
-
-
-class Ended(NamedTuple):
-    """How one process ended."""
-
-    code: int
-    output: str
-    errors: str
-    state: str  # checksum of networks and optimizers at its end
-
-
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return str(free.getsockname()[1])
-
-
-def process(rank: int, line: list[str], faults: dict[int, Fault], environment: dict[str, str], folder: Path) -> None:
-    """One of the processes: train.py, with what it prints and its final state in files."""
-    for name, number in (("output", 1), ("errors", 2)):
-        os.dup2(os.open(folder / f"{name}{rank}", os.O_WRONLY | os.O_CREAT), number)
-    sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
-    os.environ.update(environment, RANK=str(rank))
-    original = train.loop
-
-    def loop(config: Config, dataset: Any, trainer: Any, *rest: Any) -> int:
-        code = original(config, dataset, trainer, *rest)
-        state = trainer.state_dict()
-        names = ("generator", "discriminator", "average", "g_optimizer", "d_optimizer", "cur_nimg", "augment_p")
-        (folder / f"state{rank}").write_text(checksum([state[name] for name in names]))
-        return code
-
-    train.loop = loop
-    code = 1
-    try:
-        faults.get(rank, lambda: None)()
-        code = train.main(line)
-    except SystemExit as error:
-        code = error.code
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
 
 
 @pytest.fixture
 def together(tmp_path: Path) -> Callable[..., list[Ended]]:
     """`together(line, line, faults={1: function})`: how the processes of these command lines end, forked from here."""
-
-    def together(*lines: list[str], faults: dict[int, Fault] | None = None) -> list[Ended]:
-        folder = tmp_path / f"ended-{len(list(tmp_path.iterdir()))}"
-        folder.mkdir()
-        environment = {"WORLD_SIZE": str(len(lines)), "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
-        context = multiprocessing.get_context("fork")
-        workers = [
-            context.Process(target=process, args=(rank, line, faults or {}, environment, folder))
-            for rank, line in enumerate(lines)
-        ]
-        for worker in workers:
-            worker.start()
-        try:
-            for worker in workers:
-                worker.join(120)
-            assert all(worker.exitcode is not None for worker in workers), "a process is left waiting"
-        finally:
-            for worker in workers:
-                worker.kill()
-
-        def read(name: str, rank: int) -> str:
-            path = folder / f"{name}{rank}"
-            return path.read_text() if path.is_file() else ""
-
-        return [
-            Ended(worker.exitcode, *(read(name, rank) for name in ("output", "errors", "state")))
-            for rank, worker in enumerate(workers)
-        ]
-
-    return together
+    return lambda *lines, **options: train_together(
+        tmp_path / f"ended-{len(list(tmp_path.iterdir()))}", *lines, **options
+    )
 
 
 def error_of(ended: Ended) -> str:

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from .camera import PRIORS
-from .config import Config
-from .errors import UserError
+from ..camera import PRIORS
+from ..config import Config
+from ..errors import UserError
 from .published import Unresolved
 
 Kind = Literal["imported", "in the tensors", "refused", "no effect"]

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from checks import HANG
-from epigraf_fast import __version__, doctor
+from epigraf_fast import __version__
 from epigraf_fast.ops import backends
+from epigraf_fast.tools import doctor
 
 
 def test_command_prints_json() -> None:
-    command = [sys.executable, "-m", "epigraf_fast.doctor", "--json"]
+    command = [sys.executable, "-m", "epigraf_fast", "doctor", "--json"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=True)
     report = json.loads(result.stdout)
     assert report["versions"]["epigraf_fast"] == __version__

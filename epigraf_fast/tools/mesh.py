@@ -1,17 +1,19 @@
 """Surfaces of generated objects: density volume, marching cubes, vertex colours.
 
-$ python -m epigraf_fast.mesh runs/demo --out object.ply object.glb volume.mrc --seeds 3
-$ python -m epigraf_fast.mesh runs/ffhq --out head.obj --seeds 0-3 --resolution 512 --threshold 25 --largest
+$ epigraf mesh runs/demo --out object.ply object.glb volume.mrc --seeds 3
+$ epigraf mesh runs/ffhq --out head.obj --seeds 0-3 --resolution 512 --threshold 25 --largest
 """
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
+import json
 import math
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import PIL.Image
@@ -19,14 +21,14 @@ import PIL.ImageDraw
 import torch
 from torch import Tensor
 
-from .arguments import Parser, real, whole
-from .camera import cam2world_matrix, camera_rays, frustum_extent
+from ..camera import cam2world_matrix, camera_rays, frustum_extent
+from ..errors import UserError
+from ..models.generator import Generator
+from ..training.pretrained import load_generator
+from ..training.sampling import circle_angles, surface_depth, turntable_angles
+from .arguments import NUMBERS, PATHS, GeneratorOptions, Json, Overwrite, default, parse, real, whole
 from .command import Progress, check_output, output, require, running, waiting
-from .errors import UserError
-from .models.generator import Generator
-from .render import OPAQUE, Scene, add_generator_arguments, check_generator_arguments, save_picture
-from .training.pretrained import load_generator
-from .training.sampling import circle_angles, surface_depth, turntable_angles
+from .render import OPAQUE, Scene, check_generator_arguments, save_picture
 
 MESHES = (".ply", ".obj", ".glb", ".png")
 MARCHING_CUBES = "skimage.measure", "scikit-image", "tools"  # module, package, extra
@@ -202,22 +204,89 @@ def to_trimesh(surface: Surface) -> Any:
     return trimesh.Trimesh(surface.vertices, surface.faces, vertex_colors=surface.colors, process=False)
 
 
-def statistics(surface: Surface) -> Iterator[str]:
-    """What there is to know about a mesh, line by line."""
+def measured(surface: Surface) -> dict[str, Any]:
+    """What there is to know about a mesh; lengths in world units."""
     mesh = to_trimesh(surface)
     sizes = np.bincount(components(surface))
-    yield f"{len(surface.vertices):,} vertices, {len(surface.faces):,} faces"
-    yield f"watertight: {'yes' if mesh.is_watertight else 'no'}, consistent winding: {mesh.is_winding_consistent}"
-    yield f"components: {len(sizes)}, the largest {sizes[0] / sizes.sum():.1%} of the faces"
-    low, high = surface.vertices.min(axis=0), surface.vertices.max(axis=0)
-    sides = " x ".join(f"{side:.4g}" for side in high - low)
-    yield f"box: {sides}, area {mesh.area:.4g}, volume {mesh.volume:.4g} (world units)"
+    return {
+        "vertices": len(surface.vertices),
+        "faces": len(surface.faces),
+        "watertight": bool(mesh.is_watertight),
+        "consistent_winding": bool(mesh.is_winding_consistent),
+        "components": len(sizes),
+        "largest_component": float(sizes[0] / sizes.sum()),  # share of the faces
+        "box": np.ptp(surface.vertices, axis=0).tolist(),
+        "area": float(mesh.area),
+        "volume": float(mesh.volume),
+    }
+
+
+def statistics(found: dict[str, Any]) -> Iterator[str]:
+    """What `measured` found, line by line."""
+    yes = {True: "yes", False: "no"}
+    yield f"{found['vertices']:,} vertices, {found['faces']:,} faces"
+    yield f"watertight: {yes[found['watertight']]}, consistent winding: {yes[found['consistent_winding']]}"
+    yield f"components: {found['components']}, the largest {found['largest_component']:.1%} of the faces"
+    sides = " x ".join(f"{side:.4g}" for side in found["box"])
+    yield f"box: {sides}, area {found['area']:.4g}, volume {found['volume']:.4g} (world units)"
 
 
 def save_mesh(surface: Surface, path: Path) -> None:
     """Writes a .ply, .obj or .glb, whole or not at all."""
     with waiting(f"writing {path.name}"), output(path) as partial:
-        to_trimesh(surface).export(partial)
+        if path.suffix == ".glb":
+            partial.write_bytes(glb_of(surface))
+        else:
+            to_trimesh(surface).export(partial)
+
+
+def linear(colors: np.ndarray) -> np.ndarray:
+    """8-bit sRGB values as light, from 0 to 1."""
+    share = np.arange(256) / 255
+    return np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)[colors]
+
+
+def glb_of(surface: Surface) -> bytes:
+    """The file of a mesh in binary glTF 2.0: smooth normals, vertex colours as light, unlit.
+
+    The colours are what rays have gathered, light and shadow in them, so nothing is to light them once more. A program
+    that knows no unlit material finds a rough one that is no metal. (What libraries write by default has neither
+    normals nor a material, which makes it faceted metal.)
+    """
+    arrays = {  # name -> what it is of, its numbers, their type in glTF
+        "POSITION": ("VEC3", surface.vertices.astype("<f4"), 5126),
+        "NORMAL": ("VEC3", to_trimesh(surface).vertex_normals.astype("<f4"), 5126),
+        "COLOR_0": ("VEC3", linear(surface.colors).astype("<f4"), 5126),
+        "indices": ("SCALAR", surface.faces.astype("<u4").reshape(-1), 5125),
+    }
+    accessors, views, content = [], [], b""
+    for name, (kind, array, component) in arrays.items():
+        data = np.ascontiguousarray(array).tobytes()
+        views.append({"buffer": 0, "byteOffset": len(content), "byteLength": len(data)})
+        accessor = {"bufferView": len(accessors), "componentType": component, "count": len(array), "type": kind}
+        if name == "POSITION":  # where the format asks for them
+            accessor |= {"min": array.min(axis=0).tolist(), "max": array.max(axis=0).tolist()}
+        accessors.append(accessor)
+        content += data
+    places = {name: number for number, name in enumerate(arrays)}
+    primitive = {"indices": places.pop("indices"), "attributes": places, "material": 0}
+    rough = {"metallicFactor": 0.0, "roughnessFactor": 1.0}
+    scene = {
+        "asset": {"version": "2.0", "generator": "epigraf_fast"},
+        "scene": 0,
+        "scenes": [{"nodes": [0]}],
+        "nodes": [{"mesh": 0}],
+        "meshes": [{"primitives": [primitive]}],
+        "extensionsUsed": ["KHR_materials_unlit"],
+        "materials": [{"pbrMetallicRoughness": rough, "doubleSided": True, "extensions": {"KHR_materials_unlit": {}}}],
+        "accessors": accessors,
+        "bufferViews": views,
+        "buffers": [{"byteLength": len(content)}],
+    }
+    text = json.dumps(scene, separators=(",", ":")).encode()
+    chunks = ((b"JSON", text + b" " * (-len(text) % 4)), (b"BIN\0", content))  # all arrays are of four-byte numbers
+    body = b"".join(struct.pack("<I", len(data)) + kind + data for kind, data in chunks)
+    return struct.pack("<4sII", b"glTF", 2, 12 + len(body)) + body
 
 
 def picture(surface: Surface, generator: Generator, size: int = 512, progress: PROGRESS = no_progress) -> np.ndarray:
@@ -258,27 +327,30 @@ def save_mrc(volume: np.ndarray, voxel: float, path: Path) -> None:
         file.voxel_size = voxel
 
 
-def arguments() -> Parser:
-    parser = Parser("mesh", __doc__)
-    add_generator_arguments(parser, seeds="0")
-    parser.add_argument(
-        "--out", type=Path, nargs="+", required=True, help="one or more of .ply .obj .glb .mrc .png (a picture)"
-    )
-    parser.add_overwrite()
-    parser.add_argument(
-        "--resolution", type=whole(8, 1024), default=256, help="points along each side (default: %(default)s)"
-    )
-    parser.add_argument("--threshold", type=real(), help="raw density (default: what the rendered depth says)")
-    parser.add_argument("--largest", action="store_true", help="drop all but the largest component")
-    return parser
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(GeneratorOptions):
+    """The command line of `epigraf mesh`."""
+
+    seeds: Annotated[tuple[int, ...], NUMBERS] = (0,)
+    """Objects, as in 0-15 or 1,4,7-9; of several each gets files of its own, as in x-3.ply."""
+    out: Annotated[tuple[Path, ...], PATHS]
+    """Files to write, of .ply .obj .glb (meshes), .mrc (the density volume) and .png (a picture)."""
+    overwrite: Overwrite = False
+    resolution: Annotated[int, whole(8, 1024)] = 256
+    """Points along each side of the volume."""
+    threshold: Annotated[float | None, real(), default("what the rendered depth says")] = None
+    """The raw density at which the surface lies."""
+    largest: bool = False
+    """Drop all but the largest component."""
+    json: Json = False
 
 
 def main(args: Sequence[str] | None = None) -> None:
     with running():
-        run(arguments().parse_args(args))
+        run(parse(Options, "mesh", __doc__, args))
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: Options) -> None:
     files = {
         seed: [p if len(options.seeds) == 1 else p.with_name(f"{p.stem}-{seed}{p.suffix}") for p in options.out]
         for seed in options.seeds
@@ -295,6 +367,7 @@ def run(options: argparse.Namespace) -> None:
         config, generator = load_generator(options.checkpoint, options.device)
     check_generator_arguments(options, generator)
     scene = Scene(generator, config.resolution, truncation=options.truncation, cutoff=options.cutoff)
+    results = []
     for (seed, paths), ws in zip(files.items(), scene.ws(options.seeds, options.labels or ()), strict=True):
         with waiting("painting the planes"):
             planes = scene.paint(ws).planes
@@ -303,7 +376,9 @@ def run(options: argparse.Namespace) -> None:
         if threshold is None:
             whole_sphere = config.camera.prior == "spherical_uniform"
             threshold, how = automatic_threshold(generator, planes, whole_sphere, Progress), "found"
-        print(f"seed {seed}: densities {volume.min():.4g} to {volume.max():.4g}, threshold {threshold:.4g} ({how})")
+        low, high = float(volume.min()), float(volume.max())
+        result = {"seed": seed, "density_min": low, "density_max": high, "threshold": threshold}
+        lines = [f"seed {seed}: densities {low:.4g} to {high:.4g}, threshold {threshold:.4g} ({how})"]
         surface = None
         for path in paths:
             if path.suffix == ".mrc":
@@ -313,14 +388,14 @@ def run(options: argparse.Namespace) -> None:
                 surface = extract(generator, planes, volume, threshold, Progress)
                 with waiting("measuring the mesh"):
                     surface = largest(surface) if options.largest else surface
-                    lines = list(statistics(surface))
-                print(*(f"  {line}" for line in lines), sep="\n")
+                    result |= measured(surface)
+                lines += [f"  {line}" for line in statistics(result)]
             if path.suffix == ".png":
                 save_picture(picture(surface, generator, progress=Progress), path)
             else:
                 save_mesh(surface, path)
-        print(*(f"  wrote {path}" for path in paths), sep="\n", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+        results.append(result | {"files": list(map(str, paths))})
+        if not options.json:
+            print(*lines, *(f"  wrote {path}" for path in paths), sep="\n", flush=True)
+    if options.json:
+        print(json.dumps(results, indent=2))

@@ -1,4 +1,4 @@
-"""Cameras as other projects store them, what they lose as ours, and ours as theirs; for convert_data.py."""
+"""Cameras as other projects store them, what they lose as ours, and ours as theirs; for `epigraf data convert`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from .camera import cam2world_matrix
-from .data import is_number
-from .errors import UserError
-from .files import clean_name
+from ..camera import cam2world_matrix
+from ..data import is_number
+from ..errors import UserError
+from ..files import clean_name
 
 OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])  # right, down, forward <-> right, up, backward
 Z_UP = np.array([[1.0, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1]])  # (x, y, z) -> (x, z, -y)

@@ -1,7 +1,7 @@
 """Renders meshes into a data set: a zip of PNG images with known cameras in its dataset.json.
 
-$ python -m epigraf_fast.make_dataset --recipe builtin --scale 4 --out objects64.zip
-$ python -m epigraf_fast.make_dataset --recipe megascans --meshes FOLDER --resolution 256 --out plants.zip
+$ epigraf data make --recipe builtin --scale 4 --out objects64.zip
+$ epigraf data make --recipe megascans --meshes FOLDER --resolution 256 --out plants.zip
 
 `builtin` renders objects that the package pybullet carries (the set in epigraf_fast/builtin/), `megascans` a folder of
 .obj, .ply, .stl, .glb or .gltf files the way the paper's Megascans sets were made; its subfolders become classes. The
@@ -14,7 +14,6 @@ library; Mesa's software driver will do (a bare Debian gets it from `apt install
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import importlib.util
 import io
@@ -25,16 +24,17 @@ import re
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import PIL.Image
 import torch
 
-from .arguments import Parser, check_effect, real, whole
-from .camera import cam2world_matrix, sample_angles
+from ..camera import cam2world_matrix, sample_angles
+from ..errors import UserError
+from ..files import READ_ERRORS, reason, walk
+from .arguments import Overwrite, check_effect, default, optional, parse, real, whole
 from .command import Progress, check_output, heard, output, running, uninterrupted, waiting
-from .errors import UserError
-from .files import READ_ERRORS, reason, walk
 
 MESH_SUFFIXES = (".obj", ".ply", ".stl", ".glb", ".gltf")
 SUPERSAMPLING = 4
@@ -60,13 +60,14 @@ class Recipe:
     min_alpha: float  # objects that cover less of the image, on average over the views, are dropped
     sphere_radius: float | None = None  # scale to this bounding sphere...
     box_side: float | None = None  # ... or to this longest side of the box
-    min_box_volume: float = 0.0
+    min_box_volume: float = 0.0  # objects whose box has less, before `scaled`, are dropped
+    unit: float = 1.0  # what `scaled` has multiplied lengths by
 
     def scaled(self, factor: float) -> Recipe:
         """The same pictures in other units: every length times `factor`."""
-        lengths = ("radius", "ray_start", "ray_end", "cube_scale", "sphere_radius", "box_side")
+        lengths = ("radius", "ray_start", "ray_end", "cube_scale", "sphere_radius", "box_side", "unit")
         scaled = {key: getattr(self, key) and getattr(self, key) * factor for key in lengths}
-        return dataclasses.replace(self, min_box_volume=self.min_box_volume * factor**3, **scaled)
+        return dataclasses.replace(self, **scaled)
 
     def camera(self) -> dict[str, float]:
         return {key: getattr(self, key) for key in ("fov", "radius", "ray_start", "ray_end", "cube_scale")}
@@ -91,6 +92,10 @@ RECIPES = {
         min_box_volume=2,
     ),
 }
+
+
+class Dropped(Exception):
+    """Why an object does not come into the set."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,29 +193,29 @@ class Renderer:
         self.plotter.render_window.SetMultiSamples(0)
         self.plotter.camera.view_angle = vtk_view_angle(recipe.fov, resolution)
 
-    def render(self, mesh: Mesh, angles: torch.Tensor) -> tuple[list[np.ndarray], float] | None:
-        """Views of a mesh.
+    def render(self, mesh: Mesh, angles: torch.Tensor) -> tuple[list[np.ndarray], float]:
+        """V views of a mesh, [R, R, 3] uint8, and their mean alpha.
 
         Args:
             angles: [V, 3] yaw, pitch, roll.
 
-        Returns:
-            V images [R, R, 3] uint8 and their mean alpha, or None for a mesh without extent or below `min_box_volume`.
+        Raises:
+            Dropped: The mesh cannot be read, has no extent, or its box is below `min_box_volume`.
         """
         recipe, plotter = self.recipe, self.plotter
         try:
             points = self._load(mesh)
         except READ_ERRORS as error:
-            Progress.say(f"warning: {mesh.path} cannot be read ({reason(error)}) and is left out")
-            return None
+            raise Dropped(f"it cannot be read ({reason(error)})") from None
         if not len(points):
-            Progress.say(f"warning: {mesh.path} has no surface that can be read and is left out")
-        if not (len(points) and np.isfinite(points).all() and np.ptp(points, axis=0).any()):
-            return None
+            raise Dropped("it has no surface that can be read")
+        if not (np.isfinite(points).all() and np.ptp(points, axis=0).any()):
+            raise Dropped("it has no extent, or one that is not finite")
         centre, sides, sphere_radius = bounds(points)
         scale = scale_for(recipe, sides, sphere_radius)
-        if np.prod(sides * scale) < recipe.min_box_volume:
-            return None
+        volume = float(np.prod(sides * scale / recipe.unit))
+        if volume < recipe.min_box_volume:
+            raise Dropped(f"its box has a volume of {volume:.3g}, --min-box-volume is {recipe.min_box_volume:g}")
 
         # The camera goes into the file's units rather than the object into the world's; the lights are directional.
         depth = recipe.radius / scale
@@ -313,8 +318,12 @@ def render_dataset(
                     break
                 draws = torch.rand(recipe.views, 2, generator=generator)
                 angles = sample_angles(recipe.views, "spherical_uniform", draws=draws)
-                views, alpha = renderer.render(mesh, angles) or ([], 0)
-                if not views or alpha < recipe.min_alpha:
+                try:
+                    views, alpha = renderer.render(mesh, angles)
+                    if alpha < recipe.min_alpha:
+                        raise Dropped(f"it covers {alpha:.3f} of its images, --min-alpha is {recipe.min_alpha:g}")
+                except Dropped as why:
+                    Progress.say(f"dropped {mesh.path}: {why}")
                     dropped += 1
                     continue
                 pngs = [png_of(image) for image in views]
@@ -331,13 +340,19 @@ def render_dataset(
         if interrupt is not None and not objects:
             raise interrupt
         if not objects:
-            raise UserError(f"all {dropped} meshes were dropped as too thin: lower --min-alpha or use other meshes")
+            raise UserError(
+                f"all {dropped} meshes were dropped, each as said above: lower the flag that is named there"
+            )
+        present = sorted({label for _, label in labels}) if classes else []
+        number = {label: place for place, label in enumerate(present)}
+        for label in set(range(len(classes))) - set(present):
+            Progress.say(f"class {classes[label]} has lost all its objects, and is none of the set's classes")
         metadata = {
             "attribution": attribution,
             "camera": recipe.camera(),
             "objects": objects,
-            "classes": list(classes),
-            "labels": labels if classes else None,
+            "classes": [classes[label] for label in present],
+            "labels": [[name, number[label]] for name, label in labels] if classes else None,
             "camera_angles": camera_angles,
         }
         archive.writestr(zipfile.ZipInfo("dataset.json"), json.dumps(metadata), zipfile.ZIP_DEFLATED)
@@ -351,40 +366,48 @@ FOR_RECIPES = {"meshes": ("megascans",), "attribution": ("megascans",)}
 BUILTIN_OBJECTS = 400
 
 
-def arguments() -> Parser:
-    parser = Parser("make_dataset", __doc__)
-    parser.add_argument("--recipe", choices=RECIPES, required=True, help="what to render, and how")
-    parser.add_argument("--out", type=Path, required=True, help="the zip to write")
-    parser.add_argument("--meshes", type=Path, help="folder of meshes (megascans); its subfolders become classes")
-    parser.add_argument("--resolution", type=whole(4, 4096), default=64, help="of the images (default: %(default)s)")
-    parser.add_argument(
-        "--objects", type=whole(1, 10_000_000), help=f"how many objects at most (builtin: {BUILTIN_OBJECTS})"
-    )
-    parser.add_argument("--views", type=whole(1, 1000), help="images per object (builtin: 10, megascans: 128)")
-    parser.add_argument("--min-alpha", type=real(0, 1), help="drop objects covering less of the image (plants: 0.03)")
-    parser.add_argument("--attribution", help="megascans: source and licence of the meshes, for dataset.json")
-    parser.add_argument(
-        "--scale",
-        type=real(1e-6, 1e6),
-        default=1.0,
-        help="factor on every length: the units of the scene, not the pictures (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seed", type=whole(0, 2**63 - 1), default=0, help="of objects and cameras (default: %(default)s)"
-    )
-    parser.add_overwrite()
-    return parser
+def _of_recipes(name: str) -> str:
+    return ", ".join(f"{recipe}: {getattr(RECIPES[recipe], name):g}" for recipe in RECIPES)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """The command line of `epigraf data make`."""
+
+    recipe: Literal[tuple(RECIPES)]
+    """What to render, and how."""
+    out: Path
+    """The .zip to write."""
+    overwrite: Overwrite = False
+    meshes: Annotated[Path | None, optional] = None
+    """For megascans: the folder of meshes; its subfolders become classes."""
+    resolution: Annotated[int, whole(4, 4096)] = 64
+    """Pixels a side of the images, a power of two."""
+    objects: Annotated[int | None, whole(1, 10_000_000), default(f"builtin: {BUILTIN_OBJECTS}, megascans: all")] = None
+    """How many objects at most."""
+    views: Annotated[int | None, whole(1, 1000), default(_of_recipes("views"))] = None
+    """Images of each object."""
+    min_alpha: Annotated[float | None, real(0, 1), default(_of_recipes("min_alpha"))] = None
+    """Drop objects that cover less than this share of their images."""
+    min_box_volume: Annotated[float | None, real(0, 1e6), default(_of_recipes("min_box_volume"))] = None
+    """Drop objects whose box has less volume, for megascans once its longest side is scaled to 2; 0 drops none."""
+    attribution: Annotated[str | None, optional] = None
+    """For megascans: source and licence of the meshes, for dataset.json."""
+    scale: Annotated[float, real(1e-6, 1e6)] = 1.0
+    """Factor on every length: the units of the scene, not the pictures."""
+    seed: Annotated[int, whole(0, 2**63 - 1)] = 0
+    """Which objects and cameras are drawn."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
     with running():
-        run(arguments().parse_args(args))
+        run(parse(Options, "data make", __doc__, args))
 
 
-def run(options: argparse.Namespace) -> None:
-    check_effect(vars(options), options.recipe, FOR_RECIPES)
+def run(options: Options) -> None:
+    check_effect(options, options.recipe, FOR_RECIPES)
     check_output("--out", options.out, (".zip",), overwrite=options.overwrite)
-    overrides = {"views": options.views, "min_alpha": options.min_alpha}
+    overrides = {name: getattr(options, name) for name in ("views", "min_alpha", "min_box_volume")}
     given = {key: value for key, value in overrides.items() if value is not None}
     recipe = dataclasses.replace(RECIPES[options.recipe], **given).scaled(options.scale)
     if options.resolution & (options.resolution - 1):
@@ -409,8 +432,4 @@ def run(options: argparse.Namespace) -> None:
         classes=classes,
         attribution=attribution,
     )
-    print(f"{options.out}: {kept * recipe.views} images of {kept} objects, {dropped} meshes dropped as too thin")
-
-
-if __name__ == "__main__":
-    main()
+    print(f"{options.out}: {kept * recipe.views} images of {kept} objects, {dropped} meshes dropped")

@@ -1,29 +1,31 @@
 """Checks a data set before training, and draws its poses.
 
-$ python -m epigraf_fast.check_data datasets/ffhq.zip --preset ffhq --plot poses.png
+$ epigraf data check datasets/ffhq.zip --preset ffhq --plot poses.png
 
 Every image is read. The plot shows the distribution of poses and the cameras around the cube with their frustum.
 """
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
+import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+from tyro.conf import Positional
 
+from ..camera import cam2world_matrix, camera_rays, frustum_extent
+from ..config import PRESETS, CameraConfig, preset, with_data_camera
+from ..data import ImageDataset
+from ..training.sampling import prior_angles
 from . import plotting
-from .arguments import Parser, whole
-from .camera import cam2world_matrix, camera_rays, frustum_extent
+from .arguments import Json, Overwrite, default, optional, parse, whole
 from .command import Progress, running, waiting
-from .config import PRESETS, CameraConfig, preset, with_data_camera
-from .data import ImageDataset
-from .training.sampling import prior_angles
 
 DRAWN = 200  # cameras in the plot
 BINS = 40
@@ -39,33 +41,61 @@ def frustum_lines(camera: CameraConfig, angles: Tensor) -> np.ndarray:
     return torch.stack(lines).numpy()
 
 
-def report(dataset: ImageDataset, camera: CameraConfig, stored: bool) -> Iterator[str]:
-    """What the set holds, line by line."""
+def facts(dataset: ImageDataset, camera: CameraConfig, stored: bool) -> dict[str, Any]:
+    """What the set holds; angles in radians.
+
+    Args:
+        stored: Whether the camera comes with the set.
+    """
     count = len(dataset.files)
-    doubled = f", {len(dataset):,} with the mirrored" if dataset.mirror else ""
-    yield f"{dataset.path}: {count:,} images of {dataset.resolution}x{dataset.resolution}{doubled}, all readable"
+    found: dict[str, Any] = {"data": str(dataset.path), "images": count, "resolution": dataset.resolution}
+    found["images_with_mirrored"] = len(dataset)
     for column, name in ((0, "yaw"), (1, "pitch")):
         values = dataset.angles[:count, column]
-        low, high, mean, std = (float(x) for x in (values.min(), values.max(), values.mean(), values.std()))
-        yield f"{name}: {low:.3f} to {high:.3f}, mean {mean:.3f}, standard deviation {std:.3f} radians"
+        found[name] = {what: float(getattr(values, what)()) for what in ("min", "max", "mean")}
+        found[name]["std"] = float(values.std(correction=min(1, count - 1)))
     if dataset.label_values.ndim > 1:
-        yield f"labels: vectors of {dataset.label_dim} numbers"
+        found["label_numbers"] = dataset.label_dim
     elif dataset.label_dim:
         sizes = dataset.labels[:count].sum(dim=0)[dataset.label_values]
-        yield f"labels: {len(sizes)} classes, {int(sizes.min())} to {int(sizes.max())} images each"
-    yield from (f"warning: {remark}" for remark in dataset.remarks())
+        found["images_of_class"] = dict(zip(dataset.label_values.tolist(), sizes.int().tolist(), strict=True))
     extent = frustum_extent(camera.fov, camera.radius, camera.ray_start, camera.ray_end)
-    yield (
-        f"camera ({'stored in the set' if stored else 'of the preset'}): fov {camera.fov:g}, radius {camera.radius:g}, "
-        f"rays {camera.ray_start:g} to {camera.ray_end:g}; the frustum reaches {extent:.4g}, "
-        f"the cube {camera.cube_scale:g}"
-    )
+    found["camera"] = {
+        "from": "data" if stored else "preset",
+        **{name: getattr(camera, name) for name in ("fov", "radius", "ray_start", "ray_end", "cube_scale")},
+        "frustum_extent": extent,
+    }
+    found["warnings"] = dataset.remarks()
     if extent > camera.cube_scale:
-        yield f"warning: the frustum leaves the cube: set --camera.cube-scale {math.ceil(extent * 1000) / 1000:g}"
-    yaw = float(dataset.angles[:count, 0].double().mean())
-    spread = float(dataset.angles[:count, 0].std())
+        scale = math.ceil(extent * 1000) / 1000
+        found["warnings"].append(f"the frustum leaves the cube: set --camera.cube-scale {scale:g}")
+    yaw, spread = found["yaw"]["mean"], found["yaw"]["std"]
     if abs(yaw) > max(0.3, 2 * spread / math.sqrt(count)) and spread < 1.5:
-        yield f"warning: the yaws are not centred at zero (mean {yaw:.2f}): pose conditioning and mirroring expect it"
+        found["warnings"].append(
+            f"the yaws are not centred at zero (mean {yaw:.2f}): pose conditioning and mirroring expect it"
+        )
+    return found
+
+
+def report(found: dict[str, Any]) -> Iterator[str]:
+    """`facts`, line by line."""
+    size, doubled = found["resolution"], found["images_with_mirrored"]
+    mirrored = f", {doubled:,} with the mirrored" if doubled > found["images"] else ""
+    yield f"{found['data']}: {found['images']:,} images of {size}x{size}{mirrored}, all readable"
+    for name in ("yaw", "pitch"):
+        low, high, mean, std = found[name].values()
+        yield f"{name}: {low:.3f} to {high:.3f}, mean {mean:.3f}, standard deviation {std:.3f} radians"
+    if "label_numbers" in found:
+        yield f"labels: vectors of {found['label_numbers']} numbers"
+    if sizes := found.get("images_of_class", {}).values():
+        yield f"labels: {len(sizes)} classes, {min(sizes)} to {max(sizes)} images each"
+    yield from (f"warning: {warning}" for warning in found["warnings"])
+    camera = found["camera"]
+    where = "stored in the set" if camera["from"] == "data" else "of the preset"
+    yield (
+        f"camera ({where}): fov {camera['fov']:g}, radius {camera['radius']:g}, rays {camera['ray_start']:g} to "
+        f"{camera['ray_end']:g}; the frustum reaches {camera['frustum_extent']:.4g}, the cube {camera['cube_scale']:g}"
+    )
 
 
 def plot(dataset: ImageDataset, camera: CameraConfig, path: Path) -> None:
@@ -111,39 +141,42 @@ def plot(dataset: ImageDataset, camera: CameraConfig, path: Path) -> None:
     plotting.save(figure, path, dpi=110)
 
 
-def arguments() -> Parser:
-    parser = Parser("check_data", __doc__)
-    parser.add_argument("data", help="a zip or folder of images with dataset.json, or 'builtin'")
-    parser.add_argument("--resolution", type=whole(4, 16384), help="that the images must have")
-    parser.add_argument("--labels", action="store_true", help="check the labels too")
-    parser.add_argument(
-        "--preset",
-        choices=PRESETS,
-        default="ffhq",
-        help="whose camera to draw, if none is stored (default: %(default)s)",
-    )
-    parser.add_argument("--plot", type=Path, help="the picture to write, .png, .pdf or .svg")
-    parser.add_overwrite()
-    return parser
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The command line of `epigraf data check`."""
+
+    data: Positional[str]
+    """A zip or folder of images with dataset.json, or `builtin`."""
+    resolution: Annotated[int | None, whole(4, 16384), default("any")] = None
+    """Pixels a side that the images must have."""
+    labels: bool = False
+    """Check the labels too."""
+    preset: Literal[tuple(PRESETS)] = "ffhq"
+    """Whose camera to take, if the set stores none."""
+    plot: Annotated[Path | None, optional] = None
+    """The .png, .pdf or .svg to draw the poses in."""
+    overwrite: Overwrite = False
+    json: Json = False
 
 
 def main(args: Sequence[str] | None = None) -> None:
     with running():
-        run(arguments().parse_args(args))
+        run(parse(Options, "data check", __doc__, args))
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: Options) -> None:
     if options.plot is not None:
         plotting.check_figure("--plot", options.plot, overwrite=options.overwrite)
     with waiting("reading dataset.json"):
         dataset = ImageDataset(options.data, options.resolution, use_labels=options.labels)
     dataset.check_images(progress=Progress)
     config: Any = with_data_camera(preset(options.preset), dataset.camera)
-    print(*report(dataset, config.camera, dataset.camera is not None), sep="\n")
+    found = facts(dataset, config.camera, dataset.camera is not None)
+    if not options.json:
+        print(*report(found), sep="\n")
     if options.plot is not None:
         plot(dataset, config.camera, options.plot)
+    if options.json:
+        print(json.dumps(found, indent=2))
+    elif options.plot is not None:
         print(f"wrote {options.plot}")
-
-
-if __name__ == "__main__":
-    main()

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import re
 import subprocess
 import sys
 import zipfile
@@ -16,11 +17,11 @@ import pytest
 import torch
 
 from checks import HANG
-from epigraf_fast import make_dataset
 from epigraf_fast.camera import cam2world_matrix, frustum_extent
 from epigraf_fast.data import ImageDataset
 from epigraf_fast.errors import UserError
-from epigraf_fast.make_dataset import RECIPES
+from epigraf_fast.tools import make_data
+from epigraf_fast.tools.make_data import RECIPES
 
 
 def test_a_scaled_recipe_shows_the_same_in_other_units():
@@ -28,9 +29,9 @@ def test_a_scaled_recipe_shows_the_same_in_other_units():
         scaled = recipe.scaled(4.0)
         assert scaled.camera() == {k: v if k == "fov" else 4 * v for k, v in recipe.camera().items()}
         sides, sphere_radius = np.array([1.0, 2.0, 4.0]), 2.5
-        factor = make_dataset.scale_for(recipe, sides, sphere_radius)
-        assert make_dataset.scale_for(scaled, sides, sphere_radius) == pytest.approx(4 * factor)
-        assert scaled.min_box_volume == 64 * recipe.min_box_volume
+        factor = make_data.scale_for(recipe, sides, sphere_radius)
+        assert make_data.scale_for(scaled, sides, sphere_radius) == pytest.approx(4 * factor)
+        assert (scaled.min_box_volume, scaled.unit) == (recipe.min_box_volume, 4)  # of the box in the recipe's units
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -46,7 +47,7 @@ def test_recipe_keeps_its_frustum_in_the_cube_and_its_sphere_in_sight(name):
 
 
 def test_view_angle_puts_fov_on_pixel_centres():
-    half = math.radians(make_dataset.vtk_view_angle(30, 64)) / 2
+    half = math.radians(make_data.vtk_view_angle(30, 64)) / 2
     # The outermost centres lie half a pixel, 1/64 of the half width, inside VTK's frustum.
     assert math.tan(half) * (1 - 1 / 64) == pytest.approx(math.tan(math.radians(15)))
 
@@ -54,7 +55,7 @@ def test_view_angle_puts_fov_on_pixel_centres():
 def test_downsample_averages_blocks():
     image = np.zeros((4, 6, 3), np.uint8)
     image[0, 0] = 255, 100, 8
-    small = make_dataset.downsample(image, 2)
+    small = make_data.downsample(image, 2)
     assert small.shape == (2, 3, 3)
     assert small[0, 0].tolist() == [64, 25, 2]
     assert not small[1:].any()
@@ -63,12 +64,12 @@ def test_downsample_averages_blocks():
 
 def test_bounds_and_scale():
     points = np.array([[1, 0, 0], [3, 0, 0], [2, 4, 0], [2, 0, 1.0]])
-    centre, sides, sphere_radius = make_dataset.bounds(points)
+    centre, sides, sphere_radius = make_data.bounds(points)
     assert centre.tolist() == [2, 2, 0.5]
     assert sides.tolist() == [2, 4, 1]
     assert sphere_radius == pytest.approx(math.sqrt(1 + 4 + 0.25))
-    assert make_dataset.scale_for(RECIPES["megascans"], sides, sphere_radius) == 0.5
-    assert make_dataset.scale_for(RECIPES["builtin"], sides, sphere_radius) * sphere_radius == pytest.approx(1.95)
+    assert make_data.scale_for(RECIPES["megascans"], sides, sphere_radius) == 0.5
+    assert make_data.scale_for(RECIPES["builtin"], sides, sphere_radius) * sphere_radius == pytest.approx(1.95)
 
 
 def touch(folder: Path, *names: str) -> Path:
@@ -79,15 +80,13 @@ def touch(folder: Path, *names: str) -> Path:
 
 
 def test_subfolders_become_classes(tmp_path):
-    meshes, classes = make_dataset.folder_meshes(
-        touch(tmp_path, "pear/1/x.obj", "fig/y.PLY", "fig/y.txt", "pear/2.glb")
-    )
+    meshes, classes = make_data.folder_meshes(touch(tmp_path, "pear/1/x.obj", "fig/y.PLY", "fig/y.txt", "pear/2.glb"))
     assert classes == ["fig", "pear"]
     assert [(mesh.name, mesh.label) for mesh in meshes] == [("fig/y", 0), ("pear/1/x", 1), ("pear/2", 1)]
 
 
 def test_flat_folder_has_no_classes(tmp_path):
-    meshes, classes = make_dataset.folder_meshes(touch(tmp_path, "b.stl", "a.gltf"))
+    meshes, classes = make_data.folder_meshes(touch(tmp_path, "b.stl", "a.gltf"))
     assert classes == []
     assert [(mesh.name, mesh.label) for mesh in meshes] == [("a", None), ("b", None)]
 
@@ -97,7 +96,7 @@ def test_meshes_in_linked_folders(tmp_path):
     touch(tmp_path / "meshes", "fig/y.ply")
     (tmp_path / "meshes/pear").symlink_to(tmp_path / "disk")
     (tmp_path / "disk/up").symlink_to(tmp_path / "meshes")
-    meshes, classes = make_dataset.folder_meshes(tmp_path / "meshes")
+    meshes, classes = make_data.folder_meshes(tmp_path / "meshes")
     assert classes == ["fig", "pear"]
     assert {mesh.name: mesh.label for mesh in meshes} == {"fig/y": 0, "pear/x": 1}
 
@@ -108,27 +107,27 @@ def test_a_mesh_is_never_overwritten(tmp_path, capsys):
     arguments = ["--recipe", "megascans", "--meshes", str(tmp_path), "--overwrite"]
     for name, words in (("a.obj", "--out must end in .zip"), ("link.zip", "is one of the meshes: choose another")):
         with pytest.raises(SystemExit) as caught:
-            make_dataset.main([*arguments, "--out", str(tmp_path / name)])
+            make_data.main([*arguments, "--out", str(tmp_path / name)])
         assert caught.value.code == 2
         assert words in capsys.readouterr().err
 
 
 def test_folder_faults(tmp_path):
     with pytest.raises(UserError, match="none is not a folder"):
-        make_dataset.folder_meshes(tmp_path / "none")
+        make_data.folder_meshes(tmp_path / "none")
     with pytest.raises(UserError, match=r"has no \.obj"):
-        make_dataset.folder_meshes(touch(tmp_path, "x.txt"))
+        make_data.folder_meshes(touch(tmp_path, "x.txt"))
     with pytest.raises(UserError, match=r"b\.obj is in no class folder"):
-        make_dataset.folder_meshes(touch(tmp_path, "fig/a.obj", "b.obj"))
+        make_data.folder_meshes(touch(tmp_path, "fig/a.obj", "b.obj"))
 
 
 def test_material_file(tmp_path):
     path = tmp_path / "x.obj"
     path.write_text("# made by hand\nmtllib my leaves.mtl\nv 0 0 0\n")
-    assert make_dataset.material_file(path) is None
+    assert make_data.material_file(path) is None
     touch(tmp_path, "my leaves.mtl")
-    assert make_dataset.material_file(path) == tmp_path / "my leaves.mtl"
-    assert make_dataset.material_file(tmp_path / "my leaves.mtl") is None
+    assert make_data.material_file(path) == tmp_path / "my leaves.mtl"
+    assert make_data.material_file(tmp_path / "my leaves.mtl") is None
 
 
 @pytest.mark.parametrize(
@@ -141,7 +140,7 @@ def test_material_file(tmp_path):
 )
 def test_command_line_faults_are_one_line(arguments, words, tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
-        make_dataset.main([*arguments, "--out", str(tmp_path / "x.zip")])
+        make_data.main([*arguments, "--out", str(tmp_path / "x.zip")])
     assert caught.value.code == 2
     message = capsys.readouterr().err
     assert words in message
@@ -151,10 +150,10 @@ def test_command_line_faults_are_one_line(arguments, words, tmp_path, capsys):
 def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyvista", None)
     with pytest.raises(UserError, match=r"pyvista is not installed: pip install 'epigraf_fast\[make_dataset\]'"):
-        make_dataset.Renderer(RECIPES["builtin"], 64)
+        make_data.Renderer(RECIPES["builtin"], 64)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pybullet is not installed"):
-        next(make_dataset.pybullet_meshes(seed=0))
+        next(make_data.pybullet_meshes(seed=0))
 
 
 @pytest.fixture(scope="module")
@@ -190,9 +189,9 @@ def test_markers_land_where_camera_py_says(pyvista, tmp_path, recipe, corner):
     )
     angles = torch.tensor([[0.3, 1.0, 0], [2.0, 2.4, 0], [-1.2, 0.4, 0], [-2.9, 1.7, 0]], dtype=torch.float64)
     recipe = dataclasses.replace(recipe, min_box_volume=0)
-    views, _ = make_dataset.Renderer(recipe, resolution).render(make_dataset.Mesh("x", path), angles)
+    views, _ = make_data.Renderer(recipe, resolution).render(make_data.Mesh("x", path), angles)
 
-    scale = make_dataset.scale_for(recipe, 2 * (abs(red) + side / 2), float(np.linalg.norm(abs(red) + side / 2)))
+    scale = make_data.scale_for(recipe, 2 * (abs(red) + side / 2), float(np.linalg.norm(abs(red) + side / 2)))
     cam2world = cam2world_matrix(angles, recipe.radius).numpy()
     tangent = math.tan(math.radians(recipe.fov) / 2)
     for view, matrix in zip(views, cam2world, strict=True):
@@ -206,9 +205,9 @@ def test_markers_land_where_camera_py_says(pyvista, tmp_path, recipe, corner):
 
 def lambert(normal: tuple[float, float, float]) -> float:
     """The 8-bit brightness of a grey face."""
-    towards = [np.array(direction) / np.linalg.norm(direction) for direction, _ in make_dataset.LIGHTS]
-    diffuse = sum(power * max(0, t @ normal) for t, (_, power) in zip(towards, make_dataset.LIGHTS, strict=True))
-    return 255 * make_dataset.GREY[0] * (make_dataset.AMBIENT + diffuse)
+    towards = [np.array(direction) / np.linalg.norm(direction) for direction, _ in make_data.LIGHTS]
+    diffuse = sum(power * max(0, t @ normal) for t, (_, power) in zip(towards, make_data.LIGHTS, strict=True))
+    return 255 * make_data.GREY[0] * (make_data.AMBIENT + diffuse)
 
 
 def test_lights_stay_with_the_object(pyvista, tmp_path):
@@ -220,10 +219,10 @@ def test_lights_stay_with_the_object(pyvista, tmp_path):
         (-1, 0, 0): [[3.1, 1.57]],
         (0, 1, 0): [[2, 0.1], [1, 0.4]],
     }
-    renderer = make_dataset.Renderer(RECIPES["builtin"], 32)
+    renderer = make_data.Renderer(RECIPES["builtin"], 32)
     for normal, angles in poses.items():
         angles = torch.tensor([[*pair, 0] for pair in angles])
-        views, alpha = renderer.render(make_dataset.Mesh("cube", path), angles)
+        views, alpha = renderer.render(make_data.Mesh("cube", path), angles)
         assert 0.2 < alpha < 0.6
         for view in views:
             np.testing.assert_allclose(view[16, 16], lambert(normal), atol=1.5)
@@ -243,28 +242,39 @@ def test_lights_stay_with_the_object(pyvista, tmp_path):
         ("f.ply", b""),
     ],
 )
-def test_damaged_meshes_are_named(pyvista, tmp_path, capsys, name, content):
+def test_damaged_meshes_are_named(pyvista, tmp_path, name, content):
     """A line each, and the others are rendered."""
     path = tmp_path / name
     path.write_bytes(content)
-    renderer = make_dataset.Renderer(RECIPES["builtin"], 16)
+    renderer = make_data.Renderer(RECIPES["builtin"], 16)
     angles = torch.tensor([[0.1, 1.0, 0.0]])
-    assert renderer.render(make_dataset.Mesh("x", path), angles) is None
-    assert f"warning: {path} " in capsys.readouterr().err
+    with pytest.raises(make_data.Dropped, match=r"it (cannot be read|has no) "):
+        renderer.render(make_data.Mesh("x", path), angles)
     pyvista.Cube().triangulate().save(tmp_path / "good.stl")
-    assert renderer.render(make_dataset.Mesh("x", tmp_path / "good.stl"), angles) is not None
+    assert renderer.render(make_data.Mesh("x", tmp_path / "good.stl"), angles) is not None
 
 
-def test_folder_to_data_set(pyvista, tmp_path):
-    for folder in ("a", "b"):
+def test_folder_to_data_set(pyvista, tmp_path, capsys):
+    for folder in ("a", "b", "flat"):
         (tmp_path / "meshes" / folder).mkdir(parents=True)
     cubes(pyvista, tmp_path / "meshes/b/cube.ply", ((5, 0, 0), (200, 40, 40)), side=9)
     pyvista.Plane().triangulate().save(tmp_path / "meshes/a/sheet.stl")  # no volume: dropped
     pyvista.Sphere().save(tmp_path / "meshes/a/ball.stl")
     (tmp_path / "meshes/a/nothing.obj").write_text("# no vertex\n")
+    box = pyvista.Cube(x_length=1, y_length=2, z_length=0.5).triangulate()
+    box.save(tmp_path / "meshes/flat/box.stl")  # solid, but of a volume of 1
     arguments = ["--recipe", "megascans", "--meshes", str(tmp_path / "meshes"), "--views", "3", "--resolution", "16"]
     for name in ("one.zip", "two.zip"):
-        make_dataset.main([*arguments, "--attribution", "ours", "--out", str(tmp_path / "sets" / name)])
+        make_data.main([*arguments, "--attribution", "ours", "--out", str(tmp_path / "sets" / name)])
+    told = capsys.readouterr()
+    assert "6 images of 2 objects, 3 meshes dropped" in told.out
+    for name, rule in (
+        ("a/sheet.stl", "its box has a volume of 0, --min-box-volume is 2"),
+        ("a/nothing.obj", "it has no surface that can be read"),
+        ("flat/box.stl", "its box has a volume of 1, --min-box-volume is 2"),
+    ):
+        assert f"dropped {tmp_path / 'meshes' / name}: {rule}\n" in told.err
+    assert "class flat has lost all its objects" in told.err
     one, two = tmp_path / "sets/one.zip", tmp_path / "sets/two.zip"
     assert one.read_bytes() == two.read_bytes()
 
@@ -281,16 +291,21 @@ def test_folder_to_data_set(pyvista, tmp_path):
     image = dataset[3][0].float()
     assert image[0, 8, 8] > 3 * image[1, 8, 8]  # the red of the file's vertices
 
+    capsys.readouterr()
     with pytest.raises(SystemExit):
-        make_dataset.main([*arguments, "--min-alpha", "0.99", "--out", str(tmp_path / "sets/none.zip")])
+        make_data.main([*arguments, "--min-alpha", "0.99", "--out", str(tmp_path / "sets/none.zip")])
+    assert re.search(r"a/ball\.stl: it covers 0\.\d+ of its images, --min-alpha is 0\.99", capsys.readouterr().err)
     assert sorted(path.name for path in (tmp_path / "sets").iterdir()) == ["one.zip", "two.zip"]
+    make_data.main([*arguments, "--min-box-volume", "0.5", "--scale", "4", "--out", str(tmp_path / "sets/all.zip")])
+    kept = ImageDataset(tmp_path / "sets/all.zip", 16, use_labels=True, mirror=False)
+    assert kept.labels.sum(dim=0).tolist() == [3, 3, 3]
 
 
 def test_builtin_set_is_reproduced(pyvista, tmp_path):
     """The first object of the shipped set comes out again, but for the rounding of another OpenGL driver."""
     pytest.importorskip("pybullet_data", reason="needs the extra make_dataset")
     out = tmp_path / "objects.zip"
-    make_dataset.main(["--recipe", "builtin", "--objects", "1", "--out", str(out)])
+    make_data.main(["--recipe", "builtin", "--objects", "1", "--out", str(out)])
     ours, shipped = ImageDataset(out, mirror=False), ImageDataset("builtin", mirror=False)
     assert torch.equal(ours.angles, shipped.angles[:10])
     for index in range(10):

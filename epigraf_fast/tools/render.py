@@ -1,37 +1,48 @@
 """Pictures and videos of a trained generator.
 
-$ python -m epigraf_fast.render grid runs/demo --out grid.png --seeds 0-15
-$ python -m epigraf_fast.render turntable runs/demo --out turntable.mp4 --seeds 0-3 --show rgb depth normals
-$ python -m epigraf_fast.render interpolation runs/demo --out walk.mp4 --seeds 0-5
-$ python -m epigraf_fast.render fly-around runs/ffhq --out fly.mp4 --seeds 0-3 --resolution 1024
+$ epigraf render grid runs/demo --out grid.png --seeds 0-15
+$ epigraf render turntable runs/demo --out turntable.mp4 --seeds 0-3 --show rgb depth normals
+$ epigraf render interpolation runs/demo --out walk.mp4 --seeds 0-5
+$ epigraf render fly-around runs/ffhq --out fly.mp4 --seeds 0-3 --resolution 1024
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from tyro.conf import Positional
 
-from .arguments import Parser, check_effect, numbers, real, whole
-from .camera import cam2world_matrix, camera_rays
+from ..camera import cam2world_matrix, camera_rays
+from ..errors import UserError
+from ..models.generator import Generator, Images
+from ..ops import PlaneRegion
+from ..training.log import depth_to_uint8, tile, to_uint8
+from ..training.pretrained import load_generator
+from ..training.sampling import circle_angles, latents_of_seeds, surface_depth, turntable_angles
+from .arguments import (
+    GeneratorOptions,
+    Overwrite,
+    about,
+    check_effect,
+    default,
+    filled,
+    parse,
+    real,
+    several,
+    whole,
+)
 from .command import Progress, check_output, output, require, running, waiting
-from .errors import UserError
-from .models.generator import Generator, Images
-from .ops import PlaneRegion
-from .training.log import depth_to_uint8, tile, to_uint8
-from .training.pretrained import load_generator
-from .training.sampling import circle_angles, latents_of_seeds, surface_depth, turntable_angles
 
 KINDS = ("grid", "turntable", "interpolation", "fly-around")
 SHOWN = ("rgb", "depth", "normals")
@@ -262,22 +273,8 @@ def save_all(frames: Iterable[Frame], paths: dict[str, Path], fps: float) -> Non
                 add(frame[name])
 
 
-def add_generator_arguments(parser: Parser, seeds: str = "0-15") -> None:
-    """What every tool that looks at a generator asks for."""
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint, a run folder, or a converted one")
-    parser.add_argument("--seeds", type=numbers, default=seeds, help="as in 0-15 or 1,4,7-9 (default: %(default)s)")
-    parser.add_argument(
-        "--labels", type=numbers, help="classes, taken in turn (default: seed modulo those that have images)"
-    )
-    parser.add_argument(
-        "--truncation", type=real(-1, 1), default=1.0, help="psi; 1 is none, 0 the mean (default: %(default)s)"
-    )
-    parser.add_argument("--cutoff", type=whole(0, 1000), help="style vectors that are truncated (default: all)")
-    parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
-
-
-def check_generator_arguments(options: argparse.Namespace, generator: Generator) -> None:
-    """Raises UserError for those of `add_generator_arguments` that the generator cannot follow."""
+def check_generator_arguments(options: GeneratorOptions, generator: Generator) -> None:
+    """Raises UserError for those of `GeneratorOptions` that the generator cannot follow."""
     classes, num_ws = generator.label_dim, generator.mapping.num_ws
     if options.labels is not None and not classes:
         raise UserError("--labels does nothing here, as the generator was trained without classes: leave it out")
@@ -289,57 +286,54 @@ def check_generator_arguments(options: argparse.Namespace, generator: Generator)
         raise UserError("--cutoff does nothing without a --truncation below 1: give one, or leave it out")
 
 
-def arguments() -> Parser:
-    parser = Parser("render", __doc__)
-    parser.add_argument("kind", choices=KINDS)
-    add_generator_arguments(parser)
-    parser.add_argument(
-        "--out", type=Path, required=True, help=".png (grid), .mp4 or .gif; others get -depth, -normals"
-    )
-    parser.add_overwrite()
-    parser.add_argument("--show", nargs="+", choices=SHOWN, default=["rgb"], help="one file each (default: rgb)")
-    parser.add_argument("--resolution", type=whole(2, LONGEST_SIDE), help="any (default: that of training)")
-    parser.add_argument(
-        "--ray-samples", type=whole(3, 4096), help="coarse and fine samples a ray (default: as in training)"
-    )
-    parser.add_argument("--columns", type=whole(1, 10_000), help="objects a row (default: about a square)")
-    parser.add_argument(
-        "--yaw",
-        type=real(-2 * math.pi, 2 * math.pi),
-        nargs="+",
-        help="grid: views, radians (default: the mean pose)",
-    )
-    parser.add_argument("--pitch", type=real(0, math.pi), help="radians from straight above (default: the mean pose's)")
-    parser.add_argument("--frames", type=whole(2, 100_000), help=f"of the whole video (default: {DEFAULTS['frames']})")
-    parser.add_argument("--fps", type=real(0.1, 240), help=f"frames a second (default: {DEFAULTS['fps']:g})")
-    parser.add_argument(
-        "--yaw-range",
-        type=real(0, math.pi),
-        help=f"fly-around, interpolation: radians to a side (default: {DEFAULTS['yaw_range']})",
-    )
-    parser.add_argument(
-        "--pitch-range",
-        type=real(0, math.pi / 2),
-        help=f"the same up and down (default: {DEFAULTS['pitch_range']})",
-    )
-    parser.add_argument(
-        "--zoom",
-        type=real(0.1, 10),
-        help=f"fly-around: how much closer halfway; 1 is not (default: {DEFAULTS['zoom']})",
-    )
-    return parser
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """The first word."""
+
+    kind: Annotated[Positional[Literal[KINDS]], about(metavar="|".join(KINDS), help="What to make.")]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(GeneratorOptions, Kind):
+    """The command line of `epigraf render`."""
+
+    out: Path
+    """The .png (grid), .mp4 or .gif to write; what else --show names goes beside it, as in x-depth.png."""
+    overwrite: Overwrite = False
+    show: Annotated[tuple[str, ...], several(SHOWN)] = ("rgb",)
+    """What to show, one file each."""
+    resolution: Annotated[int | None, whole(2, LONGEST_SIDE), default("that of training")] = None
+    """Pixels a side of an object, any number."""
+    ray_samples: Annotated[int | None, whole(3, 4096), default("as in training")] = None
+    """Coarse samples a ray, and as many fine ones."""
+    columns: Annotated[int | None, whole(1, 10_000), default("about a square")] = None
+    """Objects a row."""
+    yaw: Annotated[
+        tuple[float, ...] | None, real(-2 * math.pi, 2 * math.pi, several=True), default("the mean pose's")
+    ] = None
+    """For grid: the views, radians."""
+    pitch: Annotated[float | None, real(0, math.pi), default("the mean pose's")] = None
+    """Radians from straight above."""
+    frames: Annotated[int | None, whole(2, 100_000), default(DEFAULTS["frames"])] = None
+    """Frames of the whole video."""
+    fps: Annotated[float | None, real(0.1, 240), default(DEFAULTS["fps"])] = None
+    """Frames a second."""
+    yaw_range: Annotated[float | None, real(0, math.pi), default(DEFAULTS["yaw_range"])] = None
+    """For fly-around and interpolation: how far the camera goes to a side, radians."""
+    pitch_range: Annotated[float | None, real(0, math.pi / 2), default(DEFAULTS["pitch_range"])] = None
+    """For fly-around and interpolation: how far it goes up and down, radians."""
+    zoom: Annotated[float | None, real(0.1, 10), default(DEFAULTS["zoom"])] = None
+    """For fly-around: how much closer the camera looks halfway; 1 is no closer."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
     with running():
-        run(arguments().parse_args(args))
+        run(parse(Options, "render", __doc__, args))
 
 
-def run(options: argparse.Namespace) -> None:
-    check_effect(vars(options), options.kind, FOR_KINDS)
-    for name, value in DEFAULTS.items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
+def run(options: Options) -> None:
+    check_effect(options, options.kind, FOR_KINDS)
+    options = filled(options, DEFAULTS)
     seeds, shown = options.seeds, list(dict.fromkeys(options.show))
     paths = {
         name: options.out if name == shown[0] else options.out.with_stem(f"{options.out.stem}-{name}") for name in shown
@@ -374,7 +368,7 @@ def run(options: argparse.Namespace) -> None:
         print(f"wrote {path}")
 
 
-def frames_of(options: argparse.Namespace, scene: Scene, centre: Tensor, columns: int) -> Iterator[Frame]:
+def frames_of(options: Options, scene: Scene, centre: Tensor, columns: int) -> Iterator[Frame]:
     """The frames of the video that was asked for."""
     seeds, classes = options.seeds, options.labels or ()
     if options.kind == "turntable":
@@ -387,7 +381,7 @@ def frames_of(options: argparse.Namespace, scene: Scene, centre: Tensor, columns
     return orbit(scene, seeds, classes, circle, columns, Progress, fovs)
 
 
-def check_size(options: argparse.Namespace, resolution: int, columns: int) -> None:
+def check_size(options: Options, resolution: int, columns: int) -> None:
     """Raises UserError where the picture would not fit into memory, or a frame into a video."""
     views = len(options.yaw or [0])
     width, height = resolution * columns * views, resolution * math.ceil(len(options.seeds) / columns)
@@ -408,7 +402,3 @@ def zoomed(fov: float, zoom: float, frames: int) -> list[float]:
     half = math.tan(math.radians(fov) / 2)
     share = [(1 - math.cos(2 * math.pi * i / frames)) / 2 for i in range(frames)]
     return [math.degrees(2 * math.atan(half * zoom**-s)) for s in share]
-
-
-if __name__ == "__main__":
-    main()

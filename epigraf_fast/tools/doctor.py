@@ -1,27 +1,28 @@
 """What this machine can run, and why not the rest.
 
-$ python -m epigraf_fast.doctor
-$ python -m epigraf_fast.doctor --json
+$ epigraf doctor
+$ epigraf doctor --json
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
 import torch
 
-from . import __version__
-from .arguments import Parser
+from .. import __version__
+from ..ops import backends
+from ..training.metrics import PACKAGES as METRICS_PACKAGES
 from .command import running
-from .ops import backends
-from .training.metrics import PACKAGES as METRICS_PACKAGES
 
 Report = dict[str, Any]
 
@@ -184,13 +185,17 @@ def _runs(arch: str, capability: int) -> bool:
     return int(number) <= capability and (kind == "compute" or int(number) // 10 == capability // 10)
 
 
-def main() -> None:
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The command line of `epigraf doctor`."""
+
+    json: bool = False
+    """Print JSON, for programs."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    from .arguments import parse  # here, as those that only ask for a report may lack tyro
+
     with running():
-        parser = Parser("doctor", __doc__)
-        parser.add_argument("--json", action="store_true", help="print JSON")
-        args = parser.parse_args()
-        print(json.dumps(report(), indent=2) if args.json else format_report(report()))
-
-
-if __name__ == "__main__":
-    main()
+        options = parse(Options, "doctor", __doc__, args)
+        print(json.dumps(report(), indent=2) if options.json else format_report(report()))

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any, ClassVar, NoReturn
 
-from .errors import UserError
+from ..errors import UserError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LOST = b"\0"  # no signal's number
@@ -38,9 +38,20 @@ def begin() -> None:
     Nothing has been written by then, and libraries half imported cannot be trusted with an exception.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, lambda number, frame: _leave_at_once(number))
+        signal.signal(signal.SIGINT, _at_once)
     if sys.stderr.isatty():
         Progress(what="starting").__enter__()  # `running` ends it
+
+
+def begun() -> None:
+    """Everything large is imported: Ctrl-C raises KeyboardInterrupt again."""
+    Progress.end_all()
+    if signal.getsignal(signal.SIGINT) is _at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _at_once(number: int, frame: FrameType | None) -> None:
+    _leave_at_once(number)
 
 
 @contextlib.contextmanager
@@ -52,7 +63,7 @@ def running() -> Iterator[None]:
     what is open closes. A second one, or three seconds in which the main thread does not get there, end the process at
     once. Whichever way, no temporary output stays.
     """
-    Progress.end_all()
+    begun()
     interrupts = _Interrupts()
     try:
         with interrupts:

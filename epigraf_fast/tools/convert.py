@@ -1,8 +1,8 @@
 """Converts published EpiGRAF snapshots to this project's format, and exports average generators as safetensors.
 
-$ python -m epigraf_fast.convert network-snapshot-025000.pkl runs/ffhq-published
-$ python -m epigraf_fast.convert runs/ffhq exported
-$ python -m epigraf_fast.convert runs/ffhq exported --names published
+$ epigraf convert network-snapshot-025000.pkl --out runs/ffhq-published
+$ epigraf convert runs/ffhq --out exported
+$ epigraf convert runs/ffhq --out exported --names published
 
 No code of a pickle is run. Every tensor is accounted for: taken over, checked to be a constant that
 is computed here, known to be unused, or named as left.
@@ -10,7 +10,6 @@ is computed here, known to be unused, or named as left.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
@@ -19,23 +18,25 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from tyro.conf import UseAppendAction
 
-from .arguments import Parser, check_effect, real, whole
+from ..config import PRESETS, Config, check, differences, preset, to_dict
+from ..errors import UserError
+from ..models.background import ENCODER_STEPS
+from ..models.layers import LOW_PASS, ScalarEncoder, channels_at
+from ..training.checkpoint import checkpoint_path, save_checkpoint
+from ..training.identify import SNAPSHOT, what_else
+from ..training.memory import meta_networks
+from ..training.pretrained import check_finite, find_generator, load_generator, save_safetensors
+from .arguments import Checkpoint, Overwrite, about, check_effect, default, optional, real, whole
+from .arguments import parse as parse_options
 from .command import check_folder, output_folder, running, waiting
-from .config import PRESETS, Config, check, differences, preset, to_dict
-from .errors import UserError
-from .models.background import ENCODER_STEPS
-from .models.layers import LOW_PASS, ScalarEncoder, channels_at
 from .published import Optimizer, Snapshot, read_snapshot
 from .published_settings import LABEL_DIM, Stored, apply, get, import_settings, parse
-from .training.checkpoint import checkpoint_path, save_checkpoint
-from .training.identify import SNAPSHOT, what_else
-from .training.memory import meta_networks
-from .training.pretrained import check_finite, find_generator, load_generator, save_safetensors
 
 # Published name -> ours, the first pattern that matches the whole name.
 GENERATOR_NAMES = (
@@ -549,62 +550,48 @@ PICKLE, OURS = "a .pkl", "a checkpoint of ours"
 FOR_KINDS = dict.fromkeys(("preset", "set", "patch_resolution", "average", "kimg"), (PICKLE,)) | {"names": (OURS,)}
 
 
-def arguments() -> Parser:
-    parser = Parser("convert", __doc__)
-    parser.add_argument("checkpoint", type=Path, help="a published .pkl, or a checkpoint or run folder of ours")
-    parser.add_argument("out", type=Path, help="the folder to write")
-    parser.add_argument(
-        "--preset",
-        choices=PRESETS[1:],
-        help="a .pkl: whose settings stand for those that it does not tell (default: they are asked for)",
-    )
-    parser.add_argument(
-        "--set",
-        metavar="NAME=VALUE",
-        action="append",
-        help="a .pkl: one of our settings, as camera.fov=12, whatever it says",
-    )
-    parser.add_argument("--patch-resolution", type=whole(8, 4096), help="a .pkl: as --set patch.resolution=N")
-    parser.add_argument(
-        "--average",
-        action="store_true",
-        default=None,
-        help="a .pkl: the average generator alone, nothing to train on from",
-    )
-    parser.add_argument(
-        "--names",
-        choices=EXPORTS,
-        help="of ours: names of the exported tensors (default: ours)",
-    )
-    parser.add_argument("--kimg", type=real(0, 1e7), help="a .pkl: thousands of images seen (default: as it says)")
-    parser.add_overwrite()
-    return parser
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """The command line of `epigraf convert`."""
+
+    checkpoint: Annotated[Checkpoint, about(help="A published .pkl, or a checkpoint or run folder of ours.")]
+    out: Path
+    """The folder to write."""
+    overwrite: Overwrite = False
+    preset: Annotated[Literal[tuple(PRESETS[1:])] | None, default("they are asked for")] = None
+    """Of a .pkl: whose settings stand for those that it does not tell."""
+    set: UseAppendAction[Annotated[tuple[str, ...], about(metavar="NAME=VALUE")]] = ()
+    """Of a .pkl: one of our settings, as camera.fov=12, whatever it says; may be given again."""
+    patch_resolution: Annotated[int | None, whole(8, 4096), optional] = None
+    """Of a .pkl: the same as --set patch.resolution=N."""
+    average: bool = False
+    """Of a .pkl: the average generator alone, nothing to train on from."""
+    kimg: Annotated[float | None, real(0, 1e7), default("as it says")] = None
+    """Of a .pkl: thousands of images seen."""
+    names: Annotated[Literal[tuple(EXPORTS)] | None, default("ours")] = None
+    """Of ours: names of the exported tensors."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
     with running():
-        print(*run(arguments().parse_args(args)), sep="\n")
+        print(*run(parse_options(Options, "convert", __doc__, args)), sep="\n")
 
 
-def run(options: argparse.Namespace) -> list[str]:
+def run(options: Options) -> list[str]:
     pickled = options.checkpoint.suffix == ".pkl" or what_else(options.checkpoint) == SNAPSHOT
-    check_effect(vars(options), PICKLE if pickled else OURS, FOR_KINDS)
+    check_effect(options, PICKLE if pickled else OURS, FOR_KINDS)
     names = options.names or "ours"
     written = ("G_ema.safetensors", "config.json", "checkpoints/*.pt") if pickled else (EXPORTS[names],)
-    check_folder("out", options.out, written, overwrite=options.overwrite)
+    check_folder("--out", options.out, written, overwrite=options.overwrite)
     with waiting(f"converting {options.checkpoint.name}"):
         if pickled:
             return import_snapshot(
                 options.checkpoint,
                 options.out,
                 preset_name=options.preset,
-                settings=dict(parse(text) for text in options.set or ()),
+                settings=dict(parse(text) for text in options.set),
                 patch_resolution=options.patch_resolution,
                 kimg=options.kimg,
-                average=bool(options.average),
+                average=options.average,
             )
         return export_generator(options.checkpoint, options.out, names)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,33 +1,34 @@
 """The paper's figures about patches, and a run's curves.
 
-$ python -m epigraf_fast.figures scales --out fig3.png
-$ python -m epigraf_fast.figures schedules --out fig8.png
-$ python -m epigraf_fast.figures modulation runs/ffhq --out fig7.png
-$ python -m epigraf_fast.figures curves runs/demo --out curves.png
+$ epigraf figures scales --out fig3.png
+$ epigraf figures schedules --out fig8.png
+$ epigraf figures modulation runs/ffhq --out fig7.png
+$ epigraf figures curves runs/demo --out curves.png
 """
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+from tyro.conf import Positional
 
+from ..config import Config, PatchConfig
+from ..errors import UserError
+from ..models.discriminator import Discriminator
+from ..training.checkpoint import find_checkpoint, load_checkpoint
+from ..training.identify import what_else
+from ..training.log import read_stats
+from ..training.schedule import patch_beta, patch_min_scale
 from . import plotting
-from .arguments import Parser, check_effect, real, whole
+from .arguments import Overwrite, about, check_effect, default, filled, parse, real, whole
 from .command import running, waiting
-from .config import Config, PatchConfig
-from .errors import UserError
-from .models.discriminator import Discriminator
-from .training.checkpoint import find_checkpoint, load_checkpoint
-from .training.identify import what_else
-from .training.log import read_stats
-from .training.schedule import patch_beta, patch_min_scale
 
 MAX_DENSITY = 5.0  # what Fig. 3 clamps densities to
 FILTERS = 32  # random filters of a layer in Fig. 7
@@ -184,6 +185,7 @@ def draw_curves(run_dir: Path) -> Any:
     return figure
 
 
+FIGURES = ("scales", "schedules", "modulation", "curves")
 # Flag -> the figures that it is for, and what holds without it.
 FOR_FIGURES = {
     "run": ("modulation", "curves"),
@@ -197,45 +199,38 @@ PATCH = PatchConfig()
 DEFAULTS = {"resolution": 512, "patch": PATCH.resolution, "anneal_kimg": PATCH.anneal_kimg, "batch": 64, "seed": 0}
 
 
-def arguments() -> Parser:
-    parser = Parser("figures", __doc__)
-    parser.add_argument("figure", choices=("scales", "schedules", "modulation", "curves"))
-    parser.add_argument("run", type=Path, nargs="?", help="a checkpoint or run folder (modulation), a run (curves)")
-    parser.add_argument("--out", type=Path, help="default: the figure's name, .png")
-    parser.add_overwrite()
-    helps = {name: f"{{}} (default: {value:g})" for name, value in DEFAULTS.items()}
-    parser.add_argument(
-        "--resolution", type=whole(8, 16384), help=helps["resolution"].format("scales, schedules: of the images")
-    )
-    parser.add_argument(
-        "--patch", type=whole(1, 16384), help=helps["patch"].format("scales, schedules: pixels a side of a patch")
-    )
-    parser.add_argument(
-        "--anneal-kimg",
-        type=real(1e-3, 1e9),
-        help=helps["anneal_kimg"].format("scales, schedules: until patches have all scales"),
-    )
-    parser.add_argument(
-        "--batch", type=whole(1, 1_000_000), help=helps["batch"].format("schedules: images an iteration")
-    )
-    parser.add_argument(
-        "--seed", type=whole(0, 2**63 - 1), help=helps["seed"].format("modulation: of the filters shown")
-    )
-    return parser
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The command line of `epigraf figures`."""
+
+    figure: Annotated[Positional[Literal[FIGURES]], about(metavar="|".join(FIGURES), help="What to draw.")]
+    run: Annotated[Positional[Path | None], about(metavar="[RUN]", help_behavior_hint="")] = None
+    """For modulation a checkpoint or run folder, for curves a run folder."""
+    out: Annotated[Path | None, default("the figure's name, .png")] = None
+    """The .png, .pdf or .svg to write."""
+    overwrite: Overwrite = False
+    resolution: Annotated[int | None, whole(8, 16384), default(DEFAULTS["resolution"])] = None
+    """For scales and schedules: pixels a side of the images."""
+    patch: Annotated[int | None, whole(1, 16384), default(DEFAULTS["patch"])] = None
+    """For scales and schedules: pixels a side of a patch."""
+    anneal_kimg: Annotated[float | None, real(1e-3, 1e9), default(DEFAULTS["anneal_kimg"])] = None
+    """For scales and schedules: thousands of images until patches have all scales."""
+    batch: Annotated[int | None, whole(1, 1_000_000), default(DEFAULTS["batch"])] = None
+    """For schedules: images an iteration."""
+    seed: Annotated[int | None, whole(0, 2**63 - 1), default(DEFAULTS["seed"])] = None
+    """For modulation: which filters are shown."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
     with running():
-        run(arguments().parse_intermixed_args(args))
+        run(parse(Options, "figures", __doc__, args))
 
 
-def run(options: argparse.Namespace) -> None:
-    check_effect(vars(options), options.figure, FOR_FIGURES)
+def run(options: Options) -> None:
+    check_effect(options, options.figure, FOR_FIGURES)
     if options.run is None and options.figure in FOR_FIGURES["run"]:
         raise UserError(f"{options.figure} needs a run: give its folder")
-    for name, value in DEFAULTS.items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
+    options = filled(options, DEFAULTS)
     if options.patch >= options.resolution:
         raise UserError(f"--patch must be below the --resolution {options.resolution}, got {options.patch}")
     out = options.out or Path(f"{options.figure}.png")
@@ -252,7 +247,3 @@ def run(options: argparse.Namespace) -> None:
         figure = draw_curves(options.run)
     plotting.save(figure, out, dpi=120)
     print(f"wrote {out}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,10 +1,10 @@
 """Camera poses of other projects to dataset.json, and back.
 
-$ python -m epigraf_fast.convert_data from-eg3d eg3d.zip ffhq.zip --ray-start 2.25 --ray-end 3.3
-$ python -m epigraf_fast.convert_data from-nerf lego/transforms_train.json lego.zip --resolution 128
-$ python -m epigraf_fast.convert_data from-nerf room/transforms.json room.zip --crop --resolution 256 --axes opencv
-$ python -m epigraf_fast.convert_data to-eg3d ffhq.zip labels.json
-$ python -m epigraf_fast.convert_data to-nerf lego.zip transforms.json
+$ epigraf data convert from-eg3d eg3d.zip --out ffhq.zip --ray-start 2.25 --ray-end 3.3
+$ epigraf data convert from-nerf lego/transforms_train.json --out lego.zip --resolution 128
+$ epigraf data convert from-nerf room/transforms.json --out room.zip --crop --resolution 256 --axes opencv
+$ epigraf data convert to-eg3d ffhq.zip --out labels.json
+$ epigraf data convert to-nerf lego.zip --out transforms.json
 
 EG3D: dataset.json with labels of 25 numbers, cam2world (4x4, camera axes right, down, forward; y is up in the world)
 and intrinsics (3x3, in units of the image side). NeRF: transforms.json, cam2world (3x4 or 4x4) with camera axes right,
@@ -20,7 +20,6 @@ EXIF says, the upper 8 of 16 bits.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import io
 import json
@@ -30,17 +29,16 @@ import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import PIL.Image
+from tyro.conf import Positional
 
-from .arguments import Parser, check_effect, real, whole
-from .camera import frustum_extent
-from .command import Progress, check_output, output, running
-from .data import check_angles, check_camera
-from .errors import UserError
-from .files import (
+from ..camera import frustum_extent
+from ..data import check_angles, check_camera
+from ..errors import UserError
+from ..files import (
     IMAGE_SUFFIXES,
     Files,
     is_deep,
@@ -52,6 +50,8 @@ from .files import (
     upright,
     upright_size,
 )
+from .arguments import Overwrite, about, check_effect, default, filled, optional, parse, real, whole
+from .command import Progress, check_output, output, running
 from .poses import (
     AXES,
     EG3D_YAW,
@@ -216,7 +216,7 @@ def write(
             archive.writestr(zipfile.ZipInfo("dataset.json"), json.dumps(metadata(names)), zipfile.ZIP_DEFLATED)
 
 
-def open_source(options: argparse.Namespace) -> tuple[Files, dict[str, Any]]:
+def open_source(options: Options) -> tuple[Files, dict[str, Any]]:
     """The files to convert and their .json, which the output must not overwrite."""
     source = Files(options.source)
     if source.metadata is None:
@@ -227,7 +227,7 @@ def open_source(options: argparse.Namespace) -> tuple[Files, dict[str, Any]]:
     return source, source.read_metadata()
 
 
-def from_others(options: argparse.Namespace, read: Callable[[dict], Poses], yaw_offset: float) -> list[str]:
+def from_others(options: Options, read: Callable[[dict], Poses], yaw_offset: float) -> list[str]:
     """Another project's poses to ours. Returns the report."""
     source, stored = open_source(options)
     with source.naming():
@@ -269,7 +269,7 @@ def from_others(options: argparse.Namespace, read: Callable[[dict], Poses], yaw_
     return [*report, f"wrote {options.out}"]
 
 
-def to_others(options: argparse.Namespace, eg3d: bool, yaw_offset: float) -> list[str]:
+def to_others(options: Options, eg3d: bool, yaw_offset: float) -> list[str]:
     """Our poses to another project's. Returns the report."""
     source, stored = open_source(options)
     entries = stored.get("camera_angles")
@@ -304,57 +304,56 @@ def to_others(options: argparse.Namespace, eg3d: bool, yaw_offset: float) -> lis
     return [*remarks, f"{len(items)} cameras", f"wrote {options.out}"]
 
 
-def arguments() -> Parser:
-    parser = Parser("convert_data", __doc__)
-    parser.add_argument("direction", choices=(*FROM, *TO))
-    parser.add_argument("source", type=Path, help="a zip or folder with dataset.json, or a .json with images beside it")
-    parser.add_argument("out", type=Path, help=".json (the poses), or .zip (with the images)")
-    parser.add_argument("--resolution", type=whole(4, 16384), help="resize the images (transparent ones go on white)")
-    parser.add_argument(
-        "--crop", action="store_true", default=None, help="from: cut the square view that all images hold"
-    )
-    parser.add_argument("--axes", choices=AXES, help="from: camera axes (default: opencv for EG3D, else opengl)")
-    parser.add_argument("--up", choices=UP, help="from: the world's up axis (default: y for EG3D, else z)")
-    parser.add_argument(
-        "--yaw-offset", type=real(-360, 360), help="degrees between the worlds' yaws (default: 90 for EG3D, else 0)"
-    )
-    parser.add_argument(
-        "--tolerance",
-        type=real(0, 180),
-        help=f"from: degrees a camera may look beside the origin (default: {TOLERANCES['tolerance']:g})",
-    )
-    parser.add_argument(
-        "--distance-tolerance",
-        type=real(0, 1e9),
-        help="from: share by which a camera's distance may differ from that of most "
-        f"(default: {TOLERANCES['distance_tolerance']:g})",
-    )
-    parser.add_argument("--ray-start", type=real(1e-9, 1e9), help="from: where rays begin, in the units of the poses")
-    parser.add_argument("--ray-end", type=real(1e-9, 1e9), help="from: where they end")
-    parser.add_argument(
-        "--fov", type=real(0.01, 179), help="to: degrees between outermost pixel centres, if none is stored"
-    )
-    parser.add_argument("--radius", type=real(1e-9, 1e9), help="to: distance of the cameras, if none is stored")
-    parser.add_overwrite()
-    return parser
+DIRECTIONS = (*FROM, *TO)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """The command line of `epigraf data convert`."""
+
+    direction: Annotated[Positional[Literal[DIRECTIONS]], about(metavar="|".join(DIRECTIONS), help="What to what.")]
+    source: Positional[Path]
+    """A zip or folder with dataset.json, or a .json with images beside it."""
+    out: Path
+    """The .json (the poses) or .zip (with the images) to write."""
+    overwrite: Overwrite = False
+    resolution: Annotated[int | None, whole(4, 16384), default("as they are")] = None
+    """Resize the images to so many pixels a side; transparent ones go on white."""
+    crop: bool = False
+    """From others: cut the square view that all images hold."""
+    axes: Annotated[Literal[tuple(AXES)] | None, default("opencv for EG3D, else opengl")] = None
+    """From others: their camera axes."""
+    up: Annotated[Literal[tuple(UP)] | None, default("y for EG3D, else z")] = None
+    """From others: the up axis of their world."""
+    yaw_offset: Annotated[float | None, real(-360, 360), default("90 for EG3D, else 0")] = None
+    """Degrees between the worlds' yaws."""
+    tolerance: Annotated[float | None, real(0, 180), default(f"{TOLERANCES['tolerance']:g}")] = None
+    """From others: degrees by which a camera may look past the origin."""
+    distance_tolerance: Annotated[float | None, real(0, 1e9), default(f"{TOLERANCES['distance_tolerance']:g}")] = None
+    """From others: share by which a camera's distance may differ from that of most."""
+    ray_start: Annotated[float | None, real(1e-9, 1e9), optional] = None
+    """From others: where rays begin, in the units of the poses."""
+    ray_end: Annotated[float | None, real(1e-9, 1e9), optional] = None
+    """From others: where rays end."""
+    fov: Annotated[float | None, real(0.01, 179), optional] = None
+    """To others: degrees between the centres of the outermost pixels, if the set stores none."""
+    radius: Annotated[float | None, real(1e-9, 1e9), optional] = None
+    """To others: distance of the cameras, if the set stores none."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
     with running():
-        print(*run(arguments().parse_args(args)), sep="\n")
+        print(*run(parse(Options, "data convert", __doc__, args)), sep="\n")
 
 
-def run(options: argparse.Namespace) -> list[str]:
-    check_effect(vars(options), options.direction, FOR_DIRECTIONS)
+def run(options: Options) -> list[str]:
+    check_effect(options, options.direction, FOR_DIRECTIONS)
     eg3d = options.direction.endswith("eg3d")
-    for name, default in TOLERANCES.items():
-        if getattr(options, name) is None:
-            setattr(options, name, default)
-    options.axes = options.axes or ("opencv" if eg3d else "opengl")
-    options.up = options.up or ("y" if eg3d else "z")
+    conventions = {"axes": "opencv", "up": "y"} if eg3d else {"axes": "opengl", "up": "z"}
+    options = filled(options, TOLERANCES | conventions)
     yaw_offset = options.yaw_offset if options.yaw_offset is not None else EG3D_YAW if eg3d else 0.0
     suffixes = (".json",) if options.direction == "to-nerf" else (".json", ".zip")
-    check_output("out", options.out, suffixes, overwrite=options.overwrite)
+    check_output("--out", options.out, suffixes, overwrite=options.overwrite)
     if None not in (options.ray_start, options.ray_end) and options.ray_end <= options.ray_start:
         raise UserError(f"--ray-end must be above --ray-start {options.ray_start:g}, got {options.ray_end:g}")
     if options.crop and options.out.suffix != ".zip":
@@ -362,7 +361,3 @@ def run(options: argparse.Namespace) -> list[str]:
     if options.direction in FROM:
         return from_others(options, read_eg3d if eg3d else read_nerf, yaw_offset)
     return to_others(options, eg3d, yaw_offset)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
 """How good a generator is: distances to the data, and whether its views agree with each other.
 
-$ python -m epigraf_fast.metrics runs/demo
-$ python -m epigraf_fast.metrics runs/ffhq --data datasets/ffhq.zip --images 50000 --all-reals --inception inception.pt
+$ epigraf metrics runs/demo
+$ epigraf metrics runs/ffhq --data datasets/ffhq.zip --images 50000 --all-reals --inception inception.pt
 
 A folder stands for all its checkpoints. Weights are local files, nothing is downloaded: those of EfficientNet come with
 a package, those of Inception (FID, KID) as a TorchScript file that maps uint8 images to 2048 features.
@@ -9,29 +9,30 @@ a package, those of Inception (FID, KID) as a TorchScript file that maps uint8 i
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..camera import cam2world_matrix, camera_rays
+from ..config import CameraConfig, Config
+from ..data import ImageDataset
+from ..errors import UserError
+from ..models.generator import Generator, Images
+from ..training.checkpoint import NAME, list_checkpoints
+from ..training.metrics import FeatureDistance, ScriptFeatures, kernel_distance
+from ..training.pretrained import find_generator, load_generator
+from ..training.sampling import fixed_latents, known_labels, surface_depth
+from ..training.snapshot import METRIC_SEED, measure_fakes, real_images
 from . import plotting
-from .arguments import Parser, real, whole
-from .camera import cam2world_matrix, camera_rays
+from .arguments import Checkpoint, Device, Json, Overwrite, about, default, optional, parse, real, whole
 from .command import Progress, check_output, output, running, waiting
-from .config import CameraConfig, Config
-from .data import ImageDataset
-from .errors import UserError
-from .models.generator import Generator, Images
-from .training.checkpoint import NAME, list_checkpoints
-from .training.metrics import FeatureDistance, ScriptFeatures, kernel_distance
-from .training.pretrained import find_generator, load_generator
-from .training.sampling import fixed_latents, known_labels, surface_depth
-from .training.snapshot import METRIC_SEED, measure_fakes, real_images
 
 SOLID = 0.9  # opacity of the rays whose points are carried over to the other view
 OCCLUSION = 0.02  # a point this share of the ray range behind the other view's surface is hidden there
@@ -159,40 +160,38 @@ def plot(results: Sequence[dict], path: Path) -> None:
     plotting.save(figure, path, dpi=100)
 
 
-def arguments() -> Parser:
-    parser = Parser("metrics", __doc__)
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a folder: all its checkpoints")
-    parser.add_argument("--data", help="the real images (default: what the run was trained on)")
-    parser.add_argument(
-        "--images", type=whole(2, 10_000_000), default=1000, help="generated, and real ones (default: %(default)s)"
-    )
-    parser.add_argument("--all-reals", action="store_true", help="compare with every real image, as FID50k-full does")
-    parser.add_argument("--inception", type=Path, help="TorchScript file of Inception: adds FID and KID")
-    parser.add_argument(
-        "--objects",
-        type=whole(0, 1_000_000),
-        default=16,
-        help="of the re-projection error; 0 leaves it out, as 2D generators need (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--turn",
-        type=real(-math.pi, math.pi),
-        default=0.2,
-        help="radians of yaw between the views it compares (default: %(default)s)",
-    )
-    parser.add_argument("--out", type=Path, help="a .json to write the results to, after every checkpoint")
-    parser.add_argument("--plot", type=Path, help="a .png, .pdf or .svg to draw the results of all checkpoints in")
-    parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
-    parser.add_overwrite()
-    return parser
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The command line of `epigraf metrics`."""
+
+    checkpoint: Annotated[Checkpoint, about(help="A checkpoint, or a folder: all its checkpoints.")]
+    data: Annotated[str | None, default("what the run was trained on")] = None
+    """The real images."""
+    images: Annotated[int, whole(2, 10_000_000)] = 1000
+    """How many images to generate, and how many real ones to compare with."""
+    all_reals: bool = False
+    """Compare with every real image, as FID50k-full does."""
+    inception: Annotated[Path | None, optional] = None
+    """TorchScript file of Inception: adds FID and KID."""
+    objects: Annotated[int, whole(0, 1_000_000)] = 16
+    """How many objects the re-projection error looks at; 0 leaves it out, as 2D generators need."""
+    turn: Annotated[float, real(-math.pi, math.pi)] = 0.2
+    """Radians of yaw between the two views that it compares."""
+    out: Annotated[Path | None, optional] = None
+    """The .json to write the results to, after every checkpoint."""
+    plot: Annotated[Path | None, optional] = None
+    """The .png, .pdf or .svg to draw the results of all checkpoints in."""
+    overwrite: Overwrite = False
+    device: Device = None
+    json: Json = False
 
 
 def main(args: Sequence[str] | None = None) -> None:
     with running():
-        run(arguments().parse_args(args))
+        run(parse(Options, "metrics", __doc__, args))
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: Options) -> None:
     if options.out is not None:
         check_output("--out", options.out, (".json",), overwrite=options.overwrite)
     if options.plot is not None:
@@ -235,16 +234,16 @@ def run(options: argparse.Namespace) -> None:
         if options.objects:
             result |= consistency(generator, dataset, config, options.objects, options.turn)
         results.append(result)
-        print(path.name, *(f"{k} {v:.4g}" for k, v in result.items() if isinstance(v, float)), sep="  ", flush=True)
+        if not options.json:
+            values = (f"{name} {value:.4g}" for name, value in result.items() if isinstance(value, float))
+            print(path.name, *values, sep="  ", flush=True)
         if options.out is not None:  # after each, so that an interruption loses none that is measured
             with output(options.out) as partial:
                 partial.write_text(json.dumps(results, indent=2) + "\n")
-    if options.out is not None:
-        print(f"wrote {options.out}")
     if options.plot is not None:
         plot(results, options.plot)
-        print(f"wrote {options.plot}")
-
-
-if __name__ == "__main__":
-    main()
+    if options.json:
+        print(json.dumps(results, indent=2))
+        return
+    for path in filter(None, (options.out, options.plot)):
+        print(f"wrote {path}")

@@ -1,6 +1,6 @@
 """A page in the browser that shows a trained generator.
 
-$ python -m epigraf_fast.viewer runs/demo
+$ epigraf viewer runs/demo
 
 Drag to orbit, scroll to zoom. While anything moves, frames stream at the resolution that this machine renders in a
 tenth of a second; at rest they sharpen. The page is served to this machine alone unless --host says otherwise.
@@ -8,7 +8,6 @@ tenth of a second; at rest they sharpen. The page is served to this machine alon
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import errno
 import itertools
@@ -17,24 +16,23 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .arguments import Parser, whole
-from .camera import cam2world_matrix
+from ..camera import cam2world_matrix
+from ..config import Config
+from ..errors import UserError
+from ..models.generator import Generator
+from ..training.log import to_uint8
+from ..training.pretrained import load_generator
+from ..training.sampling import known_labels
+from .arguments import Checkpoint, Device, default, parse, whole
 from .command import heard, require, running, waiting
-from .config import Config
-from .errors import UserError
-from .mesh import automatic_threshold, density_volume, extract, statistics, to_trimesh
-from .models.generator import Generator
+from .mesh import automatic_threshold, density_volume, extract, glb_of, measured, statistics
 from .render import Painted, Scene
-from .training.log import to_uint8
-from .training.pretrained import load_generator
-from .training.sampling import known_labels
 
 FRAME_SECONDS = 0.1  # what a frame may take while something moves
 SMALLEST = 16  # pixels, the side of the coarsest frame
@@ -318,9 +316,8 @@ class Viewer:
             whole_sphere = self.config.camera.prior == "spherical_uniform"
             threshold = automatic_threshold(self.generator, painted.planes, whole_sphere, self._progress)
         surface = extract(self.generator, painted.planes, volume, threshold, self._progress)
-        mesh = to_trimesh(surface)
-        self.mesh = self.server.scene.add_mesh_trimesh("/mesh", mesh, visible=bool(self.show_mesh.value))
-        self.status.content = f"threshold {threshold:.4g}\n\n" + "\n\n".join(statistics(surface))
+        self.mesh = self.server.scene.add_glb("/mesh", glb_of(surface), visible=bool(self.show_mesh.value))
+        self.status.content = f"threshold {threshold:.4g}\n\n" + "\n\n".join(statistics(measured(surface)))
 
     def _progress(self, items: Sequence[Any], what: str) -> Iterator[Any]:
         """Shows how far the mesh is, and gives it up when the viewer ends."""
@@ -344,26 +341,26 @@ class Viewer:
         self.server.stop()
 
 
-def arguments() -> Parser:
-    parser = Parser("viewer", __doc__)
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint, a run folder, or a converted one")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 serves the whole network (default: %(default)s)")
-    parser.add_argument("--port", type=whole(0, 65535), default=8080, help="0 takes a free one (default: %(default)s)")
-    parser.add_argument(
-        "--resolution",
-        type=whole(SMALLEST, 4096),
-        help="of sharp frames (default: four times that of training, 1024 at most)",
-    )
-    parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
-    return parser
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The command line of `epigraf viewer`."""
+
+    checkpoint: Checkpoint
+    host: str = "127.0.0.1"
+    """Who is listened to: 127.0.0.1 is this machine alone, 0.0.0.0 the whole network."""
+    port: Annotated[int, whole(0, 65535)] = 8080
+    """Port of the page; 0 takes a free one."""
+    resolution: Annotated[int | None, whole(SMALLEST, 4096), default("four times that of training, up to 1024")] = None
+    """Pixels a side of sharp frames."""
+    device: Device = None
 
 
 def main(args: Sequence[str] | None = None) -> None:
     with running():
-        run(arguments().parse_args(args))
+        run(parse(Options, "viewer", __doc__, args))
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: Options) -> None:
     require("viser", "viser", "viewer")
     port = free_port(options.host, options.port)
     with waiting("reading the checkpoint"):
@@ -377,7 +374,3 @@ def run(options: argparse.Namespace) -> None:
     except KeyboardInterrupt:  # how a viewer is meant to end
         heard()
         viewer.stop()
-
-
-if __name__ == "__main__":
-    main()

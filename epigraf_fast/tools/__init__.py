@@ -1,0 +1,1 @@
+"""The commands of `epigraf`, one file each, and what only they share."""

@@ -1,0 +1,195 @@
+"""Trains EpiGRAF: parse, build, loop, save. `python train.py` and `epigraf train` are the same.
+
+$ python train.py demo
+$ python train.py ffhq --data datasets/ffhq.zip --resolution 512 --batch 64 --run-dir runs/ffhq
+$ python train.py ffhq --data datasets/ffhq.zip --dry-run
+$ python train.py ffhq --data datasets/ffhq.zip --run-dir runs/ffhq --resume auto
+$ torchrun --nproc_per_node 8 train.py ffhq --data datasets/ffhq.zip --resume auto
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+
+from ..config import PRESETS, Config, check, preset, to_dict, with_data_camera
+from ..data import ImageDataset, make_loader
+from ..errors import DivergenceError, Stopped, UserError
+from ..training import cores
+from ..training.distributed import FAULT, World, check_world
+from ..training.endurance import StopRequest, explain_out_of_memory
+from ..training.files import require_writable
+from ..training.lock import locked
+from ..training.log import flush_output
+from ..training.memory import meta_networks, parameter_count, step_bytes
+from ..training.profile import traced
+from ..training.progress import say, waiting
+from ..training.record import Record
+from ..training.start import build, pick_device, require_same
+from ..training.step import Trainer
+from ..training.warmup import warm_up
+from . import doctor
+from .command import begun
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 done, 1 training diverged, 2 a fault in the input, 128 + n stopped by signal n."""
+    begun()
+    world = World()
+    try:
+        world = World.from_environment()
+        with world.together():
+            command = parse(args)
+            check(command.config)
+            check_world(command.config, world)
+            config, device, loader = command.config, pick_device(command.config, world), command.config.loader
+            require_writable(Path(config.run_dir), dry=True)
+            with waiting("reading the data set", shown=world.rank == 0):
+                dataset = ImageDataset(config.data, config.resolution, use_labels=loader.labels, mirror=loader.mirror)
+            config = with_data_camera(config, dataset.camera)
+            check(config)
+        require_same(config, dataset, device, world, dry_run=command.dry_run)
+        if command.dry_run:
+            with world.together():
+                return dry_run(config, dataset, device, world)
+        with traced(Path(config.run_dir) / "trace.json" if command.profile and world.rank == 0 else None):
+            return train(config, dataset, device, command.resume, world)
+    except (UserError, DivergenceError) as error:
+        where = f"[rank {world.rank}] " if world.size > 1 else ""
+        say(f"{where}{'error' if isinstance(error, UserError) else 'stopped'}: {error}", sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:
+        say(str(Stopped(signal.SIGINT)))
+        return 128 + signal.SIGINT
+    finally:
+        world.close()
+        flush_output()
+
+
+def commands() -> dict[str, tuple[str, Any]]:
+    """Each preset's name, what the help says of it, and its options: every setting of `Config` is a flag."""
+    import tyro  # here, as those that train without a command line may lack it
+
+    @dataclasses.dataclass(frozen=True)
+    class Command:
+        config: Annotated[Config, tyro.conf.arg(name="")]
+        resume: str | None = None
+        """Continue: a checkpoint, a run folder, or `auto` for the newest checkpoint in --run-dir, if there is one."""
+        dry_run: bool = False
+        """Print the settings, parameter counts and a memory estimate, check the data, and leave."""
+        profile: bool = False
+        """Write a torch profiler trace of a few iterations, from the sixth on, to trace.json in --run-dir."""
+
+    return {name: (f"the {name} preset", Command(preset(name))) for name in PRESETS}
+
+
+def parse(args: Sequence[str] | None) -> Any:
+    """The command line: a preset, and what shall differ from it. Raises UserError where it is wrong."""
+    import tyro
+
+    from .arguments import read
+
+    prog = "train.py" if Path(sys.argv[0]).name == "train.py" else "epigraf train"
+    return read(functools.partial(tyro.extras.overridable_config_cli, commands()), prog, __doc__, args)
+
+
+def dry_run(config: Config, dataset: ImageDataset, device: torch.device, world: World) -> int:
+    """Checks everything that can be checked without training, and prints what would be trained."""
+    with explain_out_of_memory(config, dataset.label_dim, device, world.size):
+        generator, discriminator = meta_networks(config, dataset.label_dim)
+        fixed, step = step_bytes(config, generator, discriminator, dataset.angles)
+    dataset.check_images(progress=world.rank == 0)
+    if world.rank == 0:
+        print(json.dumps(to_dict(config), indent=2))
+        print(f"data: {config.data}: {len(dataset):,} images (mirrored: {config.loader.mirror}), all readable")
+        print(f"parameters: G {parameter_count(generator):,}, D {parameter_count(discriminator):,}")
+        print(
+            f"memory, estimated in fp32: {fixed / 2**30:.2f} GiB for weights, gradients, Adam and the average, "
+            f"{step / 2**30:.2f} GiB for a micro-batch of {config.micro}"
+        )
+    return 0
+
+
+def train(
+    config: Config, dataset: ImageDataset, device: torch.device, resume: str | None, world: World | None = None
+) -> int:
+    """Builds or restores a run, and trains it."""
+    world = World() if world is None else world
+    try:
+        if device.type == "cpu":
+            cores.watch(fixed=config.deterministic or world.size > 1)
+        with StopRequest(talks=world.rank == 0) as stop, locked(Path(config.run_dir), world):
+            world.connect(device)
+            trainer = build(config, dataset, device, resume, world)
+            if world.rank == 0:
+                say(doctor.format_backends(doctor.report(), trainer.backends))
+            with world.together():
+                warm_up(trainer)
+                record = Record(config, dataset, trainer)
+            with contextlib.closing(record):
+                return loop(config, dataset, trainer, record, stop)
+    except Stopped as stopped:  # before anything was trained
+        say(str(stopped))
+        return 128 + stopped.signal
+
+
+def loop(config: Config, dataset: ImageDataset, trainer: Trainer, record: Record, stop: StopRequest) -> int:
+    """Trains a run to its end, or until a signal."""
+    world, total, fault = trainer.world, round(config.kimg * 1000), None
+    order = trainer.share, config.seed, trainer.cur_nimg, config.loader.workers
+    loader = make_loader(dataset, *order, rank=world.rank, world_size=world.size, device=trainer.device)
+    go_on = f"go on with --run-dir {config.run_dir} --resume auto"
+
+    def attempt(work: Callable[[], Any]) -> Any:
+        """Does what is not training: a signal ends it, and its fault, as an unreadable image, waits for the others."""
+        nonlocal fault
+        try:
+            return stop.at_once(work)
+        except UserError as error:
+            fault = error
+
+    def crossed(kimg: float | None) -> bool:
+        """Whether the last iteration stepped over a multiple of this many kimg."""
+        interval = round((kimg or 0) * 1000)
+        return interval > 0 and trainer.cur_nimg // interval != (trainer.cur_nimg - config.batch) // interval
+
+    attempt(record.begin)
+    while trainer.cur_nimg < total:
+        batch = None if fault else attempt(lambda: next(loader))
+        (word,) = world.agree(FAULT if fault else stop.signal)
+        if word:
+            faults = world.exchange(str(fault) if fault else None)
+            saved = f"saved {record.save()}; {go_on}" if trainer.cur_nimg else ""
+            if word == FAULT:
+                told = [f"rank {rank} has stopped: {text}" for rank, text in enumerate(faults) if text]
+                raise UserError(f"{fault or told[0]}{f' ({saved})' if saved else ''}")
+            record.say(f"stopped by signal {word}; {saved or 'nothing was trained yet'}")
+            return 128 + word
+        with explain_out_of_memory(config, dataset.label_dim, trainer.device, world.size):
+            trainer.iteration(*batch)
+        if change := cores.adapt():
+            record.say(change)
+        record.advance()
+        if crossed(config.log_kimg):
+            record.statistics()
+        if crossed(config.snapshot_kimg):
+            attempt(record.grids)
+        finished, measuring = trainer.cur_nimg >= total, crossed(config.metric_kimg)
+        if finished or measuring or crossed(config.checkpoint_kimg):
+            record.save(must=finished)
+        if measuring and not finished:
+            attempt(record.measure)
+    attempt(record.finish)
+    if fault:
+        raise fault
+    if stop.signal:
+        record.say(f"stopped by signal {stop.signal}; all is trained and saved; for its last pictures {go_on}")
+        return 128 + stop.signal
+    return 0
