@@ -324,7 +324,8 @@ def _synthesis_cases(level: int) -> Iterator[Case]:
                 styles = (style,) if outputs == 1 else (None, style)
                 noise = zeros(BATCH, 1, level, level)
                 vectors = {"demod": demod, "noise": noise, "strength": strength, "bias": bias, "styles": styles}
-                return ops.layer_epilogue(x, blur=blur, **vectors, act="lrelu", clamp=256.0, backend="cpu")
+                options = {"act": "lrelu", "clamp": 256.0, "keep_x": False, "backend": "cpu"}
+                return ops.layer_epilogue(x, blur=blur, **vectors, **options)
 
             work = {
                 "fwd": Work(elements * one * (1 + outputs)),

@@ -263,13 +263,26 @@ def read_budgets() -> dict[str, Any]:
 
 
 def write_budgets(found: list[Row]) -> None:
-    """Today's counts become the budgets of what was counted; the others stay."""
+    """Today's counts become the budgets of the cases that were counted; those of the others stay."""
     before = read_budgets()["budgets"] if BUDGETS.exists() else {}
-    kept = sorted((before | budgets_of(found)).items())
+    counted = tuple({f"sm_{row['arch']} {row['case']}, " for row in found})
+    others = {name: budget for name, budget in before.items() if not name.startswith(counted)}
+    kept = sorted((others | budgets_of(found)).items())
     lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(budget)}" for name, budget in kept)
     what = "counts of a unit (point, ray, element), by python -m bench.counts --write-budgets"
     head = f' "what": {json.dumps(what)},\n "versions": {json.dumps(versions())},\n "budgets": {{'
     BUDGETS.write_text(f"{{\n{head}\n{lines}\n }}\n}}\n")
+
+
+def merged(before: list[Row], found: list[Row]) -> list[Row]:
+    """Rows of a result file, with the rows of cases that were counted again at the places of their old ones."""
+    by_case: dict[tuple[int, str], list[Row]] = {}
+    for row in found:
+        by_case.setdefault((row["arch"], row["case"]), []).append(row)
+    rows = []
+    for (arch, case), group in itertools.groupby(before, key=lambda row: (row["arch"], row["case"])):
+        rows += by_case.pop((arch, case), group)
+    return rows + [row for group in by_case.values() for row in group]
 
 
 # ---- command
@@ -307,7 +320,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHS, default=ARCHS)
     parser.add_argument("--kernel", default="", metavar="PART", help="only cases that have this in their names")
     parser.add_argument("--blocks", type=int, default=BLOCKS, help=f"blocks of a launch to execute (default {BLOCKS})")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write a result file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write a result file; of a part, into the one there")
     parser.add_argument("--check", action="store_true", help="compare with bench/budgets.json")
     parser.add_argument("--write-budgets", action="store_true", help="make these counts the budgets")
     parser.add_argument("--page", action="store_true", help="only write the tables of docs/kernels.md from the file")
@@ -334,7 +347,11 @@ def main(argv: list[str] | None = None) -> int:
             "blocks": args.blocks,
             "versions": versions(),
         }
-        results.write(args.json, results.result("counts", config, found, rates=rates.table()))
+        rows_of_file = found
+        if args.json.exists() and (args.kernel or set(args.arch) != set(ARCHS)):
+            before = json.loads(args.json.read_text())
+            rows_of_file, config["command"] = merged(before["cases"], found), before["config"]["command"]
+        results.write(args.json, results.result("counts", config, rows_of_file, rates=rates.table()))
     if args.write_budgets:
         write_budgets(found)
     if not args.check:

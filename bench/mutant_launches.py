@@ -192,15 +192,15 @@ def triton_cases(arch: int) -> Iterator[tuple[str, Callable[[], Any]]]:
     )
 
 
-def _derivatives(function: Callable[..., Any], *inputs: Tensor) -> None:
-    """Runs a function and its first and second derivatives."""
+def _derivatives(function: Callable[..., Any], *inputs: Tensor, most: int = 2) -> None:
+    """Runs a function and its first and second derivatives, or the first alone."""
     inputs = [x.clone(memory_format=torch.preserve_format).requires_grad_() for x in inputs]
     values = function(*inputs)
-    for order in (1, 2):
+    for order in range(1, most + 1):
         values = values if isinstance(values, tuple) else (values,)
         values = [v for v in values if v is not None and v.requires_grad]
         loss = sum((v * _draw(*v.shape, seed=30 * order + i)).sum() for i, v in enumerate(values))
-        values = torch.autograd.grad(loss, inputs, create_graph=order == 1, allow_unused=True)
+        values = torch.autograd.grad(loss, inputs, create_graph=order < most, allow_unused=True)
         values = tuple(v for v in values if v is not None)
 
 
@@ -224,17 +224,19 @@ def csrc_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
             lambda kernel=kernel, up=up: ops.upfirdn2d(image, kernel, up=up, padding=(2, 1, 2, 1), backend="cpu"),
         )
     demod, bias, style = _draw(2, 3, seed=5).abs() + 0.3, _draw(3, seed=6), _draw(2, 3, seed=7)
-    for blur in (None, taps):
+    for blur, keep_x in ((None, True), (None, False), (taps, False)):
         noise = _draw(2, 1, *((4, 6) if blur is not None else (5, 7)), seed=8)
 
-        def epilogue(x, demod, noise, strength, bias, style, blur=blur):
+        def epilogue(x, demod, noise, strength, bias, style, blur=blur, keep_x=keep_x):
             vectors = {"demod": demod, "noise": noise, "strength": strength, "bias": bias, "styles": (style,)}
-            return ops.layer_epilogue(x, blur=blur, **vectors, act="lrelu", clamp=1.7, backend="cpu")
+            return ops.layer_epilogue(x, blur=blur, **vectors, act="lrelu", clamp=1.7, keep_x=keep_x, backend="cpu")
 
-        inputs = image, demod, noise, torch.tensor(0.7), bias, style
-        yield "layer", lambda epilogue=epilogue, inputs=inputs: _derivatives(epilogue, *inputs)
-    weight = _draw(5, 3, 3, 3, seed=9)
-    yield (
-        "modulation",
-        lambda: _derivatives(lambda w, s: tuple(ops.modulation(w, s, torch.float32, backend="cpu")), weight, style),
-    )
+        inputs, most = (image, demod, noise, torch.tensor(0.7), bias, style), 2 if keep_x else 1
+        yield "layer", lambda epilogue=epilogue, inputs=inputs, most=most: _derivatives(epilogue, *inputs, most=most)
+    weight, affine = _draw(5, 3, 3, 3, seed=9), (_draw(3, 6, seed=10), _draw(3, seed=11), 0.5)
+    for source, given in ((style, None), (_draw(2, 6, seed=12), affine)):
+
+        def modulation(weight, source, given=given):
+            return tuple(ops.modulation(weight, source, torch.float32, affine=given, backend="cpu"))
+
+        yield "modulation", lambda f=modulation, source=source: _derivatives(f, weight, source)

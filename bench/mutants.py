@@ -234,25 +234,34 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--most", type=int, default=4, help="faults of a kind in a kernel (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--triton-only", action="store_true", help="leave out csrc, which needs nvcc")
-    parser.add_argument("--json", type=Path, help="where to keep the counts and the survivors")
+    parser.add_argument(
+        "--json", type=Path, help="where to keep counts and survivors, beside those there of the same draw"
+    )
     parser.add_argument("--page", action="store_true", help=f"only write the table of {PAGE.name} from {RESULTS.name}")
     options = parser.parse_args(arguments)
     if options.page:
         write_page(json.loads(RESULTS.read_text()))
         return 0
     content: dict[str, Any] = {"seed": options.seed, "most": options.most, "rows": [], "survivors": []}
+    if options.json and options.json.exists():
+        before = json.loads(options.json.read_text())
+        if (before["seed"], before["most"]) == (options.seed, options.most):
+            content = before  # of what is judged again the new counts take the place of the old
+    judged_rows = 0
     for arch in options.arch:
         found = mutant_launches.launches(arch, only=options.kernel, csrc=not options.triton_only)
         for kernel, launches in found.items():
             judged = judge(arch, kernel, launches, options.most, options.seed)
+            judged_rows += len(judged["rows"])
             for key in ("rows", "survivors"):
-                content[key] += judged[key]
+                others = [row for row in content[key] if (row["arch"], row["kernel"]) != (arch, kernel)]
+                content[key] = others + judged[key]
             tried = sum(row["tried"] for row in judged["rows"])
             shown = sum(sum(row["found"].values()) for row in judged["rows"])
             print(f"sm_{arch} {kernel}: {shown} of {tried} found", file=sys.stderr, flush=True)
             if options.json:
                 options.json.write_text(json.dumps(content, indent=1) + "\n")
-    if not content["rows"]:
+    if not judged_rows:
         print(f"bench.mutants: --kernel must be part of a kernel's name, got {options.kernel!r}", file=sys.stderr)
         return 2
     print(table(content))

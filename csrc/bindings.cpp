@@ -244,8 +244,8 @@ struct LayerShape {
   }
   // What all orders read.
   void inputs(const Check& check, Pointer x, Pointer taps, Pointer demod, Pointer bias, Pointer noise, Pointer strength,
-              Pointer style0, Pointer style1) {
-    args.x = check.pointer("x", x, size, x_count);
+              Pointer style0, Pointer style1, bool from_outputs = false) {
+    args.x = check.pointer("x", x, size, x_count, from_outputs);
     args.taps = check.pointer("taps", taps, compute, 4, true);
     args.demod = check.pointer("demod", demod, compute, vectors, true);
     args.bias = check.pointer("bias", bias, compute, args.channels, true);
@@ -283,14 +283,21 @@ epigraf::LayerEpilogueArgs layer_epilogue_fwd(const Check& check, Pointer x, Poi
 
 epigraf::LayerEpilogueArgs layer_epilogue_bwd(const Check& check, Pointer x, Pointer taps, Pointer demod, Pointer bias,
                                               Pointer noise, Pointer strength, Pointer style0, Pointer style1,
-                                              Pointer grad_out0, Pointer grad_out1, Pointer grad_x, Pointer grad_demod,
-                                              Pointer grad_bias, Pointer grad_strength, Pointer grad_style0,
-                                              Pointer grad_style1, Pointer map, Pointer partials, int dtype,
-                                              bool channels_last, double slope, double gain, double clamp, i64 batch,
-                                              i64 channels, i64 height, i64 width, i64 noise_stride) {
+                                              Pointer out0, Pointer out1, Pointer grad_out0, Pointer grad_out1,
+                                              Pointer grad_x, Pointer grad_demod, Pointer grad_bias,
+                                              Pointer grad_strength, Pointer grad_style0, Pointer grad_style1,
+                                              Pointer map, Pointer partials, int dtype, bool channels_last,
+                                              double slope, double gain, double clamp, i64 batch, i64 channels,
+                                              i64 height, i64 width, i64 noise_stride) {
   LayerShape shape(check, dtype, channels_last, taps != 0, slope, gain, clamp, batch, channels, height, width,
                    noise_stride);
-  shape.inputs(check, x, taps, demod, bias, noise, strength, style0, style1);
+  const bool outputs = out0 != 0 || out1 != 0;
+  shape.inputs(check, x, taps, demod, bias, noise, strength, style0, style1, outputs);
+  require((x == 0) == outputs || shape.count == 0, check.op, "either x or outputs must be given, and the others be null");
+  require(out1 == 0 || grad_out1 != 0, check.op, "out1 must be null where grad_out1 is");
+  require(slope > 0 || !outputs, check.op, "slope must be positive where outputs take the place of x");
+  shape.args.out[0] = check.pointer("out0", out0, shape.size, shape.count, true);
+  shape.args.out[1] = check.pointer("out1", out1, shape.size, shape.count, true);
   shape.args.grad_out[0] = check.pointer("grad_out0", grad_out0, shape.size, shape.count);
   shape.args.grad_out[1] = check.pointer("grad_out1", grad_out1, shape.size, shape.count, true);
   shape.sums(check, grad_demod, grad_bias, grad_strength, grad_style0, grad_style1, map, partials);

@@ -1,5 +1,7 @@
 #include "modulated_conv2d.h"
 
+#include <stdexcept>
+
 #include "cpu.h"
 #include "launchers.h"
 
@@ -619,6 +621,7 @@ void layer_epilogue_fwd(const LayerEpilogueArgs& args, int threads) {
 }
 
 void layer_epilogue_bwd(const LayerEpilogueArgs& args, int threads) {
+  if (!args.x && (args.out[0] || args.out[1])) throw std::runtime_error("layer_epilogue_bwd: the CPU needs x, not outputs");
   const LayerEpilogueArgs a = merged(args);
   if (a.taps)
     EPIGRAF_LAYER_CHUNKS(blurred_bwd_chunk, a, a.grad_out[1] ? 2 : 1, threads);

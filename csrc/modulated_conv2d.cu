@@ -10,6 +10,7 @@ namespace EPIGRAF_ISA {
 
 constexpr int kLanes = 8, kPixels = 32, kThreads = kLanes * kPixels, kWarps = kThreads / 32;
 constexpr int kRows = 8;  // of outputs that a thread of the blurred forward makes
+constexpr int kRowsAtOnce = 4;  // of grad_x in the blurred backward
 constexpr int kOwnColumns = kPixels - 3;  // of grad_x that a block of the blurred backward makes
 static_assert(kOwnColumns == kLayerColumns && kLayerPixels % kPixels == 0, "partial sums are counted elsewhere too");
 
@@ -134,9 +135,39 @@ __global__ void __launch_bounds__(kThreads, 1) layer_epilogue_fwd_kernel(const L
   }
 }
 
+// The block's sums over its pixels, to partials[part]: first over the pixels of a warp, then over warps. `shared` has
+// kSumPlaces<V>.
+template <int K, typename S, int V>
+__device__ __forceinline__ void write_sums(const LayerEpilogueArgs& a, const S (&sums)[kLayerSums][V], S* shared,
+                                           i64 part, i64 chunk) {
+  constexpr int kinds = K > 1 ? kLayerSums : kLayerSums - 1, columns = kLanes * V;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  __syncthreads();
+#pragma unroll
+  for (int sum = 0; sum < kinds; sum++)
+#pragma unroll
+    for (int k = 0; k < V; k++) {
+      S value = sums[sum][k];
+      for (int distance = kLanes; distance < 32; distance *= 2)
+        value += __shfl_xor_sync(0xffffffffu, value, distance);
+      if (lane < kLanes) shared[(sum * kWarps + warp) * columns + lane * V + k] = value;
+    }
+  __syncthreads();
+  for (int place = threadIdx.x; place < kinds * columns; place += kThreads) {
+    const int sum = place / columns, column = place % columns;
+    const i64 channel = chunk * columns + column;
+    S total = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; w++) total += shared[(sum * kWarps + w) * columns + column];
+    if (channel < a.channels) static_cast<S*>(a.partials)[(part * kLayerSums + sum) * a.channels + channel] = total;
+  }
+  __syncthreads();
+}
+
 // What a thread of the backward kernels knows of its V channels.
-template <typename S, int V, int K>
+template <typename T, int V, int K>
 struct LayerLane {
+  using S = Compute<T>;
   S demod[V], bias[V], style[K][V], sums[kLayerSums][V];
   LeakyClamp<S> f;
   S strength;
@@ -153,50 +184,110 @@ struct LayerLane {
       for (int k = 0; k < V; k++) sums[sum][k] = 0;
   }
 
-  // gu of one pixel; adds to the sums where the pixel is this block's.
-  __device__ __forceinline__ void backward(const S (&v)[V], const S (&grad)[K][V], S noise, bool own, S (&gu)[V]) {
+  __device__ __forceinline__ void read(const LayerEpilogueArgs& a, i64 offset, S (&x)[V]) const {
+    load_vector<T, V>(a.x, offset, x);
+  }
+
+  // gu of one pixel; adds to the sums.
+  __device__ __forceinline__ void backward(const S (&x)[V], const S (&grad)[K][V], S noise, S (&gu)[V]) {
 #pragma unroll
     for (int k = 0; k < V; k++) {
-      const S u = layer_preactivation(v[k], demod[k], strength * noise, bias[k]);
+      const S v = x[k], u = layer_preactivation(v, demod[k], strength * noise, bias[k]);
       S grad_y = grad[0][k] * style[0][k];
       if (K > 1) grad_y += grad[K - 1][k] * style[K - 1][k];
       const LayerGradient<S> e(f, u, grad_y);
       gu[k] = e.gu;
+      sums[kSumDemod][k] += e.gu * v;
+      sums[kSumBias][k] += e.gu;
+      sums[kSumNoise][k] += e.gu * noise;
+      sums[kSumStyle0][k] += grad[0][k] * e.y;
+      if (K > 1) sums[kSumStyle1][k] += grad[K - 1][k] * e.y;
+    }
+  }
+
+  __device__ __forceinline__ void finish(const LayerEpilogueArgs&, i64) {}
+};
+
+// The same from an output y style instead of x: the one that there is, or of two that of the larger style. Its sign is that
+// of u; what is at the clamp, as it was stored, was clipped; and since u f'(u) = y where it was not,
+//   sum gu v = (sum grad_y y - strength sum gu noise - bias sum gu) / demod.
+// Where that style or demod is 0, what would be divided by it is 0.
+template <typename T, int V, int K>
+struct OutputLane {
+  using S = Compute<T>;
+  S demod[V], factor[K][V], along[V], limit[V], sums[kLayerSums][V];
+  S slope;
+  bool bounded, second[V];
+
+  __device__ __forceinline__ OutputLane(const LayerEpilogueArgs& a, i64 b, i64 channel)
+      : slope(static_cast<S>(a.slope)) {
+    const S clamp = static_cast<S>(a.clamp), gain = static_cast<S>(a.gain);
+    bounded = clamp - clamp == S(0);
+    read_vector<S, V>(a.demod, b * a.channels + channel, S(1), demod);
+#pragma unroll
+    for (int j = 0; j < K; j++) read_vector<S, V>(a.style[j], b * a.channels + channel, S(1), factor[j]);
+#pragma unroll
+    for (int k = 0; k < V; k++) {
+      second[k] = K > 1 && a.out[1] && (!a.out[0] || absolute(factor[K - 1][k]) > absolute(factor[0][k]));
+      along[k] = second[k] ? factor[K - 1][k] : factor[0][k];
+      limit[k] = Storage<T>::load(Storage<T>::store(clamp * absolute(along[k])));
+      along[k] *= gain;
+#pragma unroll
+      for (int j = 0; j < K; j++) factor[j][k] *= gain;
+    }
+#pragma unroll
+    for (int sum = 0; sum < kLayerSums; sum++)
+#pragma unroll
+      for (int k = 0; k < V; k++) sums[sum][k] = 0;
+  }
+
+  // The output that tells of one pixel.
+  __device__ __forceinline__ void read(const LayerEpilogueArgs& a, i64 offset, S (&out)[V]) const {
+    load_vector<T, V>(a.out[0] ? a.out[0] : a.out[1], offset, out);
+    if (K > 1 && a.out[0] && a.out[1]) {
+      S other[V];
+      load_vector<T, V>(a.out[1], offset, other);
+#pragma unroll
+      for (int k = 0; k < V; k++) out[k] = second[k] ? other[k] : out[k];
+    }
+  }
+
+  // gu of that pixel; adds to the sums where `own`.
+  __device__ __forceinline__ void backward(const S (&out)[V], const S (&grad)[K][V], S noise, S (&gu)[V],
+                                           bool own = true) {
+#pragma unroll
+    for (int k = 0; k < V; k++) {
+      S grad_y = grad[0][k] * factor[0][k];
+      if (K > 1) grad_y += grad[K - 1][k] * factor[K - 1][k];
+      grad_y = bounded & !(absolute(out[k]) < limit[k]) ? S(0) : grad_y;
+      gu[k] = out[k] * along[k] > S(0) ? grad_y : slope * grad_y;
       if (own) {
-        sums[kSumDemod][k] += e.gu * v[k];
-        sums[kSumBias][k] += e.gu;
-        sums[kSumNoise][k] += e.gu * noise;
-        sums[kSumStyle0][k] += grad[0][k] * e.y;
-        if (K > 1) sums[kSumStyle1][k] += grad[K - 1][k] * e.y;
+        sums[kSumDemod][k] += grad_y * out[k];
+        sums[kSumBias][k] += gu[k];
+        sums[kSumNoise][k] += gu[k] * noise;
+        sums[kSumStyle0][k] += grad[0][k] * out[k];
+        if (K > 1) sums[kSumStyle1][k] += grad[K - 1][k] * out[k];
       }
     }
   }
 
-  // The block's sums over its pixels, to partials[part]: first over the pixels of a warp. `shared` has kSumPlaces<V>.
-  __device__ __forceinline__ void write(const LayerEpilogueArgs& a, S* shared, i64 part, i64 chunk) {
-    constexpr int kinds = K > 1 ? kLayerSums : kLayerSums - 1, columns = kLanes * V;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    __syncthreads();
+  // From sums of products with the output to those that `LayerLane` has.
+  __device__ __forceinline__ void finish(const LayerEpilogueArgs& a, i64 channel) {
+    const S strength = strength_of<S>(a), gain = static_cast<S>(a.gain);
+    S bias[V];
+    read_vector<S, V>(a.bias, channel, S(0), bias);
 #pragma unroll
-    for (int sum = 0; sum < kinds; sum++)
-#pragma unroll
-      for (int k = 0; k < V; k++) {
-        S value = sums[sum][k];
-        for (int distance = kLanes; distance < 32; distance *= 2)
-          value += __shfl_xor_sync(0xffffffffu, value, distance);
-        if (lane < kLanes) shared[(sum * kWarps + warp) * columns + lane * V + k] = value;
-      }
-    __syncthreads();
-    for (int place = threadIdx.x; place < kinds * columns; place += kThreads) {
-      const int sum = place / columns, column = place % columns;
-      const i64 channel = chunk * columns + column;
-      S total = 0;
-#pragma unroll
-      for (int w = 0; w < kWarps; w++) total += shared[(sum * kWarps + w) * columns + column];
-      if (channel < a.channels) static_cast<S*>(a.partials)[(part * kLayerSums + sum) * a.channels + channel] = total;
+    for (int k = 0; k < V; k++) {
+      const S known = strength * sums[kSumNoise][k] + bias[k] * sums[kSumBias][k];
+      sums[kSumDemod][k] = quotient(quotient(sums[kSumDemod][k], along[k]) - known, demod[k]);
+      sums[kSumStyle0][k] = quotient(gain * sums[kSumStyle0][k], along[k]);
+      if (K > 1) sums[kSumStyle1][k] = quotient(gain * sums[kSumStyle1][k], along[k]);
     }
-    __syncthreads();
   }
+
+ private:
+  static __device__ __forceinline__ S absolute(S x) { return x < S(0) ? -x : x; }
+  static __device__ __forceinline__ S quotient(S x, S by) { return by == S(0) ? S(0) : x / by; }
 };
 
 template <int V>
@@ -218,6 +309,15 @@ __device__ __forceinline__ void add_to_map(void* map, i64 place, const S (&gu)[V
   }
 }
 
+template <bool FIRST, typename A, typename B>
+struct Choice {
+  using Type = A;
+};
+template <typename A, typename B>
+struct Choice<false, A, B> {
+  using Type = B;
+};
+
 // Which chunks of channels a block handles: one of them, or with a map, to which all add, every one.
 struct ChannelChunks {
   i64 first, last;
@@ -228,10 +328,11 @@ struct ChannelChunks {
   }
 };
 
-// One block: as many pixels of image blockIdx.y as make a part.
-template <typename T, int V, int K>
+// One block: as many pixels of image blockIdx.y as make a part, from x or from the outputs.
+template <typename T, int V, int K, bool FROM_OUTPUTS>
 __global__ void __launch_bounds__(kThreads, 1) layer_epilogue_bwd_kernel(const LayerEpilogueArgs a) {
   using S = Compute<T>;
+  using Lane = typename Choice<FROM_OUTPUTS, OutputLane<T, V, K>, LayerLane<T, V, K>>::Type;
   __shared__ S shared[kSumPlaces<V>];
   const i64 b = blockIdx.y, pixels = a.height * a.width, part = b * layer_parts(a) + blockIdx.x;
   const i64 each = layer_epilogue_pixels_cuda(pixels);
@@ -241,42 +342,45 @@ __global__ void __launch_bounds__(kThreads, 1) layer_epilogue_bwd_kernel(const L
     const i64 wanted = (chunk * kLanes + threadIdx.x % kLanes) * V;
     const bool active = wanted < a.channels;
     const i64 channel = active ? wanted : 0;
-    LayerLane<S, V, K> lane(a, b, channel);
+    Lane lane(a, b, channel);
     for (i64 pixel = start; pixel < start + each; pixel += kPixels) {
       S gu[V];
 #pragma unroll
       for (int k = 0; k < V; k++) gu[k] = 0;
       if (active && pixel < end) {
         const i64 offset = (b * pixels + pixel) * a.channels + channel;
-        S x[V], grad[K][V], grad_x[V];
-        load_vector<T, V>(a.x, offset, x);
+        S read[V], grad[K][V], grad_x[V];
+        lane.read(a, offset, read);
 #pragma unroll
         for (int j = 0; j < K; j++) load_vector<T, V>(a.grad_out[j], offset, grad[j]);
-        lane.backward(x, grad, noise_at<S>(a, b, pixel), true, gu);
+        lane.backward(read, grad, noise_at<S>(a, b, pixel), gu);
 #pragma unroll
         for (int k = 0; k < V; k++) grad_x[k] = gu[k] * lane.demod[k];
         store_vector<T, V>(a.grad_x, offset, grad_x);
       }
       if (a.map) add_to_map(a.map, b * pixels + pixel, gu, chunk == 0, pixel < end);
     }
-    lane.write(a, shared, part, chunk);
+    lane.finish(a, channel);
+    write_sums<K>(a, lane.sums, shared, part, chunk);
   }
 }
 
-// One block: kLayerRows x kOwnColumns of grad_x, from gu of three more rows and columns. A thread owns a column of gu, and
-// takes its neighbours' through shared memory.
+// One block: kLayerRows x kOwnColumns of grad_x, from gu of three more rows and columns, which comes from the outputs. A
+// thread owns a column of gu and filters it along the height; kRowsAtOnce rows of that are filtered along the width
+// through shared memory.
 template <typename T, int V, int K>
-__global__ void __launch_bounds__(kThreads, 1) layer_epilogue_blurred_bwd_kernel(const LayerEpilogueArgs a) {
+__global__ void __launch_bounds__(kThreads, 2) layer_epilogue_blurred_bwd_kernel(const LayerEpilogueArgs a) {
   using S = Compute<T>;
-  __shared__ S shared[2 * kThreads * V];
+  constexpr int kBuffer = kRowsAtOnce * kThreads * V;
+  static_assert(2 * kBuffer >= kSumPlaces<V>, "sums take the same place");
+  alignas(16) __shared__ S shared[2 * kBuffer];
   const i64 b = blockIdx.y, tiles = ceil_div(a.width + 1, kOwnColumns), part = b * layer_parts(a) + blockIdx.x;
   const Quotient tile = divide(blockIdx.x, tiles);
   const i64 top = tile.quotient * kLayerRows, bottom = minimum<i64>(top + kLayerRows, a.height + 1);
   const i64 left = tile.remainder * kOwnColumns;
   const int place = threadIdx.x / kLanes, side = threadIdx.x % kLanes;
   const i64 column = left - 2 + place;  // of gu
-  const bool inside = column >= 0 && column < a.width;
-  const bool own_column = inside && column >= left && column < left + kOwnColumns;
+  const bool inside = column >= 0 && column < a.width, own_column = place >= 2 && place < 2 + kOwnColumns;
   const i64 out_column = left + place;  // of grad_x
   const bool writes = place < kOwnColumns && out_column <= a.width;
   const LayerTaps<S> taps(a);
@@ -285,64 +389,57 @@ __global__ void __launch_bounds__(kThreads, 1) layer_epilogue_blurred_bwd_kernel
     const i64 wanted = (chunk * kLanes + side) * V;
     const bool active = wanted < a.channels;
     const i64 channel = active ? wanted : 0;
-    LayerLane<S, V, K> lane(a, b, channel);
-    S window[4][V], blurred[4][V];  // rows of x, filtered along the width; rows of gu, filtered back along it
+    OutputLane<T, V, K> lane(a, b, channel);
+    S window[4][V];  // rows of gu
+    auto next_row = [&](i64 row) {
+      slide(window);
 #pragma unroll
-    for (int r = 0; r < 4; r++)
+      for (int k = 0; k < V; k++) window[3][k] = 0;
+      const bool there = row >= 0 && row < a.height, own = own_column && inside && there && row >= top && row < bottom;
+      if (active && inside && there) {
+        const i64 pixel = row * a.width + column, offset = (b * a.height * a.width + pixel) * a.channels + channel;
+        S out[V], grad[K][V];
+        lane.read(a, offset, out);
 #pragma unroll
-      for (int k = 0; k < V; k++) window[r][k] = blurred[r][k] = 0;
-    if (active && inside) {
-#pragma unroll
-      for (int r = 0; r < 3; r++) filter_across<T, V>(a, taps, b, top - 3 + r, column, channel, window[r + 1]);
-    }
-    for (i64 row = top - 2; row <= bottom; row++) {
-      S gu[V];
-#pragma unroll
-      for (int k = 0; k < V; k++) gu[k] = 0;
-      const bool own = own_column && row >= top && row < bottom && row < a.height;
-      if (active && inside) {
-        slide(window);
-        filter_across<T, V>(a, taps, b, row + 2, column, channel, window[3]);
-        if (row >= 0 && row < a.height) {
-          const i64 pixel = row * a.width + column;
-          S v[V], grad[K][V];
-#pragma unroll
-          for (int k = 0; k < V; k++)
-            v[k] = taps.of[0] * window[0][k] + taps.of[1] * window[1][k] + taps.of[2] * window[2][k] +
-                   taps.of[3] * window[3][k];
-#pragma unroll
-          for (int j = 0; j < K; j++)
-            load_vector<T, V>(a.grad_out[j], (b * a.height * a.width + pixel) * a.channels + channel, grad[j]);
-          lane.backward(v, grad, noise_at<S>(a, b, pixel), own, gu);
-        }
+        for (int j = 0; j < K; j++) load_vector<T, V>(a.grad_out[j], offset, grad[j]);
+        lane.backward(out, grad, noise_at<S>(a, b, pixel), window[3], own);
       }
-      if (a.map) add_to_map(a.map, (b * a.height + row) * a.width + column, gu, chunk == 0, own);
-      S* line = shared + (row & 1) * kThreads * V;
+      if (a.map) add_to_map(a.map, (b * a.height + row) * a.width + column, window[3], chunk == 0, own);
+    };
+    for (int r = 0; r < 3; r++) next_row(top - 2 + r);
+    int buffer = 0;
+    for (i64 first = top; first < bottom; first += kRowsAtOnce) {  // of grad_x
+      S* rows = shared + buffer * kBuffer;
 #pragma unroll
-      for (int k = 0; k < V; k++) line[threadIdx.x * V + k] = gu[k];
+      for (int r = 0; r < kRowsAtOnce; r++) {
+        next_row(first + r + 1);
+#pragma unroll
+        for (int k = 0; k < V; k++)
+          rows[(r * kThreads + threadIdx.x) * V + k] = taps.of[0] * window[3][k] + taps.of[1] * window[2][k] +
+                                                       taps.of[2] * window[1][k] + taps.of[3] * window[0][k];
+      }
       __syncthreads();
-      slide(blurred);
-      if (writes) {
+      buffer ^= 1;
+      if (!writes || !active) continue;
 #pragma unroll
-        for (int k = 0; k < V; k++) {
-          S sum = 0;
+      for (int r = 0; r < kRowsAtOnce; r++) {
+        if (first + r >= bottom) break;
+        S grad_x[V];
 #pragma unroll
-          for (int q = 0; q < 4; q++) sum += taps.of[q] * line[((place + 3 - q) * kLanes + side) * V + k];
-          blurred[3][k] = sum;
-        }
-        const i64 done = row - 1;
-        if (active && done >= top && done < bottom) {
-          S grad_x[V];
+        for (int k = 0; k < V; k++) grad_x[k] = 0;
+#pragma unroll
+        for (int q = 0; q < 4; q++)
 #pragma unroll
           for (int k = 0; k < V; k++)
-            grad_x[k] = lane.demod[k] * (taps.of[0] * blurred[3][k] + taps.of[1] * blurred[2][k] +
-                                         taps.of[2] * blurred[1][k] + taps.of[3] * blurred[0][k]);
-          store_vector<T, V>(a.grad_x,
-                             ((b * (a.height + 1) + done) * (a.width + 1) + out_column) * a.channels + channel, grad_x);
-        }
+            grad_x[k] += taps.of[q] * rows[(r * kThreads + (place + 3 - q) * kLanes + side) * V + k];
+#pragma unroll
+        for (int k = 0; k < V; k++) grad_x[k] *= lane.demod[k];
+        store_vector<T, V>(
+            a.grad_x, ((b * (a.height + 1) + first + r) * (a.width + 1) + out_column) * a.channels + channel, grad_x);
       }
     }
-    lane.write(a, shared, part, chunk);
+    lane.finish(a, channel);
+    write_sums<K>(a, lane.sums, shared, part, chunk);
   }
 }
 
@@ -359,7 +456,7 @@ __global__ void __launch_bounds__(kThreads, 1) layer_epilogue_double_bwd_kernel(
     const i64 wanted = (chunk * kLanes + threadIdx.x % kLanes) * V;
     const bool active = wanted < a.channels;
     const i64 channel = active ? wanted : 0, vector = b * a.channels + channel;
-    LayerLane<S, V, K> lane(a, b, channel);
+    LayerLane<T, V, K> lane(a, b, channel);
     S dot_demod[V], dot_bias[V], dot_style[K][V];
     read_vector<S, V>(a.dot_demod, vector, S(0), dot_demod);
     read_vector<S, V>(a.dot_bias, channel, S(0), dot_bias);
@@ -412,7 +509,7 @@ __global__ void __launch_bounds__(kThreads, 1) layer_epilogue_double_bwd_kernel(
       if (a.map) add_to_map(a.map, b * pixels + pixel, gu_dot, chunk == 0, pixel < end);
       if (a.gradient_map) add_to_map(a.gradient_map, b * pixels + pixel, gu, chunk == 0, pixel < end);
     }
-    lane.write(a, shared, part, chunk);
+    write_sums<K>(a, lane.sums, shared, part, chunk);
   }
 }
 
@@ -464,17 +561,19 @@ __global__ void __launch_bounds__(kThreads) layer_sums_kernel(const LayerEpilogu
   if (role == 1) to = a.grad_style[0];
   if (role == 3) to = whole ? a.grad_strength : a.grad_bias;
   if (!to || (whole && blockIdx.x > 0)) return;
-  const i64 first = one_image ? y % a.batch * slices : 0, last = one_image ? first + slices : a.batch * slices;
+  const i64 first = one_image ? y % a.batch : 0, last = one_image ? first + 1 : a.batch;  // of the images
   const S* partials = static_cast<const S*>(a.partials);
   double total = 0;
-  for (i64 i = first + row; i < last; i += kWarps) {
-    const Quotient slice = divide(i, slices);
-    const S* of_part = partials + ((slice.quotient * parts + slice.remainder * each) * kLayerSums + sum) * a.channels;
-    if (whole)
-      for (i64 channel = side * step; channel < a.channels; channel += 32 * step)
-        total += static_cast<double>(of_part[channel]);
-    else if (c < a.channels)
-      total += static_cast<double>(of_part[c]);
+  const i64 of_slice = each * kLayerSums * a.channels;
+  for (i64 b = first; b < last; b++) {
+    const S* from = partials + (b * parts * kLayerSums + sum) * a.channels + row * of_slice;
+    for (i64 slice = row; slice < slices; slice += kWarps, from += kWarps * of_slice) {
+      if (whole)
+        for (i64 channel = side * step; channel < a.channels; channel += 32 * step)
+          total += static_cast<double>(from[channel]);
+      else if (c < a.channels)
+        total += static_cast<double>(from[c]);
+    }
   }
   shared[threadIdx.x] = total;
   for (int half = kThreads / 2; half >= (whole ? 1 : 32); half /= 2) {
@@ -699,8 +798,10 @@ void launch_bwd(const LayerEpilogueArgs& a, cudaStream_t stream) {
   const dim3 grid = grid_of("layer_epilogue_bwd", a, V);
   if (a.taps)
     layer_epilogue_blurred_bwd_kernel<T, V, K><<<grid, kThreads, 0, stream>>>(a);
+  else if (a.out[0] || a.out[1])
+    layer_epilogue_bwd_kernel<T, V, K, true><<<grid, kThreads, 0, stream>>>(a);
   else
-    layer_epilogue_bwd_kernel<T, V, K><<<grid, kThreads, 0, stream>>>(a);
+    layer_epilogue_bwd_kernel<T, V, K, false><<<grid, kThreads, 0, stream>>>(a);
 }
 
 template <typename T, int V, int K>
@@ -790,6 +891,8 @@ void layer_epilogue_fwd_cuda(const LayerEpilogueArgs& a, uintptr_t stream) {
 
 void layer_epilogue_bwd_cuda(const LayerEpilogueArgs& a, uintptr_t stream) {
   require_channels_last("layer_epilogue_bwd", a);
+  if (a.taps && a.x && !is_empty(a))
+    throw std::runtime_error("layer_epilogue_bwd: with the blur the GPU needs outputs, not x");
   const auto cuda_stream = reinterpret_cast<cudaStream_t>(stream);
   if (is_empty(a))
     clear_sums(a, cuda_stream);

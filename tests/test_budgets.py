@@ -284,6 +284,12 @@ def test_every_launcher_has_names_for_its_tensors() -> None:
         assert csrc_launch.argument_names(name)
 
 
+def test_cases_that_are_counted_again_take_their_old_places() -> None:
+    before = [{"arch": a, "case": c, "launch": i, "n": 1} for a in (70, 80) for c in ("x", "y") for i in range(2)]
+    again = [{"arch": 80, "case": "x", "launch": 0, "n": 2}, {"arch": 80, "case": "z", "launch": 0, "n": 2}]
+    assert counts.merged(before, again) == [*before[:4], again[0], *before[6:], again[1]]
+
+
 # ---- what is said of the counts
 
 

@@ -97,6 +97,7 @@ class SynthesisLayer(nn.Module):
             styles=styles,
             act="lrelu",
             clamp=self.clamp,
+            keep_x=False,
             backend=self.backend,
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,14 +22,14 @@ class Epilogue(NamedTuple):
     gain: float
     clamp: float
     outputs: int
+    keep_x: bool  # for the backward; else, on a GPU, the outputs are kept
 
-    def for_launch(self, x: Tensor, noise: Tensor | None, blur: bool) -> tuple[Any, ...]:
-        """What follows the tensors in a launch."""
-        batch, channels, height, width = x.shape
-        height, width = height - blur, width - blur
+    def for_launch(self, y: Tensor, noise: Tensor | None) -> tuple[Any, ...]:
+        """What follows the tensors in a launch; y is like an output."""
+        batch, channels, height, width = y.shape
         stride = height * width if noise is not None and len(noise) == batch else 0
         numbers = self.slope, self.gain, self.clamp
-        return native.DTYPES[x.dtype], _is_channels_last(x), *numbers, batch, channels, height, width, stride
+        return native.DTYPES[y.dtype], _is_channels_last(y), *numbers, batch, channels, height, width, stride
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -46,13 +46,23 @@ def _outputs(x: Tensor, blur: Tensor | None) -> Tensor:
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
+def _input(y: Tensor, blur: Tensor | None) -> Tensor:
+    """Memory for what is like x, in the layout of y, which is like an output."""
+    if blur is None:
+        return torch.empty_like(y)
+    layout = torch.channels_last if _is_channels_last(y) else torch.contiguous_format
+    batch, channels, height, width = y.shape
+    size = batch, channels, height + 1, width + 1
+    return torch.empty(size, dtype=y.dtype, device=y.device, memory_format=layout)
+
+
 def _dense(x: Tensor) -> Tensor:
     """x in a layout that the launchers read: on a GPU in channels_last alone."""
     return x.contiguous(memory_format=torch.channels_last) if native.on_gpu(x) else native.dense(x)
 
 
 _VECTORS = "Tensor? demod, Tensor? bias, Tensor? noise, Tensor? strength, Tensor? style0, Tensor? style1"
-_SETTINGS = "float slope, float gain, float clamp, int outputs"
+_SETTINGS = "float slope, float gain, float clamp, int outputs, bool keep_x"
 
 
 @library.register(f"layer_epilogue(Tensor x, Tensor? blur, {_VECTORS}, {_SETTINGS}) -> (Tensor, Tensor)")
@@ -75,7 +85,7 @@ class LayerEpilogue:
     def run(x: Tensor, blur: Tensor | None, *args: Any) -> tuple[Tensor, Tensor | None]:
         demod, bias, noise, strength, style0, style1, settings = args
         outputs = LayerEpilogue.empty(x, blur, settings)
-        sizes = settings.for_launch(x, noise, blur is not None)
+        sizes = settings.for_launch(outputs[0], noise)
         native.launch("layer_epilogue_fwd", (x, blur, demod, bias, noise, strength, style0, style1, *outputs), *sizes)
         return outputs
 
@@ -98,48 +108,110 @@ class LayerEpilogue:
 
     @staticmethod
     def keep(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor | None]) -> None:
-        *tensors, ctx.settings = inputs
-        ctx.save_for_backward(*tensors)
+        x, *tensors, ctx.settings = inputs
+        keep_x = ctx.settings.keep_x or not native.on_gpu(x)
+        styles = tensors[-2:]
+        plain = [k for k in range(ctx.settings.outputs) if styles[k] is None]  # y itself, which says all
+        kept = () if keep_x else plain[:1] or range(2)
+        outputs = (y if k in kept else None for k, y in enumerate(outputs))
+        ctx.save_for_backward(x if keep_x else None, *tensors, *outputs)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, blur, demod, bias, noise, strength, *styles = ctx.saved_tensors
-        present = [k for k, grad in enumerate(grads) if grad is not None]
-        if not present:
+        x, blur, demod, bias, noise, strength, style0, style1, *outputs = ctx.saved_tensors
+        styles = style0, style1
+        if all(grad is None for grad in grads):
             return (None,) * 9
+        if x is None and sum(y is not None for y in outputs) == 1:  # which says all only with its own style beside it
+            grads = [
+                torch.zeros_like(y) if grad is None and y is not None else grad
+                for grad, y in zip(grads, outputs, strict=True)
+            ]
+        present = [k for k, grad in enumerate(grads) if grad is not None]
         grads = [grads[k] for k in present] + [None] * (2 - len(present))
-        of_outputs = [styles[k] for k in present] + [None] * (2 - len(present))
+        of_styles, outputs = ([xs[k] for k in present] + [None] * (2 - len(present)) for xs in (styles, outputs))
+        vectors = demod, bias, noise, strength, *of_styles
+        again, dtype = x is None and torch.is_grad_enabled(), grads[0].dtype
+        if again:  # x as a function of the outputs: differentiable, where the kernel that reads them is not
+            x = _recovered(outputs, *vectors, ctx.settings)
+            grads = [None if grad is None else grad.to(x.dtype) for grad in grads]
+            blur, kernel, outputs = None, blur, (None, None)
         needs = ctx.needs_input_grad[:8]
-        tensors = *grads, x, blur, demod, bias, noise, strength, *of_outputs
-        result = library.apply(_LayerEpilogueBackward, *tensors, ctx.settings, needs)
+        result = library.apply(_LayerEpilogueBackward, *grads, x, blur, *vectors, *outputs, ctx.settings, needs)
+        grad_x = result[0]
+        if again:
+            grad_x = grad_x if kernel is None else _blur(grad_x, kernel, adjoint=True)
+            grad_x = grad_x.to(dtype)
         grad_styles = [None, None]
         for k, grad in zip(present, result[5:], strict=False):
             grad_styles[k] = grad
-        return result[0], None, *result[1:5], *grad_styles, None
+        return grad_x, None, *result[1:5], *grad_styles, None
+
+
+def _recovered(
+    outputs: Sequence[Tensor | None],
+    demod: Tensor | None,
+    bias: Tensor | None,
+    noise: Tensor | None,
+    strength: Tensor | None,
+    style0: Tensor | None,
+    style1: Tensor | None,
+    settings: Epilogue,
+) -> Tensor:
+    """The blur(x), or x, of these outputs, in the dtype that is computed in; beyond the clamp where it was clipped."""
+    y = None
+    for out, style in zip(outputs, (style0, style1), strict=True):
+        if out is None:
+            continue
+        one = torch.ones((), dtype=native.compute_dtype(out.dtype), device=out.device)
+        style = one if style is None else style[:, :, None, None]
+        divided = out.to(one.dtype) / torch.where(style == 0, one, style)
+        at_clamp = out.abs() >= (settings.clamp * style.abs()).to(out.dtype)
+        if y is None:
+            y, size, clipped = divided, style.abs(), at_clamp
+        else:
+            y, clipped = torch.where(style.abs() > size, divided, y), torch.where(style.abs() > size, at_clamp, clipped)
+    u = y / settings.gain if settings.gain else y
+    u = torch.where(u > 0, u, u / settings.slope)
+    if settings.clamp < math.inf:
+        u = torch.where(clipped, 2 * u.detach(), u)
+    if noise is not None:
+        u = u - (noise if strength is None else strength * noise)[:, None]
+    if bias is not None:
+        u = u - bias[:, None, None]
+    if demod is not None:
+        u = u / torch.where(demod == 0, torch.ones_like(demod), demod)[:, :, None, None]
+    return u
 
 
 @library.register(
-    f"layer_epilogue_backward(Tensor grad0, Tensor? grad1, Tensor x, Tensor? blur, {_VECTORS}, {_SETTINGS}, "
-    "bool[8] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"layer_epilogue_backward(Tensor grad0, Tensor? grad1, Tensor? x, Tensor? blur, {_VECTORS}, Tensor? out0, "
+    f"Tensor? out1, {_SETTINGS}, bool[8] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 class _LayerEpilogueBackward:
-    """The outputs that have a gradient come first, with their styles. Gives no gradient to the blur."""
+    """The outputs that have a gradient come first, with their styles: themselves too where x is not there.
+
+    Gives no gradient to the blur.
+    """
 
     Settings = Epilogue
 
     @staticmethod
-    def ready(grad0: Tensor, grad1: Tensor | None, x: Tensor, *args: Any) -> tuple[Any, ...]:
-        *vectors, settings, needs = args
-        x = _dense(x)
-        grad0, grad1 = (None if grad is None else _in_layout(grad, x) for grad in (grad0, grad1))
-        return grad0, grad1, x, *native.contiguous(*vectors), settings, needs
+    def ready(
+        grad0: Tensor, grad1: Tensor | None, x: Tensor | None, blur: Tensor | None, *args: Any
+    ) -> tuple[Any, ...]:
+        *vectors, out0, out1, settings, needs = args
+        x, out0, out1 = (None if tensor is None else _dense(tensor) for tensor in (x, out0, out1))
+        like = next(tensor for tensor in (x, out0, out1) if tensor is not None)
+        grad0, grad1 = (None if grad is None else _in_layout(grad, like) for grad in (grad0, grad1))
+        return grad0, grad1, x, blur, *native.contiguous(*vectors), out0, out1, settings, needs
 
     @staticmethod
     def empty(
-        grad0: Tensor, grad1: Tensor | None, x: Tensor, blur: Tensor | None, *args: Any
+        grad0: Tensor, grad1: Tensor | None, x: Tensor | None, blur: Tensor | None, *args: Any
     ) -> tuple[Tensor | None, ...]:
-        demod, bias, noise, strength, style0, style1, _, needs = args
+        demod, bias, noise, strength, style0, style1, _, _, _, needs = args
         of_styles = any(needs[6:8])
         vectors = (
             native.like(demod, needs[2]),
@@ -148,7 +220,7 @@ class _LayerEpilogueBackward:
             native.like(strength, needs[5]),
         )
         return (
-            torch.empty_like(x),
+            _input(grad0, blur),
             *vectors,
             native.like(style0, of_styles),
             native.like(style1, of_styles and grad1 is not None),
@@ -156,13 +228,17 @@ class _LayerEpilogueBackward:
 
     @staticmethod
     def run(
-        grad0: Tensor, grad1: Tensor | None, x: Tensor, blur: Tensor | None, *args: Any
+        grad0: Tensor, grad1: Tensor | None, x: Tensor | None, blur: Tensor | None, *args: Any
     ) -> tuple[Tensor | None, ...]:
-        demod, bias, noise, strength, style0, style1, settings, needs = args
-        grad_x = torch.empty_like(x)
-        grads = _Sums(x, blur, demod, bias, noise, strength, style0, style1 if grad1 is not None else None, needs)
-        tensors = x, blur, demod, bias, noise, strength, style0, style1
-        sizes = settings.for_launch(x, noise, blur is not None)
+        demod, bias, noise, strength, style0, style1, out0, out1, settings, needs = args
+        if x is not None and blur is not None and native.on_gpu(x):  # rare: the kernel with the blur reads outputs
+            grad_x, *vectors = _LayerEpilogueBackward.run(grad0, grad1, _blur(x, blur), None, *args)
+            return _blur(grad_x, blur, adjoint=True), *vectors
+        grad_x = _input(grad0, blur)
+        style1 = None if grad1 is None else style1
+        grads = _Sums(grad0, blur is not None, demod, bias, noise, strength, style0, style1, needs)
+        tensors = x, blur, demod, bias, noise, strength, style0, style1, out0, out1
+        sizes = settings.for_launch(grad0, noise)
         native.launch("layer_epilogue_bwd", (*tensors, grad0, grad1, grad_x, *grads.for_launch()), *sizes)
         grad_noise = grads.map
         if grad_noise is not None:
@@ -172,24 +248,29 @@ class _LayerEpilogueBackward:
 
     @staticmethod
     def reference(grad0: Tensor, grad1: Tensor | None, *args: Any) -> tuple[Tensor | None, ...]:
-        *tensors, settings, _ = args
+        *tensors, out0, out1, settings, _ = args
         settings = settings._replace(outputs=1 if grad1 is None else 2)
+        x, blur, *vectors = tensors
+        if x is None:
+            tensors = _recovered((out0, out1), *vectors, settings).to(grad0.dtype), None, *vectors
         function = functools.partial(_with_settings, LayerEpilogue.reference, settings)
         grad_x, _, *vectors = library.pull_back(function, tensors, (grad0, grad1))
+        if x is None and blur is not None:
+            grad_x = _blur(grad_x, blur, adjoint=True, backend="reference")
         return grad_x, *vectors
 
     @staticmethod
     def keep(ctx: Any, inputs: tuple[Any, ...], gradients: tuple[Tensor | None, ...]) -> None:
-        *tensors, ctx.settings, _ = inputs
+        *tensors, _, _, ctx.settings, _ = inputs
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
         if all(x is None for x in incoming):
-            return (None,) * 12
+            return (None,) * 14
         gradients = library.apply(_LayerEpilogueDoubleBackward, *incoming, *ctx.saved_tensors, ctx.settings)
-        return *gradients[:3], None, *gradients[3:], None, None
+        return *gradients[:3], None, *gradients[3:], None, None, None, None
 
 
 def _with_settings(function: Callable[..., Any], settings: Any, *tensors: Tensor | None) -> Any:
@@ -210,7 +291,9 @@ class _LayerEpilogueDoubleBackward:
     @staticmethod
     def ready(*args: Any) -> tuple[Any, ...]:
         dot_x, dot_demod, dot_bias, dot_noise, dot_strength, dot_style0, dot_style1, *rest = args
-        *rest, _ = _LayerEpilogueBackward.ready(*rest, None)
+        *tensors, settings = rest
+        *tensors, _, _, _, _ = _LayerEpilogueBackward.ready(*tensors, None, None, settings, None)
+        rest = *tensors, settings
         dot_demod, dot_bias, dot_style0, dot_style1 = native.contiguous(dot_demod, dot_bias, dot_style0, dot_style1)
         return dot_x, dot_demod, dot_bias, dot_noise, dot_strength, dot_style0, dot_style1, *rest
 
@@ -239,12 +322,12 @@ class _LayerEpilogueDoubleBackward:
         grad_grads = torch.empty_like(x), None if grad1 is None else torch.empty_like(x)
         grad_x = torch.empty_like(x)
         style1 = None if grad1 is None else style1
-        sums = _Sums(x, None, demod, bias, noise, strength, style0, style1, (True,) * 8)
+        sums = _Sums(x, False, demod, bias, noise, strength, style0, style1, (True,) * 8)
         gradient_map = None if along_noise is None else torch.empty_like(along_noise)
         tensors = x, demod, bias, noise, strength, style0, style1, grad0, grad1
         incoming = dot_x, dot_demod, dot_bias, along_noise, dot_style0, dot_style1
         results = *grad_grads, grad_x, *sums.for_launch(gradient_map)
-        sizes = settings.for_launch(x, noise, False)
+        sizes = settings.for_launch(x, noise)
         native.launch("layer_epilogue_double_bwd", (*tensors, *incoming, *results), *sizes)
         grad_noise, grad_strength = sums.map, sums.strength
         if grad_noise is not None:
@@ -265,7 +348,7 @@ class _LayerEpilogueDoubleBackward:
         incoming, tensors, settings = args[:7], args[7:-1], args[-1]
 
         def backward(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-            return _LayerEpilogueBackward.reference(*tensors, settings, None)
+            return _LayerEpilogueBackward.reference(*tensors, None, None, settings, None)
 
         gradients = library.pull_back(backward, tensors, incoming)
         return *gradients[:3], *gradients[4:]
@@ -284,8 +367,8 @@ class _Sums:
 
     def __init__(
         self,
-        x: Tensor,
-        blur: Tensor | None,
+        y: Tensor,
+        blurred: bool,
         demod: Tensor | None,
         bias: Tensor | None,
         noise: Tensor | None,
@@ -302,12 +385,9 @@ class _Sums:
         self.style0, self.style1 = native.like(style0, any(needs[6:8])), native.like(style1, any(needs[6:8]))
         self.map = None
         if noise is not None and needs[4]:
-            self.map = noise.new_empty((len(x), *noise.shape[1:]))
-        batch, channels, height, width = x.shape
-        blurred = blur is not None
-        sizes = batch, channels, height - blurred, width - blurred, blurred, native.on_gpu(x)
-        count = native.extension().layer_epilogue_partials(*sizes)
-        self.partials = x.new_empty(count, dtype=native.compute_dtype(x.dtype))
+            self.map = noise.new_empty((len(y), *noise.shape[1:]))
+        count = native.extension().layer_epilogue_partials(*y.shape, blurred, native.on_gpu(y))
+        self.partials = y.new_empty(count, dtype=native.compute_dtype(y.dtype))
 
     def for_launch(self, *more: Tensor | None) -> tuple[Tensor | None, ...]:
         vectors = self.demod, self.bias, self.strength, self.style0, self.style1
@@ -320,7 +400,6 @@ def _in_layout(x: Tensor, like: Tensor) -> Tensor:
     return x.contiguous(memory_format=layout)
 
 
-def _blur(x: Tensor, kernel: Tensor, *, adjoint: bool = False) -> Tensor:
+def _blur(x: Tensor, kernel: Tensor, *, adjoint: bool = False, backend: str | None = None) -> Tensor:
     """The filter that ends upsampling by 2: [B, C, H+1, W+1] -> [B, C, H, W], or its adjoint."""
-    padding = 2 if adjoint else 1
-    return upfirdn2d(x, kernel, padding=padding, flip=adjoint, gain=4, backend=x.device.type)
+    return upfirdn2d(x, kernel, padding=2 if adjoint else 1, flip=adjoint, gain=4, backend=backend or x.device.type)

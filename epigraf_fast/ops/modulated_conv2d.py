@@ -272,7 +272,7 @@ def modulated_layer(
         x: [B, C_in, H, W].
         weight, demod: See `modulation`.
         up, kernel: As in `modulated_conv2d`.
-        epilogue: noise, strength, bias, styles, act, gain, clamp of `layer_epilogue`.
+        epilogue: noise, strength, bias, styles, act, gain, clamp, keep_x of `layer_epilogue`.
 
     Returns, derivatives, raises: As `layer_epilogue`.
     """
@@ -299,6 +299,7 @@ def layer_epilogue(
     act: str = "linear",
     gain: float | None = None,
     clamp: float | None = None,
+    keep_x: bool = True,
     backend: str | None = None,
 ) -> tuple[Tensor, ...]:
     """y = clamp(gain act(demod[b, c] blur(x) + noise strength + bias[c])) times every style: one read, one write each.
@@ -313,6 +314,8 @@ def layer_epilogue(
         styles: One or two; an output is y times style [B, C] (the next convolution's input), or y for None.
         act: linear, or lrelu (slope 0.2).
         gain, clamp: See `bias_act`.
+        keep_x: False lets the backward on a GPU take what it needs of x from the outputs, so that x need not be kept.
+            A demod or style of exactly 0 then has gradient 0, and what is at the clamp counts as clipped.
 
     Returns:
         One [B, C, H, W] for every style, dtype and memory layout of x.
@@ -376,6 +379,7 @@ def layer_epilogue(
         gain=ACTIVATIONS[act][1] if gain is None else float(gain),
         clamp=math.inf if clamp is None else float(clamp),
         outputs=len(styles),
+        keep_x=bool(keep_x),
     )
     if len(styles) == 1:
         vectors.append(None)
