@@ -639,7 +639,8 @@ def bwd(
                     BLOCK_N=config.block_n,
                     TILES=config.tiles,
                     num_warps=config.num_warps,
-                    maxnreg=None if fixed_point else config.max_registers,  # integers take more
+                    # Integers take more, and so does a part of planes.
+                    maxnreg=None if fixed_point or region is not None else config.max_registers,
                 )
     if fixed_point:
         grad_planes = from_fixed_point(grad_planes, scale)
