@@ -100,7 +100,7 @@ ZERO = {
     ("figures", "--seed"),
     ("convert", "--kimg"),
     *(("convert_data", flag) for flag in ("--yaw-offset", "--tolerance", "--distance-tolerance")),
-    *(("make_data", flag) for flag in ("--min-alpha", "--seed")),
+    *(("make_data", flag) for flag in ("--min-alpha", "--min-box-volume", "--seed")),
 }
 NEGATIVE = {
     *(("render", flag) for flag in ("--truncation", "--yaw")),

@@ -243,7 +243,7 @@ def test_zoom_comes_back() -> None:
     ("arguments", "words"),
     [
         (("grid", "RUN", "--out", "x.jpg"), "must end in .png"),
-        (("turntable", "RUN", "--out", "x.png"), "must end in .mp4 or .gif"),
+        (("turntable", "RUN", "--out", "x.avi"), "must end in .mp4, .webm, .gif or .png"),
         (("grid", "RUN", "--out", "x.png", "--seeds", "a"), "--seeds must look like 0-15 or 1,4,7-9, got 'a'"),
         (("grid", "RUN", "--out", "x.png", "--labels", "3"), "class from 0 to 2, got 3"),
         (("grid", "RUN", "--out", "x.png", "--resolution", "1"), "--resolution must be a whole number from 2 to 16384"),
