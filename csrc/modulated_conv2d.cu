@@ -10,7 +10,6 @@ namespace EPIGRAF_ISA {
 
 constexpr int kLanes = 8, kPixels = 32, kThreads = kLanes * kPixels, kWarps = kThreads / 32;
 constexpr int kRows = 8;  // of outputs that a thread of the blurred forward makes
-constexpr int kRowsAtOnce = 4;  // of grad_x in the blurred backward
 constexpr int kOwnColumns = kPixels - 3;  // of grad_x that a block of the blurred backward makes
 static_assert(kOwnColumns == kLayerColumns && kLayerPixels % kPixels == 0, "partial sums are counted elsewhere too");
 
@@ -366,11 +365,12 @@ __global__ void __launch_bounds__(kThreads, 1) layer_epilogue_bwd_kernel(const L
 }
 
 // One block: kLayerRows x kOwnColumns of grad_x, from gu of three more rows and columns, which comes from the outputs. A
-// thread owns a column of gu and filters it along the height; kRowsAtOnce rows of that are filtered along the width
+// thread owns a column of gu and filters it along the height; a few rows of that are filtered along the width
 // through shared memory.
 template <typename T, int V, int K>
-__global__ void __launch_bounds__(kThreads, 2) layer_epilogue_blurred_bwd_kernel(const LayerEpilogueArgs a) {
+__global__ void __launch_bounds__(kThreads, K > 1 ? 1 : 2) layer_epilogue_blurred_bwd_kernel(const LayerEpilogueArgs a) {
   using S = Compute<T>;
+  constexpr int kRowsAtOnce = K > 1 ? 2 : 4;  // as many as registers allow
   constexpr int kBuffer = kRowsAtOnce * kThreads * V;
   static_assert(2 * kBuffer >= kSumPlaces<V>, "sums take the same place");
   alignas(16) __shared__ S shared[2 * kBuffer];
