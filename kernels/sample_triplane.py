@@ -122,7 +122,7 @@ def gather_features(
     `region_start`) points are relative to whole planes, of which height x width texels are stored from there on.
     """
     BITS: tl.constexpr = planes_ptr.dtype.element_ty.primitive_bitwidth
-    PIECE: tl.constexpr = min(SECTOR_BITS // BITS, BLOCK_C)
+    PIECE: tl.constexpr = SECTOR_BITS // BITS if SECTOR_BITS // BITS < BLOCK_C else BLOCK_C
     c = _pieces(BLOCK_C, PIECE)
     features = tl.zeros([BLOCK_C // PIECE, p0.shape[0], PIECE], tl.float32)
     for plane in range(3):  # not unrolled: the taps of one plane at a time fill the registers
@@ -327,7 +327,7 @@ def _sample_triplane_bwd_kernel(
     valid = n < num_points
     point = image * num_points + n
     row_start, column_start = region_start(first_ptr, image)
-    c = _pieces(BLOCK_C, min(SECTOR_BITS // 32, BLOCK_C))
+    c = _pieces(BLOCK_C, 8 if BLOCK_C > 8 else BLOCK_C)
     mask = valid[None, :, None] & (c < CHANNELS)
     pointers = grad_features_ptr + (point * CHANNELS)[None, :, None] + c
     if not VECTORS:
