@@ -143,8 +143,9 @@ __global__ void __launch_bounds__(kThreads, 1) bias_act_rows_kernel(const BiasAc
   shared[thread] = sum;
   __syncthreads();
   if (thread >= columns || left + thread >= channels) return;
-  for (int other = thread + columns; other < kThreads; other += columns) sum += shared[other];
-  static_cast<S*>(args.partials)[part * channels + left + thread] = sum;
+  double total_of_block = sum;  // of few channels, up to 256 sums one after the other
+  for (int other = thread + columns; other < kThreads; other += columns) total_of_block += shared[other];
+  static_cast<S*>(args.partials)[part * channels + left + thread] = static_cast<S>(total_of_block);
 }
 
 // Runs of `inner` elements of one channel. One warp: a part of kPartInner elements.

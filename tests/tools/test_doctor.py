@@ -85,6 +85,8 @@ def test_gpu_that_torch_has_no_code_for(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: v100)
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90", "compute_90"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
     monkeypatch.setattr(doctor, "_output", lambda *command: "570.86.10\n" if command[0] == "nvidia-smi" else "")
     report = doctor.report()
     (gpu,) = report["cuda"]["gpus"]

@@ -126,6 +126,7 @@ def test_a_folder_of_checkpoints(
 ) -> None:
     """All metrics of every checkpoint, the same ones a second time, in a table and a file."""
     pytest.importorskip("efficientnet_lite_pytorch", reason="needs the extra metrics")
+    (tiny_run / metrics.KEPT).unlink(missing_ok=True)  # of other tests on the same run
     out = tmp_path / "x" / "metrics.json"
     arguments = ["--images", "12", "--objects", "3", "--inception", str(inception)]
     plot = tmp_path / "x" / "metrics.png"
