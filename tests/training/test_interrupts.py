@@ -199,8 +199,6 @@ def test_the_data(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """While they are read, and while their images are checked."""
-    monkeypatch.setattr(train, "meta_networks", lambda *args: (None, None))
-    monkeypatch.setattr(train, "step_bytes", lambda *args: (0, 0))
     name = "check_images" if extra else "_read_angles"
     monkeypatch.setattr(ImageDataset, name, interrupted(getattr(ImageDataset, name)))
     assert run(tiny_config(), *extra) == 130
