@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterator
 
 from . import count_tables
@@ -16,11 +15,10 @@ def link(result: Result) -> str:
     return f"[{result['file']}](bench/results/{result['file']})"
 
 
-def ratios(values: list[float], mean: bool = True) -> str:
-    """From the smallest to the largest, and the geometric mean."""
+def ratios(values: list[float]) -> str:
+    """From the smallest to the largest: a mean would hide the cases that gain little."""
     low, high = f"{min(values):.2f}", f"{max(values):.2f}"
-    text = f"{low}x" if low == high else f"{low} to {high}x"
-    return f"{text}, mean {statistics.geometric_mean(values):.2f}x" if mean and low != high else text
+    return f"{low}x" if low == high else f"{low} to {high}x"
 
 
 def steps(result: Result) -> Iterator[Cells]:
@@ -30,7 +28,7 @@ def steps(result: Result) -> Iterator[Cells]:
     base = next((row for row in rows if row["variant"] == "published" and "img_per_sec" in row), None)
     for row in rows:
         if "times_as_fast" in row:
-            gain = ratios([row["times_as_fast"][name]["median"] for name in ("without_r1", "with_r1")], mean=False)
+            gain = ratios([row["times_as_fast"][name]["median"] for name in ("without_r1", "with_r1")])
             two = f"`{row['variant']}` against `{row['against']}`"
             what = f"a training iteration of `{config['preset']}` on a CPU, {two}"
             yield what, f"{gain} ({link(result)})", "", PENDING

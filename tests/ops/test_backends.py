@@ -142,15 +142,19 @@ def test_unknown_backend_is_an_error_that_lists_the_known(name):
         call(backend="numpy")
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_default_gives_what_the_reference_gives(name):
-    _, call = CALLS[name]
+def assert_as_the_reference(name, call):
     actual, expected = call(), call(backend="reference")
     if isinstance(actual, torch.Tensor):
         actual, expected = (actual,), (expected,)
     for one, other in zip(actual, expected, strict=True):
         if other is not None:
             assert_close(one, other, name)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_default_gives_what_the_reference_gives(name):
+    _, call = CALLS[name]
+    assert_as_the_reference(name, call)
 
 
 @pytest.mark.parametrize("name", backends.RUN_BACKENDS)
@@ -292,12 +296,7 @@ def test_what_the_kernels_refuse_falls_back_where_nobody_named_them(monkeypatch)
     calls["composite"] = functools.partial(ops.composite, T.double(), draw(1, 2, 4, 4))
     calls["sample_importance"] = functools.partial(ops.sample_importance, T.double(), draw(1, 2, 4), T.double() / 3)
     for name, call in calls.items():
-        actual, expected = call(), call(backend="reference")
-        if isinstance(actual, torch.Tensor):
-            actual, expected = (actual,), (expected,)
-        for one, other in zip(actual, expected, strict=True):
-            if other is not None:
-                assert_close(one, other, name)
+        assert_as_the_reference(name, call)
         with pytest.raises((TypeError, ValueError), match='backend is "triton"'):
             call(backend="triton")
 

@@ -189,16 +189,6 @@ extern "C" inline __attribute__((used)) void emulation_record(emulation::Recorde
 }
 
 inline void __syncthreads() { emulation::wait(emulation::Waits::for_block); }
-inline void __threadfence() {}
-inline unsigned atomicAdd(unsigned* address, unsigned value) {
-  const unsigned before = *address;
-  *address += value;
-  return before;
-}
-template <typename S>
-S __ldcg(const S* address) {
-  return *address;
-}
 template <typename S>
 S __shfl_xor_sync(unsigned, S value, int mask) {
   return emulation::shuffle(value, emulation::current ^ static_cast<size_t>(mask));
