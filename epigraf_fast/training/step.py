@@ -465,8 +465,9 @@ class Trainer:
         """Means since `reset_statistics`, over all processes, which all have to ask; waits for the device."""
         if self.world.size > 1:
             totals = [total.clone() for total in self.sums.values()]
-            self.world.average(totals)
-            return {name: x.item() / self.counts[name] for name, x in zip(self.sums, totals, strict=True)}
+            with self.world.watch.waiting():
+                self.world.average(totals)
+                return {name: x.item() / self.counts[name] for name, x in zip(self.sums, totals, strict=True)}
         return {name: self.sums[name].item() / self.counts[name] for name in self.sums}
 
     def share_statistics(self) -> None:
