@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -229,7 +229,7 @@ class Trainer:
     ) -> None:
         """A phase: the gradients are averaged over the processes, cleaned, and stepped on."""
         with annotate(name):
-            compute = functools.partial(self._gradients, optimizer, micro_phase)
+            compute = functools.partial(self._gradients, optimizer, self._networks(name), micro_phase)
             if self.graphs is not None:
                 compute = self.graphed.setdefault(name, GraphedPhase(compute, self.graphs))
             gradients, recorded = compute(now, *samples)
@@ -256,9 +256,15 @@ class Trainer:
                     p.grad = grad
             optimizer.step()
 
+    def _networks(self, phase: str) -> list[nn.Module]:
+        """Those that a phase calls."""
+        generating, judging = phase != "R1", phase != "path length"
+        return [self.generator] * generating + [self.discriminator] * judging
+
     def _gradients(
         self,
         optimizer: torch.optim.Optimizer,
+        networks: Sequence[nn.Module],
         micro_phase: Callable[..., None],
         now: Schedule,
         *samples: Samples | Fakes,
@@ -272,11 +278,15 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
         parameters = _parameters(optimizer)
         *first, last = zip(*(x.split(self.micro) for x in samples), strict=True)
-        with scaled_once(self.discriminator) as scaled:
+        with scaled_once(*networks) as scaled:
             for micro in first:
                 micro_phase(*micro)
-            leaves = [scaled.get(id(p), p) for p in parameters]
-            with self.world.averaged_gradients(leaves) if self.graphs is None else contextlib.nullcontext():
+            leaves = {id(leaf): leaf for leaf in (scaled.get(id(p), p) for p in parameters)}
+            with (
+                self.world.averaged_gradients(list(leaves.values()))
+                if self.graphs is None
+                else contextlib.nullcontext()
+            ):
                 micro_phase(*last)
         return [p.grad for p in parameters], self.recorded
 
