@@ -1,0 +1,1 @@
+"""Whole training steps, and what they wait for."""
