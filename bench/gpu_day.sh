@@ -120,7 +120,7 @@ run_tests() {
 # What follows the device: on a GPU it runs the kernels there. Hundreds of them are compiled.
 run_kernels() {
   if [ "$MODE" = cpu ]; then
-    pytest tests/ops/test_backends.py
+    pytest tests/ops/test_backends.py -k "not without_the_extension"
     return
   fi
   pytest tests/ops tests/models -m "not gpu" -k "triton or cuda"
@@ -200,7 +200,7 @@ demo_process='' demo_begun=$SECONDS
 if wanted demo; then
   demo_limit=$(limit "$demo")
   rm -rf "$LOGS/demo-run"
-  timeout --preserve-status -s TERM -k 15 "$demo_limit" "$PYTHON" -m bench.step.demo --run-dir "$LOGS/demo-run" \
+  timeout --preserve-status -s TERM -k 15 "$demo_limit" "$PYTHON" -m bench.runs.demo --run-dir "$LOGS/demo-run" \
     --json "$OUT/$KIND-demo.json" "${demo_args[@]}" >"$LOGS/demo.log" 2>&1 &
   demo_process=$!
 fi

@@ -13,6 +13,7 @@ import time
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,7 +22,8 @@ from bench.ops import cases as catalogue
 from bench.ops import parity, published, run
 from bench.ops.cases import SIZES, Work
 from bench.report import brief, report
-from bench.step import demo, region, step, waiting
+from bench.runs import colours, demo, waiting
+from bench.step import region, step
 from checks import HANG, assert_error_within_reference
 from epigraf_fast import ops
 from epigraf_fast.ops import ranges
@@ -612,3 +614,19 @@ def test_the_readme_has_numbers_of_regions_only_from_their_file():
     """And with it."""
     there = (ROOT / "bench/results/cpu-region.json").is_file()
     assert ("(../bench/results/cpu-region.json)" in (ROOT / "docs/benchmarks.md").read_text()) == there
+
+
+def test_colours_of_objects() -> None:
+    """Red, blue and nothing on white: as saturated as colours are, and far apart; and crumbs by hand."""
+    images = torch.ones(3, 3, 8, 8)
+    images[0, :, 2:4, 2:4] = torch.tensor([1.0, -1.0, -1.0])[:, None, None]
+    images[1, :, 5:, 5:] = torch.tensor([-1.0, -1.0, 3.0])[:, None, None]  # shown as 1
+    found = colours.colour_statistics(images)
+    assert (found["objects"], found["saturation"], found["colour"]) == (2, 2.0, [0.0, -1.0, 0.0])
+    assert found["spread"] == pytest.approx((2**0.5 + 0 + 2**0.5) / 3)
+    opacity = np.zeros((6, 6, 6))
+    opacity[0, 0, :3] = 1.0
+    opacity[5, 5, 5] = 0.6
+    opacity[3, 3, 3] = 0.4  # not solid
+    assert colours.outside_of_the_largest(opacity) == pytest.approx(0.6 / 3.6)
+    assert colours.outside_of_the_largest(opacity[:3]) == 0

@@ -1,1 +1,1 @@
-"""Whole training steps, and what they wait for."""
+"""Whole training steps: their time, their launches, planes in part."""
