@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .. import resources_cuda
+from ..resources import of_csrc
 
-CSRC = resources_cuda.CSRC
+CSRC = of_csrc.CSRC
 EMULATION = CSRC / "tests" / "emulation"
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-w", "-DEPIGRAF_EMULATED", f"-I{CSRC}", f"-I{EMULATION}"]
 CUDA = ['-DEPIGRAF_CUDA="emulated"', '-DEPIGRAF_CUDA_ARCHS=""']

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from . import count_tables
-from .results import Result
+from ..counts import tables
+from ..results import Result
 
 Cells = tuple[str, str, str, str]  # what, measured, counted, pending
 PENDING = "on a GPU"
@@ -72,7 +72,7 @@ def waits(result: Result) -> Iterator[Cells]:
 
 def counts(result: Result) -> Iterator[Cells]:
     """What the compiled kernels need at least."""
-    sums = count_tables.renderer(result)
+    sums = tables.renderer(result)
     if sums:
         said = "; ".join(f"{name} {least:.2f} ms, floor {floor:.2f}" for name, (least, floor) in sums.items())
         what = "the renderer of a training image on Triton kernels, forward and backward, needs at least"

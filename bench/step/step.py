@@ -29,8 +29,9 @@ from epigraf_fast.training.distributed import World
 from epigraf_fast.training.profile import listening
 from epigraf_fast.training.step import Trainer
 
-from . import published, results
-from .timing import Spread, cpu_ratios
+from .. import results
+from ..ops import published
+from ..timing import Spread, cpu_ratios
 
 Row = dict[str, Any]
 

@@ -1,7 +1,7 @@
 """What GPUs are taken to do at best, and the least time that counts need at these rates.
 
 The rates are the datasheets', at the boost clock that gives their arithmetic, or assumed where no datasheet has them;
-`bench.run` measures some of them on a device (`bench.ceilings`). A bound is no measurement: it says which of a kernel's
+`bench.ops` measures some of them on a device (`ops.ceilings`). A bound is no measurement: it says which of a kernel's
 needs is the greatest, and that it cannot be faster than that.
 """
 
@@ -12,8 +12,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from .cases import Work
-from .ptx import Counts
+from ..ops.cases import Work
+from ..ptx import Counts
 
 SECTOR = 32
 

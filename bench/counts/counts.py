@@ -1,8 +1,8 @@
 """What the compiled kernels of a training step do, counted without a GPU: `python -m bench.counts [--arch 70 80 90]`.
 
-A sample of blocks of every kernel is executed by `bench.ptx` at the shapes of FFHQ-512 (`bench.count_cases`), and
+A sample of blocks of every kernel is executed by `bench.ptx` at the shapes of FFHQ-512 (`counts.cases`), and
 counted: instructions, sectors, wavefronts, atomics, barriers. From the counts follows the least time at assumed rates
-(`bench.rates`). Nothing is timed. `--check` compares with bench/budgets.json; exit status 1 if a kernel got worse.
+(`counts.rates`). Nothing is timed. `--check` compares with bench/budgets.json; exit status 1 if a kernel got worse.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ from typing import Any
 
 import torch
 
-from . import count_cases, count_tables, rates, resources_cuda, results
-from .count_cases import Case, Launch
-from .ptx import Counts, Program
+from .. import results
+from ..ptx import Counts, Program
+from ..resources import of_csrc
+from . import cases as count_cases
+from . import rates, tables
+from .cases import Case, Launch
 
 RESULTS = results.FOLDER / "counts.json"
 BUDGETS = results.ROOT / "bench" / "budgets.json"
@@ -222,10 +225,10 @@ def versions() -> dict[str, str]:
     """Of what decides the counts."""
     import triton
 
-    nvcc = resources_cuda.find_nvcc()
+    nvcc = of_csrc.find_nvcc()
     found = {"torch": torch.__version__, "triton": triton.__version__}
     if nvcc is not None:
-        found["nvcc"] = resources_cuda._run(nvcc, "--version").rpartition("release ")[2].partition(",")[0]
+        found["nvcc"] = of_csrc._run(nvcc, "--version").rpartition("release ")[2].partition(",")[0]
     return found
 
 
@@ -327,7 +330,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.page:
         path = args.json or RESULTS
-        count_tables.write_page({**json.loads(path.read_text()), "file": path.name})
+        tables.write_page({**json.loads(path.read_text()), "file": path.name})
         return 0
     if os.environ.pop("TRITON_INTERPRET", None):
         print("bench.counts: TRITON_INTERPRET is ignored, kernels are compiled", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Planes computed where rays look against whole ones: `python -m bench.region --json bench/results/cpu-region.json`.
+"""Planes computed where rays look against whole ones: `python -m bench.step.region --json FILE`.
 
 The G phase and the D phase of one micro-batch at full size on a CPU, with cameras and patches drawn from the schedule
 at several times, both ways in turn on the same draws: how many times as fast the first is, and what memory it takes.
@@ -23,9 +23,9 @@ import torch
 from epigraf_fast.config import PRESETS, check, preset
 from epigraf_fast.training.step import Fakes, Samples, Trainer
 
-from . import results
+from .. import results
+from ..timing import Spread
 from .step import RandomData
-from .timing import Spread
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 LOSSES = 1e-3  # relative: what the two ways may differ by, in fp32
@@ -154,7 +154,7 @@ def format_row(row: dict[str, Any]) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(prog="python -m bench.region", description=__doc__.split(":")[0] + ".")
+    out = argparse.ArgumentParser(prog="python -m bench.step.region", description=__doc__.split(":")[0] + ".")
     out.add_argument("--preset", choices=PRESETS, default="ffhq")
     out.add_argument("--resolution", type=int, default=None, help="of the images; default: the preset's")
     out.add_argument("--planes", type=int, default=None, help="texels along each side; default: the preset's")

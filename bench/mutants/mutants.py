@@ -1,6 +1,6 @@
 """Faults put into the compiled kernels, and how many are found: `python -m bench.mutants [--arch 70 80 90] [--json]`.
 
-A mutant is a kernel's PTX with one fault. It runs small launches of that kernel (`bench.mutant_launches`) on the
+A mutant is a kernel's PTX with one fault. It runs small launches of that kernel (`bench.mutants.launches`) on the
 machine of `bench.ptx`, and is found when that reports a fault, or when results differ by more than the tests allow. Of
 those that are not, some can make no difference in these launches: a probe tells them, an access out of every range in
 place of the fault, which nobody makes. `--page` writes the table of docs/without-a-gpu.md.
@@ -22,13 +22,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import mutant_launches
-from .mutant_launches import Launch
-from .ptx import Fault
-from .ptx.parse import Entry
-from .resources import ARCHS
+from ..ptx import Fault
+from ..ptx.parse import Entry
+from ..resources.limits import ARCHS
+from . import launches as mutant_launches
+from .launches import Launch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS, PAGE = ROOT / "bench" / "results" / "mutants.json", ROOT / "docs" / "without-a-gpu.md"
 BEGIN, END = "<!-- mutants:begin, written by python -m bench.mutants --page -->", "<!-- mutants:end -->"
 

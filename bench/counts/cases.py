@@ -20,10 +20,10 @@ from torch import Tensor
 from epigraf_fast.config import CameraConfig, preset
 from epigraf_fast.models.layers import LOW_PASS
 
-from . import cases
-from .cases import PATCH_SCALES, Work
-from .ptx import csrc_launch, triton_launch
-from .ptx.parse import Entry
+from ..ops import cases
+from ..ops.cases import PATCH_SCALES, Work
+from ..ptx import csrc_launch, triton_launch
+from ..ptx.parse import Entry
 
 SIZE = cases.SIZES["real"]
 BATCH = preset("ffhq").micro

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from ..timing import Spread, gpu_times
 from .parity import arithmetic
-from .timing import Spread, gpu_times
 
 COPY_BYTES = 2**30
 TABLE_ROWS, ROW = 2**17, 32  # 16 MiB of 128-byte rows, half of an L2 at most: one plane of 512 x 512 has 32

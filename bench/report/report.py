@@ -14,8 +14,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from . import brief, count_tables, results
-from .results import Result
+from .. import results
+from ..counts import tables
+from ..results import Result
+from . import brief
 
 README, PAGE = results.ROOT / "README.md", results.ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- bench:begin, written by python -m bench.report -->", "<!-- bench:end -->"
@@ -63,7 +65,7 @@ def text(found: list[Result]) -> str:
     for (kind, on_gpu), write in writers.items():
         chosen = [r for r in found if r["kind"] == kind and bool(r["environment"]["gpu"]) == on_gpu]
         parts += [write(r) for r in chosen]
-    parts += [count_tables.short(r) for r in found if r["kind"] == "counts"]
+    parts += [tables.short(r) for r in found if r["kind"] == "counts"]
     parts += [resources(r) for r in found if r["kind"] == "resources"]
     inside = "\n\n".join(parts)
     return inside.replace("](bench/", "](../bench/").replace("](docs/", "](")  # as seen from docs/
@@ -372,7 +374,7 @@ def plot(found: list[Result], folder: Path) -> list[Path]:
                 _plot_roofline(plt, result, points)
                 save(f"{stem}-roofline")
         if result["kind"] == "counts":
-            count_tables.plot(plt, result)
+            tables.plot(plt, result)
             save(stem)
         if result["kind"] == "step":
             rows = [row for row in result["cases"] if "phase_ms" in row]

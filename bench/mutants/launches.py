@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .ptx import Program, csrc_launch, triton_launch
-from .ptx.memory import extent
-from .ptx.parse import Entry
+from ..ptx import Program, csrc_launch, triton_launch
+from ..ptx.memory import extent
+from ..ptx.parse import Entry
 
 RAYS = 67  # more than a program has, and odd
 MOST_STEPS = 20_000  # basic blocks; none of these launches enters a tenth of that

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "kernels.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "kernels.md"
 BEGIN, END = "<!-- counts:begin, written by python -m bench.counts --page -->", "<!-- counts:end -->"
 
 # The short table: how a kernel is called, and its case.

@@ -1,4 +1,4 @@
-"""Every GPU kernel once, on tiny shapes, for compute-sanitizer: `compute-sanitizer python -m bench.sanitize`.
+"""Every GPU kernel once, on tiny shapes, for compute-sanitizer: `compute-sanitizer python -m bench.ops.sanitize`.
 
 Without a GPU, the backends that are here. Each op's values and derivatives are computed; none may fail.
 """
@@ -16,7 +16,7 @@ from .run import names
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.sanitize", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.ops.sanitize", description=__doc__.split("\n")[0])
     parser.add_argument("--op", type=names(catalogue.OPS), default=[*catalogue.backends.OPS, "renderer"])
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,7 +1,7 @@
 """What is measured: every op at the shapes of a training step of FFHQ-512, and how much work each call is.
 
 A `Case` builds its inputs, calls the public op with a backend, and says what must be read, written, gathered, added and
-multiplied. `bench.run` and `bench/test_ops.py` take their cases from here.
+multiplied. `bench.ops` and `bench/ops/test_ops.py` take their cases from here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Microbenchmarks of the ops at the shapes of a training step: `python -m bench.run --op decode_triplane --json FILE`.
+"""Microbenchmarks of the ops at the shapes of a training step: `python -m bench.ops --op decode_triplane --json FILE`.
 
 On a GPU: device times with the L2 cache cold and warm, memory, and the share of what the GPU does at best (`ceilings`).
 On a CPU: how many times as fast each backend is as the last one named, run in turn; no times. Every backend is compared
@@ -22,11 +22,12 @@ import torch
 
 from epigraf_fast.training.memory import keep_freed_memory
 
+from .. import results
+from ..timing import Spread, cpu_ratios, gpu_times, peak_bytes, saved_bytes
 from . import cases as catalogue
-from . import published, results
+from . import published
 from .cases import Case, Inputs, Work
 from .parity import Parity, Verdict, arithmetic, draws_like, leaves
-from .timing import Spread, cpu_ratios, gpu_times, peak_bytes, saved_bytes
 
 Row = dict[str, Any]
 
@@ -225,7 +226,7 @@ def run_apart(args: argparse.Namespace) -> results.Result:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "rows.json"
             line = [*args.line, "--op", ",".join(left), "--json", str(path), "--child"]
-            process = subprocess.Popen([sys.executable, "-m", "bench.run", *line], cwd=results.ROOT)
+            process = subprocess.Popen([sys.executable, "-m", "bench.ops", *line], cwd=results.ROOT)
             found: results.Result = {"cases": [], "ceilings": {}, "done": []}
             progress = time.monotonic()
             while process.poll() is None and time.monotonic() - progress < args.timeout:
@@ -273,7 +274,7 @@ def names(choices: tuple[str, ...]) -> Callable[[str], list[str]]:
 def parser() -> argparse.ArgumentParser:
     gpu = torch.cuda.is_available()
     backends = (*catalogue.backends.BACKENDS, *catalogue.BASELINES)
-    out = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__.split(":")[0] + ".")
+    out = argparse.ArgumentParser(prog="python -m bench.ops", description=__doc__.split(":")[0] + ".")
     out.add_argument("--op", type=names(catalogue.OPS), default=list(catalogue.OPS), help="default: all")
     out.add_argument("--backend", type=names(backends), default=None, help="default: all that are there")
     out.add_argument("--mode", type=names(catalogue.MODES), default=list(catalogue.MODES))

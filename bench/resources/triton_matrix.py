@@ -1,4 +1,6 @@
-"""Compiles every kernel with several versions of Triton, without a GPU: `python -m bench.triton_matrix [--archs 80]`.
+"""Compiles every kernel with several versions of Triton: `python -m bench.resources.triton_matrix [--archs 80]`.
+
+No GPU is needed.
 
 Each version is installed into a folder of its own, put in front of what is installed here, and asked for the table of
 `bench.resources`. The result goes to `bench/results/triton-matrix.json`. Exit status 1 if a version fails to compile
@@ -15,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RESULT = ROOT / "bench" / "results" / "triton-matrix.json"
 VERSIONS = ("3.4.0", "3.6.0", "3.7.1", "3.9.0")
 ARCHS = (70, 80, 90)
@@ -55,7 +57,9 @@ def format_matrix(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.triton_matrix", description=__doc__.split(":")[0] + ".")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.resources.triton_matrix", description=__doc__.split(":")[0] + "."
+    )
     parser.add_argument("--folder", type=Path, default=ROOT / ".triton-versions", help="where the versions are kept")
     parser.add_argument("--versions", nargs="+", default=VERSIONS)
     parser.add_argument("--archs", type=int, nargs="+", default=ARCHS)

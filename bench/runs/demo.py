@@ -1,7 +1,7 @@
 """Trains the demo preset by calling train.py's own functions, for machines without its optional packages.
 
-`python -m bench.demo --run-dir DIR --json FILE`. SIGTERM saves and leaves, as in train.py. What needs a package that is
-missing (TensorBoard, the turntable, the metric) is left out and said.
+`python -m bench.runs.demo --run-dir DIR --json FILE`. SIGTERM saves and leaves, as in train.py. What needs a
+package that is missing (TensorBoard, the turntable, the metric) is left out and said.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from epigraf_fast.training import log
 from epigraf_fast.training.distributed import World
 from epigraf_fast.training.log import read_stats
 
-from . import results
-from .step import opt_in_backend
+from .. import results
+from ..step.step import opt_in_backend
 
 
 def missing(*packages: str) -> list[str]:
@@ -43,7 +43,7 @@ class NoBoard:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.demo", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.runs.demo", description=__doc__.split("\n")[0])
     parser.add_argument("--run-dir", required=True)
     parser.add_argument("--kimg", type=float, default=None, help="default: the preset's")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=None)

@@ -1,4 +1,4 @@
-"""How much work a training step gives to its device, counted on any machine: `python -m bench.launches`.
+"""How much work a training step gives to its device, counted on any machine: `python -m bench.step.launches`.
 
 Torch's operations and ours that write memory are counted as they are dispatched in a micro-batch of each phase, forward
 and backward; views and allocations are not. On a GPU without graphs each is a kernel or two, and 3 to 5 us of the CPU's
@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map_only
 
 from epigraf_fast.config import PRESETS, Config, check, preset
 
-from . import results
+from .. import results
 from .step import NAMED, Step
 
 PHASES = {"G": "_generator_phase", "D": "_discriminator_phase", "R1": "_regularization_phase"}
@@ -92,7 +92,7 @@ def count(config: Config, variant: str) -> dict[str, collections.Counter[str]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="bench.launches", description=__doc__)
+    parser = argparse.ArgumentParser(prog="bench.step.launches", description=__doc__)
     parser.add_argument("--preset", choices=sorted(PRESETS), default="ffhq")
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--variants", default="ours-fp32,published", help=f"of {', '.join(NAMED)}")

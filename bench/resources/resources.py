@@ -2,7 +2,7 @@
 
 The Triton launchers are called with tensors that have no memory, and what they would launch is compiled ahead of time
 instead, with the hints on alignment that real launches have. All plans of `kernels.tuning` are compiled. Those of csrc/
-follow where there are compilers for them, see `bench.resources_cuda`. Exit status 1 if one falls short (`problems`).
+follow where there are compilers for them, see `bench.resources.of_csrc`. Exit status 1 if one falls short (`problems`).
 """
 
 from __future__ import annotations
@@ -21,21 +21,15 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-ARCHS = (70, 80, 90)
-SHARED_LIMIT = {70: 96, 80: 163, 90: 227, 100: 227}  # KiB of shared memory that one block can have
-SHARED_PER_SM = {70: 96, 80: 164, 90: 228, 100: 228}
-REGISTERS_PER_SM, WARPS_PER_SM, BLOCKS_PER_SM = 65536, 64, 32
+from .limits import ARCHS, SHARED_LIMIT, Row, cuobjdump, occupancy
 
 # One micro-batch of the FFHQ-512 preset: images, plane resolution, rays, samples of a pass, decoder outputs.
 BATCH, RESOLUTION, RAYS, SAMPLES, OUT = 4, 512, 4096, 48, 4
-
-Row = dict[str, Any]
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -277,18 +271,12 @@ def compile_launch(kernel: Any, args: tuple, kwargs: dict, arch: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def _cuobjdump() -> str:
-    import triton
-
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
-
-
 def resources(compiled: Any, arch: int) -> Row:
     """What a compiled kernel takes: registers, spill and shared memory bytes, its widest instructions, occupancy."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = subprocess.run([_cuobjdump(), "-res-usage", file.name], capture_output=True, text=True, check=True)
+        usage = subprocess.run([cuobjdump(), "-res-usage", file.name], capture_output=True, text=True, check=True)
     registers, spill = (int(re.search(rf"{name}:(\d+)", usage.stdout)[1]) for name in ("REG", "STACK"))
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
     ptx = compiled.asm["ptx"]
@@ -304,7 +292,7 @@ def resources(compiled: Any, arch: int) -> Row:
         "plane_bits": min((width for width, *line in loads if tuple(line) in _plane_lines()), default=None),
         "atomic": max(set(atomics), key=len) if atomics else None,
         "products": sorted(set(products)),
-        "occupancy": _occupancy(registers, shared, warps, arch),
+        "occupancy": occupancy(registers, shared, warps, arch),
     }
 
 
@@ -330,15 +318,6 @@ def _plane_lines() -> set[tuple[str, int]]:
     found = {("planes.py", first + i) for i in range(len(lines))}
     lines, first = inspect.getsourcelines(_cut_kernel.fn)
     return found | {("cut.py", first + i) for i, line in enumerate(lines) if "tl.load(x_ptr" in line}
-
-
-def _occupancy(registers: int, shared: int, warps: int, arch: int) -> float:
-    """Warps on a multiprocessor over those that fit at best."""
-    registers = 8 * -(-registers // 8)  # of a thread, as the hardware hands them out
-    blocks = min(WARPS_PER_SM // warps, REGISTERS_PER_SM // (32 * warps * registers), BLOCKS_PER_SM)
-    if shared:
-        blocks = min(blocks, SHARED_PER_SM[arch] * 1024 // (shared + 1024))
-    return blocks * warps / WARPS_PER_SM
 
 
 def problems(row: Row) -> list[str]:
@@ -396,14 +375,14 @@ def format_table(rows: list[Row]) -> str:
 
 def _rows_of_csrc(archs: tuple[int, ...]) -> list[Row]:
     """Those of the architectures that something here compiles csrc/ for; a line on standard error says of the rest."""
-    from . import resources_cuda
+    from . import of_csrc
 
     rows = []
     for arch in archs:
-        known = arch in resources_cuda.NVCC_ARCHS + resources_cuda.NVRTC_ARCHS
-        reason = resources_cuda.lacking(arch) if known else "it is not one that the extension is built for"
+        known = arch in of_csrc.NVCC_ARCHS + of_csrc.NVRTC_ARCHS
+        reason = of_csrc.lacking(arch) if known else "it is not one that the extension is built for"
         if reason is None:
-            rows += resources_cuda.rows((arch,))
+            rows += of_csrc.rows((arch,))
         else:
             print(f"bench.resources: csrc/ is not compiled for sm_{arch}: {reason}", file=sys.stderr)
     return rows

@@ -1,6 +1,6 @@
 """Demos alone and two side by side, by how their threads wait and how many there are.
 
-`python -m bench.waiting --json bench/results/cpu-waiting.json`, on a machine that does nothing else. Each round runs
+`python -m bench.runs.waiting --json FILE`, on a machine that does nothing else. Each round runs
 every policy alone and in a pair, in turn, so that whatever disturbs meets all alike; ratios are of medians.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from epigraf_fast.training.log import read_stats
 
-from . import results
+from .. import results
 
 # name -> environment. A run that is told one of these keeps its threads, see `epigraf_fast.training.cores`.
 POLICIES = {
@@ -84,7 +84,7 @@ def speed(policy: dict[str, str], together: int, threads: int, count: int, secon
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.waiting", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.runs.waiting", description=__doc__.split("\n")[0])
     parser.add_argument("--json", default=None, help="write the ratios there")
     parser.add_argument("--images", type=int, default=400, help="that a measurement takes, over all of its demos")
     parser.add_argument("--seconds", type=float, default=60.0, help="that it takes at most")

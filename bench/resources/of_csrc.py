@@ -17,15 +17,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .resources import _cuobjdump, _occupancy
+from .limits import Row, cuobjdump, occupancy
 
-CSRC = Path(__file__).resolve().parents[1] / "csrc"
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
 CACHE = CSRC.parent / "build" / "csrc"
 NVCC_ARCHS, NVRTC_ARCHS = (80, 90), (70,)
 SIZES = {"float": 4, "Half": 2, "BFloat16": 2, "double": 8}
 BLOCK_WARPS = 8  # every launch of csrc/ has blocks of 256 threads
-
-Row = dict[str, Any]
 
 
 def sources() -> list[Path]:
@@ -103,7 +101,7 @@ def compiled(source: Path, arch: int) -> tuple[Path, Path]:
                 code = f"arch=compute_{arch},code=[sm_{arch},compute_{arch}]"
                 options = ["-std=c++17", "-O3", "-lineinfo", "-gencode", code, "-fatbin"]
                 _run(find_nvcc(), *options, str(source), "-o", str(image))
-                ptx.write_text(_run(_cuobjdump(), "-ptx", str(image)))
+                ptx.write_text(_run(cuobjdump(), "-ptx", str(image)))
             else:
                 cubin, text = compile_with_nvrtc(source, kernel_names(source, folder), arch)
                 image.write_bytes(cubin)
@@ -115,7 +113,7 @@ def compiled(source: Path, arch: int) -> tuple[Path, Path]:
 
 def _rows_of_file(source: Path, arch: int) -> list[Row]:
     image, ptx_file = compiled(source, arch)
-    usage, ptx = _run(_cuobjdump(), "-res-usage", str(image)), ptx_file.read_text()
+    usage, ptx = _run(cuobjdump(), "-res-usage", str(image)), ptx_file.read_text()
     found = re.findall(r"Function (\S+?):\s+(REG:.*)", usage)
     bodies = dict(re.findall(r"\.entry (\w+)\((.*?)^\}", ptx, re.MULTILINE | re.DOTALL))
     cases = demangled([name for name, _ in found])
@@ -137,7 +135,7 @@ def _row(arch: int, case: str, numbers: str, ptx: str) -> Row:
         "plane_bits": None,
         "atomic": None,
         "products": [],
-        "occupancy": _occupancy(usage["REG"], usage["SHARED"], BLOCK_WARPS, arch),
+        "occupancy": occupancy(usage["REG"], usage["SHARED"], BLOCK_WARPS, arch),
     }
     return row | {"problems": problems(row)}
 

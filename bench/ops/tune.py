@@ -1,4 +1,4 @@
-"""The fastest configurations of the tri-plane decoder on this GPU: `python -m bench.tune [--json FILE]`.
+"""The fastest configurations of the tri-plane decoder on this GPU: `python -m bench.ops.tune [--json FILE]`.
 
 What training does before its first step (`training.warmup`), for a preset and in every precision, with the time of each
 plan. The file is a run's kernels.json. Without a GPU nothing is timed or chosen: the plans are listed in the order of
@@ -20,7 +20,7 @@ from epigraf_fast.config import PRESETS, Config, preset
 from epigraf_fast.ops import tuning
 from epigraf_fast.training.warmup import micro_batch
 
-from . import counts
+from ..counts import counts
 
 PRECISIONS = ("fp32", "tf32", "fp16")
 
@@ -118,7 +118,7 @@ def format_counted(rows: list[dict[str, Any]]) -> str:
 
 def without_gpu(path: Path) -> str:
     """What is said where nothing can be timed: the counted order, if it is there."""
-    said = "bench.tune: there is no GPU to time anything on; the default plans stay"
+    said = "bench.ops.tune: there is no GPU to time anything on; the default plans stay"
     if not path.is_file():
         return f"{said} (python -m bench.counts --json {path} counts them)"
     result = json.loads(path.read_text())
@@ -129,7 +129,7 @@ def without_gpu(path: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__.split(":")[0] + ".")
+    parser = argparse.ArgumentParser(prog="python -m bench.ops.tune", description=__doc__.split(":")[0] + ".")
     parser.add_argument("--preset", choices=PRESETS, default="ffhq", help="whose shapes (default: ffhq)")
     parser.add_argument("--batch", type=int, help="images of a micro-batch (default: the preset's)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the choices and the times")

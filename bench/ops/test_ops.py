@@ -1,7 +1,7 @@
 """The same cases under pytest-benchmark: `pytest bench --benchmark-json=FILE`.
 
 `BENCH_SIZE`, `BENCH_DTYPE`, `BENCH_BACKENDS` and `BENCH_BATCHES` in the environment pick what is measured, as the flags
-of `bench.run` do.
+of `bench.ops` do.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import os
 import pytest
 import torch
 
-from bench import cases as catalogue
-from bench.parity import Parity, arithmetic
-from bench.run import runner
+from bench.ops import cases as catalogue
+from bench.ops.parity import Parity, arithmetic
+from bench.ops.run import runner
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZE = os.environ.get("BENCH_SIZE", "real" if DEVICE.type == "cuda" else "tiny")

@@ -1,4 +1,4 @@
-"""Whether a run's colours follow z, over time: `python -m bench.colours RUN [RUN ...] --json FILE --plot FILE`.
+"""Whether a run's colours follow z, over time: `python -m bench.runs.colours RUN [RUN ...] --json FILE --plot FILE`.
 
 A generator whose colours do not follow z paints all objects in one colour, which swings during training; its average
 over time is grey. So each checkpoint of a run (keep them all: `--keep-checkpoints 1000 --checkpoint-kimg 0.5`) is asked
@@ -31,7 +31,7 @@ from epigraf_fast.training.checkpoint import list_checkpoints, load_checkpoint
 from epigraf_fast.training.networks import build_generator
 from epigraf_fast.training.sampling import fixed_latents, render_images
 
-from . import results
+from .. import results
 
 SEED = 1  # other objects than those of the grids
 WHITE = 0.9  # a pixel whose channels all exceed this is background
@@ -180,7 +180,7 @@ def plot(data: dict[str, Any], runs: list[dict[str, Any]], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.colours", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.runs.colours", description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--objects", type=int, default=64)
     parser.add_argument("--json", default=None)
