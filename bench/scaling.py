@@ -189,8 +189,8 @@ def arithmetic(result: results.Result) -> str:
         f"{lines}\n\n"
         f"Assumed: {config['tflops']:g} TFLOP/s on each GPU over a whole iteration; {config['images']} images on each; "
         f"{config['inside_bytes_per_second'] / 1e9:g} GB/s each way inside a machine of {NODE}; between machines, "
-        f"{config['usable']:.0%} of what the link is named after: {links}; {1e6 * latency['inside']:g} us a step inside, "
-        f"{1e6 * latency['between']:g} us between."
+        f"{config['usable']:.0%} of what the link is named after: {links}; {1e6 * latency['inside']:g} us a step "
+        f"inside, {1e6 * latency['between']:g} us between."
     )
 
 

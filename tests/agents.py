@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from torch.distributed import run
+from torch.distributed.elastic.rendezvous import dynamic_rendezvous
 from torch.distributed.launcher import api
 
 # What an agent waits for others at most, in seconds; its own defaults are made for machines, not for tests.
@@ -46,6 +47,9 @@ class Node:
             for number, name in ((1, "output"), (2, "errors")):
                 os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
             sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
+            # Every change of the rendezvous looks up its caller's name. In a stack as deep as a test's that is slow: others
+            # change it meanwhile, and the change is never made.
+            dynamic_rendezvous.get_method_name = lambda *args, **kwargs: ""
             config, *_ = run.config_from_args(run.parse_args([*line, "worker"]))
             config.start_method = "fork"
             code = 1

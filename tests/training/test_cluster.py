@@ -1,4 +1,4 @@
-"""Two nodes on the loopback: a job survives the loss of one, goes on alone, and takes another one in. docs/cluster.md."""
+"""Two nodes on the loopback: a job survives the loss of one, goes on alone, and takes another in (docs/cluster.md)."""
 
 from __future__ import annotations
 
@@ -102,10 +102,13 @@ def test_the_commands_of_the_page(tmp_path: Path) -> None:
     expected = {"node1:29500": ("2", "ffhq"), "a1:29500": ("3", "7")}
     for script in re.findall(r"```bash\n(.*?)```", PAGE.read_text(), re.DOTALL):
         path = tmp_path / "script"
-        stand_ins = (
-            "srun() { \"$@\"; }\nscontrol() { printf 'a1\\na2\\na3\\n'; }\ntorchrun() { printf '%s\\n' \"$@\"; }\n"
+        path.write_text(
+            "set -eu\n"
+            'srun() { "$@"; }\n'
+            "scontrol() { printf 'a1\\na2\\na3\\n'; }\n"
+            "torchrun() { printf '%s\\n' \"$@\"; }\n"
+            f"SLURM_JOB_NODELIST=a[1-3] SLURM_JOB_NUM_NODES=3 SLURM_JOB_ID=7\n{script}"
         )
-        path.write_text(f"set -eu\n{stand_ins}SLURM_JOB_NODELIST=a[1-3] SLURM_JOB_NUM_NODES=3 SLURM_JOB_ID=7\n{script}")
         said = subprocess.run(["bash", str(path)], capture_output=True, text=True, check=True).stdout.splitlines()
         parsed = run.parse_args(said)
         assert expected.pop(parsed.rdzv_endpoint) == (parsed.nnodes, parsed.rdzv_id)
