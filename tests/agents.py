@@ -47,8 +47,8 @@ class Node:
             for number, name in ((1, "output"), (2, "errors")):
                 os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
             sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
-            # Every change of the rendezvous looks up its caller's name. In a stack as deep as a test's that is slow: others
-            # change it meanwhile, and the change is never made.
+            # Every change of the rendezvous looks up its caller, slowly in a stack as deep as a test's: others
+            # change it meanwhile, and it is never made.
             dynamic_rendezvous.get_method_name = lambda *args, **kwargs: ""
             config, *_ = run.config_from_args(run.parse_args([*line, "worker"]))
             config.start_method = "fork"
