@@ -27,7 +27,7 @@ from .patches import importance_map, patch_progress, sample_patches, with_contex
 from .profile import annotate
 from .regions import arrange, is_on, plans_of
 from .sampling import prior_angles
-from .schedule import blur_sigma, density_noise_std, ema_decay, pose_swap_probability
+from .schedule import blur_sigma, density_noise_std, ema_decay, lr_factor, pose_swap_probability
 
 PATH_LENGTH_DECAY = 0.99
 IMPORTANCE_IMAGES = 256  # that the importance of patches is averaged over
@@ -120,6 +120,7 @@ class Trainer:
         d_lazy = optim.r1_interval / (optim.r1_interval + 1) if optim.r1_gamma else 1.0
         self.g_optimizer = self._adam(self.generator, optim.g_lr, g_lazy)
         self.d_optimizer = self._adam(self.discriminator, optim.d_lr, d_lazy)
+        self.rates = (self.g_optimizer, optim.g_lr * g_lazy), (self.d_optimizer, optim.d_lr * d_lazy)
         self.cur_nimg = 0
         self.iterations = 0
         self.augment = build_augment(config, device.type)
@@ -164,6 +165,9 @@ class Trainer:
         images, labels, angles = self._upload(images, labels, angles)
         reals = Samples(images.float() / 127.5 - 1, labels, angles, angles)
         now = self._schedule()
+        for optimizer, lr in self.rates:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * lr_factor(config.optim, self.cur_nimg)
 
         self.discriminator.requires_grad_(False)
         self._phase("G", self.g_optimizer, self._generator_phase, now, g_fakes)
@@ -475,8 +479,9 @@ class Trainer:
         """Means since `reset_statistics`, over all processes, which all have to ask; waits for the device."""
         if self.world.size > 1:
             totals = [total.clone() for total in self.sums.values()]
-            self.world.average(totals)
-            return {name: x.item() / self.counts[name] for name, x in zip(self.sums, totals, strict=True)}
+            with self.world.watch.waiting():
+                self.world.average(totals)
+                return {name: x.item() / self.counts[name] for name, x in zip(self.sums, totals, strict=True)}
         return {name: self.sums[name].item() / self.counts[name] for name in self.sums}
 
     def share_statistics(self) -> None:
