@@ -39,9 +39,12 @@ class _NormalizeRms(torch.autograd.Function):
         y, factor = outputs
         ctx.save_for_backward(*inputs, y, factor)
         ctx.mark_non_differentiable(factor)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> Tensor | None:
+        if grad is None:
+            return None
         x, y, factor = ctx.saved_tensors
         if torch.is_grad_enabled():  # both again as functions of x, for the derivatives of this one
             y, factor = _rms(x)
