@@ -20,7 +20,6 @@ from .sample_triplane import (
     gather_features,
     image_and_point,
     region_options,
-    region_start,
     scatter_gradient,
     strides,
     zero_planes,
@@ -179,7 +178,8 @@ def _decode_triplane_fwd_kernel(
     One program owns BLOCK_N points of one image: their features, hidden units and outputs.
     """
     image, first = image_and_point(num_points, BLOCK_N)
-    row_start, column_start = region_start(first_ptr, image)
+    row_start = None if first_ptr is None else tl.load(first_ptr + image * 2)
+    column_start = None if first_ptr is None else tl.load(first_ptr + image * 2 + 1)
     n = first + tl.arange(0, BLOCK_N)
     p0, p1, p2, valid = _points(origins_ptr, directions_ptr, t_ptr, inverse_cube_scale, image, n, num_points, samples)
     features = gather_features(
@@ -283,7 +283,8 @@ def _decode_triplane_bwd_kernel(
     The planes' or the weights' are left out where their pointers are None.
     """
     image, first = image_and_point(num_points, BLOCK_N * TILES)
-    row_start, column_start = region_start(first_ptr, image)
+    row_start = None if first_ptr is None else tl.load(first_ptr + image * 2)
+    column_start = None if first_ptr is None else tl.load(first_ptr + image * 2 + 1)
     w0 = _load_operand(w0_ptr, HIDDEN, CHANNELS, BLOCK_H, BLOCK_C, PRECISION)
     b0 = _load_vector(b0_ptr, HIDDEN, BLOCK_H)
     w1 = _load_matrix(w1_ptr, OUT, HIDDEN, BLOCK_O, BLOCK_H)
@@ -401,7 +402,8 @@ def _decode_triplane_scatter_kernel(
 ):
     """The planes' part of `_decode_triplane_bwd_kernel`, which has left the signs of hidden units: no texel is read."""
     image, first = image_and_point(num_points, BLOCK_N * TILES)
-    row_start, column_start = region_start(first_ptr, image)
+    row_start = None if first_ptr is None else tl.load(first_ptr + image * 2)
+    column_start = None if first_ptr is None else tl.load(first_ptr + image * 2 + 1)
     o = tl.arange(0, BLOCK_O)
     c = tl.arange(0, BLOCK_C)
     bits = tl.arange(0, 16)
@@ -525,7 +527,7 @@ def fwd(
             UNIT=unit,
             PRECISION=_dot_precision(precision, arch),
             num_warps=config.num_warps,
-            maxnreg=config.max_registers,
+            maxnreg=config.register_limit,
             num_stages=1,
             enable_fp_fusion=True,
         )
@@ -622,7 +624,7 @@ def bwd(
                 UNIT=unit,
                 DETERMINISTIC=deterministic,
                 num_warps=config.num_warps,
-                maxnreg=config.max_registers,
+                maxnreg=config.register_limit,
             )
             if apart:
                 config = chosen[0]
@@ -640,7 +642,7 @@ def bwd(
                     TILES=config.tiles,
                     num_warps=config.num_warps,
                     # Integers take more, and so does a part of planes.
-                    maxnreg=None if fixed_point or region is not None else config.max_registers,
+                    maxnreg=None if fixed_point or region is not None else config.register_limit,
                 )
     if fixed_point:
         grad_planes = from_fixed_point(grad_planes, scale)

@@ -118,8 +118,8 @@ def gather_features(
     """feature(p) = 1/3 sum_k bilinear(plane_k, p[axes_k]) of a tile of points of one image: [PIECES, BLOCK_N, PIECE]
     fp32, channel piece * PIECE + i at [piece, :, i], PIECE being the channels of a sector.
 
-    Channels from CHANNELS on are 0, and so are points that are not `valid`. With a row_start and a column_start (see
-    `region_start`) points are relative to whole planes, of which height x width texels are stored from there on.
+    Channels from CHANNELS on are 0, and so are points that are not `valid`. With a row_start and a column_start points
+    are relative to whole planes, of which height x width texels are stored from there on.
     """
     BITS: tl.constexpr = planes_ptr.dtype.element_ty.primitive_bitwidth
     PIECE: tl.constexpr = SECTOR_BITS // BITS if SECTOR_BITS // BITS < BLOCK_C else BLOCK_C
@@ -224,16 +224,6 @@ def image_and_point(num_points, POINTS: tl.constexpr):
 
 
 @triton.jit
-def region_start(first_ptr, image):
-    """Row and column in whole planes of the first texel of an image's that is stored; None where all are."""
-    if first_ptr is None:
-        row, column = None, None
-    else:
-        row, column = tl.load(first_ptr + image * 2), tl.load(first_ptr + image * 2 + 1)
-    return row, column
-
-
-@triton.jit
 def _load_points(points_ptr, valid):
     p0 = tl.load(points_ptr, mask=valid, other=0.0)
     p1 = tl.load(points_ptr + 1, mask=valid, other=0.0)
@@ -269,7 +259,8 @@ def _sample_triplane_fwd_kernel(
     n = first + tl.arange(0, BLOCK_N)
     valid = n < num_points
     point = image * num_points + n
-    row_start, column_start = region_start(first_ptr, image)
+    row_start = None if first_ptr is None else tl.load(first_ptr + image * 2)
+    column_start = None if first_ptr is None else tl.load(first_ptr + image * 2 + 1)
     p0, p1, p2 = _load_points(points_ptr + point * 3, valid)
     features = gather_features(
         planes_ptr + image * stride_b * UNIT,
@@ -326,7 +317,8 @@ def _sample_triplane_bwd_kernel(
     n = first + tl.arange(0, BLOCK_N)
     valid = n < num_points
     point = image * num_points + n
-    row_start, column_start = region_start(first_ptr, image)
+    row_start = None if first_ptr is None else tl.load(first_ptr + image * 2)
+    column_start = None if first_ptr is None else tl.load(first_ptr + image * 2 + 1)
     c = _pieces(BLOCK_C, 8 if BLOCK_C > 8 else BLOCK_C)
     mask = valid[None, :, None] & (c < CHANNELS)
     pointers = grad_features_ptr + (point * CHANNELS)[None, :, None] + c
@@ -418,7 +410,7 @@ def _launch_options(config: Config, channels: int) -> dict[str, int | bool | Non
         "BLOCK_N": config.block_n * 32 // block_c,
         "num_warps": config.num_warps,
         "num_stages": 1,
-        "maxnreg": config.max_registers,
+        "maxnreg": config.register_limit,
         "enable_fp_fusion": True,
     }
 
