@@ -44,6 +44,11 @@ class Launch(NamedTuple):
             name for name, x in self.tensors.items() if not np.array_equal(self.before[name], _bytes(x, self, name))
         ]
 
+    def last_changed(self, name: str) -> int:
+        """The last element of a tensor, as it lies in memory, that it changed."""
+        x = self.tensors[name]
+        return int(np.flatnonzero(self.before[name] != _bytes(x, self, name))[-1]) // x.element_size()
+
     def run(self, program: Program, tensors: dict[str, Tensor] | None = None) -> None:
         """Runs it again from where it began, with another text of the kernel or other extents of the tensors."""
         for name, x in self.tensors.items():
@@ -79,7 +84,9 @@ def execute(program: Program, tensors: dict[str, Tensor], options: dict[str, Any
 
 
 def launches(arch: int, *, only: str = "", csrc: bool = True) -> dict[str, list[Launch]]:
-    """Kernel -> its launches for an architecture, at most the first two and the last. Kernels of one name and different code are told apart by a number.
+    """Kernel -> its launches for an architecture, at most the first two and the last.
+
+    Kernels of one name and different code are told apart by a number.
 
     Args:
         only: Part of the name of the kernels that are wanted.
@@ -237,7 +244,7 @@ def csrc_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     from epigraf_fast import ops
 
     taps = torch.tensor([1, 3, 2.5, 1.5]) / 8
-    flat, image = _draw(19, 5, seed=1), _draw(2, 3, 5, 7, seed=2)
+    flat, image = _draw(19, 8, seed=1), _draw(2, 3, 5, 7, seed=2)
     for x in (flat, image):
         bias = _draw(x.shape[1], seed=3)
         yield (
@@ -270,10 +277,10 @@ def csrc_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
 
     yield "layer", lambda: _derivatives(sums, _draw(2, 136, seed=13), most=1)
 
-    # More channels in than threads, and more channels out than warps; then so many out that a block has two images.
+    # More channels in than threads, and more channels out than warps; then so many out that a block has eight images.
     affine = _draw(260, 6, seed=10), _draw(260, seed=11), 0.5
     sizes = (((9, 260, 3, 3), _draw(2, 260, seed=7), None), ((9, 260, 1, 1), _draw(2, 6, seed=12), affine))
-    for size, source, given in (*sizes, ((264, 3, 1, 1), _draw(2, 3, seed=14), None)):
+    for size, source, given in (*sizes, ((132, 3, 1, 1), _draw(9, 3, seed=14), None)):
 
         def modulation(weight, source, given=given):
             return tuple(ops.modulation(weight, source, torch.float32, affine=given, backend="cpu"))

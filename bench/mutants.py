@@ -209,14 +209,13 @@ def fault(launches: list[Launch], entry: Entry | None, tensor: str = "") -> str 
 
     Args:
         entry: The kernel's text; None for that of the launches.
-        tensor: One to shorten by an element.
+        tensor: One that ends before the last element that the first launch changes.
     """
     program = mutant_launches.program_of(entry or launches[0].entry)
     for launch in launches:
         tensors = launch.tensors
         if tensor:
-            short = tensors[tensor]
-            tensors = tensors | {tensor: short.as_strided((short.numel() - 1,), (1,))}
+            tensors = tensors | {tensor: tensors[tensor].as_strided((launch.last_changed(tensor),), (1,))}
         try:
             launch.run(program, tensors)
         except Fault as error:
@@ -234,7 +233,7 @@ def judge(arch: int, kernel: str, launches: list[Launch], most: int, seed: int) 
     for mutant in mutants(launches[0].entry):
         by_kind[mutant.kind].append(mutant)
     for name in sorted({name for launch in launches[:1] for name in launch.outputs}):
-        if launches[0].tensors[name].numel() > 1:
+        if launches[0].last_changed(name):
             by_kind["output shortened"].append(Mutant("output shortened", 0, name, None, tensor=name))
     rows, survivors = [], []
     for kind, made in by_kind.items():

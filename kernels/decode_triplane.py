@@ -32,6 +32,8 @@ MIN_DOT = 16
 # Tiles of a program whose sums over them are kept apart: fewer programs, less memory.
 DETERMINISTIC_TILES = 32
 
+OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6)
+
 SQRT_2 = tl.constexpr(2**0.5)
 
 
@@ -527,7 +529,7 @@ def fwd(
             UNIT=unit,
             PRECISION=_dot_precision(precision, arch),
             num_warps=config.num_warps,
-            maxnreg=config.register_limit,
+            maxnreg=config.max_registers,
             num_stages=1,
             enable_fp_fusion=True,
         )
@@ -624,7 +626,7 @@ def bwd(
                 UNIT=unit,
                 DETERMINISTIC=deterministic,
                 num_warps=config.num_warps,
-                maxnreg=config.register_limit,
+                maxnreg=config.max_registers,
             )
             if apart:
                 config = chosen[0]
@@ -641,8 +643,8 @@ def bwd(
                     BLOCK_N=config.block_n,
                     TILES=config.tiles,
                     num_warps=config.num_warps,
-                    # Integers take more, and so does a part of planes.
-                    maxnreg=None if fixed_point or region is not None else config.register_limit,
+                    # Integers take more, and so do a part of planes and the code of Triton before 3.6.
+                    maxnreg=None if fixed_point or region is not None or OLD_TRITON else config.max_registers,
                 )
     if fixed_point:
         grad_planes = from_fixed_point(grad_planes, scale)

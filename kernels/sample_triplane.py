@@ -410,7 +410,7 @@ def _launch_options(config: Config, channels: int) -> dict[str, int | bool | Non
         "BLOCK_N": config.block_n * 32 // block_c,
         "num_warps": config.num_warps,
         "num_stages": 1,
-        "maxnreg": config.register_limit,
+        "maxnreg": config.max_registers,
         "enable_fp_fusion": True,
     }
 

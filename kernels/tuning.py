@@ -14,8 +14,6 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-LIMITS_REGISTERS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
-
 
 class Config(NamedTuple):
     """How a kernel is cut into programs."""
@@ -24,11 +22,6 @@ class Config(NamedTuple):
     num_warps: int
     tiles: int = 1  # tiles of a program, one after the other
     max_registers: int | None = None  # of a thread; None leaves it to the compiler
-
-    @property
-    def register_limit(self) -> int | None:
-        """What a launch is told: `max_registers`, below which code of Triton before 3.6 spills."""
-        return self.max_registers if LIMITS_REGISTERS else None
 
 
 # A plan with two configurations has one for the launch to planes and one for that to the network, which comes first.
