@@ -55,6 +55,21 @@ IDLE = {
     "reached": "not reached in these launches",
     "mask": "excludes no thread in these launches",
     "same": "the same bits without it in these launches",
+    "unused": "what is read is not used in these launches: it may as well be NaN",
+}
+
+# Of what is not found and not proved to be idle: (kind, file of the source, part of its line or "") -> why it is so, by
+# reading. A survivor that is not among them is said to be unexplained.
+_TWO_BARRIERS = "one of two barriers around a block's sums: either alone keeps the rounds of a loop apart"
+_SHORT_DIVISION = "a shortcut: what fits 32 bits is divided in 32 bits, with the same result as in 64"
+EXPLAINED = {
+    ("barrier removed", "layer_lanes.h", "__syncthreads"): _TWO_BARRIERS,
+    ("branch removed", "gpu.h", ">> 32"): _SHORT_DIVISION,
+    ("branch removed", "common.h", "ceil_div"): _SHORT_DIVISION,
+    ("branch removed", "bias_act.cu", "bias_act_part_rows"): _SHORT_DIVISION,
+    ("branch removed", "modulation.cu", "j < images"): "what is written more is read by nobody",
+    ("mask removed", "standard.py", ""): "lanes that hold the same part of a sum write it to the same place",
+    ("pointer shifted", "bias_act.cu", "vector ?"): "of a bias only the side of the kink counts in a derivative",
 }
 
 _STATEMENT = re.compile(r"^[ \t]*(?:@(!?)(%?[\w$]+)\s+)?([a-z][\w.:]*)[ \t]*([^;\n]*);", re.M)
@@ -104,13 +119,21 @@ def mutants(entry: Entry) -> Iterator[Mutant]:
         statement = " ".join(found[0].split())
 
         def mutant(
-            kind: str, new: str, condition: str = "", found: re.Match = found, at: Any = None, same: str | None = None
+            kind: str,
+            new: str,
+            condition: str = "",
+            found: re.Match = found,
+            at: Any = None,
+            same: str | None = None,
+            unused: str | None = None,
         ) -> Mutant:
             line, statement = at
             meaning = IDLE["mask" if kind in ("mask removed", "branch removed") else "reached"]
             probes = [(with_text(found, f"{condition} {_TRAP}\n{found[0]}"), meaning)]
             if same is not None:
                 probes.append((with_text(found, same), IDLE["same"]))
+            if unused is not None:
+                probes.append((with_text(found, unused), IDLE["unused"]))
             return Mutant(kind, line, statement, with_text(found, new), tuple(probes), "", sources.get(line, ""))
 
         at = line, statement
@@ -122,8 +145,8 @@ def mutants(entry: Entry) -> Iterator[Mutant]:
             if guard:
                 yield mutant("mask removed", bare, other, at=at)
             shifted = _shifted(found, parts)
-            alike = _compared(found, shifted) if parts[0] == "ld" else None
-            yield mutant("pointer shifted", shifted, same, at=at, same=alike)
+            alike, spoiled = (_compared(found, shifted), _spoiled(found)) if parts[0] == "ld" else (None, None)
+            yield mutant("pointer shifted", shifted, same, at=at, same=alike, unused=spoiled)
             shared = "global" not in parts
             if parts[0] == "st":
                 kind, alike = ("shared store dropped", _already_there(found)) if shared else ("store dropped", None)
@@ -143,15 +166,29 @@ def mutants(entry: Entry) -> Iterator[Mutant]:
 
 def _compared(found: re.Match, other: str) -> str | None:
     """A statement that gives a register or several values, and a trap for threads to whom `other` gives others."""
-    kind = _kind_of(found)
-    targets = re.match(r"\{[^}]*\}|[^,]*", found[4])[0]
+    kind, targets = _kind_of(found), _targets(found)
     names = [name.strip() for name in targets.strip("{}").split(",")]
     if kind is None:
         return None
     temporary = ", ".join(f"%other{i}" for i in range(len(names)))
     temporary = f"{{ {temporary} }}" if targets[0] == "{" else temporary
-    before, after = other.split(targets, 1)
+    before, after = re.split(rf"(?<=\s){re.escape(targets)}(?=\s*,)", other, maxsplit=1)
     return _trapped(found, kind, len(names), f"{before}{temporary}{after}\n{found[0]}", names)
+
+
+def _spoiled(found: re.Match) -> str | None:
+    """A load, after which its registers hold NaN."""
+    kind = _kind_of(found)
+    if kind is None:
+        return None
+    nan = {"32": "0x7FC00000", "64": "0x7FF8000000000000"}[kind[1:]]
+    names = [name.strip() for name in _targets(found).strip("{}").split(",")]
+    return "\n".join([found[0], *(f"{_guard(found)} mov.b{kind[1:]} {name}, {nan};" for name in names)])
+
+
+def _targets(found: re.Match) -> str:
+    """The registers that a statement gives, as it names them."""
+    return re.match(r"\{[^}]*\}|[^,]*", found[4])[0]
 
 
 def _already_there(found: re.Match) -> str | None:
@@ -282,14 +319,40 @@ def table(content: dict[str, Any]) -> str:
     ]
     lines[-1] += f" drawn by seed {content['seed']}."
     reasons = Counter((s["kind"], s["why"]) for s in content["survivors"])
-    lines += ["", "| not found | how many | why |", "|---|---|---|"]
+    lines += ["", "| without effect, or not found | how many | why |", "|---|---|---|"]
     lines += [f"| {kind} | {n} | {why} |" for (kind, why), n in sorted(reasons.items())]
+    return "\n".join(lines)
+
+
+def explanation(survivor: dict[str, Any]) -> str | None:
+    """Why a fault is not found, by reading; None if nobody has said."""
+    file, _, line = survivor["source"].partition(":")
+    found = [*ROOT.glob(f"csrc/{file}"), *ROOT.glob(f"kernels/{file}")] if file else []
+    text = found[0].read_text().splitlines()[int(line) - 1] if found else ""
+    for (kind, where, part), why in EXPLAINED.items():
+        if (kind, where) == (survivor["kind"], file) and part in text:
+            return why
+    return None
+
+
+def unproved(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """Survivors of which no probe shows that they have no effect."""
+    return [survivor for survivor in content["survivors"] if survivor["why"] not in IDLE.values()]
+
+
+def survivors_table(content: dict[str, Any]) -> str:
+    """Markdown: one row a survivor that is not proved to be idle."""
+    lines = ["| not found | kernel | source | PTX | why |", "|---|---|---|---|---|"]
+    for one in unproved(content):
+        kernel = f"{one['kernel'].rsplit(' ', 1)[0]}, sm_{one['arch']}"
+        why = explanation(one) or "unexplained"
+        lines.append(f"| {one['kind']} | {kernel} | {one['source']} | `{one['ptx']}` | {why} |")
     return "\n".join(lines)
 
 
 def write_page(content: dict[str, Any]) -> None:
     before, rest = PAGE.read_text().split(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n{table(content)}\n{END}{rest.split(END)[1]}")
+    PAGE.write_text(f"{before}{BEGIN}\n{table(content)}\n\n{survivors_table(content)}\n{END}{rest.split(END)[1]}")
 
 
 def main(arguments: list[str] | None = None) -> int:
