@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import checks
-from bench import mutant_launches, mutants
+from bench.mutants import launches as mutant_launches
+from bench.mutants import mutants
 from bench.ptx import Program
 from epigraf_fast.ops import backends
 from ptx_snippets import kernel
