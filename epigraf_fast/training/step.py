@@ -113,6 +113,8 @@ class Trainer:
         self.discriminator = build_discriminator(config, dataset.label_dim, device.type)
         self.generator.to(device)
         self.discriminator.to(device)
+        if device.type == "cuda":  # its convolutions want channels last of the kernels, too, or copy them in every call
+            self.discriminator.to(memory_format=torch.channels_last)
         self.average = average_of(self.generator)
 
         optim = config.optim
