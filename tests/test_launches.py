@@ -1,4 +1,4 @@
-"""bench.launches: what a step gives its device to do, and that it does not become more unseen."""
+"""bench.step.launches: what a step gives its device to do, and that it does not become more unseen."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from bench import launches
+from bench.step import launches
 from epigraf_fast.config import preset
 
 # Of a micro-batch of the ffhq preset; lower them when fewer are needed.
