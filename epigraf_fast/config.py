@@ -232,6 +232,8 @@ class OptimConfig:
     """Of StyleGAN2's path length regularization, for `generator.backbone image`; 2 in StyleGAN2."""
     path_length_interval: int = 4
     """Iterations between two path length steps."""
+    reuse_fakes: bool = False
+    """D learns from the fakes of G's step, of G before it, not from new ones: a quarter of G's work is saved."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,18 @@ def minibatch_std(x: Tensor, group: int, parts: int = 1) -> Tensor:
 def modulation_of(x: Tensor) -> Tensor:
     """1 + tanh(x)."""
     return x.tanh() + 1
+
+
+class _ChannelsLast(torch.autograd.Function):
+    """The same numbers in channels_last, and so with what comes back: gradients of any order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=torch.channels_last)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _ChannelsLast.apply(grad)
 
 
 class DiscriminatorBlock(nn.Module):
@@ -201,7 +214,7 @@ class Discriminator(nn.Module):
             condition.append(torch.nn.functional.dropout(features, self.config.camera_dropout, self.training))
 
         # A GPU's convolutions want channels last; told once, they copy nothing on the way.
-        x = patches.contiguous(memory_format=torch.channels_last) if patches.is_cuda else patches
+        x = _ChannelsLast.apply(patches) if patches.is_cuda else patches
         for res, sigma in zip(self.resolutions, sigmas, strict=True):
             half = x.is_cuda and res in self.half_resolutions
             x = getattr(self, f"b{res}")(x.to(torch.float16 if half else patches.dtype), sigma)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -113,6 +113,8 @@ class Trainer:
         self.discriminator = build_discriminator(config, dataset.label_dim, device.type)
         self.generator.to(device)
         self.discriminator.to(device)
+        if device.type == "cuda":  # its convolutions want channels last of the kernels, too, or copy them in every call
+            self.discriminator.to(memory_format=torch.channels_last)
         self.average = average_of(self.generator)
 
         optim = config.optim
@@ -134,6 +136,12 @@ class Trainer:
             index = torch.linspace(0, len(dataset) - 1, min(len(dataset), IMPORTANCE_IMAGES)).long().tolist()
             self.importance = importance_map(torch.stack([dataset[i][0] for i in index]).float())
             self.placed_importance = self.importance.to(device)
+        self.fakes: Tensor | None = None  # what D sees of G's last step, where it learns from that
+        if config.optim.reuse_fakes:
+            context = config.discriminator.global_context
+            size = config.resolution if context == "paste" else config.patch.resolution
+            self.fakes = torch.zeros(self.share, 6 if context == "concat" else 3, size, size, device=device)
+        self.begun = 0  # the first of the micro-batch that is computed
         self.now = self._schedule()  # of the phase that runs
         self.recorded: dict[str, tuple[Tensor, int]] = {}  # of the phase that runs: name -> sum, how many
         self.graphs = GraphMemory(device) if config.cuda_graphs else None
@@ -159,9 +167,10 @@ class Trainer:
         config = self.config
         regularize_g = config.optim.path_length_weight and self.iterations % config.optim.path_length_interval == 0
         # The phases' fakes are drawn together, so that poses are swapped over all of them.
-        num = (3 if regularize_g else 2) * self.share
-        g_fakes, d_fakes, *path_fakes = self._draw_fakes(num).split(self.share)
-        g_fakes, d_fakes = self._with_patches(g_fakes), self._with_patches(d_fakes)
+        patched = 2 if self.fakes is None else 1  # batches of them that are rendered
+        every = [*self._draw_fakes((patched + bool(regularize_g)) * self.share).split(self.share)]
+        g_fakes, *d_fakes = (self._with_patches(fakes) for fakes in every[:patched])
+        path_fakes, d_fakes = every[patched:], d_fakes or [g_fakes]
         images, labels, angles = self._upload(images, labels, angles)
         reals = Samples(images.float() / 127.5 - 1, labels, angles, angles)
         now = self._schedule()
@@ -177,7 +186,7 @@ class Trainer:
             self._phase("path length", self.g_optimizer, self._path_length_phase, now, fakes)
             self.world.average([self.path_length])
         self.discriminator.requires_grad_(True)
-        self._phase("D", self.d_optimizer, self._discriminator_phase, now, d_fakes, reals)
+        self._phase("D", self.d_optimizer, self._discriminator_phase, now, *d_fakes, reals)
         if config.optim.r1_gamma and self.iterations % config.optim.r1_interval == 0:
             self._phase("R1", self.d_optimizer, self._regularization_phase, now, reals)
 
@@ -229,7 +238,7 @@ class Trainer:
     ) -> None:
         """A phase: the gradients are averaged over the processes, cleaned, and stepped on."""
         with annotate(name):
-            compute = functools.partial(self._gradients, optimizer, self._networks(name), micro_phase)
+            compute = functools.partial(self._gradients, optimizer, micro_phase)
             if self.graphs is not None:
                 compute = self.graphed.setdefault(name, GraphedPhase(compute, self.graphs))
             gradients, recorded = compute(now, *samples)
@@ -256,15 +265,14 @@ class Trainer:
                     p.grad = grad
             optimizer.step()
 
-    def _networks(self, phase: str) -> list[nn.Module]:
+    def _networks(self, micro_phase: Callable[..., None]) -> list[nn.Module]:
         """Those that a phase calls."""
-        generating, judging = phase != "R1", phase != "path length"
+        generating, judging = micro_phase != self._regularization_phase, micro_phase != self._path_length_phase
         return [self.generator] * generating + [self.discriminator] * judging
 
     def _gradients(
         self,
         optimizer: torch.optim.Optimizer,
-        networks: Sequence[nn.Module],
         micro_phase: Callable[..., None],
         now: Schedule,
         *samples: Samples | Fakes,
@@ -278,20 +286,20 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
         parameters = _parameters(optimizer)
         *first, last = zip(*(x.split(self.micro) for x in samples), strict=True)
-        with scaled_once(*networks) as scaled:
-            for micro in first:
+        with scaled_once(*self._networks(micro_phase)) as scaled:
+            for i, micro in enumerate(first):
+                self.begun = i * self.micro
                 micro_phase(*micro)
-            leaves = {id(leaf): leaf for leaf in (scaled.get(id(p), p) for p in parameters)}
-            with (
-                self.world.averaged_gradients(list(leaves.values()))
-                if self.graphs is None
-                else contextlib.nullcontext()
-            ):
+            leaves = [*{id(leaf): leaf for leaf in (scaled.get(id(p), p) for p in parameters)}.values()]
+            self.begun = len(first) * self.micro
+            with self.world.averaged_gradients(leaves) if self.graphs is None else contextlib.nullcontext():
                 micro_phase(*last)
         return [p.grad for p in parameters], self.recorded
 
     def _generator_phase(self, fakes: Fakes) -> None:
-        patches, scale, offset = self._generate(fakes)
+        patches, scale, offset = self._generate(fakes, update_w_avg=self.fakes is not None)
+        if self.fakes is not None:
+            self.fakes[self.begun : self.begun + len(patches)] = patches.detach()
         logits = self._judge(patches, scale, offset, fakes.label, fakes.angles)
         loss = generator_loss(logits)
         self._backward(loss)
@@ -314,8 +322,11 @@ class Trainer:
         self._record("loss/path_length", penalty)
 
     def _discriminator_phase(self, fakes: Fakes, real: Samples) -> None:
-        with torch.no_grad():
-            patches, scale, offset = self._generate(fakes, update_w_avg=True)
+        if self.fakes is None:
+            with torch.no_grad():
+                patches, scale, offset = self._generate(fakes, update_w_avg=True)
+        else:
+            patches, scale, offset = self.fakes[self.begun :][: self.micro], fakes.patch_scale, fakes.patch_offset
         # In one call, whose launches and whose work on the weights are needed once.
         real_patches, real_scale, real_offset = self._cut(real)
         logits = self._judge(
