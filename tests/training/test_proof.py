@@ -31,7 +31,7 @@ from epigraf_fast.kernels import sample_triplane as triplane_kernels
 from epigraf_fast.ops import backends, native, verdicts
 from epigraf_fast.ops.verdicts import FAILED, PASSED, SLOWER, Verdict
 from epigraf_fast.tools import train
-from epigraf_fast.training import proof, proof_items
+from epigraf_fast.training import defaults, proof, proof_items
 from epigraf_fast.training.defaults import tuned
 from epigraf_fast.training.distributed import World
 from epigraf_fast.training.proof import Finding
@@ -341,6 +341,37 @@ def test_a_run_takes_what_the_device_has_proved(
     assert torch.backends.cudnn.benchmark
     monkeypatch.setattr(backends, "CHECKED", ("cuda",))
     assert tuned(config, proved, device) == (config, [])
+
+
+@pytest.mark.parametrize(
+    ("device", "cores", "world", "megabytes", "words"),
+    [
+        ("cuda", 16, World(), 1000, "15, by 16 cores"),
+        ("cuda", 64, World(), 1000, "16, by 64 cores"),
+        ("cuda", 16, World(3, 8, 3, 4), None, "3, by 16 cores of 4 processes"),
+        ("cuda", 1, World(), 1000, "1, by 1 cores"),
+        ("cpu", 16, World(), 1000, "2, by 16 cores"),
+        ("cuda", 16, World(), 1, "2, by 16 MiB in /dev/shm: make it larger, as with docker run --shm-size 8g"),
+        ("cuda", 16, World(3, 8, 3, 8), 0.01, "0, by 0 MiB in /dev/shm: make it larger"),
+    ],
+)
+def test_loader_processes(
+    device: str,
+    cores: int,
+    world: World,
+    megabytes: float | None,
+    words: str,
+    tiny_config: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(defaults.os, "sched_getaffinity", lambda pid: range(cores), raising=False)
+    config = tiny_config(batch=2048, loader={"workers": "auto"})  # 1.5 MiB
+    room = None if megabytes is None else int(megabytes * 2**24)
+    monkeypatch.setattr(defaults, "shared_room", lambda: room)
+    chosen, (line,) = defaults.with_loaders(config, torch.device(device), world)
+    assert line.startswith(f"loader processes: {words}")
+    assert chosen.loader.workers == int(words.split(",")[0])
+    assert defaults.with_loaders(chosen, torch.device(device), world) == (chosen, [])
 
 
 def test_a_start_proves_then_trains_and_says_so(
