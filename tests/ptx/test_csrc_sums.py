@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import resources_cuda
 from bench.ptx import Program, csrc_host, csrc_launch
+from bench.resources import of_csrc
 from checks import assert_close, draw
 from epigraf_fast import ops
 
@@ -21,7 +21,7 @@ ARCH = 80
 
 def run_sums(call: Callable[[], object]) -> tuple[Tensor, dict[str, Tensor], list[tuple[str, int]]]:
     """The partial sums, the tensors of the launch that has any, and the kernels after the first with their blocks."""
-    lacking = resources_cuda.lacking(ARCH) or csrc_host.module()
+    lacking = of_csrc.lacking(ARCH) or csrc_host.module()
     if isinstance(lacking, str):
         pytest.skip(lacking)
     parts: list[Tensor] = []
@@ -49,15 +49,15 @@ def run_sums(call: Callable[[], object]) -> tuple[Tensor, dict[str, Tensor], lis
 
 
 def test_sums_of_the_epilogue_in_two_steps() -> None:
-    batch, channels, size = 2, 72, 512
-    x = torch.zeros(batch, size, size, channels).permute(0, 3, 1, 2).requires_grad_()
+    batch, channels, size = 2, 136, (128, 256)
+    x = torch.zeros(batch, *size, channels).permute(0, 3, 1, 2).requires_grad_()
     vectors = {name: torch.ones(batch, channels, requires_grad=True) for name in ("demod", "style0", "style1")}
     bias, strength = torch.zeros(channels, requires_grad=True), torch.ones((), requires_grad=True)
     inputs = [*vectors.values(), bias, strength]
 
     def call() -> None:
         styles = vectors["style0"], vectors["style1"]
-        noise = torch.zeros(1, 1, size, size)
+        noise = torch.zeros(1, 1, *size)
         settings = {"demod": vectors["demod"], "noise": noise, "strength": strength, "bias": bias, "styles": styles}
         ys = ops.layer_epilogue(x, **settings, act="lrelu", backend="cpu")
         torch.autograd.grad(ys, inputs, [y.detach() for y in ys])
