@@ -12,6 +12,7 @@ from ..config import Config
 from ..ops import backends
 from .distributed import World
 from .proof import Finding
+from .proof_items import GRAPHS, RECORDED
 from .regions import is_on
 
 MOST_LOADERS = 16
@@ -32,13 +33,21 @@ def tuned(config: Config, finding: Finding | None, device: torch.device) -> tupl
     """
     if device.type not in backends.CHECKED or finding is None:
         return config, []
-    lines = []
-    if finding.records and not config.cuda_graphs:
+    found = finding.items.get(f"{GRAPHS} {RECORDED}")
+    if config.cuda_graphs:
+        graphs = "as asked for"
+    elif finding.records:
         config = dataclasses.replace(config, cuda_graphs=True)
-        lines.append("CUDA graphs: a phase is one launch; here its replays gave the gradients of plain calls")
-    if not config.deterministic and (config.cuda_graphs or not is_on(config)):
+        graphs = "a phase is one launch; here its replays gave the gradients of plain calls"
+    else:
+        graphs = f"off, {found.why}" if found is not None else "off, which these settings cannot do with"
+    trials = not config.deterministic and (config.cuda_graphs or not is_on(config))
+    if trials:
         torch.backends.cudnn.benchmark = True
-        lines.append("cudnn.benchmark: cuDNN tries its algorithms, once for each size")
+        cudnn = "cuDNN tries its algorithms, once for each size"
+    else:
+        cudnn = "off, sums keep one order" if config.deterministic else "off, planes in part change their sizes"
+    lines = [f"CUDA graphs: {graphs}", f"cudnn.benchmark: {cudnn}"]
     return config, lines
 
 

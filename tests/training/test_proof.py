@@ -328,16 +328,25 @@ def test_a_call_that_no_run_has_checked_for(
 def test_a_run_takes_what_the_device_has_proved(
     stand_in: None, tiny_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Graphs and cuDNN's trials, each with a line; none without a check, on a plain CPU, or where order matters."""
+    """Graphs and cuDNN's trials, each with a line, and why not; nothing without a check or on a plain CPU."""
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     config, device = tiny_config(), torch.device("cpu")
     proved = Finding({"graphs phases": Verdict(PASSED)})
     assert tuned(config, None, device) == (config, [])
-    assert tuned(tiny_config(deterministic=True), Finding({}), device)[1] == []
+    off = Finding({"graphs phases": Verdict(FAILED, "G: gradients differ")})
+    exact = tiny_config(deterministic=True)
+    assert tuned(exact, off, device) == (
+        exact,
+        ["CUDA graphs: off, G: gradients differ", "cudnn.benchmark: off, sums keep one order"],
+    )
     assert not torch.backends.cudnn.benchmark
     chosen, lines = tuned(config, proved, device)
     assert chosen == dataclasses.replace(config, cuda_graphs=True)
-    assert [line.split(":")[0] for line in lines] == ["CUDA graphs", "cudnn.benchmark"]
+    assert [line.split(",")[0] for line in lines] == [
+        "CUDA graphs: a phase is one launch; here its replays gave the gradients of plain calls",
+        "cudnn.benchmark: cuDNN tries its algorithms",
+    ]
+    assert tuned(chosen, Finding({}), device)[1][0] == "CUDA graphs: as asked for"
     assert torch.backends.cudnn.benchmark
     monkeypatch.setattr(backends, "CHECKED", ("cuda",))
     assert tuned(config, proved, device) == (config, [])
@@ -380,10 +389,14 @@ def test_a_start_proves_then_trains_and_says_so(
     """`train` takes what passed, keeps it in the checkpoint, and a start that finds otherwise says what changed."""
     found = {f"cuda {op}": Verdict(PASSED) for op in KERNELS["cuda"]}
     monkeypatch.setattr(proof, "prove", lambda request, **options: found)
-    config = tiny_config(kimg=0.008, backend="auto")
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    config = tiny_config(kimg=0.008, backend="auto", loader={"workers": "auto"})
     data = ImageDataset(config.data)
-    assert train.train(config, data, torch.device("cpu"), None) == 0
-    assert re.search(r"^bias_act .* cuda$", capsys.readouterr().out, re.MULTILINE)
+    assert train.train(config, data, torch.device("cpu"), None, tune=True) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"^bias_act .* cuda$", said, re.MULTILINE)
+    table = said.partition("chosen for this machine:\n")[2].splitlines()[:3]
+    assert [line.split(":")[0] for line in table] == ["  CUDA graphs", "  cudnn.benchmark", "  loader processes"]
     found = found | {"cuda bias_act": Verdict(FAILED, "gradient to x is off")}
     more = dataclasses.replace(config, kimg=0.016)
     assert train.train(more, data, torch.device("cpu"), "auto", recheck=True) == 0
