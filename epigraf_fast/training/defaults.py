@@ -64,7 +64,7 @@ def with_loaders(config: Config, device: torch.device, world: World) -> tuple[Co
     most = BESIDE_A_CPU if device.type == "cpu" else MOST_LOADERS
     count, why = max(1, min(most, share - 1)), f"by {cores} cores"
     if world.local_size > 1:
-        why += f" of {world.local_size} processes"
+        why += f" for {world.local_size} processes"
     room = shared_room()
     if room is not None:
         batch = config.batch // world.size * 3 * config.resolution**2

@@ -357,7 +357,7 @@ def test_a_run_takes_what_the_device_has_proved(
     [
         ("cuda", 16, World(), 1000, "15, by 16 cores"),
         ("cuda", 64, World(), 1000, "16, by 64 cores"),
-        ("cuda", 16, World(3, 8, 3, 4), None, "3, by 16 cores of 4 processes"),
+        ("cuda", 16, World(3, 8, 3, 4), None, "3, by 16 cores for 4 processes"),
         ("cuda", 1, World(), 1000, "1, by 1 cores"),
         ("cpu", 16, World(), 1000, "2, by 16 cores"),
         ("cuda", 16, World(), 1, "2, by 16 MiB in /dev/shm: make it larger, as with docker run --shm-size 8g"),
