@@ -198,8 +198,8 @@ class DataConfig:
     """Train class-conditionally on the set's labels."""
     mirror: bool = True
     """Doubles the set: every image flipped left-right with its yaw negated."""
-    workers: int = 2
-    """Loader processes; 0 loads in the training process."""
+    workers: int | Literal["auto"] = "auto"
+    """Loader processes, which read and decode; 0 loads in the training process. auto: by the cores there are."""
 
 
 @dataclass(frozen=True)
@@ -518,7 +518,7 @@ def check(config: Config) -> None:
     not_negative = {
         "metric_images": c.metric_images,
         "turntable": c.turntable,
-        "loader.workers": c.loader.workers,
+        "loader.workers": 0 if c.loader.workers == "auto" else c.loader.workers,
         "renderer.density_noise": c.renderer.density_noise,
         "optim.r1_gamma": c.optim.r1_gamma,
         "optim.blur_sigma": c.optim.blur_sigma,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from bench.ops import cases as catalogue
 from bench.ops import parity, published, run
 from bench.ops.cases import SIZES, Work
 from bench.report import brief, report
-from bench.runs import colours, demo, waiting
+from bench.runs import colours, demo, loading, waiting
 from bench.step import region, step
 from checks import HANG, assert_error_within_reference
 from epigraf_fast import ops
@@ -630,3 +631,16 @@ def test_colours_of_objects() -> None:
     opacity[3, 3, 3] = 0.4  # not solid
     assert colours.outside_of_the_largest(opacity) == pytest.approx(0.6 / 3.6)
     assert colours.outside_of_the_largest(opacity[:3]) == 0
+
+
+def test_loading_counts_images_a_second_of_computing(tmp_path, capsys):
+    """By a clock that goes on by 2 s in each decoded round and 3 s in each read one, 4 images each."""
+    steps = iter(itertools.cycle((0, 2, 0, 3)))
+    now = itertools.accumulate(steps)
+    row = loading.measure("png", 16, 4, 3, clock=lambda: next(now))
+    assert (row["decoded_per_core_second"], row["read_per_core_second"]) == (2, pytest.approx(4 / 3))
+    assert row["read_over_decoded"] == pytest.approx(2 / 3)
+    path = tmp_path / "loading.json"
+    assert loading.main(["--resolution", "16", "--images", "2", "--rounds", "1", "--json", str(path)]) == 0
+    assert [case["format"] for case in json.loads(path.read_text())["cases"]] == ["jpeg", "png"]
+    assert capsys.readouterr().out.count("of 16 cores") == 2

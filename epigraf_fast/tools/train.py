@@ -23,7 +23,7 @@ from ..config import PRESETS, Config, check, preset, with_data_camera
 from ..data import ImageDataset, make_loader
 from ..errors import DeviceError, DivergenceError, Stopped, UserError
 from ..training import cores
-from ..training.defaults import tuned
+from ..training.defaults import tuned, with_loaders
 from ..training.distributed import FAULT, World, check_world
 from ..training.endurance import StopRequest, explain_out_of_memory, sized
 from ..training.files import require_writable
@@ -103,7 +103,7 @@ def commands() -> dict[str, tuple[str, Any]]:
         recheck: bool = False
         """Check the kernels on this GPU again, whatever an earlier start found."""
         tune: bool = True
-        """On a GPU: take CUDA graphs where they proved right, and cuDNN's fastest algorithms."""
+        """On a GPU: take CUDA graphs where they proved right, the fastest plans of kernels and cuDNN's algorithms."""
 
     return {name: (f"the {name} preset", Command(preset(name), name=name)) for name in PRESETS}
 
@@ -136,13 +136,16 @@ def train(
         with StopRequest(talks=world.rank == 0) as stop, locked(Path(config.run_dir), world):
             finding = settle(config, dataset, device, world, recheck=recheck)
             config, chosen = tuned(config, finding, device) if tune else (config, [])
+            config, loaders = with_loaders(config, device, world)
             world.connect(device)
             trainer = build(config, dataset, device, resume, world)
             if world.rank == 0:
-                say("\n".join([doctor.format_backends(doctor.report(), trainer.backends), *chosen]))
+                say(doctor.format_backends(doctor.report(), trainer.backends))
             with suspecting(config, dataset, device, world):
                 with world.together():
-                    warm_up(trainer)
+                    chosen += [*loaders, *(warm_up(trainer).lines() if tune else [])]
+                    if chosen and world.rank == 0:
+                        say("\n  ".join(["chosen for this machine:", *chosen]))
                     record = Record(config, dataset, trainer)
                 where = functools.partial(step_of, trainer)
                 with contextlib.closing(record), world.watch.over(where, device):
