@@ -30,6 +30,7 @@ from .checks import (
     check_shape,
     check_together,
 )
+from .convolution import conv2d, conv_transpose2d
 from .layer_epilogue import SLOPES, Epilogue, LayerEpilogue
 from .modulation import Modulating, ModulationOfWeight
 from .upfirdn2d import upfirdn2d
@@ -103,9 +104,8 @@ def conv2d_resample(
     if chosen == "reference":
         return _reference_conv2d_resample(x, weight, kernel=kernel, up=up, down=down, flip_weight=flip_weight)
     filter_ = functools.partial(upfirdn2d, backend=chosen)
-    return _reference_conv2d_resample(
-        x, weight, kernel=kernel, up=up, down=down, flip_weight=flip_weight, upfirdn2d=filter_
-    )
+    options = {"upfirdn2d": filter_, "conv2d": conv2d, "conv_transpose2d": conv_transpose2d}
+    return _reference_conv2d_resample(x, weight, kernel=kernel, up=up, down=down, flip_weight=flip_weight, **options)
 
 
 def modulated_conv2d(
@@ -281,7 +281,7 @@ def modulated_layer(
     chosen = _resolve("modulated_layer", backend, x.device.type, kernel)
     fused = up == 2 and weight.shape[-1] == 3 and tuple(kernel.shape) == (4,) and chosen != "reference"
     if fused:
-        x = torch.nn.functional.conv_transpose2d(x, weight.transpose(0, 1), stride=2)
+        x = conv_transpose2d(x, weight.transpose(0, 1), stride=2)
     else:
         x = conv2d_resample(x, weight, kernel=kernel, up=up, flip_weight=up > 1, backend=chosen)
     return layer_epilogue(x, demod=demod, blur=kernel if fused else None, backend=chosen, **epilogue)

@@ -30,3 +30,29 @@ def flatten(gradients: Sequence[Tensor], parameters: Sequence[Tensor]) -> tuple[
 def clean_(gradients: Tensor) -> Tensor:
     """NaN becomes 0, and an infinity 1e5 of its sign, in place."""
     return torch.nan_to_num(gradients, nan=0.0, posinf=1e5, neginf=-1e5, out=gradients)
+
+
+def unscale_(gradients: Tensor, scale: float) -> Tensor:
+    """Divides by the scale of the loss, in place.
+
+    Returns:
+        fp32 [], 1 where a gradient is not finite, else 0.
+    """
+    overflow = torch.linalg.vector_norm(gradients, torch.inf).isfinite().logical_not().float()
+    gradients.mul_(1 / scale)
+    return overflow
+
+
+def step_unless(optimizer: torch.optim.Optimizer, skipped: Tensor) -> None:
+    """The optimizer's step, or none of it, not even of its counters and moments, where `skipped` [] is 1.
+
+    Of a fused one the device decides, and is not waited for.
+    """
+    if any(group.get("fused") for group in optimizer.param_groups):
+        optimizer.found_inf = skipped  # as torch's GradScaler hands it over
+        try:
+            optimizer.step()
+        finally:
+            del optimizer.found_inf
+    elif not skipped.item():
+        optimizer.step()

@@ -19,17 +19,19 @@ from ..models.mapping import mix_styles
 from ..models.region import Plan, boxes_of
 from .distributed import World
 from .ema import average_of, update_average
-from .gradients import clean_, flatten
+from .gradients import clean_, flatten, step_unless, unscale_
 from .graphs import GraphedPhase, GraphMemory
 from .losses import blur, blur_radius, discriminator_loss, generator_loss, path_lengths, r1_penalty
 from .networks import build_augment, build_discriminator, build_generator, choose_backends
 from .patches import importance_map, patch_progress, sample_patches, with_context
+from .precision import mode_of
 from .profile import annotate
 from .regions import arrange, is_on, plans_of
 from .sampling import prior_angles
 from .schedule import blur_sigma, density_noise_std, ema_decay, pose_swap_probability
 
 PATH_LENGTH_DECAY = 0.99
+SKIPPED = "skipped/G_share"  # the statistic: of the steps of G, those that overflowed
 IMPORTANCE_IMAGES = 256  # that the importance of patches is averaged over
 
 
@@ -107,10 +109,12 @@ class Trainer:
         self.backends = choose_backends(config, device.type)
         self.labels, self.angles = dataset.labels.to(device), dataset.angles.cpu()
         self.label_values = dataset.label_values  # for those who draw labels from the trained generator
-        self.generator = build_generator(config, dataset.label_dim, device.type)
+        # Half precision that was asked for is taken on a CPU too; D's half blocks alone are for a GPU.
+        half_on = ("cuda", device.type) if mode_of(config).half is not None else ("cuda",)
+        self.generator = build_generator(config, dataset.label_dim, device.type, half_on=half_on)
         if config.camera.prior == "custom":
             self.generator.mean_camera_pose.copy_(dataset.mean_camera_pose)
-        self.discriminator = build_discriminator(config, dataset.label_dim, device.type)
+        self.discriminator = build_discriminator(config, dataset.label_dim, device.type, half_on=half_on)
         self.generator.to(device)
         self.discriminator.to(device)
         self.average = average_of(self.generator)
@@ -138,6 +142,9 @@ class Trainer:
         self.graphs = GraphMemory(device) if config.cuda_graphs else None
         self.graphed: dict[str, GraphedPhase] = {}
         self.uploads = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # What multiplies the loss of a phase of G, so that its gradients in fp16 do not underflow; D's is not scaled.
+        self.scale, self.loss_scale = 1.0, config.optim.loss_scale if mode_of(config).half == torch.float16 else 1.0
+        self.skipped = torch.zeros([], device=device)  # steps of G that overflowed, in the whole run
         self.sums: dict[str, Tensor] = {}  # of every statistic since `reset_statistics`, and how many went in
         self.counts: dict[str, int] = {}
 
@@ -243,14 +250,34 @@ class Trainer:
                 for p, grad, has_grad in zip(parameters, gradients, somewhere, strict=True)
                 if has_grad
             ]
+            overflow = None
             if learning:
                 flat, gradients = flatten(gradients, learning)
                 if self.graphs is not None:
                     self.world.average([flat])
+                scale = self.scale_of(optimizer)
+                overflow = unscale_(flat, scale) if scale > 1 else None
                 clean_(flat)
                 for p, grad in zip(learning, gradients, strict=True):
                     p.grad = grad
-            optimizer.step()
+            if overflow is None:
+                optimizer.step()
+            else:
+                self._step_or_skip(optimizer, overflow)
+
+    def scale_of(self, optimizer: torch.optim.Optimizer) -> float:
+        """What the losses of an optimizer's phases, and so `_gradients`, are multiplied by."""
+        return self.loss_scale if optimizer is self.g_optimizer else 1.0
+
+    def _step_or_skip(self, optimizer: torch.optim.Optimizer, overflow: Tensor) -> None:
+        """A step of G, unless a gradient overflowed in any process."""
+        if self.world.size > 1:  # the means are the same everywhere; that all do the same must not hang on it
+            self.world.average([overflow])
+            overflow = overflow.ceil()
+        self.skipped += overflow
+        self.sums[SKIPPED] = self.sums[SKIPPED] + overflow if SKIPPED in self.sums else overflow.clone()
+        self.counts[SKIPPED] = self.counts.get(SKIPPED, 0) + 1
+        step_unless(optimizer, overflow)
 
     def _gradients(
         self,
@@ -264,7 +291,7 @@ class Trainer:
         Without graphs, which cannot hold it, the mean over the processes is taken here, during the last backward pass.
         Reads its arguments, and what keeps its memory from one iteration to the next; see `GraphedPhase`.
         """
-        self.now, self.recorded = now, {}
+        self.now, self.recorded, self.scale = now, {}, self.scale_of(optimizer)
         optimizer.zero_grad(set_to_none=True)
         parameters = _parameters(optimizer)
         *first, last = zip(*(x.split(self.micro) for x in samples), strict=True)
@@ -348,7 +375,7 @@ class Trainer:
         self.real_signs.zero_()
 
     def _backward(self, loss: Tensor) -> None:
-        (loss * (self.micro / self.share)).backward()
+        (loss * (self.scale * self.micro / self.share)).backward()
 
     def _generate(self, fakes: Fakes, update_w_avg: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Fake patches as D sees them, their scale and offset."""
@@ -462,12 +489,16 @@ class Trainer:
         self.recorded[name] = total + values.sum(), count + values.numel()
 
     def statistics(self) -> dict[str, float]:
-        """Means since `reset_statistics`, over all processes, which all have to ask; waits for the device."""
+        """Means since `reset_statistics`, over all processes, which all have to ask; waits for the device.
+
+        With a scaled loss also how many steps of G were left out in the whole run, and the share of those since then.
+        """
+        totals = dict(self.sums)
         if self.world.size > 1:
-            totals = [total.clone() for total in self.sums.values()]
-            self.world.average(totals)
-            return {name: x.item() / self.counts[name] for name, x in zip(self.sums, totals, strict=True)}
-        return {name: self.sums[name].item() / self.counts[name] for name in self.sums}
+            totals = {name: total.clone() for name, total in totals.items()}
+            self.world.average(list(totals.values()))
+        means = {name: total.item() / self.counts[name] for name, total in totals.items()}
+        return means | ({"skipped/G_steps": self.skipped.item()} if self.loss_scale > 1 else {})
 
     def share_statistics(self) -> None:
         """Makes what every process counts on its own the mean over all, so that one can save it for all."""
@@ -492,6 +523,7 @@ class Trainer:
             "augment_p": self.augment_p,
             "real_signs": self.real_signs,
             "path_length": self.path_length,
+            "skipped": self.skipped,
             "sums": self.sums,
             "counts": self.counts,
             "label_values": self.label_values,
@@ -516,7 +548,7 @@ class Trainer:
         self.cur_nimg, self.iterations = state["cur_nimg"], state["iterations"]
         if self.config.augment.mode != "fixed":
             self.augment_p.copy_(state["augment_p"])
-        for name in ("real_signs", "path_length"):  # which the first release did not keep
+        for name in ("real_signs", "path_length", "skipped"):  # which the first release did not keep
             getattr(self, name).copy_(state.get(name, getattr(self, name)))
         self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
         self.counts = dict(state["counts"])

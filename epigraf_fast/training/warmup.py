@@ -15,6 +15,7 @@ from ..config import Config
 from ..models.decoder import Decoder
 from ..ops import tuning
 from .files import replacing
+from .precision import mode_of
 from .progress import say, waiting
 from .step import Trainer
 
@@ -31,7 +32,7 @@ def warm_up(trainer: Trainer, *, timer: Callable[[Callable[[], Any]], float] | N
     if trainer.backends["decode_triplane"] != "triton" or not fused:
         return False
     problem = micro_batch(config, trainer.micro, trainer.device)
-    scale, precision = config.camera.cube_scale, config.precision
+    scale, precision = config.camera.cube_scale, mode_of(config).decoder
     return choose_kernels(Path(config.run_dir), trainer.device, *problem, scale, precision=precision, timer=timer)
 
 
