@@ -184,10 +184,10 @@ def row(case: Case, number: int, one: Sample) -> Row:
 
 def _texel_lines(counts: Counts) -> Iterator[tuple[str, str]]:
     """Keys of texels' sectors and requests, in turn."""
-    from epigraf_fast.kernels.sample_triplane import gather_features
+    from epigraf_fast.kernels.planes import gather_features
 
     lines, first = inspect.getsourcelines(gather_features.fn)
-    named = {f"sample_triplane.py:{first + i}" for i in range(len(lines))}
+    named = {f"planes.py:{first + i}" for i in range(len(lines))}
     for line in sorted({line for line, _ in counts.load_lines if line.rpartition("/")[2] in named}):
         yield line, "sectors"
         yield line, "requests"

@@ -27,7 +27,7 @@ from .step import NAMED, Step
 
 PHASES = {"G": "_generator_phase", "D": "_discriminator_phase", "R1": "_regularization_phase"}
 ALLOCATING = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}
-METADATA = {"aten::detach", "aten::alias", "aten::lift_fresh", "aten::_local_scalar_dense"}
+METADATA = {"aten::detach", "aten::alias", "aten::lift_fresh", "aten::_local_scalar_dense", "aten::_unsafe_view"}
 
 
 class Counting(TorchDispatchMode):

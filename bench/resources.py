@@ -324,10 +324,10 @@ def _loads(ptx: str) -> list[tuple[int, str, int]]:
 def _plane_lines() -> set[tuple[str, int]]:
     """Where texels are read: every line of `gather_features`, and one of the kernel that cuts."""
     from epigraf_fast.kernels.cut import _cut_kernel
-    from epigraf_fast.kernels.sample_triplane import gather_features
+    from epigraf_fast.kernels.planes import gather_features
 
     lines, first = inspect.getsourcelines(gather_features.fn)
-    found = {("sample_triplane.py", first + i) for i in range(len(lines))}
+    found = {("planes.py", first + i) for i in range(len(lines))}
     lines, first = inspect.getsourcelines(_cut_kernel.fn)
     return found | {("cut.py", first + i) for i, line in enumerate(lines) if "tl.load(x_ptr" in line}
 

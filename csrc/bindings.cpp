@@ -1,4 +1,5 @@
-// epigraf_fast._C: the launchers, on raw pointers. The only file that knows Python.
+// epigraf_fast._C: the launchers, on raw pointers. The only file that knows Python, so every argument of every launcher is
+// named here.
 //
 // What cannot be right never reaches a kernel: sizes, codes, null and misaligned pointers are refused with a ValueError.
 // The GIL is released while a launcher works.
@@ -10,7 +11,8 @@
 
 #include "bias_act.h"
 #include "decode_triplane.h"
-#include "modulated_conv2d.h"
+#include "layer_epilogue.h"
+#include "modulation.h"
 #include "upfirdn2d.h"
 
 namespace py = pybind11;
@@ -213,7 +215,7 @@ epigraf::UpFirDnArgs upfirdn2d(const Check& check, Pointer x, Pointer taps, Poin
 
 void bind_upfirdn2d(py::module_& m) { EPIGRAF_DEFINE(m, upfirdn2d); }
 
-// ---- modulated_conv2d
+// ---- layer_epilogue
 
 // The sizes and numbers that follow the tensors of every launcher of the layer's epilogue.
 struct LayerShape {
@@ -332,6 +334,20 @@ epigraf::LayerEpilogueArgs layer_epilogue_double_bwd(
   return args;
 }
 
+void bind_layer_epilogue(py::module_& m) {
+  // How many numbers `partials` must hold.
+  m.def("layer_epilogue_partials", [](i64 batch, i64 channels, i64 height, i64 width, bool blur, bool cuda) {
+    const i64 parts = cuda ? epigraf::base::layer_epilogue_parts_cuda(height, width, blur)
+                           : epigraf::base::layer_epilogue_blocks(height, blur);
+    return batch * parts * epigraf::base::kLayerSums * channels;
+  });
+  EPIGRAF_DEFINE(m, layer_epilogue_fwd);
+  EPIGRAF_DEFINE(m, layer_epilogue_bwd);
+  EPIGRAF_DEFINE(m, layer_epilogue_double_bwd);
+}
+
+// ---- modulation
+
 epigraf::ModulationArgs modulation_common(const Check& check, Pointer weight, Pointer style, Pointer scale,
                                           Pointer energy, Pointer demod, int dtype, i64 batch, i64 c_out, i64 c_in,
                                           i64 taps) {
@@ -388,16 +404,8 @@ epigraf::ModulationArgs modulation_bwd(const Check& check, Pointer weight, Point
   return args;
 }
 
-void bind_modulated_conv2d(py::module_& m) {
+void bind_modulation(py::module_& m) {
   // How many numbers `partials` must hold.
-  m.def("layer_epilogue_partials", [](i64 batch, i64 channels, i64 height, i64 width, bool blur, bool cuda) {
-    const i64 parts = cuda ? epigraf::base::layer_epilogue_parts_cuda(height, width, blur)
-                           : epigraf::base::layer_epilogue_blocks(height, blur);
-    return batch * parts * epigraf::base::kLayerSums * channels;
-  });
-  EPIGRAF_DEFINE(m, layer_epilogue_fwd);
-  EPIGRAF_DEFINE(m, layer_epilogue_bwd);
-  EPIGRAF_DEFINE(m, layer_epilogue_double_bwd);
   m.def("modulation_partials",
         [](i64 batch, i64 c_in) { return epigraf::base::modulation_partials(batch, c_in); });
   EPIGRAF_DEFINE(m, modulation_fwd);
@@ -536,6 +544,7 @@ PYBIND11_MODULE(_C, m) {
   bind_build(m);
   bind_bias_act(m);
   bind_upfirdn2d(m);
-  bind_modulated_conv2d(m);
+  bind_layer_epilogue(m);
+  bind_modulation(m);
   bind_decode_triplane(m);
 }

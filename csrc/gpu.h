@@ -103,6 +103,12 @@ inline device::Slices slices_of(i64 rows, i64 blocks) {
 
 inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
+// A size of a grid, for the op that is named.
+inline unsigned grid_size(const char* op, i64 blocks, i64 most = kMostBlocks) {
+  if (blocks > most) throw std::runtime_error(std::string(op) + ": the sizes are beyond what a grid covers");
+  return static_cast<unsigned>(blocks);
+}
+
 inline void check_launch(const char* op, const std::string& sizes) {
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess)

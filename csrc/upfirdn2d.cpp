@@ -2,6 +2,8 @@
 //
 // A "row" is one row of a plane. Channels-last, a plane is a whole image and its elements are pixels of `lanes` numbers;
 // else a plane is one channel and lanes is 1. Samples of a row are padded with zeros where taps reach beyond it.
+//
+// Two workers, for any filter and for four taps, share a plan and what is added: hence one file.
 #include "upfirdn2d.h"
 
 #include <memory>

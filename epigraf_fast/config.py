@@ -211,6 +211,8 @@ class OptimConfig:
     """Learning rate of G (Adam)."""
     d_lr: float = 0.002
     """Learning rate of D."""
+    lr_decay_kimg: float | None = None
+    """Thousands of images after which both learning rates fall, as 1 / sqrt(images); default: they never do."""
     beta1: float = 0.0
     """Adam's decay of the mean of gradients."""
     beta2: float = 0.99
@@ -509,6 +511,7 @@ def check(config: Config) -> None:
         "renderer.density_noise_kimg": c.renderer.density_noise_kimg,
         "optim.g_lr": c.optim.g_lr,
         "optim.d_lr": c.optim.d_lr,
+        "optim.lr_decay_kimg": 1.0 if c.optim.lr_decay_kimg is None else c.optim.lr_decay_kimg,
         "optim.r1_interval": c.optim.r1_interval,
         "optim.path_length_interval": c.optim.path_length_interval,
         "optim.blur_kimg": c.optim.blur_kimg,

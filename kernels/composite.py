@@ -1,9 +1,6 @@
 """Volume integration along rays, forward and backward: one launch each, whatever the number of sets.
 
-Two sets that are each sorted are merged by rank: the program finds by bisection how many samples of the second set are
-among the first p, reads every sample from where it lies, and integrates in registers. Nothing is sorted, gathered or
-written in sorted order. The pieces that `sample_importance` builds upon (`density`, `absorption`, `uniforms`) take
-tiles [RAYS, BLOCK_S] in registers.
+A program reads its rays' samples in order (`sorted_samples`) and integrates in registers.
 """
 
 from __future__ import annotations
@@ -15,18 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TRANSMITTANCE_FLOOR: tl.constexpr = tl.constexpr(1e-10)  # the reference's: added to 1 - alpha
-LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
-LN2_HIGH: tl.constexpr = tl.constexpr(0.693359375)  # ten bits, so that small integers times it are exact
-LN2_LOW: tl.constexpr = tl.constexpr(-2.1219444005469057e-4)
-MISSING: tl.constexpr = tl.constexpr(float("nan"))  # t where there is no sample; NaN comes last in any case
-PI: tl.constexpr = tl.constexpr(3.141592653589793)
-# Which numbers of a seed are drawn for what: one seed serves all of a rendering.
-IMPORTANCE_STREAM: tl.constexpr = tl.constexpr(0)
-JITTER_STREAM: tl.constexpr = tl.constexpr(1)
-COARSE_NOISE_STREAM: tl.constexpr = tl.constexpr(2)
-NOISE_STREAM: tl.constexpr = tl.constexpr(3)
-TILE = 128  # samples of a program that has one warp
+from .merged_samples import sorted_samples
+from .rays import TILE, TRANSMITTANCE_FLOOR, absorption, density, density_backward, rows, sum_before
+
 MAX_WARPS = 8
 MAX_SAMPLES = 2048  # of a ray, if it has no more than 4 channels; see `max_samples`
 MAX_CHANNELS = 32  # of a sample, density included
@@ -49,267 +37,6 @@ class Gradients(NamedTuple):
     values_fine: Tensor | None  # [B, R, S_fine, C+1]
     density_noise: Tensor | None  # [B, R, S]
     background: Tensor | None  # [B, R, C]
-
-
-# Numbers are limited by tl.where throughout: tl.maximum and tl.minimum would turn NaN into the limit.
-#
-# Products that are summed along a dimension are selected by tl.where too. The sum of two lanes would else be a fused
-# multiply-add of one's product and the other's rounded one: the lanes would hold two roundings of one sum, and what is
-# made of it depend on which of them is read.
-
-
-@triton.jit
-def uniforms(seed, ray, k, STREAM: tl.constexpr):
-    """Two numbers of Philox at the counter (k, ray, STREAM), each in [0, 1), of the common shape of ray and k."""
-    ray = ray.to(tl.int32)
-    first, second, _, _ = tl.philox(seed, k, ray, ray * 0 + STREAM, ray * 0)
-    return tl.uint_to_uniform_float(first), tl.uint_to_uniform_float(second)
-
-
-@triton.jit
-def _cos_turn(turn):
-    """cos(2 pi turn) for turn in [0, 1): sin(y), y = pi (|2 turn - 1| - 1/2), by its series.
-
-    (tl.cos prepares for any argument, and takes local memory for that.)
-    """
-    y = (tl.abs(2.0 * turn - 1.0) - 0.5) * PI
-    series = tl.zeros_like(y) + 1.0
-    for n in tl.static_range(12, 0, -2):
-        series = 1.0 - y * y * (1.0 / (n * (n + 1))) * series
-    return y * series
-
-
-# Newer interpreters hand a number to a kernel as it is; older releases of Triton always as a tensor.
-if hasattr(tl, "to_tensor"):
-
-    @triton.jit
-    def _as_tensor(x):
-        return tl.to_tensor(x)
-
-else:
-
-    @triton.jit
-    def _as_tensor(x):
-        return x
-
-
-@triton.jit
-def density_noise(seed_ptr, noise_std, ray, k, STREAM: tl.constexpr):
-    """Normal numbers by Box and Muller, times noise_std, a number or a pointer to it."""
-    noise_std = _as_tensor(noise_std)
-    if noise_std.dtype.is_ptr():
-        noise_std = tl.load(noise_std)
-    u, turn = uniforms(tl.load(seed_ptr), ray, k, STREAM)
-    return noise_std * (tl.sqrt(-2.0 * tl.log(1.0 - u)) * _cos_turn(turn))
-
-
-@triton.jit
-def exp_minus(x):
-    """e^-x for x >= 0 to about two roundings. (tl.exp rounds x log2(e), an error that grows with x.)"""
-    x = tl.where(x > 104.0, 104.0, x)  # e^-104 is below the smallest fp32
-    n = tl.floor(x * LOG2_E + 0.5)
-    return tl.exp2(-n) * tl.exp2(((n * LN2_HIGH - x) + n * LN2_LOW) * LOG2_E)
-
-
-@triton.jit
-def _log_1_plus(z):
-    """log(1 + z) for z in [0, 1] with full relative precision: 2 artanh(z / (2 + z)), a series in at most 1/9."""
-    s = z / (2.0 + z)
-    series = tl.zeros_like(s)
-    for n in tl.static_range(15, 1, -2):
-        series = s * s * (1.0 / n + series)
-    return 2.0 * s * (1.0 + series)
-
-
-@triton.jit
-def density(x, softplus_beta, RELU: tl.constexpr):
-    """softplus(beta x) / beta = (max(y, 0) + log(1 + e^-|y|)) / beta with y = beta x, or ReLU."""
-    if RELU:
-        result = tl.where(x <= 0.0, 0.0, x)
-    else:
-        y = x * softplus_beta
-        result = (tl.where(y > 0.0, y, 0.0) + _log_1_plus(exp_minus(tl.abs(y)))) / softplus_beta
-    return result
-
-
-@triton.jit
-def _density_backward(x, grad, softplus_beta, RELU: tl.constexpr):
-    """The gradient `grad` to `density` times its derivative: 1 / (1 + e^-y), or 0 where x is not positive."""
-    if RELU:
-        result = tl.where(x <= 0.0, 0.0, grad)
-    else:
-        y = x * softplus_beta
-        z = exp_minus(tl.abs(y))
-        result = grad * (tl.where(y > 0.0, 1.0, z) / (1.0 + z))
-    return result
-
-
-@triton.jit
-def _then_sum(sum_l, before_l, sum_r, before_r):
-    return sum_l + sum_r, sum_l + before_r
-
-
-@triton.jit
-def _then_product(product_l, before_l, product_r, before_r):
-    return product_l * product_r, product_l * before_r
-
-
-@triton.jit
-def _sum_before(x, REVERSE: tl.constexpr):
-    """sum_{j<i} x_j along dimension 1, or sum_{j>i} x_j in reverse.
-
-    A scan of (sum, sum without the last): taking x_i from a sum that includes it would lose what is small beside it.
-    """
-    return tl.associative_scan((x, tl.zeros_like(x)), 1, _then_sum, reverse=REVERSE)[1]
-
-
-@triton.jit
-def _product_before(x):
-    """prod_{j<i} x_j along dimension 1."""
-    return tl.associative_scan((x, tl.zeros_like(x) + 1.0), 1, _then_product)[1]
-
-
-@triton.jit
-def absorption(thickness, valid):
-    """alpha_i = 1 - e_i with e_i = exp(-thickness_i), and T_i = prod_{j<i} (e_j + 1e-10), along dimension 1.
-
-    Thin samples enter T by their sum, because a product of many factors near 1 rounds each of them (1e-10 is below that
-    rounding), and thick ones by their product, because a large sum rounds to more than its exponential does.
-
-    Args:
-        thickness: [RAYS, BLOCK_S], not negative; what is not `valid` absorbs nothing.
-
-    Returns:
-        alpha, with full relative precision; T; e.
-    """
-    passed = exp_minus(thickness)
-    thin = (thickness < 0.5) & valid
-    x = tl.where(thin, thickness, 0.0)
-    series = tl.zeros_like(x) + 1.0  # (1 - e^-x) / x = 1 - x/2 (1 - x/3 (1 - ...
-    for n in tl.static_range(9, 1, -1):
-        series = 1.0 - x * (1.0 / n) * series
-    alpha = tl.where(thin, x * series, 1.0 - passed)
-    thick = tl.where(thin | ~valid, 1.0, passed + TRANSMITTANCE_FLOOR)
-    T = exp_minus(_sum_before(x, REVERSE=False)) * _product_before(thick)
-    return tl.where(valid, alpha, 0.0), T, passed
-
-
-@triton.jit
-def _merged_samples(
-    t_ptr,
-    values_ptr,
-    t_fine_ptr,
-    values_fine_ptr,
-    p,
-    valid,
-    CHANNELS: tl.constexpr,
-    S_COARSE: tl.constexpr,
-    S_FINE: tl.constexpr,
-    FINE_BITS: tl.constexpr,
-):
-    """Sample p of the merged sets, fine before coarse where t is equal.
-
-    Args:
-        t_ptr, ...: The starts of the rays' rows, [RAYS, 1]; the last two None without a second set.
-        p: [1, BLOCK_S]; valid: [RAYS, BLOCK_S], whether there are the ray and the sample.
-        FINE_BITS: Such that S_FINE < 2^FINE_BITS.
-
-    Returns:
-        t, t of the next sample (anything for the last), whether the sample is a fine one, its index in its set, and the
-        pointer to its values. NaN comes last. Indices are inside their sets even where t is not sorted.
-    """
-    if S_FINE == 0:
-        t = tl.load(t_ptr + p, mask=valid, other=0.0)
-        t_next = tl.load(t_ptr + p + 1, mask=valid & (p + 1 < S_COARSE), other=0.0)
-        index = tl.where(valid, p, 0)
-        is_fine = index < 0
-        source = values_ptr + index * CHANNELS
-    else:
-        # Fine sample j is among the first p if it is not behind coarse sample p - 1 - j; nothing is behind a NaN. True
-        # up to some j, then false.
-        fine = tl.where(valid, 0, 0)
-        for bit in tl.static_range(FINE_BITS):
-            j = fine + (1 << (FINE_BITS - 1 - bit)) - 1
-            i = p - 1 - j
-            exists = valid & (j < S_FINE) & (i >= 0)
-            t_j = tl.load(t_fine_ptr + j, mask=exists, other=0.0)
-            t_i = tl.load(t_ptr + i, mask=exists & (i < S_COARSE), other=MISSING)
-            fine = tl.where(exists & ((t_j <= t_i) | (t_i != t_i)), j + 1, fine)
-        coarse = p - fine
-        t_fine = tl.load(t_fine_ptr + fine, mask=valid & (fine < S_FINE), other=MISSING)
-        t_fine_next = tl.load(t_fine_ptr + fine + 1, mask=valid & (fine + 1 < S_FINE), other=MISSING)
-        t_coarse = tl.load(t_ptr + coarse, mask=valid & (coarse < S_COARSE), other=MISSING)
-        t_coarse_next = tl.load(t_ptr + coarse + 1, mask=valid & (coarse + 1 < S_COARSE), other=MISSING)
-        is_fine = (fine < S_FINE) & ((t_fine <= t_coarse) | (t_coarse != t_coarse))
-        t = tl.where(valid, tl.where(is_fine, t_fine, t_coarse), 0.0)
-        rival = tl.where(is_fine, t_coarse, t_fine)
-        follower = tl.where(is_fine, t_fine_next, t_coarse_next)
-        index = tl.where(valid, tl.where(is_fine, fine, coarse), 0)
-        rival_is_next = (rival < follower) | (follower != follower)
-        t_next = tl.where(valid, tl.where(rival_is_next, rival, follower), 0.0)
-        source = tl.where(is_fine, values_fine_ptr + index * CHANNELS, values_ptr + index * CHANNELS)
-    return t, t_next, is_fine, index, source
-
-
-@triton.jit
-def _sorted_samples(
-    t_ptr,
-    values_ptr,
-    t_fine_ptr,
-    values_fine_ptr,
-    density_noise_ptr,
-    seed_ptr,
-    noise_std,
-    ray,
-    num_rays,
-    t_stride,
-    values_stride,
-    t_fine_stride,
-    values_fine_stride,
-    density_noise_stride,
-    last_interval,
-    density_shift,
-    CHANNELS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    S_COARSE: tl.constexpr,
-    S_FINE: tl.constexpr,
-    FINE_BITS: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
-    """The samples of a tile of rays in order of t.
-
-    Returns:
-        All [RAYS, BLOCK_S]: whether ray and sample exist; t; interval; x, the argument of the activation; whether the
-        sample is a fine one; its index in its set. And its values, [RAYS, BLOCK_S, BLOCK_C].
-    """
-    S: tl.constexpr = S_COARSE + S_FINE
-    p = tl.arange(0, BLOCK_S)[None, :]
-    c = tl.arange(0, BLOCK_C)[None, None, :]
-    valid = (ray < num_rays)[:, None] & (p < S)
-    row = ray[:, None]
-    if S_FINE > 0:
-        t_fine_ptr += row * t_fine_stride
-        values_fine_ptr += row * values_fine_stride
-    t, t_next, is_fine, index, source = _merged_samples(
-        t_ptr + row * t_stride,
-        values_ptr + row * values_stride,
-        t_fine_ptr,
-        values_fine_ptr,
-        p,
-        valid,
-        CHANNELS,
-        S_COARSE,
-        S_FINE,
-        FINE_BITS,
-    )
-    interval = tl.where(p == S - 1, last_interval, t_next - t)
-    values = tl.load(source[:, :, None] + c, mask=valid[:, :, None] & (c < CHANNELS), other=0.0).to(tl.float32)
-    x = tl.sum(tl.where(c == CHANNELS - 1, values, 0.0), 2) + density_shift
-    if density_noise_ptr is not None:
-        x += tl.load(density_noise_ptr + row * density_noise_stride + p, mask=valid, other=0.0).to(tl.float32)
-    if noise_std is not None:
-        x += density_noise(seed_ptr, noise_std, row, p, NOISE_STREAM)
-    return valid, t, interval, x, is_fine, index, values
 
 
 @triton.jit
@@ -356,7 +83,7 @@ def _composite_fwd_kernel(
     """
     S: tl.constexpr = S_COARSE + S_FINE
     ray = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    valid, t, interval, x, _, _, values = _sorted_samples(
+    valid, t, interval, x, _, _, values = sorted_samples(
         t_ptr,
         values_ptr,
         t_fine_ptr,
@@ -460,7 +187,7 @@ def _composite_bwd_kernel(
     """
     S: tl.constexpr = S_COARSE + S_FINE
     ray = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    valid, t, interval, x, is_fine, index, values = _sorted_samples(
+    valid, t, interval, x, is_fine, index, values = sorted_samples(
         t_ptr,
         values_ptr,
         t_fine_ptr,
@@ -523,9 +250,9 @@ def _composite_bwd_kernel(
     grad_weights = tl.where(valid, grad_weights + grad_weight_sum[:, None], 0.0)
 
     seen = weights * grad_weights + tl.where(is_last, T * grad_final[:, None], 0.0)
-    behind = _sum_before(seen, REVERSE=True)
+    behind = sum_before(seen, REVERSE=True)
     grad_thickness = passed * (T * grad_weights - behind / (passed + TRANSMITTANCE_FLOOR))
-    grad_density = _density_backward(x, grad_thickness * interval, softplus_beta, RELU)
+    grad_density = density_backward(x, grad_thickness * interval, softplus_beta, RELU)
 
     channel = c[:, None, :]
     grad_values = tl.where(
@@ -539,19 +266,6 @@ def _composite_bwd_kernel(
     if grad_background_ptr is not None:
         T_last = tl.sum(tl.where(is_last, T, 0.0), 1)
         tl.store(grad_background_ptr + row * (CHANNELS - 1) + c, T_last[:, None] * grad_rgb, mask=is_colour)
-
-
-def rows(x: Tensor | None) -> Tensor | None:
-    """[B, R, ...] as [B*R, ...] with dense rows. Copies only where rows are not dense or not evenly spaced."""
-    if x is None:
-        return None
-    x = x.flatten(0, 1)
-    dense = 1
-    for size, stride in zip(reversed(x.shape[1:]), reversed(x.stride()[1:]), strict=True):
-        if size != 1 and stride != dense:
-            return x.contiguous()
-        dense *= size
-    return x
 
 
 def _warp_values(channels: int) -> int:

@@ -1,7 +1,4 @@
-"""Tri-plane sampling and the two-layer decoder in one: features and hidden units live in registers only.
-
-Points are given as such, or as depths along rays; the kernels see both as rays, a point being one without a direction.
-"""
+"""Tri-plane sampling and the two-layer decoder in one: features and hidden units live in registers only."""
 
 from __future__ import annotations
 
@@ -13,7 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .sample_triplane import (
+from .decoder import SQRT_2, dot, load_operand, load_vector, points
+from .decoder_gradients import _decode_triplane_bwd_kernel, _decode_triplane_scatter_kernel
+from .planes import (
     adds_vectors,
     fixed_point_scale,
     from_fixed_point,
@@ -21,7 +20,6 @@ from .sample_triplane import (
     image_and_point,
     region_options,
     region_start,
-    scatter_gradient,
     strides,
     zero_planes,
 )
@@ -32,113 +30,6 @@ MIN_DOT = 16
 
 # Tiles of a program whose sums over them are kept apart: fewer programs, less memory.
 DETERMINISTIC_TILES = 32
-
-SQRT_2 = tl.constexpr(2**0.5)
-
-
-# In the products below hidden units are the rows and points the columns, so that every warp holds the weights of some
-# hidden units as its operand. With points as rows each would hold all weights, more than there are registers.
-
-
-@triton.jit
-def _dot(a, b, PRECISION: tl.constexpr):
-    """a @ b in fp32, the operands rounded as PRECISION says."""
-    if PRECISION == "ieee":
-        # Without tensor cores lanes lie along the columns of what is multiplied, and read the second operand without
-        # conflicts where its rows are contiguous: hidden units are the columns here.
-        product = tl.trans(tl.dot(tl.trans(b), tl.trans(a), input_precision="ieee"))
-    elif PRECISION == "fp16":
-        product = tl.dot(a.to(tl.float16), b.to(tl.float16))
-    else:
-        product = tl.dot(a, b, input_precision=PRECISION)
-    return product
-
-
-@triton.jit
-def _load_matrix(matrix_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
-    """A contiguous [ROWS, COLUMNS] matrix in fp32, padded with zeros to [BLOCK_R, BLOCK_K]."""
-    r, k = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K)
-    mask = (r < ROWS)[:, None] & (k < COLUMNS)[None, :]
-    return tl.load(matrix_ptr + r[:, None] * COLUMNS + k[None, :], mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _load_operand(
-    matrix_ptr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """The same for the first operand of `_dot`; where that wants it, so that rows lie side by side in shared memory."""
-    if PRECISION == "ieee":
-        r, k = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K)
-        mask = (k < COLUMNS)[:, None] & (r < ROWS)[None, :]
-        pointers = tl.max_contiguous(matrix_ptr + r[None, :] * COLUMNS + k[:, None], [1, 1])
-        matrix = tl.trans(tl.load(pointers, mask=mask, other=0.0).to(tl.float32))
-    else:
-        matrix = _load_matrix(matrix_ptr, ROWS, COLUMNS, BLOCK_R, BLOCK_K)
-    return matrix
-
-
-@triton.jit
-def _give_matrix(
-    matrix_ptr,
-    x,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    OWN: tl.constexpr,
-):
-    """Writes the unpadded part of x [BLOCK_R, BLOCK_K] to a contiguous [ROWS, COLUMNS] matrix of the program's OWN, or
-    adds it to one that programs share."""
-    r, k = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K)
-    mask = (r < ROWS)[:, None] & (k < COLUMNS)[None, :]
-    pointers = matrix_ptr + r[:, None] * COLUMNS + k[None, :]
-    if OWN:
-        tl.store(pointers, x, mask=mask)
-    else:
-        tl.atomic_add(pointers, x, mask=mask, sem="relaxed")
-
-
-@triton.jit
-def _load_vector(vector_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    i = tl.arange(0, BLOCK)
-    return tl.load(vector_ptr + i, mask=i < SIZE, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _give_vector(vector_ptr, x, SIZE: tl.constexpr, BLOCK: tl.constexpr, OWN: tl.constexpr):
-    """The same for a vector."""
-    i = tl.arange(0, BLOCK)
-    if OWN:
-        tl.store(vector_ptr + i, x, mask=i < SIZE)
-    else:
-        tl.atomic_add(vector_ptr + i, x, mask=i < SIZE, sem="relaxed")
-
-
-@triton.jit
-def _coordinate(origins_ptr, directions_ptr, ray, t, inverse_cube_scale, valid, AXIS: tl.constexpr):
-    coordinate = tl.load(origins_ptr + ray * 3 + AXIS, mask=valid, other=0.0)
-    if directions_ptr is not None:
-        coordinate += t * tl.load(directions_ptr + ray * 3 + AXIS, mask=valid, other=0.0)
-    return coordinate * inverse_cube_scale
-
-
-@triton.jit
-def _points(origins_ptr, directions_ptr, t_ptr, inverse_cube_scale, image, n, num_points, samples):
-    """The coordinates of points n of an image, sample n % samples of ray n // samples, and which of them exist."""
-    valid = n < num_points
-    ray = image * (num_points // samples) + n // samples
-    t = 0.0
-    if t_ptr is not None:
-        t = tl.load(t_ptr + image * num_points + n, mask=valid, other=0.0)
-    p0 = _coordinate(origins_ptr, directions_ptr, ray, t, inverse_cube_scale, valid, 0)
-    p1 = _coordinate(origins_ptr, directions_ptr, ray, t, inverse_cube_scale, valid, 1)
-    p2 = _coordinate(origins_ptr, directions_ptr, ray, t, inverse_cube_scale, valid, 2)
-    return p0, p1, p2, valid
 
 
 @triton.jit
@@ -181,7 +72,7 @@ def _decode_triplane_fwd_kernel(
     image, first = image_and_point(num_points, BLOCK_N)
     row_start, column_start = region_start(first_ptr, image)
     n = first + tl.arange(0, BLOCK_N)
-    p0, p1, p2, valid = _points(origins_ptr, directions_ptr, t_ptr, inverse_cube_scale, image, n, num_points, samples)
+    p0, p1, p2, valid = points(origins_ptr, directions_ptr, t_ptr, inverse_cube_scale, image, n, num_points, samples)
     features = gather_features(
         planes_ptr + image * stride_b * UNIT,
         p0,
@@ -202,253 +93,14 @@ def _decode_triplane_fwd_kernel(
         UNIT,
     )
     features = tl.reshape(tl.permute(features, (0, 2, 1)), BLOCK_C, BLOCK_N)
-    w0 = _load_operand(w0_ptr, HIDDEN, CHANNELS, BLOCK_H, BLOCK_C, PRECISION)
-    w1 = _load_operand(w1_ptr, OUT, HIDDEN, BLOCK_O, BLOCK_H, PRECISION)
-    before = _dot(w0, features, PRECISION) + _load_vector(b0_ptr, HIDDEN, BLOCK_H)[:, None]
+    w0 = load_operand(w0_ptr, HIDDEN, CHANNELS, BLOCK_H, BLOCK_C, PRECISION)
+    w1 = load_operand(w1_ptr, OUT, HIDDEN, BLOCK_O, BLOCK_H, PRECISION)
+    before = dot(w0, features, PRECISION) + load_vector(b0_ptr, HIDDEN, BLOCK_H)[:, None]
     hidden = before * tl.where(before > 0, SQRT_2, 0.2 * SQRT_2)
-    y = _dot(w1, hidden, PRECISION) + _load_vector(b1_ptr, OUT, BLOCK_O)[:, None]
+    y = dot(w1, hidden, PRECISION) + load_vector(b1_ptr, OUT, BLOCK_O)[:, None]
     o = tl.arange(0, BLOCK_O)
     mask = (o < OUT)[:, None] & valid[None, :]
     tl.store(y_ptr + o[:, None] + ((image * num_points + n) * OUT)[None, :], y, mask=mask)
-
-
-@triton.jit
-def _pack_signs(before, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Which of before [BLOCK_H, BLOCK_N] are positive: 16-bit words [BLOCK_H / 16, BLOCK_N], hidden unit after unit."""
-    words = tl.reshape((before > 0).to(tl.int32), BLOCK_H // 16, 16, BLOCK_N) << tl.arange(0, 16)[None, :, None]
-    return tl.sum(words, axis=1).to(tl.int16)
-
-
-@triton.jit
-def _slopes(words, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr):
-    """lrelu' of what `_pack_signs` gave, [BLOCK_H, BLOCK_N]."""
-    positive = (words.to(tl.int32)[:, None, :] >> tl.arange(0, 16)[None, :, None]) & 1
-    return tl.reshape(tl.where(positive != 0, SQRT_2, 0.2 * SQRT_2), BLOCK_H, BLOCK_N)
-
-
-@triton.jit
-def _word_pointers(signs_ptr, point, BLOCK_H: tl.constexpr):
-    """Where the words of points lie, [BLOCK_H / 16, BLOCK_N]."""
-    return signs_ptr + (point * (BLOCK_H // 16))[None, :] + tl.arange(0, BLOCK_H // 16)[:, None]
-
-
-@triton.jit
-def _decode_triplane_bwd_kernel(
-    grad_y_ptr,
-    planes_ptr,
-    origins_ptr,
-    directions_ptr,
-    t_ptr,
-    w0_ptr,
-    b0_ptr,
-    w1_ptr,
-    grad_planes_ptr,
-    scale_ptr,
-    grad_network_ptr,
-    signs_ptr,
-    inverse_cube_scale,
-    num_points,
-    samples,
-    height,
-    width,
-    stride_b,
-    stride_c,
-    stride_h,
-    stride_w,
-    first_ptr,
-    whole_height,
-    whole_width,
-    CHANNELS: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    OUT: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TILES: tl.constexpr,
-    UNIT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    DETERMINISTIC: tl.constexpr,
-    VECTORS: tl.constexpr,
-):
-    """With h = w0 feature + b0, y = w1 lrelu(h) + b1, features and h computed again:
-
-        grad_h = lrelu'(h) w1^T grad_y     grad_w1 = sum grad_y lrelu(h)^T    grad_b1 = sum grad_y
-        grad_feature = w0^T grad_h         grad_w0 = sum grad_h feature^T     grad_b0 = sum grad_h
-
-    and grad_feature is scattered as in `sample_triplane`. One program owns TILES tiles of BLOCK_N points of one image,
-    one after the other, and adds its sums over them to the weights' gradients at the end: w0's, b0's, w1's and b1's,
-    one after the other at grad_network_ptr. All are sums over programs, by atomics into fp32. If DETERMINISTIC, the
-    planes' is summed in int64 (see `scatter_gradient`), and every program has a row of grad_network_ptr of its own.
-    The planes' or the weights' are left out where their pointers are None.
-    """
-    image, first = image_and_point(num_points, BLOCK_N * TILES)
-    row_start, column_start = region_start(first_ptr, image)
-    w0 = _load_operand(w0_ptr, HIDDEN, CHANNELS, BLOCK_H, BLOCK_C, PRECISION)
-    b0 = _load_vector(b0_ptr, HIDDEN, BLOCK_H)
-    w1 = _load_matrix(w1_ptr, OUT, HIDDEN, BLOCK_O, BLOCK_H)
-    o = tl.arange(0, BLOCK_O)
-    grad_w0 = tl.zeros([BLOCK_H, BLOCK_C], tl.float32)
-    grad_b0 = tl.zeros([BLOCK_H], tl.float32)
-    grad_w1 = tl.zeros([BLOCK_H, BLOCK_O], tl.float32)
-    grad_b1 = tl.zeros([BLOCK_O], tl.float32)
-    for tile in range(tl.minimum(TILES, tl.cdiv(num_points - first, BLOCK_N))):
-        n = first + tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        p0, p1, p2, valid = _points(
-            origins_ptr, directions_ptr, t_ptr, inverse_cube_scale, image, n, num_points, samples
-        )
-        features = gather_features(
-            planes_ptr + image * stride_b * UNIT,
-            p0,
-            p1,
-            p2,
-            valid,
-            height,
-            width,
-            stride_c,
-            stride_h,
-            stride_w,
-            row_start,
-            column_start,
-            whole_height,
-            whole_width,
-            CHANNELS,
-            BLOCK_C,
-            UNIT,
-        )
-        features = tl.reshape(tl.permute(features, (0, 2, 1)), BLOCK_C, BLOCK_N)
-        mask = valid[:, None] & (o < OUT)[None, :]
-        grad_y_pointers = grad_y_ptr + ((image * num_points + n) * OUT)[:, None] + o[None, :]
-        grad_y = tl.load(grad_y_pointers, mask=mask, other=0.0).to(tl.float32)
-
-        before = _dot(w0, features, PRECISION) + b0[:, None]
-        if signs_ptr is not None:
-            words = _pack_signs(before, BLOCK_H, BLOCK_N)
-            tl.store(_word_pointers(signs_ptr, image * num_points + n, BLOCK_H), words, mask=valid[None, :])
-        slope = tl.where(before > 0, SQRT_2, 0.2 * SQRT_2)
-        grad_before = _dot(tl.trans(w1), tl.trans(grad_y), PRECISION) * slope
-        if grad_network_ptr is not None:
-            grad_w1 += _dot(before * slope, grad_y, PRECISION)
-            grad_b1 += tl.sum(grad_y, axis=0)
-            grad_w0 += _dot(grad_before, tl.trans(features), PRECISION)
-            # Selected, so that lanes which hold the same sum hold the same rounding of it: see `composite`.
-            grad_b0 += tl.sum(tl.where(valid[None, :], grad_before, 0.0), axis=1)
-        if grad_planes_ptr is not None:
-            grad_features = _dot(tl.trans(w0), grad_before, PRECISION)
-            scatter_gradient(
-                grad_planes_ptr + image * height * width * (3 * CHANNELS),
-                scale_ptr,
-                tl.permute(tl.reshape(grad_features, BLOCK_C // 8, 8, BLOCK_N), (0, 2, 1)),
-                p0,
-                p1,
-                p2,
-                valid,
-                height,
-                width,
-                1,
-                width * (3 * CHANNELS),
-                3 * CHANNELS,
-                row_start,
-                column_start,
-                whole_height,
-                whole_width,
-                CHANNELS,
-                BLOCK_C,
-                1,
-                VECTORS,
-            )
-    if grad_network_ptr is not None:
-        if DETERMINISTIC:
-            grad_network_ptr += tl.program_id(0).to(tl.int64) * (HIDDEN * (CHANNELS + 1) + OUT * (HIDDEN + 1))
-        _give_matrix(grad_network_ptr, grad_w0, HIDDEN, CHANNELS, BLOCK_H, BLOCK_C, DETERMINISTIC)
-        grad_network_ptr += HIDDEN * CHANNELS
-        _give_vector(grad_network_ptr, grad_b0, HIDDEN, BLOCK_H, DETERMINISTIC)
-        grad_network_ptr += HIDDEN
-        _give_matrix(grad_network_ptr, tl.trans(grad_w1), OUT, HIDDEN, BLOCK_O, BLOCK_H, DETERMINISTIC)
-        grad_network_ptr += OUT * HIDDEN
-        _give_vector(grad_network_ptr, grad_b1, OUT, BLOCK_O, DETERMINISTIC)
-
-
-@triton.jit
-def _decode_triplane_scatter_kernel(
-    grad_y_ptr,
-    signs_ptr,
-    origins_ptr,
-    directions_ptr,
-    t_ptr,
-    w0_ptr,
-    w1_ptr,
-    grad_planes_ptr,
-    scale_ptr,
-    inverse_cube_scale,
-    num_points,
-    samples,
-    height,
-    width,
-    first_ptr,
-    whole_height,
-    whole_width,
-    CHANNELS: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    OUT: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TILES: tl.constexpr,
-    PRECISION: tl.constexpr,
-    VECTORS: tl.constexpr,
-):
-    """The planes' part of `_decode_triplane_bwd_kernel`, which has left the signs of hidden units: no texel is read."""
-    image, first = image_and_point(num_points, BLOCK_N * TILES)
-    row_start, column_start = region_start(first_ptr, image)
-    o = tl.arange(0, BLOCK_O)
-    c = tl.arange(0, BLOCK_C)
-    bits = tl.arange(0, 16)
-    for tile in range(tl.minimum(TILES, tl.cdiv(num_points - first, BLOCK_N))):
-        n = first + tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        valid = n < num_points
-        point = image * num_points + n
-        mask = valid[:, None] & (o < OUT)[None, :]
-        grad_y = tl.load(grad_y_ptr + (point * OUT)[:, None] + o[None, :], mask=mask, other=0.0).to(tl.float32)
-        grad_y = tl.trans(grad_y)
-        grad_features = tl.zeros([BLOCK_C, BLOCK_N], tl.float32)
-        for word in range(BLOCK_H // 16):
-            h = word * 16 + bits
-            w0_pointers = w0_ptr + h[None, :] * CHANNELS + c[:, None]
-            w0 = tl.load(w0_pointers, mask=(h < HIDDEN)[None, :] & (c < CHANNELS)[:, None], other=0.0).to(tl.float32)
-            w1_pointers = w1_ptr + o[None, :] * HIDDEN + h[:, None]
-            w1 = tl.load(w1_pointers, mask=(h < HIDDEN)[:, None] & (o < OUT)[None, :], other=0.0).to(tl.float32)
-            signs = tl.load(signs_ptr + point * (BLOCK_H // 16) + word, mask=valid, other=0).to(tl.int32)
-            positive = (signs[None, :] >> bits[:, None]) & 1
-            grad_before = _dot(w1, grad_y, PRECISION) * tl.where(positive != 0, SQRT_2, 0.2 * SQRT_2)
-            grad_features += _dot(w0, grad_before, PRECISION)
-        # Only now, so that they take no registers before.
-        p0, p1, p2, valid = _points(
-            origins_ptr, directions_ptr, t_ptr, inverse_cube_scale, image, n, num_points, samples
-        )
-        scatter_gradient(
-            grad_planes_ptr + image * height * width * (3 * CHANNELS),
-            scale_ptr,
-            tl.permute(tl.reshape(grad_features, BLOCK_C // 8, 8, BLOCK_N), (0, 2, 1)),
-            p0,
-            p1,
-            p2,
-            valid,
-            height,
-            width,
-            1,
-            width * (3 * CHANNELS),
-            3 * CHANNELS,
-            row_start,
-            column_start,
-            whole_height,
-            whole_width,
-            CHANNELS,
-            BLOCK_C,
-            1,
-            VECTORS,
-        )
 
 
 def case(
@@ -665,7 +317,7 @@ def _sizes(w0: Tensor, w1: Tensor) -> dict[str, int]:
 
 
 def _dot_precision(precision: str, arch: int) -> str:
-    """What `_dot` is told. Triton has no tensor cores before sm_80, and there fp32 is as fast as anything.
+    """What `dot` is told. Triton has no tensor cores before sm_80, and there fp32 is as fast as anything.
 
     From sm_80 on fp32 is tf32x3: three products of rounded parts keep the error of fp32, and take fewer instructions
     and registers than "ieee", multiplications one by one, which spill in the backward.

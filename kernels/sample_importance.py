@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .composite import (
+from .rays import (
     COARSE_NOISE_STREAM,
     IMPORTANCE_STREAM,
     JITTER_STREAM,

@@ -10,6 +10,7 @@ from epigraf_fast.config import Config, differences, preset
 from epigraf_fast.training.log import read_stats
 
 SPEED = ("seconds", "sec_per_kimg", "img_per_sec")
+CLOCKED = ("time/", "gpu/")
 
 
 def flags(config: Config, base: str = "demo") -> list[str]:
@@ -29,7 +30,10 @@ def flags(config: Config, base: str = "demo") -> list[str]:
 def losses(run_dir: str | Path) -> list[dict[str, float]]:
     """The lines of stats.jsonl without what a clock has measured."""
     lines = read_stats(Path(run_dir) / "stats.jsonl")
-    return [{name: value for name, value in line.items() if name not in SPEED} for line in lines]
+    return [
+        {name: value for name, value in line.items() if name not in SPEED and not name.startswith(CLOCKED)}
+        for line in lines
+    ]
 
 
 def assert_one_error_line(captured: str, *words: str) -> None:

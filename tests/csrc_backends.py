@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from emulated import emulate
 from torch import Tensor
 
@@ -37,6 +39,25 @@ def use(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
     else:
         return name
     return "cpu"
+
+
+def on_backend(op, backend):
+    """The op on a backend, of tensors on the CPU; cuda's go to the GPU and back, which derivatives follow."""
+    if backend != "cuda":
+        return functools.partial(op, backend=backend)
+
+    def there(value):
+        if isinstance(value, tuple):
+            return tuple(map(there, value))
+        return value.cuda() if isinstance(value, torch.Tensor) and value.device.type == "cpu" else value
+
+    def back(value):
+        return tuple(x if x is None else x.cpu() for x in value) if isinstance(value, tuple) else value.cpu()
+
+    def run(*args, **kwargs):
+        return back(op(*map(there, args), backend="cuda", **{name: there(value) for name, value in kwargs.items()}))
+
+    return run
 
 
 def on_kernels(op: str) -> pytest.MarkDecorator:

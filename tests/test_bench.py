@@ -13,10 +13,11 @@ import time
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from bench import brief, demo, parity, published, region, report, results, run, step, timing, waiting
+from bench import brief, colours, demo, parity, published, region, report, results, run, step, timing, waiting
 from bench import cases as catalogue
 from bench.cases import SIZES, Work
 from checks import HANG, assert_error_within_reference
@@ -625,3 +626,19 @@ def test_the_readme_has_numbers_of_regions_only_from_their_file():
     """And with it."""
     there = (ROOT / "bench/results/cpu-region.json").is_file()
     assert ("(../bench/results/cpu-region.json)" in (ROOT / "docs/benchmarks.md").read_text()) == there
+
+
+def test_colours_of_objects() -> None:
+    """Red, blue and nothing on white: as saturated as colours are, and far apart; and crumbs by hand."""
+    images = torch.ones(3, 3, 8, 8)
+    images[0, :, 2:4, 2:4] = torch.tensor([1.0, -1.0, -1.0])[:, None, None]
+    images[1, :, 5:, 5:] = torch.tensor([-1.0, -1.0, 3.0])[:, None, None]  # shown as 1
+    found = colours.colour_statistics(images)
+    assert (found["objects"], found["saturation"], found["colour"]) == (2, 2.0, [0.0, -1.0, 0.0])
+    assert found["spread"] == pytest.approx((2**0.5 + 0 + 2**0.5) / 3)
+    opacity = np.zeros((6, 6, 6))
+    opacity[0, 0, :3] = 1.0
+    opacity[5, 5, 5] = 0.6
+    opacity[3, 3, 3] = 0.4  # not solid
+    assert colours.outside_of_the_largest(opacity) == pytest.approx(0.6 / 3.6)
+    assert colours.outside_of_the_largest(opacity[:3]) == 0

@@ -184,7 +184,7 @@ def test_imports_are_read(file: str, statement: str, expected: list[str], monkey
 
 
 def test_the_ops_are_those_of_the_reference() -> None:
-    assert sorted(backends.OPS) == OPS
+    assert sorted([*backends.OPS, *backends.PARTS]) == OPS
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -194,8 +194,32 @@ def test_an_op_has_its_files(op: str) -> None:
 
 
 def test_kernels_are_named_after_ops() -> None:
-    names = {path.stem for path in (ROOT / "kernels").glob("*.py")} - {"__init__", "tuning"}
-    assert names <= set(OPS)
+    """Or hold what such files import."""
+    files = {path.stem: path for path in (ROOT / "kernels").glob("*.py") if path.stem != "__init__"}
+    shared = {name for path in files.values() for _, name in imports(path)}
+    assert {name for name in files if f"epigraf_fast.kernels.{name}" not in shared} <= set(OPS)
+
+
+def test_csrc_is_named_after_ops() -> None:
+    sources = {path.stem for path in (ROOT / "csrc").glob("*.c*")} - {"bindings", "launchers"}
+    assert sources <= set(OPS)
+
+
+LONGEST = 450  # lines of a file of these rooms; beyond, its head says why it is one file
+LONG = {"bindings.cpp": "every argument of every launcher", "upfirdn2d.cpp": "hence one file"}
+
+
+def test_files_are_short_or_say_why() -> None:
+    rooms = ("epigraf_fast/ops", "kernels", "csrc")
+    long = {
+        path.name: path.read_text(encoding="utf-8")
+        for room in rooms
+        for path in (ROOT / room).iterdir()
+        if path.suffix in (".py", ".h", ".cpp", ".cu") and path.read_text(encoding="utf-8").count("\n") > LONGEST
+    }
+    assert set(long) == set(LONG)
+    for name, reason in LONG.items():
+        assert reason in long[name][:600], name
 
 
 def test_the_hall_is_small() -> None:

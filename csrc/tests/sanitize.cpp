@@ -10,7 +10,8 @@
 #include "bias_act.h"
 #include "cpu.h"
 #include "decode_triplane.h"
-#include "modulated_conv2d.h"
+#include "layer_epilogue.h"
+#include "modulation.h"
 #include "upfirdn2d.h"
 
 namespace {

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import DiscriminatorConfig
-from .layers import CLAMP, Conv2d, FullyConnected, ScalarEncoder, camera_numbers, channels_at
+from .layers import CLAMP, Affines, Conv2d, FullyConnected, ScalarEncoder, camera_numbers, channels_at
 from .mapping import Mapping
 
 
@@ -37,6 +37,11 @@ def minibatch_std(x: Tensor, group: int, parts: int = 1) -> Tensor:
     std = (y.var(dim=1, unbiased=False) + 1e-8).sqrt().mean(dim=(2, 3, 4))  # [P, n]
     std = std.repeat(1, group).view(total, 1, 1, 1).expand(-1, -1, height, width)
     return torch.cat([x, std], dim=1)
+
+
+def modulation_of(x: Tensor) -> Tensor:
+    """1 + tanh(x)."""
+    return x.tanh() + 1
 
 
 class DiscriminatorBlock(nn.Module):
@@ -78,13 +83,14 @@ class DiscriminatorBlock(nn.Module):
 
     def sigma(self, code: Tensor) -> Tensor:
         """The modulation [B, c_in or c_out], in (0, 2)."""
-        return 1 + self.affine(code).tanh()
+        return modulation_of(self.affine(code))
 
-    def forward(self, x: Tensor, code: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, sigma: Tensor | None) -> Tensor:
+        """[B, image_channels or c_in, H, W] -> [B, c_out, H/down, W/down]; None: it is not modulated."""
         if self.from_rgb is not None:
             x = self.from_rgb(x)
-        in_scale = self.sigma(code) if self.modulate == "input" else None
-        out_scale = self.sigma(code) if self.modulate == "output" else None
+        in_scale = sigma if self.modulate == "input" else None
+        out_scale = sigma if self.modulate == "output" else None
         return self.skip(x) + self.conv1(self.conv0(x, next_scale=in_scale), out_scale=out_scale)
 
 
@@ -157,6 +163,9 @@ class Discriminator(nn.Module):
                 backend=backend,
             )
             self.add_module(f"b{res}", block)
+        self.affines = None
+        if config.modulate != "none":
+            self.affines = Affines([getattr(self, f"b{res}").affine for res in self.resolutions])
         width = channels_at(4, config.channel_base, config.channel_max)
         self.conv = Conv2d(width + 1, width, 3, clamp=config.clamp or None, backend=backend)
         self.fc = FullyConnected(width * 16, width, act="lrelu", backend=backend)
@@ -188,10 +197,10 @@ class Discriminator(nn.Module):
         if list(patches.shape[1:]) != expected:
             raise ValueError(f"Discriminator: patches must have shape {['B', *expected]}, got {list(patches.shape)}")
         condition = [label] if self.label_dim else []
-        code = None
-        if self.config.modulate != "none":
+        sigmas = [None] * len(self.resolutions)
+        if self.affines is not None:
             encoded = self.patch_encoder(torch.cat([patch_scale[:, None], patch_offset], dim=1))
-            code = self.hypernetwork(None, encoded)
+            sigmas = self.affines(self.hypernetwork(None, encoded), modulation_of)
             condition.append(encoded)
         if self.config.camera_conditioning:
             features = self.camera_encoder(camera_numbers(angles))
@@ -200,8 +209,8 @@ class Discriminator(nn.Module):
         # A GPU's convolutions want channels last; told once, they copy nothing on the way.
         x = patches.contiguous(memory_format=torch.channels_last) if patches.is_cuda else patches
         halves = self.half_resolutions if x.device.type in self.half_on else ()
-        for res in self.resolutions:
-            x = getattr(self, f"b{res}")(x.to(self.half_dtype if res in halves else patches.dtype), code)
+        for res, sigma in zip(self.resolutions, sigmas, strict=True):
+            x = getattr(self, f"b{res}")(x.to(self.half_dtype if res in halves else patches.dtype), sigma)
         x = minibatch_std(x.to(patches.dtype), self.config.minibatch_std_group, parts)
         x = self.out(self.fc(self.conv(x).flatten(1)))
         if self.head is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,34 @@ CLAMP = 256.0  # activations are clamped to this, in fp32 too
 def channels_at(resolution: int, channel_base: int, channel_max: int) -> int:
     """min(channel_base / resolution, channel_max)."""
     return max(1, min(channel_base // resolution, channel_max))
+
+
+class Scaled:
+    """A parameter of a layer times a factor, or that of several layers, of one shape, in one tensor [n, *shape].
+
+    Args:
+        layers: Which own the parameters: nothing here is saved or learned.
+        name: Of the parameter.
+        factor: Of all of them.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], name: str, factor: float) -> None:
+        self.layers, self.name, self.factor = list(layers), name, factor
+        self.elsewhere = False  # whether another one holds the same parameter, for `scaled_once`
+        self.kept: Tensor | None = None  # while `scaled_once` has it
+
+    def parameters(self) -> list[Tensor]:
+        return [getattr(layer, self.name) for layer in self.layers]
+
+    def together(self) -> Tensor:
+        """The parameters without the factor."""
+        parameters = self.parameters()
+        return parameters[0] if len(parameters) == 1 else torch.stack(parameters)
+
+    def __call__(self) -> Tensor:
+        if self.kept is not None:
+            return self.kept
+        return self.together() if self.factor == 1 else self.together() * self.factor
 
 
 class FullyConnected(nn.Module):
@@ -44,6 +72,8 @@ class FullyConnected(nn.Module):
         self.lr_multiplier = lr_multiplier
         self.weight = nn.Parameter(torch.randn(n_out, n_in) / lr_multiplier)
         self.bias = nn.Parameter(torch.full((n_out,), bias_init / lr_multiplier))
+        self.scaled_weight = Scaled([self], "weight", self.factor)
+        self.scaled_bias = Scaled([self], "bias", lr_multiplier)
 
     @property
     def factor(self) -> float:
@@ -52,15 +82,63 @@ class FullyConnected(nn.Module):
 
     def effective(self) -> tuple[Tensor, Tensor]:
         """Weight [n_out, n_in] and bias [n_out] with the equalized learning rate folded in."""
-        return self.weight * self.factor, self.bias * self.lr_multiplier
+        return self.scaled_weight(), self.scaled_bias()
 
     def forward(self, x: Tensor) -> Tensor:  # [B, n_in] -> [B, n_out]
-        # As `effective` has it, the factor applied inside of the product: the weight is not copied.
-        bias = self.bias if self.lr_multiplier == 1 else self.bias * self.lr_multiplier
+        weight, factor, bias = self.scaled_weight.kept, 1.0, self.scaled_bias()
+        if weight is None:  # the factor is applied inside of the product: the weight is not copied
+            weight, factor = self.weight, self.factor
         if self.act == "linear":
-            return torch.addmm(bias, x, self.weight.t(), alpha=self.factor)
-        y = (x * self.factor) @ self.weight.t()
+            return torch.addmm(bias, x, weight.t(), alpha=factor)
+        y = (x if factor == 1 else x * factor) @ weight.t()
         return ops.bias_act(y, bias, act=self.act, backend=self.backend)
+
+
+class Affines(nn.Module):
+    """Linear layers that read vectors of one width, all at once: one product for those of equal output width.
+
+    Args:
+        layers: Without activation, of one learning-rate multiplier. They stay where they are: this has no parameters.
+    """
+
+    def __init__(self, layers: Sequence[FullyConnected]) -> None:
+        super().__init__()
+        groups: dict[int, list[int]] = {}
+        for place, layer in enumerate(layers):
+            groups.setdefault(layer.weight.shape[0], []).append(place)
+            layer.scaled_weight.elsewhere = layer.scaled_bias.elsewhere = True
+        self.groups = list(groups.values())  # of places
+        self.weights, self.biases = [], []
+        for group in self.groups:
+            members = [layers[place] for place in group]
+            self.weights.append(Scaled(members, "weight", members[0].factor))
+            self.biases.append(Scaled(members, "bias", members[0].lr_multiplier))
+
+    @property
+    def order(self) -> list[int]:
+        """The places of the layers, group by group."""
+        return [place for group in self.groups for place in group]
+
+    def forward(self, x: Tensor, then: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
+        """What each layer gives, [B, n_out], in the order that they came in.
+
+        Args:
+            x: [B, n_in], the same for all, or [n, B, n_in], one for each, in `order`.
+            then: A function of single numbers that is applied to what comes out.
+        """
+        results: list[Tensor] = [x] * sum(map(len, self.groups))
+        first = 0
+        for group, weight, bias in zip(self.groups, self.weights, self.biases, strict=True):
+            count, (weight, bias) = len(group), (weight(), bias())
+            given = x[first : first + count] if x.ndim == 3 else x.expand(count, -1, -1)
+            first += count
+            if count == 1:
+                weight, bias = weight[None], bias[None]
+            y = torch.baddbmm(bias[:, None], given, weight.transpose(1, 2))
+            y = y if then is None else then(y)
+            for place, vectors in zip(group, y.unbind(0), strict=True):
+                results[place] = vectors
+        return results
 
 
 class Conv2d(nn.Module):
@@ -94,8 +172,7 @@ class Conv2d(nn.Module):
         self.gain = gain * (math.sqrt(2) if act == "lrelu" else 1.0)
         self.clamp = None if clamp is None else clamp * gain
         self.weight = nn.Parameter(torch.randn(c_out, c_in, kernel_size, kernel_size))
-        self.divisor = math.sqrt(c_in * kernel_size * kernel_size)
-        self.scaled: Tensor | None = None  # weight / divisor, while `scaled_once` has it
+        self.scaled_weight = Scaled([self], "weight", 1 / math.sqrt(c_in * kernel_size * kernel_size))
         self.bias = nn.Parameter(torch.zeros(c_out)) if bias else None
         self.register_buffer("low_pass", torch.tensor(LOW_PASS), persistent=False)
 
@@ -106,7 +183,7 @@ class Conv2d(nn.Module):
             out_scale: [B, c_out], multiplies what the convolution gives.
             next_scale: [B, c_out], multiplies what comes out, in the same pass: it modulates the next input.
         """
-        weight = (self.weight / self.divisor if self.scaled is None else self.scaled).to(x.dtype)
+        weight = self.scaled_weight().to(x.dtype)
         x = ops.conv2d_resample(x, weight, kernel=self.low_pass, down=self.down, backend=self.backend)
         if out_scale is None and next_scale is None:
             return ops.bias_act(x, self.bias, act=self.act, gain=self.gain, clamp=self.clamp, backend=self.backend)
@@ -124,31 +201,45 @@ class Conv2d(nn.Module):
 
 
 @contextlib.contextmanager
-def scaled_once(module: nn.Module) -> Iterator[dict[int, Tensor]]:
-    """The weights of a module's convolutions are scaled here, once for all calls inside of the block, in one launch.
+def scaled_once(*modules: nn.Module) -> Iterator[dict[int, Tensor]]:
+    """The parameters of layers are scaled here, once for all calls inside of the block, in one launch.
 
-    Gradients of `backward()` arrive at the scaled weights. At the end of the block each weight's `grad`, which must be
-    None before, is made of its own.
+    Gradients of `backward()` arrive at the scaled ones. At the end of the block the `grad` of each parameter, which
+    must be None before, is made of them.
 
     Yields:
-        id(weight) -> the leaf that stands for it.
+        id(parameter) -> the leaf that stands for it, maybe for others, too.
     """
-    convolutions = [part for part in module.modules() if isinstance(part, Conv2d)]
-    divisors = [conv.divisor for conv in convolutions]
+    parts = [part for module in modules for owner in module.modules() for part in _scaled_of(owner)]
+    parts = [part for part in parts if not part.elsewhere and (part.factor != 1 or len(part.layers) > 1)]
     with torch.no_grad():
-        scaled = torch._foreach_div([conv.weight for conv in convolutions], divisors)
-    for conv, weight in zip(convolutions, scaled, strict=True):
-        conv.scaled = weight.requires_grad_(conv.weight.requires_grad)
+        kept = torch._foreach_mul([part.together() for part in parts], [part.factor for part in parts])
+    for part, leaf in zip(parts, kept, strict=True):
+        part.kept = leaf.requires_grad_(any(parameter.requires_grad for parameter in part.parameters()))
     try:
-        yield {id(conv.weight): conv.scaled for conv in convolutions}
+        yield {id(parameter): part.kept for part in parts for parameter in part.parameters()}
     finally:
-        for conv in convolutions:
-            conv.scaled = None
-    learning = [i for i, weight in enumerate(scaled) if weight.grad is not None]
+        for part in parts:
+            part.kept = None
+    learning, grads, factors = [], [], []
+    for part, leaf in zip(parts, kept, strict=True):
+        if leaf.grad is not None:
+            own = part.parameters()
+            learning += own
+            grads += [leaf.grad] if len(own) == 1 else leaf.grad.unbind(0)
+            factors += [part.factor] * len(own)
     if learning:
-        grads = torch._foreach_div([scaled[i].grad for i in learning], [divisors[i] for i in learning])
-        for i, grad in zip(learning, grads, strict=True):
-            convolutions[i].weight.grad = grad
+        for parameter, grad in zip(learning, torch._foreach_mul(grads, factors), strict=True):
+            if parameter.requires_grad:
+                parameter.grad = grad
+
+
+def _scaled_of(owner: nn.Module) -> Iterator[Scaled]:
+    """What a module itself holds."""
+    for value in vars(owner).values():
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, Scaled):
+                yield one
 
 
 class ScalarEncoder(nn.Module):

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops.backends import resolve
-from .layers import CLAMP, LOW_PASS, FullyConnected, channels_at
+from .layers import CLAMP, LOW_PASS, Affines, FullyConnected, Scaled, channels_at
 from .region import Level, Plan, Region, plan
 
 NOISE_MODES = ("random", "const", "none")
+SUMMED = 4096  # pixels, about, that one part of a weight's gradient is summed over on a GPU
 
 
 class SynthesisLayer(nn.Module):
@@ -54,10 +55,9 @@ class SynthesisLayer(nn.Module):
             return self.noise_const
         return ops.cut(self.noise_const.expand(len(x), 1, -1, -1), first, size, backend=self.cut_backend)
 
-    def modulation(self, w: Tensor, dtype: torch.dtype) -> ops.Modulation:
-        """Weight, style and demodulation coefficients for style vectors w [B, w_dim]."""
-        affine = self.affine.weight, self.affine.bias, self.affine.factor
-        return ops.modulation(self.weight, w, dtype, affine=affine, backend=self.backend)
+    def modulation(self, style: Tensor, dtype: torch.dtype) -> ops.Modulation:
+        """Weight, style and demodulation coefficients for styles [B, c_in]."""
+        return ops.modulation(self.weight, style, dtype, backend=self.backend)
 
     def forward(self, x: Tensor, w: Tensor, noise_mode: str = "random", first: Tensor | None = None) -> Tensor:
         """`first` [B, 2] is the first texel of what comes out, where x is a part of its level."""
@@ -120,12 +120,52 @@ class ToPlanes(nn.Module):
             x, self.weight, style, demodulate=False, bias=self.bias, clamp=self.clamp, backend=self.backend
         )
 
-    def product(self, x: Tensor, w: Tensor) -> Tensor:
-        """`forward` without bias and clamp, as one matrix product for every image: x is read, and never scaled."""
-        style = self.affine(w) / math.sqrt(self.weight.shape[1])
-        weight = (self.weight.flatten(1) * style[:, None]).to(x.dtype)  # [B, c_out, c_in]
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """`forward` without bias and clamp, as one matrix product for every image: x is read, and never scaled.
+
+        Args:
+            weight: [B, c_out, c_in], the style in it.
+        """
         pixels = x.permute(0, 2, 3, 1).flatten(1, 2)  # [B, H*W, c_in], a view of channels_last memory
-        return (pixels @ weight.transpose(1, 2)).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+        parts = parts_of(pixels.shape[1]) if x.is_cuda else 1
+        y = product_of_pixels(pixels, weight.to(x.dtype), parts)
+        return y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+
+
+def parts_of(pixels: int) -> int:
+    """How many equal parts of about `SUMMED` an image's pixels have; 1 where there is no such number."""
+    least = -(-pixels // SUMMED)
+    return next((parts for parts in range(least, 4 * least + 1) if pixels % parts == 0), 1)
+
+
+def product_of_pixels(pixels: Tensor, weight: Tensor, parts: int = 1) -> Tensor:
+    """pixels [B, N, C] weight^T [B, C, O] -> [B, N, O].
+
+    The gradient of the weight is a sum over N, hundreds of thousands of pixels, for few numbers: on a GPU a few blocks
+    would add them one after the other. In `parts` equal parts it is as many products at once, whose results are added.
+    """
+    return torch.bmm(pixels, weight.mT) if parts == 1 else _ProductOfPixels.apply(pixels, weight, parts)
+
+
+class _ProductOfPixels(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pixels: Tensor, weight: Tensor, parts: int) -> Tensor:
+        ctx.save_for_backward(pixels, weight)
+        ctx.parts = parts
+        return torch.bmm(pixels, weight.mT)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """Of torch's operations, which have further derivatives."""
+        pixels, weight = ctx.saved_tensors
+        grad_pixels = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_pixels = torch.bmm(grad, weight)
+        if ctx.needs_input_grad[1]:
+            left, right = (x.unflatten(1, (ctx.parts, -1)).flatten(0, 1) for x in (grad, pixels))
+            sums = torch.bmm(left.mT, right).unflatten(0, (-1, ctx.parts))  # [B, parts, O, C]
+            grad_weight = sums.sum(dim=1)
+        return grad_pixels, grad_weight, None
 
 
 class SynthesisBlock(nn.Module):
@@ -188,8 +228,8 @@ class SynthesisBlock(nn.Module):
         self,
         x: Tensor | None,
         planes: Tensor | None,
-        ws: Sequence[Tensor],
         modulations: Sequence[ops.Modulation],
+        weight: Tensor,
         next_style: Tensor | None,
         noise_mode: str,
         level: Level | None = None,
@@ -198,6 +238,7 @@ class SynthesisBlock(nn.Module):
 
         Args:
             modulations: Of conv0 and conv1.
+            weight: Of the layer that adds to the planes, see `ToPlanes.product`.
             next_style: Of the next block's conv0; None at the last one, which hands no x on.
         """
         last = modulations[-1]
@@ -212,15 +253,15 @@ class SynthesisBlock(nn.Module):
             x = ops.cut(x, level.between, level.size, backend=self.cut_backend)
         styles, first = (None,) if next_style is None else (None, next_style), None if level is None else level.first
         y, *following = self.conv1.chained(x, last, noise_mode, styles, first)
-        product, bias = self.to_planes.product(y, ws[self.num_convs]), self.to_planes.bias
+        product, bias = self.to_planes.product(y, weight), self.to_planes.bias
         if planes is None:
-            planes = ops.bias_act(product, bias, clamp=self.clamp, backend=self.backend).to(ws[0].dtype)
+            planes = ops.bias_act(product, bias, clamp=self.clamp, backend=self.backend).to(weight.dtype)
         elif level is None:
             if product.dtype == torch.bfloat16:  # which the kernels add to no sum
                 product = product.to(planes.dtype)
             planes = self.upsample(planes, added=product, bias=bias, clamp=self.clamp)
         else:
-            added = ops.bias_act(product, bias, clamp=self.clamp, backend=self.backend).to(ws[0].dtype)
+            added = ops.bias_act(product, bias, clamp=self.clamp, backend=self.backend).to(weight.dtype)
             planes = self.upsample(planes, level) + added
         return following[0] if following else None, planes
 
@@ -277,6 +318,18 @@ class Synthesis(nn.Module):
             c_in = c_out
         # Every convolution has a style vector; a to-planes layer shares the next one, and the last has its own.
         self.num_ws = 2 * len(self.resolutions)
+        blocks = [getattr(self, f"b{res}") for res in self.resolutions]
+        # The styles of all layers come from one product for each width, those of the convolutions first.
+        convs = [conv for block in blocks for conv in block.convs()]
+        to_planes = [block.to_planes for block in blocks]
+        self.affines = Affines([layer.affine for layer in (*convs, *to_planes)])
+        which = [*range(len(convs)), *range(1, self.num_ws, 2)]  # style vector of each
+        rows = torch.tensor([which[place] for place in self.affines.order])
+        self.register_buffer("rows", rows, persistent=False)
+        self.plane_weights = [
+            Scaled(list(layers), "weight", 1 / math.sqrt(width))
+            for width, layers in itertools.groupby(to_planes, key=lambda layer: layer.weight.shape[1])
+        ]
 
     def forward(self, ws: Tensor, noise_mode: str = "random") -> Tensor:
         """ws [B, num_ws, w_dim] -> planes [B, 3*C, H, W], channels_last, dtype of ws."""
@@ -301,22 +354,28 @@ class Synthesis(nn.Module):
         blocks = [getattr(self, f"b{res}") for res in self.resolutions]
         halves = self.half_resolutions if ws.device.type in self.half_on else ()
         dtypes = [self.half_dtype if res in halves else ws.dtype for res in self.resolutions]
-        firsts = itertools.accumulate((block.num_convs for block in blocks[:-1]), initial=0)
-        every = ws.unbind(1)  # whose gradients are stacked once; those of slices would be padded and added, one by one
-        vectors = [every[i : i + block.num_convs + 1] for i, block in zip(firsts, blocks, strict=True)]
         x = planes = None
         if resolve("modulated_conv2d", self.backend, ws.device.type) == "reference":
+            firsts = itertools.accumulate((block.num_convs for block in blocks[:-1]), initial=0)
+            every = ws.unbind(1)
+            vectors = [every[i : i + block.num_convs + 1] for i, block in zip(firsts, blocks, strict=True)]
             for res, block, block_ws, dtype in zip(self.resolutions, blocks, vectors, dtypes, strict=True):
                 x, planes = block(x, planes, block_ws, dtype, noise_mode, levels.get(res))
         else:
+            styles = iter(self.affines(ws.index_select(1, self.rows).transpose(0, 1)))
             modulations = [
-                [conv.modulation(block_ws[i], dtype) for i, conv in enumerate(block.convs())]
-                for block, block_ws, dtype in zip(blocks, vectors, dtypes, strict=True)
+                [conv.modulation(next(styles), dtype) for conv in block.convs()]
+                for block, dtype in zip(blocks, dtypes, strict=True)
+            ]
+            weights = [
+                (weight[..., 0, 0] * next(styles)[:, None])  # [B, 3*C, c_in]
+                for part in self.plane_weights
+                for weight in (part() if len(part.layers) > 1 else part()[None])
             ]
             next_styles = [first.style for first, *_ in modulations[1:]] + [None]
             for i, block in enumerate(blocks):
                 if x is not None:
                     x = x.to(dtypes[i])
                 level = levels.get(self.resolutions[i])
-                x, planes = block.chained(x, planes, vectors[i], modulations[i], next_styles[i], noise_mode, level)
+                x, planes = block.chained(x, planes, modulations[i], weights[i], next_styles[i], noise_mode, level)
         return planes.contiguous(memory_format=torch.channels_last)

@@ -15,14 +15,9 @@ from .composite import Composite, composite
 from .cut import cut
 from .decode_triplane import decode_triplane, decode_triplane_coarse_to_fine, decode_triplane_rays
 from .draws import draw_seed
-from .modulated_conv2d import (
-    Modulation,
-    conv2d_resample,
-    layer_epilogue,
-    modulated_conv2d,
-    modulated_layer,
-    modulation,
-)
+from .layer_epilogue import layer_epilogue
+from .modulated_conv2d import conv2d_resample, modulated_conv2d, modulated_layer
+from .modulation import Modulation, modulation
 from .sample_importance import invert_cdf, sample_importance, sample_stratified
 from .sample_triplane import PlaneRegion, sample_triplane
 from .upfirdn2d import upfirdn2d

@@ -25,6 +25,7 @@ OPS = (
     "upfirdn2d",
     "modulated_conv2d",
 )
+PARTS = ("modulation", "layer_epilogue")  # have files of their own, and the backends of modulated_conv2d
 BACKENDS = ("reference", "torch", "triton", "cuda", "cpu")
 RUN_BACKENDS = ("auto", "gpu", *BACKENDS)  # what a run may name, see `choose`
 

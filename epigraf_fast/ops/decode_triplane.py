@@ -17,16 +17,13 @@ from ..reference.sample_triplane import PlaneRegion
 from . import decode_triplane_cpu, library
 from .backends import resolve, served
 from .checks import (
-    TRITON_DTYPES,
     check_choice,
-    check_dtype,
-    check_no_gradient,
-    check_planes,
+    check_network,
     check_positive,
     check_region,
     check_shape,
     check_together,
-    check_triton_planes,
+    check_triton_network,
     checked_resample,
     no_second_derivative,
     resolve_deterministic,
@@ -35,30 +32,6 @@ from .ranges import annotate
 from .sample_triplane import as_region, is_unordered, sample_triplane_cpu
 
 PRECISIONS = ("fp32", "tf32", "fp16")
-
-
-def _check_network(op: str, planes: Tensor, w0: Tensor, b0: Tensor, w1: Tensor, b1: Tensor) -> None:
-    check_planes(op, planes)
-    check_shape(op, "w0", w0, ("hidden", planes.shape[1] // 3))
-    check_shape(op, "b0", b0, (w0.shape[0],))
-    check_shape(op, "w1", w1, ("out", w0.shape[0]))
-    check_shape(op, "b1", b1, (w1.shape[0],))
-
-
-def _check_triton(op: str, planes: Tensor, network: dict[str, Tensor], points: dict[str, Tensor]) -> None:
-    """What the Triton kernels ask for beyond the op: dtypes, sizes that fit registers, and no gradient to points."""
-    check_triton_planes(op, planes)
-    because = 'backend is "triton"'
-    for name, x in network.items():
-        check_dtype(op, name, x, TRITON_DTYPES, because)
-    for name, x in points.items():
-        check_dtype(op, name, x, (torch.float32,), because)
-    out, hidden = network["w1"].shape
-    if not 16 <= hidden <= 128:
-        raise ValueError(f"{op}: w0 must have 16 to 128 rows, hidden units (because {because}), got {hidden}")
-    if not 2 <= out <= 16:
-        raise ValueError(f"{op}: w1 must have 2 to 16 rows, outputs (because {because}), got {out}")
-    check_no_gradient(op, **points)
 
 
 def _chosen(
@@ -70,7 +43,7 @@ def _chosen(
         return "reference"
 
     def check() -> None:
-        _check_triton(op, planes, network, points)
+        check_triton_network(op, planes, network, points)
 
     return served("decode_triplane", backend, planes.device.type, check)
 
@@ -115,7 +88,7 @@ def decode_triplane(
         NotImplementedError: triton: a gradient to points, or a second derivative, is asked for.
     """
     check_together("decode_triplane", planes=planes, points=points, w0=w0, b0=b0, w1=w1, b1=b1)
-    _check_network("decode_triplane", planes, w0, b0, w1, b1)
+    check_network("decode_triplane", planes, w0, b0, w1, b1)
     check_shape("decode_triplane", "points", points, (planes.shape[0], "N", 3))
     check_choice("decode_triplane", "precision", precision, PRECISIONS)
     check_region("decode_triplane", region, planes)
@@ -268,7 +241,7 @@ def check_rays(
     rays = dict(zip(("ray_origins", "ray_directions", "t"), rays, strict=True))
     network = dict(zip(("w0", "b0", "w1", "b1"), network, strict=True))
     check_together(op, planes=planes, **rays, **network)
-    _check_network(op, planes, **network)
+    check_network(op, planes, **network)
     check_region(op, region, planes)
     check_shape(op, "ray_origins", rays["ray_origins"], (planes.shape[0], "R", 3))
     check_shape(op, "ray_directions", rays["ray_directions"], tuple(rays["ray_origins"].shape))

@@ -1,72 +1,156 @@
-"""The kernels of `layer_epilogue` and their derivatives; the public function is in `modulated_conv2d`."""
+"""What follows the convolution of a modulated layer: blur, demodulation, noise, bias and activation in one pass."""
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..reference.modulated_conv2d import layer_epilogue as _reference
+from ..reference.bias_act import ACTIVATIONS
+from ..reference.layer_epilogue import layer_epilogue as _reference
 from . import library, native
-from .upfirdn2d import upfirdn2d
-
-SLOPES = {"linear": 1.0, "lrelu": 0.2}  # the activations, by their slope on the left
-
-
-class Epilogue(NamedTuple):
-    slope: float
-    gain: float
-    clamp: float
-    outputs: int
-    keep_x: bool  # for the backward; else, on a GPU, the outputs are kept
-
-    def for_launch(self, y: Tensor, noise: Tensor | None) -> tuple[Any, ...]:
-        """What follows the tensors in a launch; y is like an output."""
-        batch, channels, height, width = y.shape
-        stride = height * width if noise is not None and len(noise) == batch else 0
-        numbers = self.slope, self.gain, self.clamp
-        return native.DTYPES[y.dtype], _is_channels_last(y), *numbers, batch, channels, height, width, stride
+from .backends import resolve
+from .checks import check_broadcast, check_choice, check_clamp, check_dtype, check_gain, check_shape, check_together
+from .layer_epilogue_derivatives import (
+    SETTINGS,
+    SLOPES,
+    VECTORS,
+    Epilogue,
+    LayerEpilogueBackward,
+    blurred,
+    by_reference,
+    dense,
+    is_channels_last,
+    recovered,
+)
 
 
-def _is_channels_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last)
+def resolve_with_filter(op: str, backend: str | None, device_type: str, kernel: Tensor | None) -> str:
+    """The backend that a call gets: the reference where a gradient to the low-pass filter is asked for."""
+    chosen = resolve("modulated_conv2d", backend, device_type)
+    if kernel is None or not (kernel.requires_grad and torch.is_grad_enabled()) or chosen == "reference":
+        return chosen
+    if backend is not None and library.route(kernel) is not library.REFERENCE:
+        raise NotImplementedError(
+            f'{op}: backend "{backend}" has no gradient to the low-pass filter; use backend="reference", or detach it'
+        )
+    return "reference"
 
 
-def _outputs(x: Tensor, blur: Tensor | None) -> Tensor:
+def layer_epilogue(
+    x: Tensor,
+    *,
+    blur: Tensor | None = None,
+    demod: Tensor | None = None,
+    noise: Tensor | None = None,
+    strength: Tensor | None = None,
+    bias: Tensor | None = None,
+    styles: Sequence[Tensor | None] = (None,),
+    act: str = "linear",
+    gain: float | None = None,
+    clamp: float | None = None,
+    keep_x: bool = True,
+    backend: str | None = None,
+) -> tuple[Tensor, ...]:
+    """y = clamp(gain act(demod[b, c] blur(x) + noise strength + bias[c])) times every style: one read, one write each.
+
+    Args:
+        x: [B, C, H, W], contiguous or channels_last (else it is copied); with `blur` [B, C, H+1, W+1].
+        blur: [4], sum 1: x is padded by 1 and convolved with its outer product, times 4, as upsampling by 2 ends.
+        demod: [B, C].
+        noise: Broadcasts to [B, 1, H, W].
+        strength: One number that multiplies the noise.
+        bias: [C].
+        styles: One or two; an output is y times style [B, C] (the next convolution's input), or y for None.
+        act: linear, or lrelu (slope 0.2).
+        gain, clamp: See `bias_act`.
+        keep_x: False lets the backward on a GPU take what it needs of x from the outputs, so that x need not be kept.
+            A demod or style of exactly 0 then has gradient 0, and what is at the clamp counts as clipped.
+
+    Returns:
+        One [B, C, H, W] for every style, dtype and memory layout of x.
+
+    Derivatives: reference any order; cpu and cuda the second, sums over pixels in one fixed order.
+
+    Raises:
+        ValueError, TypeError: Wrong ranks, shapes, dtypes, devices or activation; a clamp that is not positive; unknown
+            or missing backend.
+        NotImplementedError: cpu, cuda: a third derivative is asked for.
+    """
+    op = "layer_epilogue"
+    if len(styles) not in (1, 2):
+        raise ValueError(f"{op}: styles must be one or two, got {len(styles)}")
+    of_styles = {f"styles[{k}]": style for k, style in enumerate(styles)}
+    check_together(op, x=x, blur=blur, demod=demod, noise=noise, strength=strength, bias=bias, **of_styles)
+    check_shape(op, "x", x, ("B", "C", "H", "W"))
+    batch, channels, height, width = x.shape
+    if blur is not None:
+        check_shape(op, "blur", blur, (4,))
+        if height < 2 or width < 2:
+            raise ValueError(f"{op}: x must have at least 2 rows and columns (because it is blurred), got {[*x.shape]}")
+        height, width = height - 1, width - 1
+    for name, vector in (("demod", demod), *of_styles.items()):
+        if vector is not None:
+            check_shape(op, name, vector, (batch, channels))
+    if noise is not None:
+        check_broadcast(op, "noise", noise, (batch, 1, height, width))
+    if strength is not None:
+        check_shape(op, "strength", strength, ())
+    if bias is not None:
+        check_shape(op, "bias", bias, (channels,))
+    check_choice(op, "act", act, tuple(SLOPES))
+    check_gain(op, gain)
+    clamp = check_clamp(op, clamp)
+    chosen = resolve_with_filter(op, backend, x.device.type, blur)
+    route = library.route(x, blur, demod, noise, strength, bias, *styles)
+    if "reference" in (chosen, route):
+        return _reference(
+            x,
+            blur=blur,
+            demod=demod,
+            noise=noise,
+            strength=strength,
+            bias=bias,
+            styles=styles,
+            act=act,
+            gain=gain,
+            clamp=clamp,
+        )
+    check_dtype(op, "x", x, tuple(native.DTYPES), f'backend is "{chosen}"')
+    dtype = native.compute_dtype(x.dtype)
+    if noise is None:
+        strength = None
+    else:
+        shape = (1,) * (4 - noise.ndim) + tuple(noise.shape)
+        noise = noise.reshape(shape[0], *shape[2:]).expand(-1, height, width)  # [1 or B, H, W]
+    vectors = [None if v is None else v.to(dtype) for v in (blur, demod, bias, noise, strength, *styles)]
+    settings = Epilogue(
+        slope=SLOPES[act],
+        gain=ACTIVATIONS[act][1] if gain is None else float(gain),
+        clamp=math.inf if clamp is None else float(clamp),
+        outputs=len(styles),
+        keep_x=bool(keep_x),
+    )
+    if len(styles) == 1:
+        vectors.append(None)
+    return library.call(route, _LayerEpilogue, x, *vectors, settings)[: len(styles)]
+
+
+def like_output(x: Tensor, blur: Tensor | None) -> Tensor:
     """Memory for an output, in the layout of x."""
     if blur is None:
         return torch.empty_like(x)
-    layout = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
+    layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
     batch, channels, height, width = x.shape
     size = batch, channels, height - 1, width - 1
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
-def _input(y: Tensor, blur: Tensor | None) -> Tensor:
-    """Memory for what is like x, in the layout of y, which is like an output."""
-    if blur is None:
-        return torch.empty_like(y)
-    layout = torch.channels_last if _is_channels_last(y) else torch.contiguous_format
-    batch, channels, height, width = y.shape
-    size = batch, channels, height + 1, width + 1
-    return torch.empty(size, dtype=y.dtype, device=y.device, memory_format=layout)
-
-
-def _dense(x: Tensor) -> Tensor:
-    """x in a layout that the launchers read: on a GPU in channels_last alone."""
-    return x.contiguous(memory_format=torch.channels_last) if native.on_gpu(x) else native.dense(x)
-
-
-_VECTORS = "Tensor? demod, Tensor? bias, Tensor? noise, Tensor? strength, Tensor? style0, Tensor? style1"
-_SETTINGS = "float slope, float gain, float clamp, int outputs, bool keep_x"
-
-
-@library.register(f"layer_epilogue(Tensor x, Tensor? blur, {_VECTORS}, {_SETTINGS}) -> (Tensor, Tensor)")
-class LayerEpilogue:
+@library.register(f"layer_epilogue(Tensor x, Tensor? blur, {VECTORS}, {SETTINGS}) -> (Tensor, Tensor)")
+class _LayerEpilogue:
     """Vectors and noise ([1 or B, H, W]) have the dtype that is computed in; the second output may be None."""
 
     Settings = Epilogue
@@ -75,36 +159,21 @@ class LayerEpilogue:
     @staticmethod
     def ready(x: Tensor, *args: Any) -> tuple[Any, ...]:
         *vectors, settings = args
-        return _dense(x), *native.contiguous(*vectors), settings
+        return dense(x), *native.contiguous(*vectors), settings
 
     @staticmethod
     def empty(x: Tensor, blur: Tensor | None, *args: Any) -> tuple[Tensor, Tensor | None]:
-        return _outputs(x, blur), _outputs(x, blur) if args[-1].outputs == 2 else None
+        return like_output(x, blur), like_output(x, blur) if args[-1].outputs == 2 else None
 
     @staticmethod
     def run(x: Tensor, blur: Tensor | None, *args: Any) -> tuple[Tensor, Tensor | None]:
         demod, bias, noise, strength, style0, style1, settings = args
-        outputs = LayerEpilogue.empty(x, blur, settings)
+        outputs = _LayerEpilogue.empty(x, blur, settings)
         sizes = settings.for_launch(outputs[0], noise)
         native.launch("layer_epilogue_fwd", (x, blur, demod, bias, noise, strength, style0, style1, *outputs), *sizes)
         return outputs
 
-    @staticmethod
-    def reference(x: Tensor, blur: Tensor | None, *args: Any) -> tuple[Tensor, Tensor | None]:
-        demod, bias, noise, strength, *styles, settings = args
-        outputs = _reference(
-            x,
-            blur=blur,
-            demod=demod,
-            noise=None if noise is None else noise[:, None],
-            strength=strength,
-            bias=bias,
-            styles=styles[: settings.outputs],
-            act="linear" if settings.slope == SLOPES["linear"] else "lrelu",
-            gain=settings.gain,
-            clamp=None if settings.clamp == math.inf else settings.clamp,
-        )
-        return outputs[0], outputs[1] if settings.outputs == 2 else None
+    reference = staticmethod(by_reference)
 
     @staticmethod
     def keep(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor | None]) -> None:
@@ -134,272 +203,16 @@ class LayerEpilogue:
         vectors = demod, bias, noise, strength, *of_styles
         again, dtype = x is None and torch.is_grad_enabled(), grads[0].dtype
         if again:  # x as a function of the outputs: differentiable, where the kernel that reads them is not
-            x = _recovered(outputs, *vectors, ctx.settings)
+            x = recovered(outputs, *vectors, ctx.settings)
             grads = [None if grad is None else grad.to(x.dtype) for grad in grads]
             blur, kernel, outputs = None, blur, (None, None)
         needs = ctx.needs_input_grad[:8]
-        result = library.apply(_LayerEpilogueBackward, *grads, x, blur, *vectors, *outputs, ctx.settings, needs)
+        result = library.apply(LayerEpilogueBackward, *grads, x, blur, *vectors, *outputs, ctx.settings, needs)
         grad_x = result[0]
         if again:
-            grad_x = grad_x if kernel is None else _blur(grad_x, kernel, adjoint=True)
+            grad_x = grad_x if kernel is None else blurred(grad_x, kernel, adjoint=True)
             grad_x = grad_x.to(dtype)
         grad_styles = [None, None]
         for k, grad in zip(present, result[5:], strict=False):
             grad_styles[k] = grad
         return grad_x, None, *result[1:5], *grad_styles, None
-
-
-def _recovered(
-    outputs: Sequence[Tensor | None],
-    demod: Tensor | None,
-    bias: Tensor | None,
-    noise: Tensor | None,
-    strength: Tensor | None,
-    style0: Tensor | None,
-    style1: Tensor | None,
-    settings: Epilogue,
-) -> Tensor:
-    """The blur(x), or x, of these outputs, in the dtype that is computed in; beyond the clamp where it was clipped."""
-    y = None
-    for out, style in zip(outputs, (style0, style1), strict=True):
-        if out is None:
-            continue
-        one = torch.ones((), dtype=native.compute_dtype(out.dtype), device=out.device)
-        style = one if style is None else style[:, :, None, None]
-        divided = out.to(one.dtype) / torch.where(style == 0, one, style)
-        at_clamp = out.abs() >= (settings.clamp * style.abs()).to(out.dtype)
-        if y is None:
-            y, size, clipped = divided, style.abs(), at_clamp
-        else:
-            y, clipped = torch.where(style.abs() > size, divided, y), torch.where(style.abs() > size, at_clamp, clipped)
-    u = y / settings.gain if settings.gain else y
-    u = torch.where(u > 0, u, u / settings.slope)
-    if settings.clamp < math.inf:
-        u = torch.where(clipped, 2 * u.detach(), u)
-    if noise is not None:
-        u = u - (noise if strength is None else strength * noise)[:, None]
-    if bias is not None:
-        u = u - bias[:, None, None]
-    if demod is not None:
-        u = u / torch.where(demod == 0, torch.ones_like(demod), demod)[:, :, None, None]
-    return u
-
-
-@library.register(
-    f"layer_epilogue_backward(Tensor grad0, Tensor? grad1, Tensor? x, Tensor? blur, {_VECTORS}, Tensor? out0, "
-    f"Tensor? out1, {_SETTINGS}, bool[8] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-class _LayerEpilogueBackward:
-    """The outputs that have a gradient come first, with their styles: themselves too where x is not there.
-
-    Gives no gradient to the blur.
-    """
-
-    Settings = Epilogue
-
-    @staticmethod
-    def ready(
-        grad0: Tensor, grad1: Tensor | None, x: Tensor | None, blur: Tensor | None, *args: Any
-    ) -> tuple[Any, ...]:
-        *vectors, out0, out1, settings, needs = args
-        x, out0, out1 = (None if tensor is None else _dense(tensor) for tensor in (x, out0, out1))
-        like = next(tensor for tensor in (x, out0, out1) if tensor is not None)
-        grad0, grad1 = (None if grad is None else _in_layout(grad, like) for grad in (grad0, grad1))
-        return grad0, grad1, x, blur, *native.contiguous(*vectors), out0, out1, settings, needs
-
-    @staticmethod
-    def empty(
-        grad0: Tensor, grad1: Tensor | None, x: Tensor | None, blur: Tensor | None, *args: Any
-    ) -> tuple[Tensor | None, ...]:
-        demod, bias, noise, strength, style0, style1, _, _, _, needs = args
-        of_styles = any(needs[6:8])
-        vectors = (
-            native.like(demod, needs[2]),
-            native.like(bias, needs[3]),
-            native.like(noise, needs[4]),
-            native.like(strength, needs[5]),
-        )
-        return (
-            _input(grad0, blur),
-            *vectors,
-            native.like(style0, of_styles),
-            native.like(style1, of_styles and grad1 is not None),
-        )
-
-    @staticmethod
-    def run(
-        grad0: Tensor, grad1: Tensor | None, x: Tensor | None, blur: Tensor | None, *args: Any
-    ) -> tuple[Tensor | None, ...]:
-        demod, bias, noise, strength, style0, style1, out0, out1, settings, needs = args
-        if x is not None and blur is not None and native.on_gpu(x):  # rare: the kernel with the blur reads outputs
-            grad_x, *vectors = _LayerEpilogueBackward.run(grad0, grad1, _blur(x, blur), None, *args)
-            return _blur(grad_x, blur, adjoint=True), *vectors
-        grad_x = _input(grad0, blur)
-        style1 = None if grad1 is None else style1
-        grads = _Sums(grad0, blur is not None, demod, bias, noise, strength, style0, style1, needs)
-        tensors = x, blur, demod, bias, noise, strength, style0, style1, out0, out1
-        sizes = settings.for_launch(grad0, noise)
-        native.launch("layer_epilogue_bwd", (*tensors, grad0, grad1, grad_x, *grads.for_launch()), *sizes)
-        grad_noise = grads.map
-        if grad_noise is not None:
-            grad_noise = grad_noise if strength is None else grad_noise * strength
-            grad_noise = grad_noise.sum(0, keepdim=True) if len(noise) == 1 else grad_noise
-        return grad_x, grads.demod, grads.bias, grad_noise, grads.strength, grads.style0, grads.style1
-
-    @staticmethod
-    def reference(grad0: Tensor, grad1: Tensor | None, *args: Any) -> tuple[Tensor | None, ...]:
-        *tensors, out0, out1, settings, _ = args
-        settings = settings._replace(outputs=1 if grad1 is None else 2)
-        x, blur, *vectors = tensors
-        if x is None:
-            tensors = _recovered((out0, out1), *vectors, settings).to(grad0.dtype), None, *vectors
-        function = functools.partial(_with_settings, LayerEpilogue.reference, settings)
-        grad_x, _, *vectors = library.pull_back(function, tensors, (grad0, grad1))
-        if x is None and blur is not None:
-            grad_x = _blur(grad_x, blur, adjoint=True, backend="reference")
-        return grad_x, *vectors
-
-    @staticmethod
-    def keep(ctx: Any, inputs: tuple[Any, ...], gradients: tuple[Tensor | None, ...]) -> None:
-        *tensors, _, _, ctx.settings, _ = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
-        if all(x is None for x in incoming):
-            return (None,) * 14
-        gradients = library.apply(_LayerEpilogueDoubleBackward, *incoming, *ctx.saved_tensors, ctx.settings)
-        return *gradients[:3], None, *gradients[3:], None, None, None, None
-
-
-def _with_settings(function: Callable[..., Any], settings: Any, *tensors: Tensor | None) -> Any:
-    return function(*tensors, settings)
-
-
-@library.register(
-    "layer_epilogue_double_backward(Tensor? dot_x, Tensor? dot_demod, Tensor? dot_bias, Tensor? dot_noise, "
-    "Tensor? dot_strength, Tensor? dot_style0, Tensor? dot_style1, Tensor grad0, Tensor? grad1, Tensor x, "
-    f"Tensor? blur, {_VECTORS}, {_SETTINGS}) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-class _LayerEpilogueDoubleBackward:
-    """With the blur, of which the second derivative is rare, x and its gradients are filtered by `upfirdn2d`."""
-
-    Settings = Epilogue
-
-    @staticmethod
-    def ready(*args: Any) -> tuple[Any, ...]:
-        dot_x, dot_demod, dot_bias, dot_noise, dot_strength, dot_style0, dot_style1, *rest = args
-        *tensors, settings = rest
-        *tensors, _, _, _, _ = _LayerEpilogueBackward.ready(*tensors, None, None, settings, None)
-        rest = *tensors, settings
-        dot_demod, dot_bias, dot_style0, dot_style1 = native.contiguous(dot_demod, dot_bias, dot_style0, dot_style1)
-        return dot_x, dot_demod, dot_bias, dot_noise, dot_strength, dot_style0, dot_style1, *rest
-
-    @staticmethod
-    def empty(*args: Any) -> tuple[Tensor | None, ...]:
-        grad0, grad1, x, _, demod, bias, noise, strength, style0, style1, _ = args[7:]
-        vectors = (native.like(v) for v in (demod, bias, noise, strength, style0))
-        return native.like(grad0), native.like(grad1), native.like(x), *vectors, native.like(style1, grad1 is not None)
-
-    @staticmethod
-    def run(*args: Any) -> tuple[Tensor | None, ...]:
-        dot_x, dot_demod, dot_bias, dot_noise, dot_strength, dot_style0, dot_style1, *rest = args
-        grad0, grad1, x, blur, demod, bias, noise, strength, style0, style1, settings = rest
-        if blur is not None:
-            x = _blur(x, blur)
-            dot_x = None if dot_x is None else _blur(dot_x, blur)
-        dot_x = None if dot_x is None else _in_layout(dot_x, x)
-        along_noise = None  # by how much strength noise changes, [B, H, W]
-        if dot_strength is not None:
-            along_noise = dot_strength * noise
-        if dot_noise is not None:
-            added = dot_noise if strength is None else dot_noise * strength
-            along_noise = added if along_noise is None else along_noise + added
-        if along_noise is not None:
-            along_noise = along_noise.expand(len(x), -1, -1).contiguous()
-        grad_grads = torch.empty_like(x), None if grad1 is None else torch.empty_like(x)
-        grad_x = torch.empty_like(x)
-        style1 = None if grad1 is None else style1
-        sums = _Sums(x, False, demod, bias, noise, strength, style0, style1, (True,) * 8)
-        gradient_map = None if along_noise is None else torch.empty_like(along_noise)
-        tensors = x, demod, bias, noise, strength, style0, style1, grad0, grad1
-        incoming = dot_x, dot_demod, dot_bias, along_noise, dot_style0, dot_style1
-        results = *grad_grads, grad_x, *sums.for_launch(gradient_map)
-        sizes = settings.for_launch(x, noise)
-        native.launch("layer_epilogue_double_bwd", (*tensors, *incoming, *results), *sizes)
-        grad_noise, grad_strength = sums.map, sums.strength
-        if grad_noise is not None:
-            if strength is not None:
-                grad_noise = grad_noise * strength
-            if dot_strength is not None:
-                grad_noise = grad_noise + dot_strength * gradient_map
-            if dot_noise is not None and strength is not None:
-                grad_strength = grad_strength + (gradient_map * dot_noise).sum()
-            grad_noise = grad_noise.sum(0, keepdim=True) if len(noise) == 1 else grad_noise
-        if blur is not None:
-            grad_x = _blur(grad_x, blur, adjoint=True)
-        vectors = sums.demod, sums.bias, grad_noise, grad_strength, sums.style0, sums.style1
-        return *grad_grads, grad_x, *vectors
-
-    @staticmethod
-    def reference(*args: Any) -> tuple[Tensor | None, ...]:
-        incoming, tensors, settings = args[:7], args[7:-1], args[-1]
-
-        def backward(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-            return _LayerEpilogueBackward.reference(*tensors, None, None, settings, None)
-
-        gradients = library.pull_back(backward, tensors, incoming)
-        return *gradients[:3], *gradients[4:]
-
-    @staticmethod
-    def keep(ctx: Any, inputs: tuple[Any, ...], gradients: tuple[Tensor | None, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise NotImplementedError('layer_epilogue: only backend="reference" has a third derivative')
-
-
-class _Sums:
-    """Memory for the gradients of vectors and noise, where these are there and a gradient is needed."""
-
-    def __init__(
-        self,
-        y: Tensor,
-        blurred: bool,
-        demod: Tensor | None,
-        bias: Tensor | None,
-        noise: Tensor | None,
-        strength: Tensor | None,
-        style0: Tensor | None,
-        style1: Tensor | None,
-        needs: tuple[bool, ...],
-    ) -> None:
-        self.demod, self.bias, self.strength = (
-            native.like(demod, needs[2]),
-            native.like(bias, needs[3]),
-            native.like(strength, needs[5]),
-        )
-        self.style0, self.style1 = native.like(style0, any(needs[6:8])), native.like(style1, any(needs[6:8]))
-        self.map = None
-        if noise is not None and needs[4]:
-            self.map = noise.new_empty((len(y), *noise.shape[1:]))
-        count = native.extension().layer_epilogue_partials(*y.shape, blurred, native.on_gpu(y))
-        self.partials = y.new_empty(count, dtype=native.compute_dtype(y.dtype))
-
-    def for_launch(self, *more: Tensor | None) -> tuple[Tensor | None, ...]:
-        vectors = self.demod, self.bias, self.strength, self.style0, self.style1
-        return *vectors, self.map, *more, self.partials
-
-
-def _in_layout(x: Tensor, like: Tensor) -> Tensor:
-    """x in the memory layout of `like`, which is contiguous or channels_last."""
-    layout = torch.channels_last if _is_channels_last(like) else torch.contiguous_format
-    return x.contiguous(memory_format=layout)
-
-
-def _blur(x: Tensor, kernel: Tensor, *, adjoint: bool = False, backend: str | None = None) -> Tensor:
-    """The filter that ends upsampling by 2: [B, C, H+1, W+1] -> [B, C, H, W], or its adjoint."""
-    return upfirdn2d(x, kernel, padding=2 if adjoint else 1, flip=adjoint, gain=4, backend=backend or x.device.type)

@@ -1,22 +1,94 @@
-"""The kernels of `modulation` and their derivatives; the public function is in `modulated_conv2d`."""
+"""Weight, style and demodulation of a modulated convolution, with the kernels' derivatives."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..reference.modulated_conv2d import DEMODULATION_EPSILON
+from ..reference.modulation import DEMODULATION_EPSILON, normalize_weight
+from ..reference.modulation import modulation as _reference
 from . import library, native
+from .backends import resolve
+from .checks import check_finite, check_shape, check_together
+
+
+class Modulation(NamedTuple):
+    """What a modulated layer needs beside its input: see `modulation`."""
+
+    weight: Tensor  # [C_out, C_in, k, k], for the convolution
+    style: Tensor  # [B, C_in], for the convolution's input
+    demod: Tensor | None  # [B, C_out], for its output
+
+
+def modulation(
+    weight: Tensor,
+    style: Tensor,
+    dtype: torch.dtype,
+    *,
+    affine: tuple[Tensor, Tensor, float] | None = None,
+    demodulate: bool = True,
+    backend: str | None = None,
+) -> Modulation:
+    """demod[b, o] = 1 / sqrt(sum_{i, k} (weight[o, i, k] style[b, i])^2 + 1e-8), and its factors for a convolution.
+
+    In fp16 weight and style are first scaled to keep products in range (weight to a maximum of 1 / sqrt(C_in k k) per
+    output, style to 1 per image), which demodulation makes up for. cpu and cuda compute styles and demod in one launch,
+    their derivatives take the style's scale for a constant (it matters as much as the 1e-8 does), and to the matrix and
+    the style vectors they are plain products.
+
+    Args:
+        weight: [C_out, C_in, k, k].
+        style: [B, C_in], or with `affine` the style vectors w [B, D].
+        dtype: That of the convolution.
+        affine: Matrix [C_in, D], bias [C_in] and factor: style = factor w matrix^T + bias.
+        demodulate: Without it weight and style come back as they are, with demod None.
+
+    Returns:
+        `Modulation`: weight in `dtype`, style and demod in their own.
+
+    Derivatives: any order; cpu and cuda fuse the first.
+
+    Raises:
+        ValueError, TypeError: Wrong ranks, shapes, dtypes or devices; unknown or missing backend.
+    """
+    matrix, bias, factor = (None, None, 1.0) if affine is None else affine
+    check_together("modulation", weight=weight, style=style, matrix=matrix, bias=bias)
+    check_finite("modulation", "affine's factor", factor)
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"modulation: dtype must be floating point, got {dtype}")
+    check_shape("modulation", "weight", weight, ("C_out", "C_in", "k", "k"))
+    if affine is None:
+        check_shape("modulation", "style", style, ("B", weight.shape[1]))
+    else:
+        check_shape("modulation", "matrix", matrix, (weight.shape[1], "D"))
+        check_shape("modulation", "bias", bias, (weight.shape[1],))
+        check_shape("modulation", "style", style, ("B", matrix.shape[1]))
+    chosen = resolve("modulated_conv2d", backend, weight.device.type)
+    route = library.route(weight, style, matrix, bias)
+    if "reference" in (chosen, route) or not demodulate or weight.shape[1] == 0:
+        return Modulation(*_reference(weight, style, dtype, affine=affine, demodulate=demodulate))
+    half = dtype == torch.float16
+    if half:
+        weight = normalize_weight(weight)
+    weight = weight.to(native.compute_dtype(weight.dtype))
+    style, matrix, bias = (None if x is None else x.to(weight.dtype) for x in (style, matrix, bias))
+    args = weight, style, matrix, bias, float(factor), half
+    if route is library.PLAIN and torch.is_grad_enabled():
+        weight, style, demod = _ModulationOfWeight.apply(*_Modulating.ready(*args))
+    else:
+        made, demod, *_ = library.call(route, _Modulating, *args)
+        style = style if made is None else made
+    return Modulation(weight.to(dtype), style, demod)
 
 
 @library.register(
     "modulation(Tensor weight, Tensor source, Tensor? matrix, Tensor? bias, float factor, bool normalize) -> "
     "(Tensor, Tensor, Tensor, Tensor)"
 )
-class Modulating:
+class _Modulating:
     """`source` is the style, or with a matrix what it is computed from.
 
     Gives the style (None where that is `source`), demod, and for the backward the style's scale and the energy.
@@ -43,7 +115,7 @@ class Modulating:
     def run(
         weight: Tensor, source: Tensor, matrix: Tensor | None, bias: Tensor | None, factor: float, normalize: bool
     ) -> tuple[Tensor | None, ...]:
-        outputs = Modulating.empty(weight, source, matrix, bias, factor, normalize)
+        outputs = _Modulating.empty(weight, source, matrix, bias, factor, normalize)
         style, demod, scale, energy = outputs
         if matrix is None and normalize:
             style.copy_(source)
@@ -67,7 +139,7 @@ class Modulating:
 
     @staticmethod
     def backward(ctx: Any, grad_style: Tensor | None, grad_demod: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        return Modulating.gradients(ctx, None, grad_style, grad_demod)
+        return _Modulating.gradients(ctx, None, grad_style, grad_demod)
 
     @staticmethod
     def gradients(
@@ -91,20 +163,20 @@ class Modulating:
         return grad_weight, grad_w, grad_matrix, grad_bias, None, None
 
 
-class ModulationOfWeight(torch.autograd.Function):
+class _ModulationOfWeight(torch.autograd.Function):
     """Weight, style and demod: the weight passes through, so that its two gradients meet in the backward kernel."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, source: Tensor, *more: Any) -> tuple[Tensor, Tensor, Tensor]:
         args = weight, source, *more
-        outputs = Modulating.run(*args)
-        Modulating.keep(ctx, args, outputs)
+        outputs = _Modulating.run(*args)
+        _Modulating.keep(ctx, args, outputs)
         style, demod, *_ = outputs
         return weight, source if style is None else style, demod
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return Modulating.gradients(ctx, *grads)
+        return _Modulating.gradients(ctx, *grads)
 
 
 @library.register(

@@ -23,6 +23,7 @@ from .. import machine
 
 PASSED, FAILED, SLOWER = "passed", "failed", "slower"
 UNSUITED = "unsuited"  # there are no such kernels for the settings
+SUSPECT = "suspect"  # a run with them ended by an error of the GPU
 
 
 class Verdict(NamedTuple):
@@ -149,18 +150,6 @@ def write(device: torch.device | str, name: str, items: Items, *elsewhere: Path)
             continue
         return path
     return None
-
-
-def forget(device: torch.device | str, name: str, *elsewhere: Path) -> None:
-    """Removes what was found for a signature: the next start checks anew."""
-    for place in (folder(), *elsewhere):
-        path = place / _name(device)
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-            content = json.loads(path.read_bytes())
-            del content["checks"][name]
-            temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-            temporary.write_text(json.dumps(content, indent=1) + "\n")
-            os.replace(temporary, path)
 
 
 def _name(device: torch.device | str) -> str:

@@ -1,16 +1,15 @@
-"""Convolution with resampling, plain and modulated (method.md 8 and 7; StyleGAN2's weight demodulation)."""
+"""Convolution with resampling, plain and modulated (method.md 8 and 7)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from .bias_act import bias_act
+from .modulation import modulation
 from .upfirdn2d import upfirdn2d as _upfirdn2d
-
-DEMODULATION_EPSILON = 1e-8
 
 
 def conv2d_resample(
@@ -103,79 +102,3 @@ def modulated_conv2d(
     if noise is not None:
         y = y + noise.to(y.dtype)
     return bias_act(y, bias, act=act, gain=gain, clamp=clamp)
-
-
-def normalize_weight(weight: Tensor) -> Tensor:
-    """Weight [C_out, C_in, k, k] scaled to a maximum of 1 / sqrt(C_in k k) per output, which fp16's products need."""
-    largest = weight.abs().amax(dim=(1, 2, 3), keepdim=True)
-    return weight / (weight[0].numel() ** 0.5 * largest.clamp(min=torch.finfo(weight.dtype).tiny))
-
-
-def modulation(
-    weight: Tensor,
-    style: Tensor,
-    dtype: torch.dtype,
-    *,
-    affine: tuple[Tensor, Tensor, float] | None = None,
-    demodulate: bool = True,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Weight, style and demod[b, o] = 1 / sqrt(sum_{i, k} (weight[o, i, k] style[b, i])^2 + 1e-8) of a convolution.
-
-    Args:
-        weight: [C_out, C_in, k, k].
-        style: [B, C_in], or with `affine` the style vectors w [B, D].
-        dtype: That of the convolution; fp16 normalizes first.
-        affine: Matrix [C_in, D], bias [C_in] and factor: style = factor w matrix^T + bias.
-
-    Returns:
-        weight in `dtype`; style [B, C_in]; demod [B, C_out], None without demodulation.
-    """
-    if affine is not None:
-        matrix, bias, factor = affine
-        style = torch.addmm(bias, style, matrix.t(), alpha=factor)
-    if not demodulate:
-        return weight.to(dtype), style, None
-    if dtype == torch.float16:
-        # Products stay in range; demodulation makes the result independent of either scale.
-        weight = normalize_weight(weight)
-        style = style / style.abs().amax(1, keepdim=True).clamp(min=torch.finfo(style.dtype).tiny)
-    energy = style.square() @ weight.square().sum(dim=(2, 3)).t()  # [B, C_out]
-    return weight.to(dtype), style, (energy + DEMODULATION_EPSILON).rsqrt()
-
-
-def layer_epilogue(
-    x: Tensor,
-    *,
-    blur: Tensor | None = None,
-    demod: Tensor | None = None,
-    noise: Tensor | None = None,
-    strength: Tensor | None = None,
-    bias: Tensor | None = None,
-    styles: Sequence[Tensor | None] = (None,),
-    act: str = "linear",
-    gain: float | None = None,
-    clamp: float | None = None,
-) -> tuple[Tensor, ...]:
-    """y = bias_act(demod[b, c] blur(x) + noise strength, bias), and y times every style that is given.
-
-    Args:
-        x: [B, C, H, W], with `blur` [B, C, H+1, W+1].
-        blur: [4]: x is padded by 1 and convolved with its outer product, gain 4.
-        demod: [B, C].
-        noise: Broadcasts to [B, 1, H, W].
-        strength: One number.
-        styles: Each [B, C], or None for y itself.
-        bias, act, gain, clamp: See `bias_act`.
-
-    Returns:
-        One [B, C, H, W] for every style.
-    """
-    y = x
-    if blur is not None:
-        y = _upfirdn2d(y, blur, padding=(1, 1, 1, 1), gain=4)
-    if demod is not None:
-        y = y * demod.to(y.dtype)[:, :, None, None]
-    if noise is not None:
-        y = y + (noise if strength is None else noise * strength).to(y.dtype)
-    y = bias_act(y, bias, act=act, gain=gain, clamp=clamp)
-    return tuple(y if style is None else y * style.to(y.dtype)[:, :, None, None] for style in styles)

@@ -112,7 +112,10 @@ PATHS = _spec("PATH", Path, several=True)
 
 Checkpoint = Annotated[
     tyro.conf.Positional[Path],
-    about(help="A checkpoint, a run folder, or what `epigraf convert` wrote.", metavar="CHECKPOINT"),
+    about(
+        help="A checkpoint, a run folder, what `epigraf convert` wrote, or `builtin`, the model that comes along.",
+        metavar="CHECKPOINT",
+    ),
 ]
 Device = Annotated[
     str | None,

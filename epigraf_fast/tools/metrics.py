@@ -28,7 +28,7 @@ from ..errors import UserError
 from ..models.generator import Generator, Images
 from ..training.checkpoint import NAME, list_checkpoints
 from ..training.metrics import FeatureDistance, ScriptFeatures, kernel_distance
-from ..training.pretrained import find_generator, load_generator
+from ..training.pretrained import BUILTIN, find_generator, load_generator
 from ..training.sampling import fixed_latents, known_labels, surface_depth
 from ..training.snapshot import METRIC_SEED, measure_fakes, real_images
 from . import plotting
@@ -227,7 +227,7 @@ def plot(results: Sequence[dict], path: Path) -> None:
 class Options:
     """The command line of `epigraf metrics`."""
 
-    checkpoint: Annotated[Checkpoint, about(help="A checkpoint, or a folder: all its checkpoints.")]
+    checkpoint: Annotated[Checkpoint, about(help="A checkpoint, a folder: all its checkpoints, or `builtin`.")]
     data: Annotated[str | None, default("what the run was trained on")] = None
     """The real images."""
     images: Annotated[int, whole(2, 10_000_000)] = 1280
@@ -261,7 +261,7 @@ def run(options: Options) -> None:
         plotting.check_figure("--plot", options.plot, overwrite=options.overwrite)
     if options.turn == 0:
         raise UserError("--turn must not be 0, which compares a view with itself; --objects 0 leaves the error out")
-    folder = options.checkpoint.is_dir()
+    folder = options.checkpoint != BUILTIN and options.checkpoint.is_dir()
     paths = (
         (list_checkpoints(options.checkpoint) or sorted(options.checkpoint.glob("checkpoint-*.pt"))) if folder else []
     )

@@ -32,7 +32,7 @@ from ..training.lock import locked
 from ..training.log import flush_output
 from ..training.networks import set_arithmetic
 from ..training.precision import capability_of, settled
-from ..training.profile import traced
+from ..training.profile import DATA, annotate, traced
 from ..training.progress import say, waiting
 from ..training.proof import settle, suspecting
 from ..training.record import Record
@@ -44,7 +44,10 @@ from .command import begun
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 1 training diverged, 2 a fault in the input, 128 + n stopped by signal n."""
+    """Returns the exit code: 0 done, 1 training diverged, 2 a fault in the input, 128 + n stopped by signal n.
+
+    A process that waits for others which hang leaves with 3, see `training.watchdog`.
+    """
     begun()
     world = World()
     try:
@@ -150,14 +153,21 @@ def train(
             trainer = build(config, dataset, device, resume, world)
             if world.rank == 0:
                 say("\n".join([doctor.format_backends(doctor.report(), trainer.backends), *chosen]))
-            with world.together():
-                warm_up(trainer)
-                record = Record(config, dataset, trainer, [*remarks, *chosen])
-            with contextlib.closing(record), suspecting(config, dataset, device, world):
-                return loop(config, dataset, trainer, record, stop)
+            with suspecting(config, dataset, device, world):
+                with world.together():
+                    warm_up(trainer)
+                    record = Record(config, dataset, trainer, [*remarks, *chosen])
+                where = functools.partial(step_of, trainer)
+                with contextlib.closing(record), world.watch.over(where, device):
+                    return loop(config, dataset, trainer, record, stop)
     except Stopped as stopped:  # before anything was trained
         say(str(stopped))
         return 128 + stopped.signal
+
+
+def step_of(trainer: Trainer) -> str:
+    """The step that a run is at, for people."""
+    return f"step {trainer.iterations}, at {trainer.cur_nimg} images"
 
 
 def loop(config: Config, dataset: ImageDataset, trainer: Trainer, record: Record, stop: StopRequest) -> int:
@@ -182,7 +192,8 @@ def loop(config: Config, dataset: ImageDataset, trainer: Trainer, record: Record
 
     attempt(record.begin)
     while trainer.cur_nimg < total:
-        batch = None if fault else attempt(lambda: next(loader))
+        with annotate(DATA):
+            batch = None if fault else attempt(lambda: next(loader))
         (word,) = world.agree(FAULT if fault else stop.signal)
         if word:
             faults = world.exchange(str(fault) if fault else None)

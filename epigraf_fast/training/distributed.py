@@ -18,6 +18,7 @@ from torch import Tensor
 from ..config import Config, micro_batch_for, micro_of
 from ..errors import Stopped, UserError
 from .progress import waiting
+from .watchdog import LIMIT, VARIABLE, Watchdog
 
 # While rank 0 draws pictures or measures FID, the others wait. A dead process is noticed by torchrun, not by this.
 TIMEOUT = datetime.timedelta(hours=4)
@@ -38,10 +39,12 @@ class World:
     Args:
         rank, size: Of this process.
         local_rank: On its machine, the number of its GPU.
+        hang: Seconds after which a step that waits for the others ends the process; 0: never.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0) -> None:
+    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, hang: float = LIMIT) -> None:
         self.rank, self.size, self.local_rank = rank, size, local_rank
+        self.watch = Watchdog(rank, hang if size > 1 else 0)
         self.control: dist.ProcessGroup | None = None  # for words between the CPUs, which must not wait for a GPU
         self.data: dist.ProcessGroup | None = None  # for gradients
 
@@ -57,9 +60,8 @@ class World:
             text = os.environ.get(name) or str(default)
             if not (text.isdecimal() and least <= int(text) < below):
                 limit = f"at least {least}" if below == math.inf else f"in [{least}, {below})"
-                raise UserError(
-                    f"{name} must be an integer {limit}, got {text!r}: start the processes by torchrun, or unset {name}"
-                )
+                starts = "" if name == VARIABLE else "start the processes by torchrun, or "
+                raise UserError(f"{name} must be an integer {limit}, got {text!r}: {starts}unset {name}")
             return int(text)
 
         size = number("WORLD_SIZE", 1, 1)
@@ -71,7 +73,7 @@ class World:
                     "torchrun, or unset WORLD_SIZE to train with one process"
                 )
             number("MASTER_PORT", 0, 1, 65536)
-        return cls(rank, size, local_rank)
+        return cls(rank, size, local_rank, number(VARIABLE, round(LIMIT), 0))
 
     def join(self) -> None:
         """Waits for the other processes.
@@ -135,7 +137,7 @@ class World:
             return [value]
         self.join()
         values: list[Any] = [None] * self.size
-        with _noticing():
+        with self.noticing():
             dist.all_gather_object(values, value, group=self.control)
         return values
 
@@ -147,7 +149,7 @@ class World:
         if self.rank == 0:
             torch.save(content, buffer)
         sent = [buffer.getvalue()]
-        with _noticing():
+        with self.noticing():
             dist.broadcast_object_list(sent, src=0, group=self.control)
         return torch.load(io.BytesIO(sent[0]), map_location="cpu", weights_only=True)
 
@@ -156,7 +158,7 @@ class World:
         if self.size == 1 or not tensors:
             return
         flat = torch.cat([tensor.flatten() for tensor in tensors])
-        with _noticing():
+        with self.noticing():
             dist.all_reduce(flat, group=self.data)
         flat /= self.size
         for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
@@ -173,7 +175,7 @@ class World:
         if self.size == 1:
             yield
             return
-        buckets = _Buckets(parameters, self.data)
+        buckets = _Buckets(parameters, self)
         try:
             yield
         finally:
@@ -186,7 +188,7 @@ class World:
         if self.size == 1:
             return list(words)
         largest = torch.tensor(words)
-        with _noticing():
+        with self.noticing():
             dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.control)
         return largest.tolist()
 
@@ -195,26 +197,26 @@ class World:
         if self.size == 1:
             return [value]
         values = [None] * self.size if self.rank == 0 else None
-        with _noticing():
+        with self.noticing():
             dist.gather_object(value, values, group=self.control)
         return values
+
+    @contextlib.contextmanager
+    def noticing(self) -> Iterator[None]:
+        """Around an exchange, which raises some RuntimeError when another process is gone."""
+        try:
+            with self.watch.waiting():
+                yield
+        except RuntimeError as error:
+            raise UserError(
+                f"another process is gone ({_reason(error)}): its own message says why; go on with --resume auto"
+            ) from None
 
     def reseed(self, seed: int, cur_nimg: int) -> None:
         """Gives every process random numbers of its own, after the networks were built from the same ones."""
         if self.size > 1:
             # torch's CPU generator keeps 32 bits of a seed.
             torch.manual_seed(((seed * 1_000_003 + cur_nimg) * 1_000_003 + self.rank + 1) % 2**32)
-
-
-@contextlib.contextmanager
-def _noticing() -> Iterator[None]:
-    """Around an exchange, which raises some RuntimeError when another process is gone."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise UserError(
-            f"another process is gone ({_reason(error)}): its own message says why; go on with --resume auto"
-        ) from None
 
 
 def _reason(error: BaseException) -> str:
@@ -230,8 +232,8 @@ def _reason(error: BaseException) -> str:
 class _Buckets:
     """Gradients on their way: sent by hooks during a backward pass, brought home by `finish`."""
 
-    def __init__(self, parameters: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
-        self.group = group
+    def __init__(self, parameters: Sequence[Tensor], world: World) -> None:
+        self.world = world
         self.buckets: list[list[Tensor]] = []
         size = BUCKET
         for p in reversed(parameters):
@@ -256,8 +258,8 @@ class _Buckets:
     def _send(self) -> None:
         bucket = self.buckets[len(self.sent)]
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket])
-        with _noticing():
-            self.sent.append((flat, dist.all_reduce(flat, group=self.group, async_op=True)))
+        with self.world.noticing():
+            self.sent.append((flat, dist.all_reduce(flat, group=self.world.data, async_op=True)))
 
     def detach(self) -> None:
         for hook in self.hooks:
@@ -268,7 +270,7 @@ class _Buckets:
         while len(self.sent) < len(self.buckets):
             self._send()
         for bucket, (flat, work) in zip(self.buckets, self.sent, strict=True):
-            with _noticing():
+            with self.world.noticing():
                 work.wait()
             flat /= processes
             for p, mean in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):

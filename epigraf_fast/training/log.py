@@ -77,10 +77,14 @@ class RunLog:
         """Moves the bar."""
         self.bar.update(cur_nimg / 1000 - self.bar.n)
 
+    def since(self, cur_nimg: int) -> tuple[int, float]:
+        """Images since the last line, and the seconds of training that they took."""
+        return cur_nimg - self.last_nimg, time.perf_counter() - self.last_time - self.idle
+
     def write(self, cur_nimg: int, statistics: dict[str, float]) -> None:
         """Writes one line of statistics everywhere."""
         now = time.perf_counter()
-        images, seconds = cur_nimg - self.last_nimg, now - self.last_time - self.idle
+        images, seconds = self.since(cur_nimg)
         self.last_nimg, self.last_time, self.idle = cur_nimg, now, 0.0
         speed = {"sec_per_kimg": seconds / images * 1000, "img_per_sec": images / seconds} if images else {}
         line = {

@@ -1,8 +1,9 @@
-"""The average generator of a checkpoint, a run or a safetensors file, ready to be looked at."""
+"""The average generator of a checkpoint, a run, a safetensors file or the package, ready to be looked at."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.resources
 import importlib.util
 import json
 from pathlib import Path
@@ -18,6 +19,9 @@ from .checkpoint import list_checkpoints, load_checkpoint
 from .identify import what_else
 from .networks import build_generator, find_device
 
+BUILTIN = Path("builtin")  # the name of the model that comes with the package, trained on the data of that name
+BUILTIN_FILE = "objects64.safetensors"
+
 
 def load_generator(
     path: Path, device: str | None = None, *, three_d: bool = True
@@ -26,7 +30,7 @@ def load_generator(
 
     Args:
         path: A checkpoint, a safetensors file of `save_safetensors`, or a folder: its newest checkpoint, or else its
-            G_ema.safetensors.
+            G_ema.safetensors; or `builtin`, the model that comes with the package.
         device: cpu or cuda; default: a GPU if there is one.
         three_d: Whether it must have planes; those of `backbone: image` have none.
 
@@ -58,6 +62,8 @@ def load_generator(
 
 def find_generator(path: Path) -> Path:
     """The file that `load_generator` reads."""
+    if path == BUILTIN:
+        return Path(str(importlib.resources.files("epigraf_fast") / "builtin" / BUILTIN_FILE))
     if path.is_dir():
         found = list_checkpoints(path) or sorted(path.glob("checkpoint-*.pt")) or sorted(path.glob("G_ema.safetensors"))
         if not found:

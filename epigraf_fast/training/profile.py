@@ -18,6 +18,8 @@ from .progress import say
 TRACE_SKIPS = 5  # iterations before the trace: compilations, and the first regularization
 TRACE_ITERATIONS = 3
 
+DATA = "data"  # the range in which a batch is waited for
+
 _listeners: list[Callable[[str], AbstractContextManager[Any]]] = []
 
 

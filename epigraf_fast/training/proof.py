@@ -26,7 +26,7 @@ from ..config import check as check_config
 from ..data import ImageDataset
 from ..errors import DeviceError, UserError
 from ..ops import backends, verdicts
-from ..ops.verdicts import FAILED, PASSED, SLOWER, Items, Verdict
+from ..ops.verdicts import FAILED, PASSED, SLOWER, SUSPECT, Items, Verdict
 from .distributed import World
 from .progress import say, waiting
 from .proof_items import BEGUN, BOTH, GRADIENTS, GRAPHS, RECORDED, SETTINGS, TIME, Request
@@ -35,6 +35,7 @@ TIMED = ("cuda",)  # kinds of devices whose kernels have to be faster than what 
 PATIENCE = 60.0  # seconds without news of a child, before it counts as hanging
 PAUSE = 0.05  # seconds between two looks
 POSES = 64  # of a data set that a child is told
+RUN = "a run"  # an item that no check has: what became of the last run that took the kernels
 
 # Settings that kernels cannot depend on.
 ELSEWHERE = (
@@ -271,12 +272,18 @@ def suspecting(config: Config, dataset: ImageDataset, device: torch.device, worl
     except RuntimeError as error:
         if not _is_sticky(error):
             raise
+        why, again = str(error).strip().splitlines()[0][:200], ""
         if config.backend == "auto":
+            run_dir = Path(config.run_dir)
             name = signature(config, dataset.label_dim, min(config.micro, config.batch // world.size))
-            verdicts.forget(device, name, Path(config.run_dir))
+            known = verdicts.read(device, run_dir).get(name, {})
+            # Not one verdict of a kernel stays, so that `find` checks anew.
+            verdicts.write(device, name, {RUN: Verdict(SUSPECT, why)}, run_dir)
+            again = "the next start checks the kernels again: "
+            if RUN in known:  # and they passed since
+                again += "as before, so see dmesg for an Xid, or take --backend torch; "
         raise DeviceError(
-            f"{device} has failed ({str(error).strip().splitlines()[0][:200]}); the next start checks the kernels "
-            f"again: go on with --run-dir {config.run_dir} --resume auto"
+            f"{device} has failed ({why}); {again}go on with --run-dir {config.run_dir} --resume auto"
         ) from None
 
 
@@ -321,12 +328,16 @@ def find(
     """
     micro, run_dir = min(config.micro, share), Path(config.run_dir)
     name = signature(config, label_dim, micro) if settings else signature(config, label_dim, 0)
-    known = verdicts.read(device, run_dir).get(name)
-    if known is not None and not recheck:
+    known = verdicts.read(device, run_dir).get(name, {})
+    before = {RUN: known[RUN]} if RUN in known else {}
+    if known.keys() - {RUN} and not recheck:
         return Finding(known, fresh=False)
+    if before:
+        say(f"the last run with these settings ended by an error of the GPU ({known[RUN].why})")
     request = request_for(dataclasses.replace(config, device=None), label_dim, angles, device, micro)
     with waiting("checking the kernels on this GPU, once"):
         items = prove(request, settings=settings, start=start)
+    items |= before
     if verdicts.write(device, name, items, run_dir) is None:
         say("warning: what the check of the kernels found cannot be kept: the next start makes it again")
     return Finding(items)

@@ -15,6 +15,7 @@ from .checkpoint import checkpoint_path, keep_best, random_state, save_checkpoin
 from .endurance import require_finite
 from .files import append, replacing, require_writable
 from .log import RunLog
+from .meter import Meter, gauge_of, summary
 from .progress import waiting
 from .regions import announcement
 from .snapshot import Snapshots, is_best
@@ -22,7 +23,7 @@ from .step import Trainer
 
 
 class Record:
-    """The run folder. All processes call the same methods in the same order; rank 0 writes.
+    """The run folder. All processes call the same methods in the same order; rank 0 writes, which can take long.
 
     What cannot be written is a warning, unless it is the folders at the beginning or the last checkpoint.
 
@@ -36,10 +37,13 @@ class Record:
         self.remarks = dataset.remarks()
         self.log: RunLog | None = None
         self.first_step = contextlib.ExitStack()  # says that it takes its time: kernels are compiled, workers started
+        self.lines = 0  # of statistics, in this session
+        self.metered = contextlib.ExitStack()
         if trainer.world.rank == 0:
             for folder in ("checkpoints", "samples", "tensorboard"):
                 require_writable(self.run_dir / folder)
             self.log = RunLog(self.run_dir, config.kimg, trainer.cur_nimg)
+            self.meter = self.metered.enter_context(Meter(gauge_of(trainer.device), trainer.world.size))
             with self.log.sparing("config.json"), replacing(self.run_dir / "config.json") as temporary:
                 temporary.write_text(json.dumps(to_dict(config), indent=2) + "\n")
             start = {"cur_nimg": trainer.cur_nimg, "device": str(trainer.device), "choices": list(choices)}
@@ -55,6 +59,7 @@ class Record:
 
     def begin(self) -> None:
         """What should be known of the data, and what is there before the first step of a new run."""
+        self.trainer.world.watch.excuse()
         if self.log is None:
             return
         for remark in self.remarks:
@@ -81,11 +86,17 @@ class Record:
         """Writes one line of statistics."""
         statistics = require_finite(self.trainer, self.run_dir)
         if self.log is not None:
-            self.log.write(self.trainer.cur_nimg, statistics)
+            images, seconds = self.log.since(self.trainer.cur_nimg)
+            found = self.meter.read(images, self.config.kimg, seconds)
+            self.log.write(self.trainer.cur_nimg, statistics | found)
+            self.lines += 1
+            if self.lines == 2:  # in the first kernels were compiled
+                self.say(f"time: {summary(found)}")
         self.trainer.reset_statistics()
 
     def grids(self) -> None:
         """Draws the sample grids."""
+        self.trainer.world.watch.excuse()
         if self.log is not None:
             with self.log.pause():
                 self.snapshots.grids(self.trainer.cur_nimg)
@@ -101,6 +112,7 @@ class Record:
         require_finite(self.trainer, self.run_dir)
         self.trainer.share_statistics()
         random_states = self.trainer.world.gather(random_state())
+        self.trainer.world.watch.excuse()
         if self.log is not None:
             state, keep = self.trainer.state_dict(), self.config.keep_checkpoints
             with self.log.pause(), waiting("saving the checkpoint"):
@@ -114,6 +126,7 @@ class Record:
 
     def measure(self) -> None:
         """Measures, and keeps the checkpoint of this moment if it is the best."""
+        self.trainer.world.watch.excuse()
         if self.log is not None:
             with self.log.pause():
                 for name, value in self.snapshots.measure(self.trainer.cur_nimg).items():
@@ -139,5 +152,6 @@ class Record:
 
     def close(self) -> None:
         self.first_step.close()
+        self.metered.close()
         if self.log is not None:
             self.log.close()

@@ -46,6 +46,17 @@ def blur_sigma(config: OptimConfig, cur_nimg: int) -> float:
     return linear(config.blur_sigma, 0.0, cur_nimg / (config.blur_kimg * 1000))
 
 
+def lr_factor(config: OptimConfig, cur_nimg: int) -> float:
+    """What the learning rates are multiplied by: 1, then sqrt(lr_decay_kimg / kimg), as in EDM2 (Karras et al. 2024).
+
+    A generator and a discriminator circle around each other in steps of their learning rates; what is averaged over
+    the circle is dull. The smaller the rates, the smaller the circle.
+    """
+    if config.lr_decay_kimg is None:
+        return 1.0
+    return 1 / math.sqrt(max(cur_nimg / (config.lr_decay_kimg * 1000), 1))
+
+
 def pose_swap_probability(config: GeneratorConfig, cur_nimg: int) -> float:
     """Probability that the mapping sees another sample's camera."""
     return linear(1.0, config.pose_swap_probability, cur_nimg / (config.pose_swap_kimg * 1000))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ from .precision import mode_of
 from .profile import annotate
 from .regions import arrange, is_on, plans_of
 from .sampling import prior_angles
-from .schedule import blur_sigma, density_noise_std, ema_decay, pose_swap_probability
+from .schedule import blur_sigma, density_noise_std, ema_decay, lr_factor, pose_swap_probability
 
 PATH_LENGTH_DECAY = 0.99
 SKIPPED = "skipped/G_share"  # the statistic: of the steps of G, those that overflowed
@@ -124,6 +124,7 @@ class Trainer:
         d_lazy = optim.r1_interval / (optim.r1_interval + 1) if optim.r1_gamma else 1.0
         self.g_optimizer = self._adam(self.generator, optim.g_lr, g_lazy)
         self.d_optimizer = self._adam(self.discriminator, optim.d_lr, d_lazy)
+        self.rates = (self.g_optimizer, optim.g_lr * g_lazy), (self.d_optimizer, optim.d_lr * d_lazy)
         self.cur_nimg = 0
         self.iterations = 0
         self.augment = build_augment(config, device.type)
@@ -171,6 +172,9 @@ class Trainer:
         images, labels, angles = self._upload(images, labels, angles)
         reals = Samples(images.float() / 127.5 - 1, labels, angles, angles)
         now = self._schedule()
+        for optimizer, lr in self.rates:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * lr_factor(config.optim, self.cur_nimg)
 
         self.discriminator.requires_grad_(False)
         self._phase("G", self.g_optimizer, self._generator_phase, now, g_fakes)
@@ -232,7 +236,7 @@ class Trainer:
     ) -> None:
         """A phase: the gradients are averaged over the processes, cleaned, and stepped on."""
         with annotate(name):
-            compute = functools.partial(self._gradients, optimizer, micro_phase)
+            compute = functools.partial(self._gradients, optimizer, self._networks(name), micro_phase)
             if self.graphs is not None:
                 compute = self.graphed.setdefault(name, GraphedPhase(compute, self.graphs))
             gradients, recorded = compute(now, *samples)
@@ -279,9 +283,15 @@ class Trainer:
         self.counts[SKIPPED] = self.counts.get(SKIPPED, 0) + 1
         step_unless(optimizer, overflow)
 
+    def _networks(self, phase: str) -> list[nn.Module]:
+        """Those that a phase calls."""
+        generating, judging = phase != "R1", phase != "path length"
+        return [self.generator] * generating + [self.discriminator] * judging
+
     def _gradients(
         self,
         optimizer: torch.optim.Optimizer,
+        networks: Sequence[nn.Module],
         micro_phase: Callable[..., None],
         now: Schedule,
         *samples: Samples | Fakes,
@@ -295,11 +305,15 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
         parameters = _parameters(optimizer)
         *first, last = zip(*(x.split(self.micro) for x in samples), strict=True)
-        with scaled_once(self.discriminator) as scaled:
+        with scaled_once(*networks) as scaled:
             for micro in first:
                 micro_phase(*micro)
-            leaves = [scaled.get(id(p), p) for p in parameters]
-            with self.world.averaged_gradients(leaves) if self.graphs is None else contextlib.nullcontext():
+            leaves = {id(leaf): leaf for leaf in (scaled.get(id(p), p) for p in parameters)}
+            with (
+                self.world.averaged_gradients(list(leaves.values()))
+                if self.graphs is None
+                else contextlib.nullcontext()
+            ):
                 micro_phase(*last)
         return [p.grad for p in parameters], self.recorded
 
@@ -496,7 +510,8 @@ class Trainer:
         totals = dict(self.sums)
         if self.world.size > 1:
             totals = {name: total.clone() for name, total in totals.items()}
-            self.world.average(list(totals.values()))
+            with self.world.watch.waiting():
+                self.world.average(list(totals.values()))
         means = {name: total.item() / self.counts[name] for name, total in totals.items()}
         return means | ({"skipped/G_steps": self.skipped.item()} if self.loss_scale > 1 else {})
 

@@ -123,7 +123,7 @@ def test_block_equals_the_formula(modulate, down):
     x, code = draw(2, 3, 8, 8, seed=1), draw(2, 6, seed=2)
     seen = []
     block.conv1.register_forward_hook(lambda _, args, kwargs, __: seen.append((*args, kwargs)), with_kwargs=True)
-    y = block(x, None if modulate == "none" else code)
+    y = block(x, None if modulate == "none" else block.sigma(code))
     inner = block.from_rgb(x)
     features, scales = seen[0]
     assert (scales["out_scale"] is not None) == (modulate == "output")

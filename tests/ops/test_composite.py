@@ -647,7 +647,7 @@ def test_triton_takes_any_layout(poisoned):
 
 @needs_triton
 def test_triton_reads_expanded_depths_in_place():
-    from epigraf_fast.kernels import composite as kernels
+    from epigraf_fast.kernels import rays as kernels
 
     t = torch.arange(4.0, device=DEVICE).expand(2, 3, -1)
     assert kernels.rows(t).data_ptr() == t.data_ptr()

@@ -32,7 +32,7 @@ if LACKING is None:
     import triton
     import triton.language as tl
 
-    from epigraf_fast.kernels.sample_triplane import texel_offset
+    from epigraf_fast.kernels.planes import texel_offset
 
     @triton.jit
     def _texel_offset_kernel(row_ptr, column_ptr, offset_ptr, stride_h, stride_w, SIZE: tl.constexpr):
@@ -310,7 +310,7 @@ def test_triton_gradient_has_the_same_bits_in_any_order():
 @pytest.mark.parametrize("largest", [0.0, 1e-38, 1e-20, 3.7, 1.0, 1e30, 3e38])
 @pytest.mark.parametrize("addends", [1, 196608, 2**31])
 def test_triton_fixed_point_sums_fit(largest, addends):
-    from epigraf_fast.kernels.sample_triplane import fixed_point_scale, from_fixed_point
+    from epigraf_fast.kernels.planes import fixed_point_scale, from_fixed_point
 
     largest = torch.tensor(largest, device=DEVICE)
     scale = fixed_point_scale(largest, addends)

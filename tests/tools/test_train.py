@@ -450,6 +450,9 @@ def test_what_a_finished_run_leaves(
     assert [line["cur_nimg"] for line in lines] == [16, 32, 48]
     for line in lines:
         assert {"kimg", *SPEED, "loss/G", "loss/D", "logits/fake", "logits/real"} <= line.keys()
+        assert {"time/data", "time/G", "time/D", "time/average"} <= line.keys()
+        assert sum(value for name, value in line.items() if name.startswith("time/")) <= line["sec_per_kimg"]
+        assert not any(name.startswith("gpu/") for name in line), "there is none"
         assert all(math.isfinite(value) for value in line.values())
     assert ["loss/R1" in line for line in lines] == [True, False, True]  # iterations 0 and 4 of 6
 
@@ -472,13 +475,14 @@ def test_what_a_finished_run_leaves(
 
     events = EventAccumulator(str(run_dir / "tensorboard"))
     events.Reload()
-    assert {"loss/G", "loss/D", "img_per_sec", "geometry/non_flat"} <= set(events.Tags()["scalars"])
+    assert {"loss/G", "loss/D", "img_per_sec", "time/G", "geometry/non_flat"} <= set(events.Tags()["scalars"])
     assert set(events.Tags()["images"]) == {"samples/images", "samples/depth"}
 
     output = capsys.readouterr().out
     assert precision in output.splitlines()
     for path in ("samples/images-000000048.png", "samples/depth-000000048.png", "turntable.gif", "metrics.json"):
         assert str(run_dir / path) in output
+    assert output.count("time: data ") == 1
     table = output[output.index("this run") :].splitlines()[1:8]
     assert [line.split()[-1] for line in table] == ["reference"] * 7, "the table of backends"
 

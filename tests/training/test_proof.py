@@ -220,7 +220,9 @@ def test_kernels_that_are_slower_are_not_taken(
     assert 0 < proof_items.measure(lambda: time.sleep(0.001), torch.device("cpu")) < 60
 
 
-def test_a_gpu_that_fails_is_one_line_and_checked_again(stand_in: None, tiny_config: Any) -> None:
+def test_a_gpu_that_fails_is_one_line_and_checked_again(
+    stand_in: None, tiny_config: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     config, data, device = tiny_config(), SimpleNamespace(label_dim=3), torch.device("cpu")
     name = proof.signature(config, 3, config.micro)
     verdicts.write(device, name, {"cuda bias_act": Verdict(PASSED)})
@@ -232,7 +234,18 @@ def test_a_gpu_that_fails_is_one_line_and_checked_again(stand_in: None, tiny_con
     with pytest.raises(DeviceError, match=words) as caught, proof.suspecting(config, data, device, World()):
         raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with")
     assert "\n" not in str(caught.value)
-    assert verdicts.read(device).keys() == {"another"}
+    kept = verdicts.read(device)
+    assert kept.keys() == {name, "another"}
+    assert [verdict.state for verdict in kept[name].values()] == ["suspect"], "no kernel's verdict stays"
+    monkeypatch.setattr(proof, "prove", lambda *args, **kwargs: {"cuda bias_act": Verdict(PASSED)})
+    for fresh in (True, False):
+        finding = proof.find(config, 3, torch.zeros(2, 3), device, config.batch)
+        assert finding.fresh == fresh
+        assert finding.items["cuda bias_act"].state == PASSED
+    assert capsys.readouterr().out.count("ended by an error of the GPU (CUDA error: an illegal memory access") == 1
+    words = "checks the kernels again: as before, so see dmesg for an Xid, or take --backend torch; go on with"
+    with pytest.raises(DeviceError, match=words), proof.suspecting(config, data, device, World()):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
 def test_a_child_of_its_own(stand_in: None, tiny_config: Any) -> None:

@@ -105,3 +105,9 @@ def test_ema_decay(config: OptimConfig, cur_nimg: int, batch: int, expected: flo
 @pytest.mark.parametrize("ema_kimg", [None, 0.0, 20.0])
 def test_first_average_is_a_copy(ema_kimg: float | None) -> None:
     assert schedule.ema_decay(OptimConfig(ema_kimg=ema_kimg), 0, BATCH) == 0
+
+
+@pytest.mark.parametrize(("cur_nimg", "expected"), [(0, 1.0), (2000, 1.0), (8000, 0.5), (200_000, 0.1)])
+def test_learning_rates_fall(cur_nimg: int, expected: float) -> None:
+    assert_close(schedule.lr_factor(OptimConfig(lr_decay_kimg=2.0), cur_nimg), expected, "factor", "hand")
+    assert schedule.lr_factor(OptimConfig(), cur_nimg) == 1

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,10 +20,12 @@ from command_lines import Distance, flags
 from epigraf_fast.config import Config
 from epigraf_fast.errors import UserError
 from epigraf_fast.tools import train
-from epigraf_fast.training import distributed, snapshot, start
+from epigraf_fast.training import distributed, snapshot, start, watchdog
 from epigraf_fast.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from epigraf_fast.training.distributed import World
+from epigraf_fast.training.profile import annotate
 from epigraf_fast.training.start import checksum
+from epigraf_fast.training.watchdog import HUNG, Watchdog
 from together import Ended, Fault, train_together
 
 TinyConfig = Callable[..., Config]
@@ -318,6 +323,73 @@ def test_a_process_that_dies(together: Callable, node: Callable) -> None:
     assert "another process is gone" in error_of(first)
 
 
+def test_a_process_that_hangs(together: Callable, node: Callable, tmp_path: Path) -> None:
+    """In the second step, in D; the one that waits for it ends by itself, long before an exchange gives up."""
+    waiting = tmp_path / "pid"
+
+    def hang(trainer: start.Trainer) -> None:
+        while trainer.iterations == 1 and Path("/proc", waiting.read_text()).is_dir():
+            time.sleep(0.05)
+
+    def watch(trainer: start.Trainer) -> None:
+        if trainer.iterations == 1:
+            trainer.world.watch.limit = 0.5
+
+    def patch(rank: int) -> None:
+        if rank == 0:
+            waiting.write_text(str(os.getpid()))
+        original = start.Trainer._discriminator_phase
+
+        def phase(trainer: start.Trainer, *samples: Any) -> None:
+            (watch, hang)[rank](trainer)
+            original(trainer, *samples)
+
+        start.Trainer._discriminator_phase = phase
+
+    first, second = together(node(0), node(1), faults={rank: functools.partial(patch, rank) for rank in range(2)})
+    assert first.code == 3
+    *_, line = first.errors.splitlines()
+    assert line == (
+        "[rank 0] stopped: waited 0.5 s in phase D of step 1, at 8 images: another process or the network hangs "
+        "(exit code 3; EPIGRAF_FAST_HANG_SECONDS sets the limit); go on with --resume auto"
+    )
+    assert "another process is gone" in error_of(second)
+
+
+def test_waits_that_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outside a step, an excused one, and time in which this process was stopped; phases do on a GPU alone."""
+    ended: list[int] = []
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(watchdog, "time", clock)
+    monkeypatch.setattr(watchdog.threading, "Thread", lambda **_: SimpleNamespace(start=int, join=int))
+    ticks: list[float] = []
+
+    def wait(seconds: float) -> bool:
+        clock.now += ticks.pop(0)
+        return not ticks
+
+    def spend(*seconds: float) -> list[int]:
+        ticks[:] = [*seconds, 0.0]
+        watch._look(SimpleNamespace(wait=wait))
+        return ended
+
+    watch = Watchdog(0, limit=8, end=ended.append)
+    for device, name, codes in (("cpu", "G", []), ("cuda", "data", []), ("cuda", "G", [HUNG])):
+        with watch.over(lambda: "step 7", torch.device(device)), annotate("iteration"), annotate(name):
+            assert spend(*[1.0] * 9) == codes
+        ended.clear()
+    with watch.over(lambda: "step 7", torch.device("cpu")):
+        with watch.waiting():
+            assert spend(100.0, 1.0, 1.0) == []
+            assert spend(*[1.0] * 5) == [HUNG]
+        ended.clear()
+        watch.excuse()
+        with watch.waiting():
+            assert spend(*[1.0] * 9) == []
+        with watch.waiting(), watch.waiting():
+            assert spend(*[1.0] * 9) == [HUNG]
+
+
 def test_a_process_that_never_comes(together: Callable, node: Callable) -> None:
     def impatient() -> None:
         distributed.JOIN = datetime.timedelta(seconds=1)
@@ -340,6 +412,10 @@ def test_a_process_that_never_comes(together: Callable, node: Callable) -> None:
         ({"RANK": "1"}, "RANK must be an integer in [0, 1), got '1'"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE must be an integer at least 1, got '0'"),
         ({"WORLD_SIZE": "2.5"}, "WORLD_SIZE must be an integer at least 1, got '2.5'"),
+        (
+            {"EPIGRAF_FAST_HANG_SECONDS": "1.5"},
+            "EPIGRAF_FAST_HANG_SECONDS must be an integer at least 0, got '1.5': unset EPI",
+        ),
         ({"LOCAL_RANK": "-1"}, "LOCAL_RANK must be an integer at least 0, got '-1'"),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but MASTER_ADDR is not set"),
         ({"WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, "MASTER_PORT must be an integer in [1, 65536), got '0'"),

@@ -527,11 +527,14 @@ def test_optimizers(tiny_config: TinyConfig, tiny_trainer: TinyTrainer) -> None:
 
 
 def test_optimizers_without_r1(tiny_config: TinyConfig, tiny_trainer: TinyTrainer) -> None:
-    trainer, batches = tiny_trainer(tiny_config(optim={"r1_gamma": 0.0, "beta1": 0.5}))
-    (d,) = trainer.d_optimizer.param_groups
+    """Nor at the learning rates of the beginning: four times the images of `lr_decay_kimg`, half the rates."""
+    trainer, batches = tiny_trainer(tiny_config(optim={"r1_gamma": 0.0, "beta1": 0.5, "lr_decay_kimg": 2.0}))
+    (g,), (d,) = trainer.g_optimizer.param_groups, trainer.d_optimizer.param_groups
     assert (d["lr"], d["betas"]) == (0.002, (0.5, 0.99))
+    trainer.cur_nimg = 8000
     trainer.iteration(*next(batches))
     assert "loss/R1" not in trainer.statistics()
+    assert (g["lr"], d["lr"]) == (0.00125, 0.001)
 
 
 def test_lazy_powers_of_both_betas(tiny_config: TinyConfig, tiny_trainer: TinyTrainer) -> None:

@@ -1,5 +1,4 @@
-// What surrounds the convolution of a modulated layer: styles and demodulation coefficients before it, and after it the
-// epilogue
+// What follows the convolution of a modulated layer, its epilogue
 //   v = blur(x) or x,  u = demod[b, c] v + strength noise + bias[c],  y = clamp(gain lrelu(u)),  out_k = y style_k[b, c],
 // with its first two derivatives. lrelu has any slope on the left: 1 makes it linear.
 #pragma once
@@ -47,33 +46,6 @@ struct LayerEpilogueArgs {
   i64 batch, channels, height, width, noise_stride;  // sizes of out; noise_stride in elements, between images
 };
 
-// style[b, i] = factor sum_d w[b, d] affine[i, d] + affine_bias[i], or as it is given; where it is normalized, times
-// scale[b] = 1 / max_i |style[b, i]|;
-// demod[b, o] = 1 / sqrt(sum_i style[b, i]^2 energy[o, i] + epsilon), energy[o, i] = sum_k weight[o, i, k]^2.
-// The backward takes scale for a constant: demod makes up for it, but for epsilon.
-struct ModulationArgs {
-  const void* weight;       // [O, I, K], contiguous, as everything else here
-  const void* w;            // fwd: [B, D], rows w_stride apart
-  const void* affine;       // fwd: [I, D]; null: style is given
-  const void* affine_bias;  // fwd: [I]
-  void* style;              // [B, I]; fwd: out where there is an affine or a scale; bwd: in
-  void* scale;              // [B]; fwd: out, bwd: in; null: not normalized
-  void* energy;             // [O, I]; fwd: out, bwd: in
-  void* demod;              // [B, O]; fwd: out, bwd: in
-  void* partials;           // fwd on the GPU, with a scale: scratch of modulation_partials()
-
-  const void* grad_demod;       // bwd: [B, O]
-  const void* grad_weight;      // bwd: [O, I, K], what else arrives at the weight, with strides; null: nothing
-  const void* grad_style;       // bwd: [B, I], what else arrives at the style; null: nothing
-  void* grad_weight_out;        // bwd: [O, I, K], the sum of both; null: not wanted
-  void* grad_style_out;         // bwd: [B, I], the sum of both, times scale; null: not wanted
-  i64 stride_out, stride_in, stride_tap;  // of grad_weight
-
-  DType dtype;  // f32 or f64
-  double epsilon, factor, tiny;  // tiny: the least maximum that a style is divided by
-  i64 batch, c_out, c_in, taps, w_dim, w_stride;
-};
-
 namespace EPIGRAF_ISA {
 
 // What is summed over pixels, channel by channel.
@@ -96,9 +68,6 @@ EPIGRAF_HD i64 layer_epilogue_parts_cuda(i64 height, i64 width, bool blur) {
   if (blur) return ceil_div(height + 1, kLayerRows) * ceil_div(width + 1, kLayerColumns);
   return ceil_div(height * width, layer_epilogue_pixels_cuda(height * width));
 }
-
-// Numbers of `partials`: the styles before they are normalized.
-EPIGRAF_HD i64 modulation_partials(i64 batch, i64 c_in) { return batch * c_in; }
 
 template <typename S>
 struct LeakyClamp {
@@ -167,7 +136,5 @@ struct LayerSecond {
 EPIGRAF_LAUNCHER(layer_epilogue_fwd, LayerEpilogueArgs)
 EPIGRAF_LAUNCHER(layer_epilogue_bwd, LayerEpilogueArgs)
 EPIGRAF_LAUNCHER(layer_epilogue_double_bwd, LayerEpilogueArgs)
-EPIGRAF_LAUNCHER(modulation_fwd, ModulationArgs)
-EPIGRAF_LAUNCHER(modulation_bwd, ModulationArgs)
 
 #endif
