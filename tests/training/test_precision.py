@@ -18,18 +18,20 @@ import torch
 from bench import precision as rounded
 from bench.rounding import to_tf32
 from checks import SIGMAS
-from epigraf_fast.config import Config, preset
+from epigraf_fast.config import Config, preset, to_dict
 from epigraf_fast.data import ImageDataset, make_loader
 from epigraf_fast.errors import DivergenceError, UserError
 from epigraf_fast.ops import convolution
+from epigraf_fast.ops.verdicts import FAILED, PASSED
 from epigraf_fast.tools import train
-from epigraf_fast.training import proof
+from epigraf_fast.training import proof, proof_items
 from epigraf_fast.training.checkpoint import check_resumable
 from epigraf_fast.training.distributed import World
 from epigraf_fast.training.endurance import SKIPPED_STEPS, require_finite
 from epigraf_fast.training.gradients import step_unless, unscale_
 from epigraf_fast.training.networks import set_arithmetic
 from epigraf_fast.training.precision import MODES, require, settled
+from epigraf_fast.training.proof_items import BEGUN, Sizes
 from epigraf_fast.training.step import SKIPPED, Trainer
 from together import fork
 
@@ -279,6 +281,22 @@ def test_resuming_and_the_proof_know_the_precision(tiny_config: TinyConfig) -> N
         "discriminator.half_blocks: 4 -> 0",
     ]
     assert len({proof.signature(config, 2, 4) for config in (old, new, tiny_config())}) == 3
+
+
+@pytest.mark.usefixtures("_tf32_as_before")
+def test_the_proof_sees_split_products(tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is checked on a device has channels enough to be split; without the low parts it is wrong."""
+    monkeypatch.setattr(convolution, "_least", None)
+    monkeypatch.setattr(convolution, "LEAST", 8)
+    config, item = tiny_config(precision="tf32x3"), "cpu modulated_conv2d"
+    request = proof_items.Request(to_dict(config), 0, [[0.0, 1.5, 0.0]], 1, "cpu", [item], {}, Sizes(image=6))
+    found: list[tuple[Any, ...]] = []
+    proof_items.run(request, lambda *words: found.append(words))
+    split = convolution._split
+    monkeypatch.setattr(convolution, "_split", lambda x, dim, parts: split(x, dim, parts.replace("b", "a")))
+    proof_items.run(request, lambda *words: found.append(words))
+    assert [words[1] for words in found] == [BEGUN, PASSED, BEGUN, FAILED]
+    assert "is off by" in found[-1][2]
 
 
 @pytest.mark.usefixtures("_tf32_as_before")
