@@ -8,7 +8,7 @@ PYTHON=${PYTHON:-python3}
 export OMP_NUM_THREADS=1
 export PYTHONPATH=$PWD/bench/site:$PWD${PYTHONPATH:+:$PYTHONPATH}
 
-run() { "$PYTHON" -m bench.run --device cpu --backend cpu,reference "$@"; }
+run() { "$PYTHON" -m bench.ops --device cpu --backend cpu,reference "$@"; }
 
 run --size small --batch 8 --budget 2 --json "$OUT/cpu-ops.json"
 run --op bias_act,upfirdn2d,synthesis --size real --batch 1 --mode fwd,step --budget 20 --json "$OUT/cpu-ops-real.json"

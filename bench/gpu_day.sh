@@ -128,16 +128,16 @@ run_kernels() {
 
 run_sanitize() {
   if [ "$MODE" = cpu ]; then
-    "$PYTHON" -m bench.sanitize
+    "$PYTHON" -m bench.ops.sanitize
     return
   fi
   # Without the caching allocator every tensor is an allocation of its own, whose ends the tool sees.
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 --log-file "$LOGS/memcheck.txt" \
-    "$PYTHON" -m bench.sanitize
+    "$PYTHON" -m bench.ops.sanitize
 }
 
 run_autotune() {
-  "$PYTHON" -m bench.tune --json "$OUT/kernels.json"
+  "$PYTHON" -m bench.ops.tune --json "$OUT/kernels.json"
 }
 
 run_report() {
@@ -166,9 +166,9 @@ fi
 case $MODE in
   full)
     tests=300 sanitize=60 demo=180 demo_args=()
-    ops=(bench.run --batch 8 --mode fwd,step,double --dtype fp32,tf32,fp16 --backend triton,cuda,published,reference
+    ops=(bench.ops --batch 8 --mode fwd,step,double --dtype fp32,tf32,fp16 --backend triton,cuda,published,reference
       --budget 0.04 --timeout 45)
-    renderer=(bench.run --op renderer --batch 8 --mode fwd,step --backend triton,published,compile,reference
+    renderer=(bench.ops --op renderer --batch 8 --mode fwd,step --backend triton,published,compile,reference
       --dtype fp32,tf32 --budget 0.1 --timeout 45)
     step=(bench.step --preset ffhq --resolution 512 --batch 8 --seconds 2 --timeout 75
       --variants published,ours-fp32,ours-tf32,ours-tf32-graphs,ours-fp16,eager,compile)
@@ -176,17 +176,17 @@ case $MODE in
     ;;
   quick)
     tests=150 sanitize=25 demo=60 demo_args=()
-    ops=(bench.run --op decode_triplane,composite,bias_act,modulated_conv2d --batch 4 --mode step --dtype fp32
+    ops=(bench.ops --op decode_triplane,composite,bias_act,modulated_conv2d --batch 4 --mode step --dtype fp32
       --backend triton,cuda,published,reference --budget 0.03 --timeout 25)
-    renderer=(bench.run --op renderer --batch 4 --mode step --backend triton,published,reference --budget 0.05 --timeout 20)
+    renderer=(bench.ops --op renderer --batch 4 --mode step --backend triton,published,reference --budget 0.05 --timeout 20)
     step=(bench.step --preset ffhq --resolution 512 --batch 8 --seconds 1 --timeout 30 --no-largest
       --variants published,ours-fp32,ours-tf32)
     times=(40 45 20 50)
     ;;
   cpu)
     tests=1800 sanitize=1800 demo=1800 demo_args=(--kimg 0.008 --device cpu)
-    ops=(bench.run --size tiny --op decode_triplane,bias_act --mode step,double --budget 0.02)
-    renderer=(bench.run --size tiny --op renderer --mode step --budget 0.02)
+    ops=(bench.ops --size tiny --op decode_triplane,bias_act --mode step,double --budget 0.02)
+    renderer=(bench.ops --size tiny --op renderer --mode step --budget 0.02)
     step=(bench.step --size tiny --variants ours-fp32,published --seconds 0.2)
     times=(1800 1800 1800 1800)
     ;;
@@ -200,7 +200,7 @@ demo_process='' demo_begun=$SECONDS
 if wanted demo; then
   demo_limit=$(limit "$demo")
   rm -rf "$LOGS/demo-run"
-  timeout --preserve-status -s TERM -k 15 "$demo_limit" "$PYTHON" -m bench.demo --run-dir "$LOGS/demo-run" \
+  timeout --preserve-status -s TERM -k 15 "$demo_limit" "$PYTHON" -m bench.runs.demo --run-dir "$LOGS/demo-run" \
     --json "$OUT/$KIND-demo.json" "${demo_args[@]}" >"$LOGS/demo.log" 2>&1 &
   demo_process=$!
 fi
@@ -218,10 +218,10 @@ fi
 part ops "${times[1]}" "$PYTHON" -m "${ops[@]}" --json "$OUT/$KIND-ops.json"
 part renderer "${times[2]}" "$PYTHON" -m "${renderer[@]}" --json "$OUT/$KIND-renderer.json"
 part step "${times[3]}" "$PYTHON" -m "${step[@]}" --json "$OUT/$KIND-step.json"
-if [ -f bench/tune.py ]; then
+if [ -f bench/ops/tune.py ]; then
   part autotune 30 bash -c run_autotune
 else
-  skip autotune "this checkout has no bench/tune.py"
+  skip autotune "this checkout has no bench/ops/tune.py"
 fi
 part report 60 bash -c run_report
 

@@ -32,6 +32,7 @@ from .rounding import Rounding
 CPU = torch.device("cpu")
 PUBLISHED = "fp32, half D"  # the published mix
 SCALES = (0, 4, 8, 10, 12, 13, 14, 15, 16)  # powers of two
+SCALE = 10  # of the loss with precision fp16, where nothing else is said
 TINY = 2.0**-25  # what is not larger becomes 0 in fp16
 
 Found = dict[str, tuple[Tensor, list[Tensor]]]  # phase -> its gradient, and those that came to its convolutions
@@ -46,6 +47,7 @@ def quiet(config: Config) -> Config:
         generator=dataclasses.replace(config.generator, noise=False, region="off", pose_dropout=0.0, style_mixing=0.0),
         discriminator=dataclasses.replace(config.discriminator, camera_dropout=0.0),
         augment=dataclasses.replace(config.augment, mode="none"),
+        optim=dataclasses.replace(config.optim, loss_scale=2.0**SCALE),
     )
 
 
@@ -98,7 +100,8 @@ def gradients(
             with Rounding() as rounding:
                 grads, _ = compute(*given)
             flat = torch.cat([x.detach().flatten().double() for x in grads if x is not None])
-            found[name] = flat / trainer.scale_of(optimizers[name]), rounding.incoming
+            scale = trainer.scale_of(optimizers[name])
+            found[name] = flat if scale is None else flat / float(scale), rounding.incoming
     return found, planes[0]
 
 
@@ -170,7 +173,8 @@ def measure(
     rows = []
     for name in precisions:
         found, _ = gradients(config, data, state, name)
-        rows += [{"precision": name, "scale": None, **row} for row in compare(found, truth)]
+        scales = {"G": SCALE} if name == "fp16" else {}
+        rows += [{"precision": name, "scale": scales.get(row["phase"]), **row} for row in compare(found, truth)]
     for power in powers:
         scaled = dataclasses.replace(config, optim=dataclasses.replace(config.optim, loss_scale=2.0**power))
         found, _ = gradients(scaled, data, state, "fp16", phases=("G",))

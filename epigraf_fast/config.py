@@ -230,8 +230,8 @@ class OptimConfig:
     ema_rampup: float = 0.05
     """The half life is at most this share of the images seen."""
     loss_scale: float = 16384.0
-    """With precision fp16: G's loss is multiplied by this power of two, its gradient divided by it; a step whose
-    gradient overflows is left out, and counted."""
+    """With precision fp16: G's loss is multiplied by this power of two, its gradient divided by it. A step whose
+    gradient overflows is left out, and counted, and halves the scale, which 2000 good steps double again up to this."""
     path_length_weight: float = 0.0
     """Of StyleGAN2's path length regularization, for `generator.backbone image`; 2 in StyleGAN2."""
     path_length_interval: int = 4

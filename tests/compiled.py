@@ -17,7 +17,7 @@ import pytest
 import torch
 from emulated import emulate
 
-from bench import resources_cuda
+from bench.resources import of_csrc
 from epigraf_fast.ops import backends, native
 
 ARCHS = (70, 80, 90)
@@ -118,7 +118,7 @@ def csrc_params() -> list[Any]:
     """
     if importlib.util.find_spec("pybind11") is None:
         return []
-    archs = [arch for arch in ARCHS[:2] if resources_cuda.lacking(arch) is None]
+    archs = [arch for arch in ARCHS[:2] if of_csrc.lacking(arch) is None]
     return [pytest.param(f"sm_{arch}", marks=pytest.mark.compiled) for arch in archs]
 
 

@@ -17,9 +17,13 @@ import numpy as np
 import pytest
 import torch
 
-from bench import brief, colours, demo, parity, published, region, report, results, run, step, timing, waiting
-from bench import cases as catalogue
-from bench.cases import SIZES, Work
+from bench import results, timing
+from bench.ops import cases as catalogue
+from bench.ops import parity, published, run
+from bench.ops.cases import SIZES, Work
+from bench.report import brief, report
+from bench.runs import colours, demo, waiting
+from bench.step import region, step
 from checks import HANG, assert_error_within_reference
 from epigraf_fast import ops
 from epigraf_fast.ops import backends, ranges
@@ -547,7 +551,7 @@ def test_a_rehearsed_gpu_day_passes(tmp_path):
 
 def test_a_failing_part_of_a_gpu_day_is_reported(tmp_path):
     broken = tmp_path / "python"
-    fault = 'case "$*" in *bench.run*) echo "no luck on [$CUDA_VISIBLE_DEVICES]"; exit 7;; esac'
+    fault = 'case "$*" in *bench.ops*) echo "no luck on [$CUDA_VISIBLE_DEVICES]"; exit 7;; esac'
     broken.write_text(f'#!/bin/sh\n{fault}\nexec {sys.executable} "$@"\n')
     broken.chmod(0o755)
     done = gpu_day("--cpu", "--only", "ops", str(tmp_path / "out"), PYTHON=str(broken), CUDA_VISIBLE_DEVICES="0")
@@ -558,7 +562,7 @@ def test_a_failing_part_of_a_gpu_day_is_reported(tmp_path):
     assert gpu_day("--no-such-option").returncode == 2
 
 
-# bench.region
+# bench.step.region
 
 
 def test_planes_in_part_are_measured_against_whole_ones(tmp_path, capsys):

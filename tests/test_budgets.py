@@ -11,9 +11,14 @@ from collections import Counter
 import pytest
 import torch
 
-from bench import count_cases, count_tables, counts, rates, report, resources_cuda, tune
-from bench.cases import Work
+from bench.counts import cases as count_cases
+from bench.counts import counts, rates
+from bench.counts import tables as count_tables
+from bench.ops import tune
+from bench.ops.cases import Work
 from bench.ptx import Counts, Program, csrc_host, csrc_launch
+from bench.report import report
+from bench.resources import of_csrc
 from epigraf_fast import ops
 from ptx_snippets import kernel
 
@@ -246,7 +251,7 @@ def test_triton_kernels_keep_their_budgets(arch: int) -> None:
 
 
 def csrc_is_here(arch: int) -> None:
-    lacking = resources_cuda.lacking(arch) or csrc_host.module()
+    lacking = of_csrc.lacking(arch) or csrc_host.module()
     if isinstance(lacking, str):
         pytest.skip(lacking)
 

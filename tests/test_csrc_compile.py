@@ -8,18 +8,18 @@ from typing import Any
 
 import pytest
 
-from bench import resources_cuda
+from bench.resources import of_csrc
 
 GOOD = {"case": "bias_act_runs_kernel<Half, 8, false, (Order)1>", "spill": 0, "load_bits": 128}
 
 
-@pytest.mark.parametrize("arch", [*resources_cuda.NVRTC_ARCHS, *resources_cuda.NVCC_ARCHS])
-@pytest.mark.parametrize("source", resources_cuda.sources(), ids=lambda source: source.stem)
+@pytest.mark.parametrize("arch", [*of_csrc.NVRTC_ARCHS, *of_csrc.NVCC_ARCHS])
+@pytest.mark.parametrize("source", of_csrc.sources(), ids=lambda source: source.stem)
 def test_every_kernel_compiles_and_fits(source: Path, arch: int) -> None:
-    reason = resources_cuda.lacking(arch)
+    reason = of_csrc.lacking(arch)
     if reason is not None:
         pytest.skip(reason)
-    rows = resources_cuda.rows((arch,), [source])
+    rows = of_csrc.rows((arch,), [source])
     assert rows
     lacking = [f"{row['case']}: {problem}" for row in rows for problem in row["problems"]]
     assert not lacking, "\n".join(lacking)
@@ -31,14 +31,14 @@ def test_every_kernel_compiles_and_fits(source: Path, arch: int) -> None:
     assert not few, f"fewer than 16 warps a multiprocessor: {few}"
 
 
-@pytest.mark.parametrize("source", resources_cuda.sources(), ids=lambda source: source.stem)
+@pytest.mark.parametrize("source", of_csrc.sources(), ids=lambda source: source.stem)
 def test_code_for_sm_90_is_that_for_sm_80(source: Path) -> None:
     """So that to execute one is to execute both, see `compiled`."""
-    reason = resources_cuda.lacking(90)
+    reason = of_csrc.lacking(90)
     if reason is not None:
         pytest.skip(reason)
 
-    ptx80, ptx90 = (resources_cuda.compiled(source, arch)[1].read_text().partition(".version")[2] for arch in (80, 90))
+    ptx80, ptx90 = (of_csrc.compiled(source, arch)[1].read_text().partition(".version")[2] for arch in (80, 90))
     assert ".target sm_90" in ptx90
     assert "ld.global" in ptx90
     assert ptx80.replace(".target sm_80", ".target sm_90") == ptx90
@@ -58,4 +58,4 @@ def test_code_for_sm_90_is_that_for_sm_80(source: Path) -> None:
     ids=str,
 )
 def test_problems(change: dict[str, Any], found: list[str]) -> None:
-    assert resources_cuda.problems({**GOOD, **change}) == found
+    assert of_csrc.problems({**GOOD, **change}) == found

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from bench import resources
+from bench.resources import resources
 from checks import HANG
 
 ROOT = Path(__file__).resolve().parents[1]

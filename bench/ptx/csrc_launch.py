@@ -12,7 +12,7 @@ from unittest import mock
 
 from torch import Tensor
 
-from .. import resources_cuda
+from ..resources import of_csrc
 from . import Counts, Program
 from .csrc_host import CSRC, Launch, launch_emulated, module, recorded
 from .parse import Entry
@@ -36,12 +36,12 @@ def entries(arch: int) -> dict[str, Path]:
     Raises:
         RuntimeError: A compiler is missing.
     """
-    reason = resources_cuda.lacking(arch)
+    reason = of_csrc.lacking(arch)
     if reason is not None:
         raise RuntimeError(f"csrc for sm_{arch}: {reason}")
     found = {}
-    for source in resources_cuda.sources():
-        ptx = resources_cuda.compiled(source, arch)[1]
+    for source in of_csrc.sources():
+        ptx = of_csrc.compiled(source, arch)[1]
         found |= dict.fromkeys(re.findall(r"\.entry (\w+)\(", ptx.read_text()), ptx)
     return found
 
@@ -101,7 +101,7 @@ def forwarded(arch: int, run: Callable[[Compiled], None]) -> Iterator[None]:
 
         def forward(one: Launch) -> None:
             entry = _program(found[one.kernel]).entries[one.kernel]
-            (kernel,) = resources_cuda.demangled([one.kernel])
+            (kernel,) = of_csrc.demangled([one.kernel])
             run(Compiled(kernel, entry, one.grid, one.block, one.params, memory))
 
         with recorded(forward):

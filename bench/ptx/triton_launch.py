@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .. import resources
+from ..resources import resources
 from . import Counts, Program
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,4 +1,4 @@
-"""The convolutions of the networks: torch's, or where a run asks for it fp32 ones as three products in TF32.
+"""The convolutions of the networks: plain ones, or where a run asks for it fp32 ones as three products in TF32.
 
 With a = hi(a) + lo(a), hi(a) being a without its last 13 bits, TF32 holds hi exactly and lo to 2^-11 of itself, and
 
@@ -19,6 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .convolution_derivatives import conv2d as plain_conv2d
+from .convolution_derivatives import conv_transpose2d as plain_conv_transpose2d
+
 LOW = 13  # bits of fp32's 23 that TF32 has not
 LEAST = 64  # channels from which on the products weigh more than what splitting reads and writes
 
@@ -37,14 +40,14 @@ def split_from(channels: int | None) -> None:
 def conv2d(x: Tensor, weight: Tensor, stride: int = 1, padding: int = 0) -> Tensor:
     """torch's conv2d: x [B, C_in, H, W], weight [C_out, C_in, k, k]. Derivatives of any order."""
     if not _is_split(x, weight):
-        return F.conv2d(x, weight, stride=stride, padding=padding)
+        return plain_conv2d(x, weight, stride, padding)
     return _Convolution.apply(x, weight, stride, padding)
 
 
 def conv_transpose2d(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
     """torch's conv_transpose2d: x [B, C_in, H, W], weight [C_in, C_out, k, k]. Derivatives of any order."""
     if not _is_split(x, weight):
-        return F.conv_transpose2d(x, weight, stride=stride)
+        return plain_conv_transpose2d(x, weight, stride)
     height, width = ((n - 1) * stride + weight.shape[-1] for n in x.shape[2:])
     shape = len(x), weight.shape[1], height, width
     return _ToInput.apply(x, weight, _Plan(shape, tuple(weight.shape), stride, 0))

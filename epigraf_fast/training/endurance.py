@@ -25,7 +25,7 @@ Result = TypeVar("Result")
 
 TOO_LARGE = "can't allocate memory", "Storage size calculation overflowed", "integer multiplication overflow"
 REPEATED = 0.5  # seconds in which signals are one: those who start programs pass them on, beside the terminal
-SKIPPED_STEPS = 20  # of G in a row that overflow before a run ends: its loss is scaled by too much, or it has diverged
+SKIPPED_STEPS = 20  # of G that overflow, all of a line of the log, before a run ends
 USABLE = 0.9  # of a device's memory: libraries and fragments take the rest
 
 
@@ -86,8 +86,8 @@ def require_finite(trainer: Trainer, run_dir: Path) -> dict[str, float]:
     statistics = trainer.statistics()
     if statistics.get(SKIPPED) == 1 and trainer.counts[SKIPPED] >= SKIPPED_STEPS:
         raise DivergenceError(
-            f"each of the last {trainer.counts[SKIPPED]} steps of G overflowed fp16 at {trainer.cur_nimg} images: go "
-            f"on with --resume auto and --optim.loss-scale {max(1.0, trainer.loss_scale / 16):g}, or --precision tf32"
+            f"each of the last {trainer.counts[SKIPPED]} steps of G overflowed fp16 at {trainer.cur_nimg} images, the "
+            f"loss scaled by {statistics['loss_scale/G']:g}: go on with --resume auto and --precision tf32 or bf16"
         )
     broken = [name for name, value in statistics.items() if not math.isfinite(value)]
     if broken:

@@ -19,7 +19,7 @@ from ..models.mapping import mix_styles
 from ..models.region import Plan, boxes_of
 from .distributed import World
 from .ema import average_of, update_average
-from .gradients import clean_, flatten, step_unless, unscale_
+from .gradients import LossScale, clean_, flatten, step_unless
 from .graphs import GraphedPhase, GraphMemory
 from .losses import blur, blur_radius, discriminator_loss, generator_loss, path_lengths, r1_penalty
 from .networks import build_augment, build_discriminator, build_generator, choose_backends
@@ -143,9 +143,9 @@ class Trainer:
         self.graphs = GraphMemory(device) if config.cuda_graphs else None
         self.graphed: dict[str, GraphedPhase] = {}
         self.uploads = torch.cuda.Stream(device) if device.type == "cuda" else None
-        # What multiplies the loss of a phase of G, so that its gradients in fp16 do not underflow; D's is not scaled.
-        self.scale, self.loss_scale = 1.0, config.optim.loss_scale if mode_of(config).half == torch.float16 else 1.0
-        self.skipped = torch.zeros([], device=device)  # steps of G that overflowed, in the whole run
+        half = mode_of(config).half == torch.float16
+        self.loss_scale = LossScale(config.optim.loss_scale, device) if half else None  # of G's; D's are not scaled
+        self.scale: Tensor | None = None  # of the phase that runs
         self.sums: dict[str, Tensor] = {}  # of every statistic since `reset_statistics`, and how many went in
         self.counts: dict[str, int] = {}
 
@@ -259,8 +259,8 @@ class Trainer:
                 flat, gradients = flatten(gradients, learning)
                 if self.graphs is not None:
                     self.world.average([flat])
-                scale = self.scale_of(optimizer)
-                overflow = unscale_(flat, scale) if scale > 1 else None
+                if self.scale_of(optimizer) is not None:
+                    overflow = self.loss_scale.unscale_(flat)
                 clean_(flat)
                 for p, grad in zip(learning, gradients, strict=True):
                     p.grad = grad
@@ -269,16 +269,17 @@ class Trainer:
             else:
                 self._step_or_skip(optimizer, overflow)
 
-    def scale_of(self, optimizer: torch.optim.Optimizer) -> float:
-        """What the losses of an optimizer's phases, and so `_gradients`, are multiplied by."""
-        return self.loss_scale if optimizer is self.g_optimizer else 1.0
+    def scale_of(self, optimizer: torch.optim.Optimizer) -> Tensor | None:
+        """What the losses of an optimizer's phases, and so `_gradients`, are multiplied by, if they are."""
+        scaled = self.loss_scale is not None and optimizer is self.g_optimizer
+        return self.loss_scale.value if scaled else None
 
     def _step_or_skip(self, optimizer: torch.optim.Optimizer, overflow: Tensor) -> None:
         """A step of G, unless a gradient overflowed in any process."""
         if self.world.size > 1:  # the means are the same everywhere; that all do the same must not hang on it
             self.world.average([overflow])
             overflow = overflow.ceil()
-        self.skipped += overflow
+        self.loss_scale.update(overflow)
         self.sums[SKIPPED] = self.sums[SKIPPED] + overflow if SKIPPED in self.sums else overflow.clone()
         self.counts[SKIPPED] = self.counts.get(SKIPPED, 0) + 1
         step_unless(optimizer, overflow)
@@ -337,7 +338,7 @@ class Trainer:
         mean = lengths.mean().lerp(self.path_length, PATH_LENGTH_DECAY)
         self.path_length.copy_(mean.detach())
         penalty = (lengths - mean).square()
-        self._backward(config.optim.path_length_weight * penalty.mean() * config.optim.path_length_interval)
+        self._backward(penalty.mean() * (config.optim.path_length_weight * config.optim.path_length_interval))
         self._record("loss/path_length", penalty)
 
     def _discriminator_phase(self, fakes: Fakes, real: Samples) -> None:
@@ -368,15 +369,16 @@ class Trainer:
         logits = self._judge(patches, scale, offset, real.label, real.angles)
         penalty = r1_penalty(logits, patches)
         optim = self.config.optim
-        self._backward((penalty * (optim.r1_gamma / 2)).mean() * optim.r1_interval)
+        self._backward(penalty.mean() * (optim.r1_gamma / 2 * optim.r1_interval))
         self._record("loss/R1", penalty)
         self._observe(logits)
 
     def _observe(self, real_logits: Tensor) -> None:
         """Keeps what the augmentation's strength follows."""
         if self.augment is not None:
-            signs = real_logits.detach().sign()
-            self.real_signs += torch.stack([signs.sum(), torch.ones_like(signs).sum()])
+            total, count = self.real_signs
+            total += real_logits.detach().sign().sum()
+            count += len(real_logits)
             self._record("augment/p", self.augment_p)
 
     def _adjust_augmentation(self) -> None:
@@ -389,7 +391,8 @@ class Trainer:
         self.real_signs.zero_()
 
     def _backward(self, loss: Tensor) -> None:
-        (loss * (self.scale * self.micro / self.share)).backward()
+        loss = loss if self.micro == self.share else loss * (self.micro / self.share)
+        (loss if self.scale is None else loss * self.scale).backward()
 
     def _generate(self, fakes: Fakes, update_w_avg: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Fake patches as D sees them, their scale and offset."""
@@ -499,13 +502,16 @@ class Trainer:
 
     def _record(self, name: str, values: Tensor) -> None:
         values = values.detach().float()
-        total, count = self.recorded.get(name, (0, 0))
-        self.recorded[name] = total + values.sum(), count + values.numel()
+        added, count = values if values.ndim == 0 else values.sum(), values.numel()
+        if name in self.recorded:
+            total, before = self.recorded[name]
+            added, count = total + added, before + count
+        self.recorded[name] = added, count
 
     def statistics(self) -> dict[str, float]:
         """Means since `reset_statistics`, over all processes, which all have to ask; waits for the device.
 
-        With a scaled loss also how many steps of G were left out in the whole run, and the share of those since then.
+        With a scaled loss also the scale, the share of G's steps since then that overflowed, and how many did in all.
         """
         totals = dict(self.sums)
         if self.world.size > 1:
@@ -513,7 +519,9 @@ class Trainer:
             with self.world.watch.waiting():
                 self.world.average(list(totals.values()))
         means = {name: total.item() / self.counts[name] for name, total in totals.items()}
-        return means | ({"skipped/G_steps": self.skipped.item()} if self.loss_scale > 1 else {})
+        if self.loss_scale is not None:
+            means |= {"skipped/G_steps": self.loss_scale.skipped.item(), "loss_scale/G": self.loss_scale.value.item()}
+        return means
 
     def share_statistics(self) -> None:
         """Makes what every process counts on its own the mean over all, so that one can save it for all."""
@@ -538,7 +546,7 @@ class Trainer:
             "augment_p": self.augment_p,
             "real_signs": self.real_signs,
             "path_length": self.path_length,
-            "skipped": self.skipped,
+            "loss_scale": None if self.loss_scale is None else self.loss_scale.state,
             "sums": self.sums,
             "counts": self.counts,
             "label_values": self.label_values,
@@ -563,7 +571,10 @@ class Trainer:
         self.cur_nimg, self.iterations = state["cur_nimg"], state["iterations"]
         if self.config.augment.mode != "fixed":
             self.augment_p.copy_(state["augment_p"])
-        for name in ("real_signs", "path_length", "skipped"):  # which the first release did not keep
+        if self.loss_scale is not None and state.get("loss_scale") is not None:
+            self.loss_scale.state.copy_(state["loss_scale"])
+            self.loss_scale.value.clamp_(max=self.loss_scale.first)
+        for name in ("real_signs", "path_length"):  # which the first release did not keep
             getattr(self, name).copy_(state.get(name, getattr(self, name)))
         self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
         self.counts = dict(state["counts"])

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import published
+from bench.ops import published
 from checks import assert_close, assert_error_within_reference, draw, draw_uniform
 from epigraf_fast.camera import cam2world_matrix, camera_rays
 from epigraf_fast.config import CameraConfig, RendererConfig, preset

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import bench.tune
+import bench.ops.tune
 from checks import assert_close, draw, draw_uniform
 from epigraf_fast import ops
 from epigraf_fast.data import ImageDataset
@@ -162,19 +162,19 @@ def tiny_trainer_dataset(config):
 def test_the_bench_lists_every_plan_and_marks_the_fastest(tiny_config):
     few = {"coarse_samples": 3, "fine_samples": 1}
     config = tiny_config(generator={"plane_channels": 8, "decoder_hidden": 16}, patch={"resolution": 8}, renderer=few)
-    rows = bench.tune.tune(config, 1, torch.device(DEVICE), last_is_fastest(launch=False))
+    rows = bench.ops.tune.tune(config, 1, torch.device(DEVICE), last_is_fastest(launch=False))
     arch = tuning.architecture(torch.device(DEVICE))
     for precision in ("fp32", "tf32", "fp16"):
         for kernel in ("decode_fwd", "decode_bwd"):
             chosen = [row["chosen"] for row in rows if (row["precision"], row["kernel"]) == (precision, kernel)]
             shape = case(kernel[-3:], arch, channels=8, hidden=16, precision=precision)
             assert chosen == [False] * (len(tuning.plans(shape)) - 1) + [True]
-    assert len(bench.tune.format_rows(rows).splitlines()) == len(rows) + 1
+    assert len(bench.ops.tune.format_rows(rows).splitlines()) == len(rows) + 1
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU, on which the plans are timed")
 def test_the_bench_says_that_there_is_no_gpu(tmp_path, capsys):
-    assert bench.tune.main(["--json", str(tmp_path / "kernels.json")]) == 0
+    assert bench.ops.tune.main(["--json", str(tmp_path / "kernels.json")]) == 0
     assert "no GPU" in capsys.readouterr().out
     assert not any(tmp_path.iterdir())
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import resources_cuda
 from bench.ptx import Program, csrc_host, csrc_launch
+from bench.resources import of_csrc
 from checks import assert_close, draw
 from epigraf_fast import ops
 
@@ -21,7 +21,7 @@ ARCH = 80
 
 def run_sums(call: Callable[[], object]) -> tuple[Tensor, dict[str, Tensor], list[tuple[str, int]]]:
     """The partial sums, the tensors of the launch that has any, and the kernels after the first with their blocks."""
-    lacking = resources_cuda.lacking(ARCH) or csrc_host.module()
+    lacking = of_csrc.lacking(ARCH) or csrc_host.module()
     if isinstance(lacking, str):
         pytest.skip(lacking)
     parts: list[Tensor] = []

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import checks
-from bench import mutants
+from bench.mutants import mutants
 from bench.ptx import Program
 from epigraf_fast.ops import backends
 from ptx_snippets import kernel
@@ -95,7 +95,7 @@ def test_what_differs() -> None:
 @pytest.mark.skipif(backends.status()["composite"]["triton"] is not None, reason="Triton is not here")
 def test_faults_of_a_compiled_kernel_are_found() -> None:
     """Of every kind one, in the kernel that samples planes; the mutants run where the kernel itself passes."""
-    from bench import mutant_launches
+    from bench.mutants import launches as mutant_launches
 
     ((kernel_name, launches),) = mutant_launches.launches(80, only="sample_triplane_fwd", csrc=False).items()
     judged = mutants.judge(80, kernel_name, launches, most=2, seed=1)

@@ -24,11 +24,11 @@ from epigraf_fast.errors import DivergenceError, UserError
 from epigraf_fast.ops import convolution
 from epigraf_fast.ops.verdicts import FAILED, PASSED
 from epigraf_fast.tools import train
-from epigraf_fast.training import proof, proof_items
+from epigraf_fast.training import gradients, proof, proof_items
 from epigraf_fast.training.checkpoint import check_resumable
 from epigraf_fast.training.distributed import World
 from epigraf_fast.training.endurance import SKIPPED_STEPS, require_finite
-from epigraf_fast.training.gradients import step_unless, unscale_
+from epigraf_fast.training.gradients import LossScale, step_unless
 from epigraf_fast.training.networks import set_arithmetic
 from epigraf_fast.training.precision import MODES, require, settled
 from epigraf_fast.training.proof_items import BEGUN, Sizes
@@ -79,7 +79,7 @@ def test_gradients_of_every_precision_are_near_those_of_float64() -> None:
         assert (row["lost"] is not None) == half, (name, phase)
     assert 1 - rows["tf32", "G"]["cosine"] > 1e3 * (1 - rows["tf32x3", "G"]["cosine"]), "what is rounded, or split?"
     assert rows["bf16", "G"]["cosine"] < rows["fp16", "G"]["cosine"]
-    assert rows["fp16", "G"]["lost"] < 1e-3 < rows[rounded.PUBLISHED, "G"]["lost"], "the scale of the loss, and none"
+    assert rows["fp16", "G"]["lost"] < 2e-3 < rows[rounded.PUBLISHED, "G"]["lost"], "the scale of the loss, and none"
     below = list(found["planes_that_fp16_loses"].values())
     assert below == sorted(below, reverse=True)
     assert below[0] > 1e-2 > below[-1]
@@ -137,7 +137,7 @@ def test_a_step_that_overflows_is_left_out_and_counted(
     assert trainer.statistics()["skipped/G_steps"] == trainer.statistics()[SKIPPED] == 0
     before, moments = weights(trainer), copy.deepcopy(trainer.g_optimizer.state_dict()["state"])
     of_d = [p.detach().clone() for p in trainer.discriminator.parameters()]
-    trainer.loss_scale = 2.0**30  # beyond fp16 whatever the gradient
+    trainer.loss_scale.value.fill_(2.0**30)  # beyond fp16 whatever the gradient
     trainer.iteration(*next(batches))
     for old, new in zip(before, weights(trainer), strict=True):
         assert torch.equal(old, new)
@@ -145,26 +145,24 @@ def test_a_step_that_overflows_is_left_out_and_counted(
         assert all(torch.equal(kept[name], moments[index][name]) for name in kept)
     assert any(not torch.equal(old, new) for old, new in zip(of_d, trainer.discriminator.parameters(), strict=True))
     found = require_finite(trainer, tmp_path)
-    assert (found["skipped/G_steps"], found[SKIPPED]) == (1, 0.5)
-    trainer.loss_scale = 1024.0
+    assert (found["skipped/G_steps"], found[SKIPPED], found["loss_scale/G"]) == (1, 0.5, 1024)
+    trainer.loss_scale.value.fill_(512.0)
     trainer.iteration(*next(batches))
     assert any(not torch.equal(old, new) for old, new in zip(before, weights(trainer), strict=True))
     other, _ = tiny_trainer(trainer.config)
     other.load_state_dict(trainer.state_dict())
-    assert other.statistics()["skipped/G_steps"] == 1
+    assert (other.loss_scale.skipped, other.loss_scale.value) == (1, 512)
     trainer.reset_statistics()
     trainer.sums[SKIPPED] = torch.tensor(float(SKIPPED_STEPS))
     trainer.counts[SKIPPED] = SKIPPED_STEPS
-    with pytest.raises(
-        DivergenceError, match=r"each of the last 20 steps of G overflowed fp16 .* --optim.loss-scale 64,"
-    ):
+    with pytest.raises(DivergenceError, match=r"each of the last 20 steps of G overflowed fp16 .* by 512: .* bf16"):
         require_finite(trainer, tmp_path)
 
 
 def test_a_scaled_loss_has_the_same_gradient(tiny_config: TinyConfig, tiny_trainer: TinyTrainer) -> None:
     """Through the optimizer's step, by a power of two: bit by bit, where nothing is in half precision."""
     results = []
-    for scale in (1.0, 4096.0):
+    for scale in (None, LossScale(4096.0, torch.device("cpu"))):
         trainer, batches = tiny_trainer(tiny_config(deterministic=True))
         trainer.loss_scale = scale
         trainer.iteration(*next(batches))
@@ -180,15 +178,26 @@ def test_a_fused_optimizer_skips_on_its_device() -> None:
     plain = torch.nn.Parameter(value.detach().clone())
     fused = torch.optim.Adam([value], lr=0.1, fused=True)
     expected = torch.optim.Adam([plain], lr=0.1)
+    scale = LossScale(8.0, torch.device("cpu"))
     for grad in (torch.ones(5), torch.tensor([1.0, torch.inf, 0.0, 1.0, 2.0]), torch.arange(5.0)):
         flat = grad * 8
-        overflow = unscale_(flat, 8.0)
+        overflow = scale.unscale_(flat)
         assert overflow.item() == (not grad.isfinite().all())
         value.grad, plain.grad = flat, grad
         step_unless(fused, overflow)
         step_unless(expected, overflow)
     torch.testing.assert_close(value, plain)
     assert fused.state[value]["step"] == expected.state[plain]["step"] == 2
+
+
+def test_the_scale_is_halved_and_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradients, "GROWTH", 3)
+    scale, seen = LossScale(4.0, torch.device("cpu")), []
+    for overflow in (0, 1, 1, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0):
+        scale.update(torch.tensor(float(overflow)))
+        seen.append(scale.value.item())
+    assert seen == [4, 2, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 4, 4, 4, 4]
+    assert scale.skipped.item() == 4
 
 
 def test_all_processes_skip_where_one_overflows(tiny_config: TinyConfig, tmp_path: Path) -> None:
@@ -202,7 +211,7 @@ def test_all_processes_skip_where_one_overflows(tiny_config: TinyConfig, tmp_pat
         for overflow in (torch.tensor(float(rank == 1)), torch.tensor(0.0)):
             trainer.g_optimizer.step = lambda: asked.append(1)
             trainer._step_or_skip(trainer.g_optimizer, overflow)
-        assert (asked, trainer.skipped.item()) == ([1], 1)
+        assert (asked, trainer.loss_scale.skipped, trainer.loss_scale.value) == ([1], 1, config.optim.loss_scale / 2)
         assert all(torch.equal(old, new) for old, new in zip(before, weights(trainer), strict=True))
         assert trainer.statistics()[SKIPPED] == 0.5
 

@@ -1,0 +1,1 @@
+"""Faults put into the compiled kernels, and how many are found."""

@@ -1,0 +1,1 @@
+"""The ops by themselves: right first, then timed, on real shapes."""

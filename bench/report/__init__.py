@@ -1,0 +1,1 @@
+"""Result files as tables: README.md and docs/benchmarks.md."""

@@ -1,0 +1,1 @@
+"""Registers, spills and instructions of the compiled kernels, without a GPU."""

@@ -1,0 +1,1 @@
+"""Whole training steps: their time, their launches, planes in part."""
