@@ -585,7 +585,7 @@ def check(config: Config) -> None:
         raise UserError(f"seed must be in [0, 2^32), got {c.seed}")
     if not 1 <= c.optim.loss_scale <= 2**24 or math.frexp(c.optim.loss_scale)[0] != 0.5:
         raise UserError(
-            f"optim.loss_scale must be a power of two from 1 to 2^24, got {c.optim.loss_scale:g}: set 65536"
+            f"optim.loss_scale must be a power of two from 1 to 2^24, got {c.optim.loss_scale:g}: set 16384"
         )
     half_of_g = c.precision in ("fp16", "bf16")
     for name, half, clamp in (
