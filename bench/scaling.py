@@ -20,7 +20,7 @@ from epigraf_fast.training.distributed import buckets_of
 from epigraf_fast.training.memory import meta_networks
 
 from . import results
-from .count_tables import table
+from .counts.tables import table
 
 RESULTS = results.FOLDER / "scaling.json"
 PAGE = results.ROOT / "docs" / "cluster.md"
