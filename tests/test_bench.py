@@ -27,7 +27,7 @@ from bench.runs import colours, demo, loading, waiting
 from bench.step import region, step
 from checks import HANG, assert_error_within_reference
 from epigraf_fast import ops
-from epigraf_fast.ops import ranges
+from epigraf_fast.ops import backends, ranges
 from epigraf_fast.training import log, profile
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -164,12 +164,15 @@ def test_steps_on_a_cpu_give_ratios_and_no_times(tmp_path, capsys):
     path, trace = tmp_path / "step.json", tmp_path / "trace.json"
     line = ["--device", "cpu", "--size", "tiny", "--seconds", "0.05", "--json", str(path), "--profile", str(trace)]
     assert step.main([*line, "--variants", "ours-cpu,published,reference"]) == 0
-    found = json.loads(path.read_text())
+    found, said = json.loads(path.read_text()), capsys.readouterr().out
     assert [row["variant"] for row in found["cases"]] == ["ours-cpu", "published", "reference"]
     for row in found["cases"]:
         assert ("times_as_fast" in row) == (row["variant"] != "reference")
         assert not {"iteration_ms", "img_per_sec", "phase_ms"} & set(row)
-        assert row["what"] in capsys.readouterr().out or row["what"]
+        assert row["what"] in said
+        assert step.describe(row["settings"]) in said
+        layout = "contiguous" if row["variant"] == "published" else "channels_last"
+        assert f"TF32 off, cudnn.benchmark off, {layout}, D's half blocks 0" in said
     assert found["cases"][2]["backends"] == dict.fromkeys(found["cases"][2]["backends"], "reference")
     names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
     assert {"iteration", "G", "D", "R1", "average"} <= names
@@ -180,6 +183,19 @@ def test_variants_that_are_not_there_are_refused():
         with pytest.raises(ValueError, match="variant must be one of"):
             step.variant(name, CPU)
     assert step.variant("reference", CPU).backend == "reference"
+
+
+def test_a_baseline_has_the_settings_of_what_it_is_compared_with(monkeypatch):
+    """Precision, layout, D's half blocks; and kernels of bias_act and upfirdn2d that this GPU was not asked about."""
+    for baseline, ours in (("eager-fp32", "ours-fp32"), ("eager", "ours-tf32"), ("eager-fp16", "ours-fp16")):
+        one, other = (step.NAMED[name] for name in (baseline, ours))
+        on_volta = "fp16" if ours == "ours-fp16" else "fp32"
+        for capability, expected in ((90, one.precision), (70, on_volta), (None, "fp32")):
+            assert step.precision_on(one, capability) == step.precision_on(other, capability) == expected
+        assert (one.published, one.tuned, other.published) == (True, True, False)
+    monkeypatch.setattr(backends, "lacking_on", lambda op, backend, device_type: None)
+    assert published.fused_backend("cuda") == "cuda"
+    assert published.fused_backend("cuda", compiled=True) == "reference"
 
 
 def tiny_step(name):

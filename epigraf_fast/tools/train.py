@@ -23,12 +23,15 @@ from ..config import PRESETS, Config, check, preset, with_data_camera
 from ..data import ImageDataset, make_loader
 from ..errors import DeviceError, DivergenceError, Stopped, UserError
 from ..training import cores
+from ..training.advice import advice
 from ..training.defaults import tuned, with_loaders
 from ..training.distributed import FAULT, World, check_world
 from ..training.endurance import StopRequest, explain_out_of_memory, sized
 from ..training.files import require_writable
 from ..training.lock import locked
 from ..training.log import flush_output
+from ..training.networks import set_arithmetic
+from ..training.precision import capability_of, settled
 from ..training.profile import DATA, annotate, traced
 from ..training.progress import say, waiting
 from ..training.proof import settle, suspecting
@@ -60,9 +63,13 @@ def main(args: Sequence[str] | None = None) -> int:
             config = with_data_camera(config, dataset.camera)
             check(config)
         require_same(config, dataset, device, world, dry_run=command.dry_run)
+        slow = advice(device) if world.rank == 0 else []
+        config, precision = settled(config, capability_of(device), world)
+        set_arithmetic(config)
         config, size = sized(config, dataset.label_dim, device, world)
-        if size and world.rank == 0:
-            say(size)
+        remarks = [precision, *filter(None, [size]), *slow]
+        if world.rank == 0 and not command.json:
+            say("\n".join(remarks))
         if command.dry_run:
             with world.together():
                 found = dry_run.facts(config, command.name, dataset, device, world.size, command.resume)
@@ -71,7 +78,8 @@ def main(args: Sequence[str] | None = None) -> int:
                 print(json.dumps(found, indent=2) if command.json else "\n".join(dry_run.summary(found)))
             return 0
         with traced(Path(config.run_dir) / "trace.json" if command.profile and world.rank == 0 else None):
-            return train(config, dataset, device, command.resume, world, recheck=command.recheck, tune=command.tune)
+            options = {"recheck": command.recheck, "tune": command.tune, "remarks": remarks}
+            return train(config, dataset, device, command.resume, world, **options)
     except (UserError, DivergenceError, DeviceError) as error:
         where = f"[rank {world.rank}] " if world.size > 1 else ""
         say(f"{where}{'error' if isinstance(error, UserError) else 'stopped'}: {error}", sys.stderr)
@@ -127,8 +135,13 @@ def train(
     *,
     recheck: bool = False,
     tune: bool = False,
+    remarks: Sequence[str] = (),
 ) -> int:
-    """Builds or restores a run, and trains it."""
+    """Builds or restores a run, and trains it.
+
+    Args:
+        remarks: Lines on what was chosen for it until now, for its record.
+    """
     world = World() if world is None else world
     try:
         if device.type == "cpu":
@@ -146,7 +159,7 @@ def train(
                     chosen += [*loaders, *(warm_up(trainer).lines() if tune else [])]
                     if chosen and world.rank == 0:
                         say("\n  ".join(["chosen for this machine:", *chosen]))
-                    record = Record(config, dataset, trainer)
+                    record = Record(config, dataset, trainer, [*remarks, *chosen])
                 where = functools.partial(step_of, trainer)
                 with contextlib.closing(record), world.watch.over(where, device):
                     return loop(config, dataset, trainer, record, stop)

@@ -17,6 +17,7 @@ from ..models.decoder import Decoder
 from ..ops import tuning, verdicts
 from ..ops.checks import resolve_deterministic
 from .files import replacing
+from .precision import mode_of
 from .progress import say, waiting
 from .step import Trainer
 
@@ -70,7 +71,7 @@ def warm_up(trainer: Trainer, *, timer: Timer | None = None) -> Choice:
     if trainer.backends["decode_triplane"] != "triton" or not fused:
         return Choice()
     problem = micro_batch(config, trainer.micro, trainer.device)
-    scale, precision = config.camera.cube_scale, config.precision
+    scale, precision = config.camera.cube_scale, mode_of(config).decoder
     return choose_kernels(Path(config.run_dir), trainer.device, *problem, scale, precision=precision, timer=timer)
 
 
