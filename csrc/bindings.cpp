@@ -67,29 +67,37 @@ struct Check {
 
 i64 compute_size(DType dtype) { return dtype == DType::f64 ? 8 : 4; }
 
-// Defines name_cpu(..., threads) and, where it is built, name_cuda(..., stream); `make` turns what comes before into Args.
+// Define name_cpu(..., threads) and name_cuda(..., stream); `make` turns what comes before into Args.
 template <typename Args, typename... P>
-void define(py::module_& m, const std::string& name, Args (*make)(const Check&, P...), void (*cpu)(const Args&, int),
-            void (*cuda)(const Args&, std::uintptr_t) = nullptr) {
-  m.def((name + "_cpu").c_str(), [=](P... p, int threads) {
+void define_cpu(py::module_& m, const char* name, Args (*make)(const Check&, P...), void (*launch)(const Args&, int)) {
+  m.def((std::string(name) + "_cpu").c_str(), [=](P... p, int threads) {
     const Check check{name};
     check.size("threads", threads, 1);
     const Args args = make(check, p...);
     py::gil_scoped_release release;
-    cpu(args, threads);
+    launch(args, threads);
   });
-  if (cuda != nullptr)
-    m.def((name + "_cuda").c_str(), [=](P... p, std::uintptr_t stream) {
-      const Args args = make(Check{name}, p...);
-      py::gil_scoped_release release;
-      cuda(args, stream);
-    });
 }
 
-#if defined(EPIGRAF_CUDA)
-#define EPIGRAF_DEFINE(m, name) define(m, #name, name, epigraf::name##_cpu, epigraf::name##_cuda)
+template <typename Args, typename... P>
+void define_cuda(py::module_& m, const char* name, Args (*make)(const Check&, P...),
+                 void (*launch)(const Args&, std::uintptr_t)) {
+  m.def((std::string(name) + "_cuda").c_str(), [=](P... p, std::uintptr_t stream) {
+    const Args args = make(Check{name}, p...);
+    py::gil_scoped_release release;
+    launch(args, stream);
+  });
+}
+
+#if defined(EPIGRAF_EMULATED)
+#define EPIGRAF_DEFINE_CPU(m, name) static_cast<void>(name)
 #else
-#define EPIGRAF_DEFINE(m, name) define(m, #name, name, epigraf::name##_cpu)
+#define EPIGRAF_DEFINE_CPU(m, name) define_cpu(m, #name, name, epigraf::name##_cpu)
+#endif
+#if defined(EPIGRAF_CUDA)
+#define EPIGRAF_DEFINE(m, name) (EPIGRAF_DEFINE_CPU(m, name), define_cuda(m, #name, name, epigraf::name##_cuda))
+#else
+#define EPIGRAF_DEFINE(m, name) EPIGRAF_DEFINE_CPU(m, name)
 #endif
 
 // ---- bias_act
@@ -493,8 +501,8 @@ epigraf::DecodeTriplaneArgs decode_triplane_bwd(const Check& check, Pointer plan
 }
 
 void bind_decode_triplane(py::module_& m) {
-  define(m, "decode_triplane_fwd", decode_triplane_fwd, epigraf::decode_triplane_fwd_cpu);
-  define(m, "decode_triplane_bwd", decode_triplane_bwd, epigraf::decode_triplane_bwd_cpu);
+  EPIGRAF_DEFINE_CPU(m, decode_triplane_fwd);
+  EPIGRAF_DEFINE_CPU(m, decode_triplane_bwd);
 }
 
 // ---- the build

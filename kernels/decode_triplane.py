@@ -19,7 +19,6 @@ from .planes import (
     gather_features,
     image_and_point,
     region_options,
-    region_start,
     strides,
     zero_planes,
 )
@@ -30,6 +29,8 @@ MIN_DOT = 16
 
 # Tiles of a program whose sums over them are kept apart: fewer programs, less memory.
 DETERMINISTIC_TILES = 32
+
+OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6)
 
 
 @triton.jit
@@ -70,7 +71,8 @@ def _decode_triplane_fwd_kernel(
     One program owns BLOCK_N points of one image: their features, hidden units and outputs.
     """
     image, first = image_and_point(num_points, BLOCK_N)
-    row_start, column_start = region_start(first_ptr, image)
+    row_start = None if first_ptr is None else tl.load(first_ptr + image * 2)
+    column_start = None if first_ptr is None else tl.load(first_ptr + image * 2 + 1)
     n = first + tl.arange(0, BLOCK_N)
     p0, p1, p2, valid = points(origins_ptr, directions_ptr, t_ptr, inverse_cube_scale, image, n, num_points, samples)
     features = gather_features(
@@ -291,8 +293,8 @@ def bwd(
                     BLOCK_N=config.block_n,
                     TILES=config.tiles,
                     num_warps=config.num_warps,
-                    # Integers take more, and so does a part of planes.
-                    maxnreg=None if fixed_point or region is not None else config.max_registers,
+                    # Integers take more, and so do a part of planes and the code of Triton before 3.6.
+                    maxnreg=None if fixed_point or region is not None or OLD_TRITON else config.max_registers,
                 )
     if fixed_point:
         grad_planes = from_fixed_point(grad_planes, scale)

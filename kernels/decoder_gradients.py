@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .decoder import SQRT_2, dot, load_matrix, load_operand, load_vector, points
-from .planes import gather_features, image_and_point, region_start, scatter_gradient
+from .planes import gather_features, image_and_point, scatter_gradient
 
 
 @triton.jit
@@ -107,7 +107,8 @@ def _decode_triplane_bwd_kernel(
     The planes' or the weights' are left out where their pointers are None.
     """
     image, first = image_and_point(num_points, BLOCK_N * TILES)
-    row_start, column_start = region_start(first_ptr, image)
+    row_start = None if first_ptr is None else tl.load(first_ptr + image * 2)
+    column_start = None if first_ptr is None else tl.load(first_ptr + image * 2 + 1)
     w0 = load_operand(w0_ptr, HIDDEN, CHANNELS, BLOCK_H, BLOCK_C, PRECISION)
     b0 = load_vector(b0_ptr, HIDDEN, BLOCK_H)
     w1 = load_matrix(w1_ptr, OUT, HIDDEN, BLOCK_O, BLOCK_H)
@@ -225,7 +226,8 @@ def _decode_triplane_scatter_kernel(
 ):
     """The planes' part of `_decode_triplane_bwd_kernel`, which has left the signs of hidden units: no texel is read."""
     image, first = image_and_point(num_points, BLOCK_N * TILES)
-    row_start, column_start = region_start(first_ptr, image)
+    row_start = None if first_ptr is None else tl.load(first_ptr + image * 2)
+    column_start = None if first_ptr is None else tl.load(first_ptr + image * 2 + 1)
     o = tl.arange(0, BLOCK_O)
     c = tl.arange(0, BLOCK_C)
     bits = tl.arange(0, 16)

@@ -116,8 +116,8 @@ def gather_features(
     """feature(p) = 1/3 sum_k bilinear(plane_k, p[axes_k]) of a tile of points of one image: [PIECES, BLOCK_N, PIECE]
     fp32, channel piece * PIECE + i at [piece, :, i], PIECE being the channels of a sector.
 
-    Channels from CHANNELS on are 0, and so are points that are not `valid`. With a row_start and a column_start (see
-    `region_start`) points are relative to whole planes, of which height x width texels are stored from there on.
+    Channels from CHANNELS on are 0, and so are points that are not `valid`. With a row_start and a column_start points
+    are relative to whole planes, of which height x width texels are stored from there on.
     """
     BITS: tl.constexpr = planes_ptr.dtype.element_ty.primitive_bitwidth
     PIECE: tl.constexpr = SECTOR_BITS // BITS if SECTOR_BITS // BITS < BLOCK_C else BLOCK_C
@@ -219,16 +219,6 @@ def image_and_point(num_points, POINTS: tl.constexpr):
     programs = tl.cdiv(num_points, POINTS)
     program = tl.program_id(0)
     return (program // programs).to(tl.int64), (program % programs) * POINTS
-
-
-@triton.jit
-def region_start(first_ptr, image):
-    """Row and column in whole planes of the first texel of an image's that is stored; None where all are."""
-    if first_ptr is None:
-        row, column = None, None
-    else:
-        row, column = tl.load(first_ptr + image * 2), tl.load(first_ptr + image * 2 + 1)
-    return row, column
 
 
 def strides(planes: Tensor) -> tuple[int, tuple[int, ...]]:

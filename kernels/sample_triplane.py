@@ -15,7 +15,6 @@ from .planes import (
     image_and_point,
     pieces,
     region_options,
-    region_start,
     scatter_gradient,
     strides,
     zero_planes,
@@ -59,7 +58,8 @@ def _sample_triplane_fwd_kernel(
     n = first + tl.arange(0, BLOCK_N)
     valid = n < num_points
     point = image * num_points + n
-    row_start, column_start = region_start(first_ptr, image)
+    row_start = None if first_ptr is None else tl.load(first_ptr + image * 2)
+    column_start = None if first_ptr is None else tl.load(first_ptr + image * 2 + 1)
     p0, p1, p2 = _load_points(points_ptr + point * 3, valid)
     features = gather_features(
         planes_ptr + image * stride_b * UNIT,
@@ -116,7 +116,8 @@ def _sample_triplane_bwd_kernel(
     n = first + tl.arange(0, BLOCK_N)
     valid = n < num_points
     point = image * num_points + n
-    row_start, column_start = region_start(first_ptr, image)
+    row_start = None if first_ptr is None else tl.load(first_ptr + image * 2)
+    column_start = None if first_ptr is None else tl.load(first_ptr + image * 2 + 1)
     c = pieces(BLOCK_C, 8 if BLOCK_C > 8 else BLOCK_C)
     mask = valid[None, :, None] & (c < CHANNELS)
     pointers = grad_features_ptr + (point * CHANNELS)[None, :, None] + c

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -18,6 +19,8 @@ from ..ptx.parse import Entry
 
 RAYS = 67  # more than a program has, and odd
 MOST_STEPS = 20_000  # basic blocks; none of these launches enters a tenth of that
+MOST_BLOCKS = 32  # of larger grids a mutant runs the first two blocks, the one in the middle and the last
+LARGE = 1 << 20  # elements of a tensor; what launches over such leave is drawn, see `_csrc`
 
 
 class Launch(NamedTuple):
@@ -41,11 +44,16 @@ class Launch(NamedTuple):
             name for name, x in self.tensors.items() if not np.array_equal(self.before[name], _bytes(x, self, name))
         ]
 
-    def run(self, entry: Entry, tensors: dict[str, Tensor] | None = None) -> None:
+    def last_changed(self, name: str) -> int:
+        """The last element of a tensor, as it lies in memory, that it changed."""
+        x = self.tensors[name]
+        return int(np.flatnonzero(self.before[name] != _bytes(x, self, name))[-1]) // x.element_size()
+
+    def run(self, program: Program, tensors: dict[str, Tensor] | None = None) -> None:
         """Runs it again from where it began, with another text of the kernel or other extents of the tensors."""
         for name, x in self.tensors.items():
             _memory(x)[:] = self.before[name]
-        execute(entry, tensors or self.tensors, self.options)
+        execute(program, tensors or self.tensors, self.options)
 
 
 def _memory(x: Tensor) -> np.ndarray:
@@ -64,14 +72,21 @@ def _restore(x: Tensor, values: Tensor) -> None:
         x.copy_(values)
 
 
-def execute(entry: Entry, tensors: dict[str, Tensor], options: dict[str, Any]) -> None:
+def program_of(entry: Entry) -> Program:
     program = Program("")
     program.entries[entry.name] = entry
-    program.launch(entry.name, tensors=tensors, count=False, most_steps=MOST_STEPS, **options)
+    return program
+
+
+def execute(program: Program, tensors: dict[str, Tensor], options: dict[str, Any]) -> None:
+    (entry,) = program.entries
+    program.launch(entry, tensors=tensors, count=False, most_steps=MOST_STEPS, **options)
 
 
 def launches(arch: int, *, only: str = "", csrc: bool = True) -> dict[str, list[Launch]]:
-    """Kernel -> its launches for an architecture. Kernels of one name and different code are told apart by a number.
+    """Kernel -> its launches for an architecture, at most the first two and the last.
+
+    Kernels of one name and different code are told apart by a number.
 
     Args:
         only: Part of the name of the kernels that are wanted.
@@ -82,11 +97,20 @@ def launches(arch: int, *, only: str = "", csrc: bool = True) -> dict[str, list[
 
     def keep(name: str, entry: Entry, tensors: dict[str, Tensor], options: dict[str, Any]) -> None:
         before = {key: _memory(x).copy() for key, x in tensors.items()}
-        execute(entry, tensors, options)
+        execute(program_of(entry), tensors, options)
         if only not in name:
             return
+        left, blocks = {}, math.prod(options["grid"])
+        if blocks > MOST_BLOCKS:
+            options = options | {"blocks": [0, 1, blocks // 2, blocks - 1]}
+            left = {key: _memory(x).copy() for key, x in tensors.items()}
+            for key, x in tensors.items():
+                _memory(x)[:] = before[key]
+            execute(program_of(entry), tensors, options)
         code = codes.setdefault((name, entry.text), f"{name} {1 + sum(known == name for known, _ in codes)}")
         after = {key: x.detach().clone() for key, x in tensors.items()}
+        for key, content in left.items():
+            _memory(tensors[key])[:] = content
         found.setdefault(code, []).append(Launch(entry, options, tensors, before, after))
 
     with ExitStack() as stack:
@@ -100,7 +124,7 @@ def launches(arch: int, *, only: str = "", csrc: bool = True) -> dict[str, list[
             for name, case in csrc_cases():
                 if only in name or name in only:
                     case()
-    return {name: made[:3] for name, made in found.items()}
+    return {name: made[:2] + made[2:][-1:] for name, made in found.items()}
 
 
 @contextmanager
@@ -128,9 +152,20 @@ def _triton(keep: Callable[..., None], arch: int) -> Iterator[None]:
 
 @contextmanager
 def _csrc(keep: Callable[..., None], arch: int) -> Iterator[None]:
-    """The ops' backend cpu launches csrc's kernels."""
+    """The ops' backend cpu launches csrc's kernels.
+
+    Those over large tensors are not run: random numbers stand for the partial sums that they leave, and the kernels
+    that add them up have those alone and what they write.
+    """
 
     def run(one: csrc_launch.Compiled) -> None:
+        if any(x.numel() > LARGE for x in one.tensors.values()):
+            if "sums" not in one.kernel and "slices" not in one.kernel:
+                if "partials" in one.tensors:
+                    one.tensors["partials"].copy_(_draw(*one.tensors["partials"].shape, seed=40))
+                return
+            small = {name: x for name, x in one.tensors.items() if x.numel() <= LARGE}
+            one = one._replace(tensors=small)
         options = {"grid": one.grid, "block": one.block, "params": one.params, "arch": arch}
         keep(one.kernel.split("<")[0], one.entry, one.tensors, options)
 
@@ -162,9 +197,9 @@ def triton_cases(arch: int) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "invert_cdf_kernel", lambda: sample_importance.invert_cdf(bins, _uniform(RAYS, 6, seed=4), u)
 
     planes = _draw(2, 24, 5, 3, seed=5).contiguous(memory_format=torch.channels_last)
-    points = 2.4 * _uniform(2, 37, 3, seed=6) - 1.2
+    points = 2.8 * _uniform(2, 75, 3, seed=6) - 1.4  # some outside
     yield "sample_triplane_fwd_kernel", lambda: sample_triplane.fwd(planes, points, arch=arch)
-    yield "sample_triplane_bwd_kernel", lambda: sample_triplane.bwd(_draw(2, 37, 8, seed=7), points, 5, 3, arch=arch)
+    yield "sample_triplane_bwd_kernel", lambda: sample_triplane.bwd(_draw(2, 75, 8, seed=7), points, 5, 3, arch=arch)
     network = _draw(17, 8, seed=8), _draw(17, seed=9), _draw(4, 17, seed=10), _draw(4, seed=11)
     origins, directions = 0.3 * _draw(2, 27, 3, seed=12), _draw(2, 27, 3, seed=13)
     depths = _uniform(2, 27, 3, seed=14)
@@ -209,7 +244,7 @@ def csrc_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     from epigraf_fast import ops
 
     taps = torch.tensor([1, 3, 2.5, 1.5]) / 8
-    flat, image = _draw(19, 5, seed=1), _draw(2, 3, 5, 7, seed=2)
+    flat, image = _draw(19, 8, seed=1), _draw(2, 3, 5, 7, seed=2)
     for x in (flat, image):
         bias = _draw(x.shape[1], seed=3)
         yield (
@@ -223,9 +258,11 @@ def csrc_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
             "upfirdn2d",
             lambda kernel=kernel, up=up: ops.upfirdn2d(image, kernel, up=up, padding=(2, 1, 2, 1), backend="cpu"),
         )
-    demod, bias, style = _draw(2, 3, seed=5).abs() + 0.3, _draw(3, seed=6), _draw(2, 3, seed=7)
+    # Two chunks of channels, to whose map a block adds one after the other; three rounds of the blur's rows.
+    demod, bias, style = _draw(2, 11, seed=5).abs() + 0.3, _draw(11, seed=6), _draw(2, 11, seed=7)
+    image = _draw(2, 11, 11, 5, seed=2).contiguous(memory_format=torch.channels_last)
     for blur, keep_x in ((None, True), (None, False), (taps, False)):
-        noise = _draw(2, 1, *((4, 6) if blur is not None else (5, 7)), seed=8)
+        noise = _draw(2, 1, *((10, 4) if blur is not None else (11, 5)), seed=8)
 
         def epilogue(x, demod, noise, strength, bias, style, blur=blur, keep_x=keep_x):
             vectors = {"demod": demod, "noise": noise, "strength": strength, "bias": bias, "styles": (style,)}
@@ -233,10 +270,23 @@ def csrc_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
 
         inputs, most = (image, demod, noise, torch.tensor(0.7), bias, style), 2 if keep_x else 1
         yield "layer", lambda epilogue=epilogue, inputs=inputs, most=most: _derivatives(epilogue, *inputs, most=most)
-    weight, affine = _draw(5, 3, 3, 3, seed=9), (_draw(3, 6, seed=10), _draw(3, seed=11), 0.5)
-    for source, given in ((style, None), (_draw(2, 6, seed=12), affine)):
+    large = torch.zeros(2, 136, 128, 256).contiguous(memory_format=torch.channels_last)
+
+    def sums(style):
+        return ops.layer_epilogue(large, styles=(style,), act="lrelu", backend="cpu")
+
+    yield "layer", lambda: _derivatives(sums, _draw(2, 136, seed=13), most=1)
+
+    # More channels in than threads, and more channels out than warps; then so many out that a block has eight images.
+    affine = _draw(260, 6, seed=10), _draw(260, seed=11), 0.5
+    sizes = (((9, 260, 3, 3), _draw(2, 260, seed=7), None), ((9, 260, 1, 1), _draw(2, 6, seed=12), affine))
+    for size, source, given in (*sizes, ((132, 3, 1, 1), _draw(9, 3, seed=14), None)):
 
         def modulation(weight, source, given=given):
             return tuple(ops.modulation(weight, source, torch.float32, affine=given, backend="cpu"))
 
-        yield "modulation", lambda f=modulation, source=source: _derivatives(f, weight, source)
+        weight, most = _draw(*size, seed=9), 2 if size[0] < 10 else 0
+        yield (
+            "modulation",
+            lambda f=modulation, weight=weight, source=source, most=most: _derivatives(f, weight, source, most=most),
+        )

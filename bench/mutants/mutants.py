@@ -51,10 +51,31 @@ KINDS = {
     "store dropped": "another thread writes the same value",
     "atomic dropped": "it adds zero here",
 }
-IDLE = {"reached": "not reached in these launches", "mask": "excludes no thread in these launches"}
+IDLE = {
+    "reached": "not reached in these launches",
+    "mask": "excludes no thread in these launches",
+    "same": "the same bits without it in these launches",
+    "unused": "what is read is not used in these launches: it may as well be NaN",
+}
+
+# Of what is not found and not proved to be idle: (kind, file of the source, part of its line or "") -> why it is so, by
+# reading. A survivor that is not among them is said to be unexplained.
+_TWO_BARRIERS = "one of two barriers around a block's sums: either alone keeps the rounds of a loop apart"
+_SHORT_DIVISION = "a shortcut: what fits 32 bits is divided in 32 bits, with the same result as in 64"
+EXPLAINED = {
+    ("barrier removed", "layer_lanes.h", "__syncthreads"): _TWO_BARRIERS,
+    ("branch removed", "gpu.h", ">> 32"): _SHORT_DIVISION,
+    ("branch removed", "common.h", "ceil_div"): _SHORT_DIVISION,
+    ("branch removed", "bias_act.cu", "bias_act_part_rows"): _SHORT_DIVISION,
+    ("branch removed", "modulation.cu", "j < images"): "what is written more is read by nobody",
+    ("mask removed", "standard.py", ""): "lanes that hold the same part of a sum write it to the same place",
+    ("pointer shifted", "bias_act.cu", "vector ?"): "of a bias only the side of the kink counts in a derivative",
+}
 
 _STATEMENT = re.compile(r"^[ \t]*(?:@(!?)(%?[\w$]+)\s+)?([a-z][\w.:]*)[ \t]*([^;\n]*);", re.M)
 _ADDRESS = re.compile(r"\[\s*([%\w$]+)\s*(?:\+\s*(-?\d+)\s*)?\]")
+_ZERO = re.compile(r"0[fd]0+")
+_TRAP = "st.global.u32 [0], 0;"
 _TYPE = re.compile(r"[bfsu]f?(\d+)(x2)?")
 
 
@@ -65,24 +86,30 @@ class Mutant(NamedTuple):
         line: Of the PTX.
         text: The statement as it was.
         entry: The kernel with the fault; None for what is in the launch.
-        probe: The kernel with an access out of range where the fault acts, and what it means if nobody makes it.
+        probes: The kernel with an access out of range where the fault acts, and what it means if nobody makes it.
+        source: File and line of the statement's source, where the PTX says.
     """
 
     kind: str
     line: int
     text: str
     entry: Entry | None
-    probe: tuple[Entry, str] | None = None
+    probes: tuple[tuple[Entry, str], ...] = ()
     tensor: str = ""
+    source: str = ""
 
 
 def mutants(entry: Entry) -> Iterator[Mutant]:
-    """All faults of the kinds that are in a kernel's text."""
+    """All faults of the kinds that are in a kernel's text.
+
+    Multiply-adds of the constant 0, with which sums begin, are left out: they are products, but for the sign of a zero.
+    """
     text = entry.text
 
     def with_text(found: re.Match, new: str) -> Entry:
         return dataclasses.replace(entry, text=text[: found.start()] + new + text[found.end() :])
 
+    sources = {i.line: f"{i.source[0]}:{i.source[1]}" for i in entry.body.instructions if i.source}
     labels = {found[1]: found.start() for found in re.finditer(r"^\s*([$\w]+):", text, re.M)}
     for found in _STATEMENT.finditer(text):
         negated, guard, opcode, operands = found.groups()
@@ -91,34 +118,108 @@ def mutants(entry: Entry) -> Iterator[Mutant]:
         bare, line = f"{opcode} {operands};", entry.first_line + text.count("\n", 0, found.start(3))
         statement = " ".join(found[0].split())
 
-        def mutant(kind: str, new: str, condition: str = "", found: re.Match = found, at: Any = None) -> Mutant:
+        def mutant(
+            kind: str,
+            new: str,
+            condition: str = "",
+            found: re.Match = found,
+            at: Any = None,
+            same: str | None = None,
+            unused: str | None = None,
+        ) -> Mutant:
             line, statement = at
-            probe = f"{condition} st.global.u32 [0], 0;\n{found[0]}"
             meaning = IDLE["mask" if kind in ("mask removed", "branch removed") else "reached"]
-            probe = dataclasses.replace(entry, text=text[: found.start()] + probe + text[found.end() :])
-            return Mutant(kind, line, statement, with_text(found, new), (probe, meaning))
+            probes = [(with_text(found, f"{condition} {_TRAP}\n{found[0]}"), meaning)]
+            if same is not None:
+                probes.append((with_text(found, same), IDLE["same"]))
+            if unused is not None:
+                probes.append((with_text(found, unused), IDLE["unused"]))
+            return Mutant(kind, line, statement, with_text(found, new), tuple(probes), "", sources.get(line, ""))
 
         at = line, statement
         same = f"@{negated}{guard}" if guard else ""
         other = f"@{'' if negated else '!'}{guard}" if guard else ""
         if parts[0] in ("bar", "barrier") and "sync" in parts and "warp" not in parts:
-            yield Mutant("barrier removed", line, statement, with_text(found, ""))
+            yield Mutant("barrier removed", line, statement, with_text(found, ""), source=sources.get(line, ""))
         elif place:
             if guard:
                 yield mutant("mask removed", bare, other, at=at)
-            yield mutant("pointer shifted", _shifted(found, parts), same, at=at)
+            shifted = _shifted(found, parts)
+            alike, spoiled = (_compared(found, shifted), _spoiled(found)) if parts[0] == "ld" else (None, None)
+            yield mutant("pointer shifted", shifted, same, at=at, same=alike, unused=spoiled)
             shared = "global" not in parts
             if parts[0] == "st":
-                yield mutant("shared store dropped" if shared else "store dropped", "", same, at=at)
+                kind, alike = ("shared store dropped", _already_there(found)) if shared else ("store dropped", None)
+                yield mutant(kind, "", same, at=at, same=alike)
             elif parts[0] in ("atom", "red"):
                 yield mutant("atomic dropped", "", same, at=at)
         elif parts[0] == "stmatrix":
             yield mutant("shared store dropped", "", same, at=at)
         elif parts[0] == "fma" and not {"f16x2", "bf16x2"}.intersection(parts):
-            product = "mul" + opcode.removeprefix("fma") + " " + operands.rsplit(",", 1)[0] + ";"
-            yield mutant("fma made a product", f"{same} {product}", same, at=at)
+            factors, addend = operands.rsplit(",", 1)
+            product = f"{same} mul{opcode.removeprefix('fma')} {factors};"
+            if not _ZERO.fullmatch(addend.strip()):
+                yield mutant("fma made a product", product, same, at=at, same=_compared(found, product))
         elif parts[0] == "bra" and guard and labels.get(operands.strip(), -1) > found.start():
             yield mutant("branch removed", "", same, at=at)
+
+
+def _compared(found: re.Match, other: str) -> str | None:
+    """A statement that gives a register or several values, and a trap for threads to whom `other` gives others."""
+    kind, targets = _kind_of(found), _targets(found)
+    names = [name.strip() for name in targets.strip("{}").split(",")]
+    if kind is None:
+        return None
+    temporary = ", ".join(f"%other{i}" for i in range(len(names)))
+    temporary = f"{{ {temporary} }}" if targets[0] == "{" else temporary
+    before, after = re.split(rf"(?<=\s){re.escape(targets)}(?=\s*,)", other, maxsplit=1)
+    return _trapped(found, kind, len(names), f"{before}{temporary}{after}\n{found[0]}", names)
+
+
+def _spoiled(found: re.Match) -> str | None:
+    """A load, after which its registers hold NaN."""
+    kind = _kind_of(found)
+    if kind is None:
+        return None
+    nan = {"32": "0x7FC00000", "64": "0x7FF8000000000000"}[kind[1:]]
+    names = [name.strip() for name in _targets(found).strip("{}").split(",")]
+    return "\n".join([found[0], *(f"{_guard(found)} mov.b{kind[1:]} {name}, {nan};" for name in names)])
+
+
+def _targets(found: re.Match) -> str:
+    """The registers that a statement gives, as it names them."""
+    return re.match(r"\{[^}]*\}|[^,]*", found[4])[0]
+
+
+def _already_there(found: re.Match) -> str | None:
+    """A store, and a trap for threads whose place does not hold before what they store."""
+    kind = _kind_of(found)
+    address, values = (part.strip() for part in found[4].split(",", 1))
+    names = [name.strip() for name in values.strip("{}").split(",")]
+    if kind is None:
+        return None
+    temporary = ", ".join(f"%other{i}" for i in range(len(names)))
+    temporary = f"{{ {temporary} }}" if values[0] == "{" else temporary
+    load = f"{_guard(found)} ld{found[3].removeprefix('st')} {temporary}, {address};\n"
+    return _trapped(found, kind, len(names), load, names) + found[0]
+
+
+def _kind_of(found: re.Match) -> str | None:
+    """The type of a statement's registers; None for those that are wider than what they hold."""
+    kind = found[3].rsplit(".", 1)[-1]
+    return kind if re.fullmatch(r"[bfsu](32|64)", kind) else None
+
+
+def _guard(found: re.Match) -> str:
+    return f"@{found[1]}{found[2]}" if found[2] else ""
+
+
+def _trapped(found: re.Match, kind: str, count: int, statements: str, names: list[str]) -> str:
+    equal = "neu" if kind[0] == "f" else "ne"
+    lines = ["{", f".reg .{kind} %other<{count}>; .reg .pred %differs;", statements, "setp.ne.u32 %differs, 0, 0;"]
+    for i, name in enumerate(names):
+        lines += [f"{_guard(found)} setp.{equal}.{kind} %differs, %other{i}, {name};", f"@%differs {_TRAP}"]
+    return "\n".join([*lines, "}\n"])
 
 
 def _shifted(found: re.Match, parts: list[str]) -> str:
@@ -145,15 +246,15 @@ def fault(launches: list[Launch], entry: Entry | None, tensor: str = "") -> str 
 
     Args:
         entry: The kernel's text; None for that of the launches.
-        tensor: One to shorten by an element.
+        tensor: One that ends before the last element that the first launch changes.
     """
+    program = mutant_launches.program_of(entry or launches[0].entry)
     for launch in launches:
         tensors = launch.tensors
         if tensor:
-            short = tensors[tensor]
-            tensors = tensors | {tensor: short.as_strided((short.numel() - 1,), (1,))}
+            tensors = tensors | {tensor: tensors[tensor].as_strided((launch.last_changed(tensor),), (1,))}
         try:
-            launch.run(entry or launch.entry, tensors)
+            launch.run(program, tensors)
         except Fault as error:
             return type(error).__name__
         if any(differs(launch.tensors[name], x) for name, x in launch.after.items()):
@@ -169,7 +270,7 @@ def judge(arch: int, kernel: str, launches: list[Launch], most: int, seed: int) 
     for mutant in mutants(launches[0].entry):
         by_kind[mutant.kind].append(mutant)
     for name in sorted({name for launch in launches[:1] for name in launch.outputs}):
-        if launches[0].tensors[name].numel() > 1:
+        if launches[0].last_changed(name):
             by_kind["output shortened"].append(Mutant("output shortened", 0, name, None, tensor=name))
     rows, survivors = [], []
     for kind, made in by_kind.items():
@@ -184,11 +285,12 @@ def judge(arch: int, kernel: str, launches: list[Launch], most: int, seed: int) 
                 found[shown] += 1
                 continue
             why = f"not proved; presumably {KINDS[kind]}"
-            if mutant.probe is not None and fault(launches, mutant.probe[0]) is None:
-                idle, why = idle + 1, mutant.probe[1]
-            survivors.append(
-                {"arch": arch, "kernel": kernel, "kind": kind, "line": mutant.line, "ptx": mutant.text, "why": why}
-            )
+            for probe, meaning in mutant.probes:
+                if fault(launches, probe) is None:
+                    idle, why = idle + 1, meaning
+                    break
+            place = {"line": mutant.line, "ptx": mutant.text, "source": mutant.source}
+            survivors.append({"arch": arch, "kernel": kernel, "kind": kind, **place, "why": why})
         row = {"arch": arch, "kernel": kernel, "kind": kind, "of": len(made), "tried": len(chosen), "idle": idle}
         rows.append(row | {"found": dict(sorted(found.items()))})
     return {"rows": rows, "survivors": survivors}
@@ -217,14 +319,40 @@ def table(content: dict[str, Any]) -> str:
     ]
     lines[-1] += f" drawn by seed {content['seed']}."
     reasons = Counter((s["kind"], s["why"]) for s in content["survivors"])
-    lines += ["", "| not found | how many | why |", "|---|---|---|"]
+    lines += ["", "| without effect, or not found | how many | why |", "|---|---|---|"]
     lines += [f"| {kind} | {n} | {why} |" for (kind, why), n in sorted(reasons.items())]
+    return "\n".join(lines)
+
+
+def explanation(survivor: dict[str, Any]) -> str | None:
+    """Why a fault is not found, by reading; None if nobody has said."""
+    file, _, line = survivor["source"].partition(":")
+    found = [*ROOT.glob(f"csrc/{file}"), *ROOT.glob(f"kernels/{file}")] if file else []
+    text = found[0].read_text().splitlines()[int(line) - 1] if found else ""
+    for (kind, where, part), why in EXPLAINED.items():
+        if (kind, where) == (survivor["kind"], file) and part in text:
+            return why
+    return None
+
+
+def unproved(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """Survivors of which no probe shows that they have no effect."""
+    return [survivor for survivor in content["survivors"] if survivor["why"] not in IDLE.values()]
+
+
+def survivors_table(content: dict[str, Any]) -> str:
+    """Markdown: one row a survivor that is not proved to be idle."""
+    lines = ["| not found | kernel | source | PTX | why |", "|---|---|---|---|---|"]
+    for one in unproved(content):
+        kernel = f"{one['kernel'].rsplit(' ', 1)[0]}, sm_{one['arch']}"
+        why = explanation(one) or "unexplained"
+        lines.append(f"| {one['kind']} | {kernel} | {one['source']} | `{one['ptx']}` | {why} |")
     return "\n".join(lines)
 
 
 def write_page(content: dict[str, Any]) -> None:
     before, rest = PAGE.read_text().split(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n{table(content)}\n{END}{rest.split(END)[1]}")
+    PAGE.write_text(f"{before}{BEGIN}\n{table(content)}\n\n{survivors_table(content)}\n{END}{rest.split(END)[1]}")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -28,7 +28,7 @@ from ..resources import of_csrc
 
 CSRC = of_csrc.CSRC
 EMULATION = CSRC / "tests" / "emulation"
-FLAGS = ["-std=c++17", "-O1", "-fPIC", "-w", f"-I{CSRC}", f"-I{EMULATION}"]
+FLAGS = ["-std=c++17", "-O1", "-fPIC", "-w", "-DEPIGRAF_EMULATED", f"-I{CSRC}", f"-I{EMULATION}"]
 CUDA = ['-DEPIGRAF_CUDA="emulated"', '-DEPIGRAF_CUDA_ARCHS=""']
 MOST_BLOCKS = (2**31 - 1, 65535, 65535)
 MOST_THREADS = 1024
@@ -60,7 +60,7 @@ def without_launch_syntax(source: str) -> str:
 
 @functools.cache
 def module() -> ModuleType | str:
-    """The extension with emulated launchers X_cuda, built once for all processes; or why it cannot be had."""
+    """The extension with emulated launchers X_cuda and without X_cpu, built once for all; or why it cannot be had."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     if shutil.which(compiler[0]) is None:
         return "there is no C++ compiler"
@@ -85,6 +85,7 @@ def module() -> ModuleType | str:
 
 
 def _build(compiler: list[str], includes: list[str], target: Path) -> None:
+    sources = [CSRC / "bindings.cpp", CSRC / "launchers.cpp", *sorted(CSRC.glob("*.cu"))]
     with tempfile.TemporaryDirectory(dir=target.parent) as name:
         folder = Path(name)
 
@@ -94,7 +95,7 @@ def _build(compiler: list[str], includes: list[str], target: Path) -> None:
                 text = without_launch_syntax(source.read_text())
                 source = folder / f"{source.stem}_cuda.cpp"
                 source.write_text(text)
-                flags = [*FLAGS, *CUDA, "-DEPIGRAF_EMULATED", "-include", "cuda_runtime.h"]
+                flags = [*FLAGS, *CUDA, "-include", "cuda_runtime.h"]
             elif source.stem == "bindings":
                 flags += [*CUDA, *includes]
             out = folder / f"{source.stem}.o"
@@ -102,7 +103,7 @@ def _build(compiler: list[str], includes: list[str], target: Path) -> None:
             return out
 
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            objects = list(pool.map(compile_, sorted([*CSRC.glob("*.cpp"), *CSRC.glob("*.cu")])))
+            objects = list(pool.map(compile_, sources))
         linked = folder / target.name
         subprocess.run([*compiler, "-shared", *map(str, objects), "-ldl", "-o", str(linked)], check=True)
         linked.replace(target)

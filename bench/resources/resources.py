@@ -18,7 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -45,14 +45,14 @@ def _network(channels: int, hidden: int) -> tuple[Tensor, ...]:
     return _meta(hidden, channels), _meta(hidden), _meta(OUT, hidden), _meta(OUT)
 
 
-def launches(arch: int, *, brief: bool = False, match: str = "") -> Iterator[tuple[str, Callable[[], Any]]]:
+def launches(arch: int, *, brief: bool = False, match: Sequence[str] = ()) -> Iterator[tuple[str, Callable[[], Any]]]:
     """What to compile: a name, and a call of a launcher.
 
     All sizes with every plan of `tuning`; or if `brief` those of the FFHQ preset with the default plans. Of them those
-    that have `match` in their names.
+    that have one of `match` in their names, if there are any.
     """
     for name, launch in _all_launches(arch, brief):
-        if match in name:
+        if not match or any(text in name for text in match):
             yield name, launch
 
 
@@ -335,7 +335,7 @@ def problems(row: Row) -> list[str]:
     return found
 
 
-def _rows(arch: int, brief: bool, match: str, first: int, step: int) -> list[Row]:
+def _rows(arch: int, brief: bool, match: Sequence[str], first: int, step: int) -> list[Row]:
     """Compiles every `step`-th launch from the `first` on."""
     rows = []
     for case, launch in itertools.islice(launches(arch, brief=brief, match=match), first, None, step):
@@ -350,7 +350,7 @@ def _rows(arch: int, brief: bool, match: str, first: int, step: int) -> list[Row
     return rows
 
 
-def table(archs: tuple[int, ...], *, brief: bool = False, match: str = "") -> list[Row]:
+def table(archs: tuple[int, ...], *, brief: bool = False, match: Sequence[str] = ()) -> list[Row]:
     """Compiles everything, in two processes: one row a kernel and architecture. Triton keeps what it has compiled."""
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         parts = [pool.submit(_rows, arch, brief, match, first, 2) for arch in archs for first in range(2)]
@@ -392,7 +392,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.resources", description=__doc__.split(":")[0] + ".")
     parser.add_argument("--arch", type=int, nargs="+", choices=SHARED_LIMIT, default=ARCHS)
     parser.add_argument("--brief", action="store_true", help="default plans at the sizes of the ffhq preset alone")
-    parser.add_argument("--match", default="", metavar="TEXT", help="Triton's cases with this in their names alone")
+    parser.add_argument(
+        "--match", nargs="+", default=(), metavar="TEXT", help="Triton's cases with one of these in their names alone"
+    )
     parser.add_argument("--only", choices=("triton", "csrc"), help="these kernels alone")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()

@@ -3,8 +3,8 @@
 No GPU is needed.
 
 Each version is installed into a folder of its own, put in front of what is installed here, and asked for the table of
-`bench.resources`. The result goes to `bench/results/triton-matrix.json`. Exit status 1 if a version fails to compile
-something.
+`bench.resources`. The result goes to `bench/results/triton-matrix.json`, beside what is there of other versions and
+architectures. Exit status 1 if a version fails to compile something.
 """
 
 from __future__ import annotations
@@ -65,7 +65,10 @@ def main() -> None:
     parser.add_argument("--archs", type=int, nargs="+", default=ARCHS)
     args = parser.parse_args()
     rows = [compile_all(version, args.folder, arch) for version in args.versions for arch in args.archs]
-    RESULT.write_text(json.dumps(rows, indent=2) + "\n")
+    done = {(row["triton"], row["arch"]) for row in rows}
+    kept = [row for row in json.loads(RESULT.read_text()) if (row["triton"], row["arch"]) not in done]
+    rows_of_all = sorted(kept + rows, key=lambda row: ([*map(int, row["triton"].split("."))], row["arch"]))
+    RESULT.write_text(json.dumps(rows_of_all, indent=2) + "\n")
     print(format_matrix(rows))
     sys.exit(any("error" in row for row in rows))
 

@@ -52,7 +52,11 @@ ROWS = (
     ("contrast", 9, 0.5, 0.0, 1.0),
     ("saturation", 12, 1.0, 0.0, 1.0),
 )
+# The order that they are computed in: whole numbers, angles, xint, xfrac, brightness, powers of two.
+ORDER = (0, 1, 6, 4, 5, 7, 2, 3, 10, 11, 12, 8, 9, 13, 14)
+WHOLE, XINT, POWERS = slice(0, 3), slice(6, 8), slice(11, 15)
 UNIFORM, GATES = 8, 13
+SECOND_ROTATION = 5
 REACH = 6  # pixels that half the filter sees beyond the image
 
 
@@ -86,15 +90,19 @@ class Augment(nn.Module):
         super().__init__()
         self.config, self.backend = config, backend
         self.enabled = {name for name in (*GEOMETRY, *COLOUR) if getattr(config, name)}
-        _, gates, *numbers = zip(*ROWS, strict=True)
-        numbers.append([name == "rotate" for name, *_ in ROWS])
-        numbers.append([name in self.enabled for name, *_ in ROWS])
-        self.register_buffer("rows", torch.tensor(numbers, dtype=torch.float64)[..., None], persistent=False)
-        self.register_buffer("gates", torch.tensor(gates), persistent=False)
+        names, gates, *numbers = zip(*(ROWS[row] for row in ORDER), strict=True)
+        # Either rotation is on with probability p: 1 - (1 - gate)^2 = p. What is disabled is on with 1 - (1 - p)^0.
+        numbers.append([(0.5 if name == "rotate" else 1.0) * (name in self.enabled) for name in names])
+        for name, dtype in (("rows", torch.float64), ("single_rows", torch.float32)):
+            self.register_buffer(name, torch.tensor(numbers, dtype=dtype)[..., None], persistent=False)
+        places = [*gates, *(GATES + row for row in ORDER)]  # among all that is drawn
+        self.register_buffer("places", torch.tensor(places), persistent=False)
         taps = torch.tensor(SYM6, dtype=torch.float64)
         self.register_buffer("low_pass", (taps / taps.sum()).float(), persistent=False)
         # Rodrigues' formula about v = (1, 1, 1) / sqrt(3): cos I + sin K + (1 - cos) v v^T, K x = v cross x.
         self.register_buffer("identity", torch.eye(3), persistent=False)
+        self.register_buffer("unmoved", torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0, 0.0]), persistent=False)
+        self.register_buffer("zero", torch.zeros([]), persistent=False)
         self.register_buffer("mean_colour", torch.full((3, 3), 1 / 3), persistent=False)
         cross = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]])
         self.register_buffer("cross", cross / math.sqrt(3), persistent=False)
@@ -123,9 +131,8 @@ class Augment(nn.Module):
             margins = exact_margins(*moved, (width, height)) if self.config.exact_margins else None
             resampled = resample(patches, *moved, self.low_pass.to(patches.dtype), margins, backend=self.backend)
             # What nothing moves stays as it is to the last bit; the filters alone would cost a rounding or two.
-            linear, shift = moved
-            still = (linear == self.identity[:2, :2]).all(dim=2).all(dim=1) & (shift == 0).all(dim=1)
-            patches = torch.where(still[:, None, None, None], patches, resampled)
+            still = (torch.cat([moved[0].flatten(1), moved[1]], dim=1) == self.unmoved).all(dim=1)
+            patches = choose(still[:, None, None, None], patches, resampled, self.zero.to(patches.dtype))
         if self.enabled & set(COLOUR):
             patches = recolour(patches, *self.colour_map(drawn, grey=channels == 1))
         return patches
@@ -134,38 +141,40 @@ class Augment(nn.Module):
         self, num: int, size: tuple[int, int], p: Tensor, dtype: torch.dtype, percentile: float | None = None
     ) -> Operations:
         """The operations of `num` images of `size` (width, height)."""
-        device = self.low_pass.device
-        factor, constant, neutral, rotates, enabled = self.rows.to(dtype)
+        device, count = self.low_pass.device, GATES + len(ROWS)
+        factor, constant, neutral, exponents = self.rows.to(dtype) if dtype != torch.float32 else self.single_rows
         if percentile is None:
-            gates, uniform = torch.rand(GATES + UNIFORM, num, dtype=dtype, device=device).split([GATES, UNIFORM])
-            drawn = torch.cat([uniform, torch.randn(len(ROWS) - UNIFORM, num, dtype=dtype, device=device)])
-            # Either rotation is on with probability p: 1 - (1 - gate)^2 = p.
-            p = p.to(dtype)
-            opened = gates[self.gates] < torch.where(rotates > 0, 1 - (1 - p.clamp(0, 1)).sqrt(), p) * enabled
+            drawn = torch.empty(count, num, dtype=dtype, device=device)
+            drawn[: GATES + UNIFORM].uniform_()
+            drawn[GATES + UNIFORM :].normal_()
+            probability = 1 - (1 - p.to(dtype).clamp(0, 1)).pow(exponents)
         else:
-            drawn = torch.full((len(ROWS), num), percentile / 100, dtype=dtype, device=device)
-            drawn[UNIFORM:] = (2 * drawn[UNIFORM:] - 1).erfinv()
-            drawn[5] = 0.5  # an angle of 0
-            opened = enabled > 0
+            drawn = torch.full((count, num), percentile / 100, dtype=dtype, device=device)
+            drawn[:GATES], probability = 0, exponents
+            drawn[GATES + UNIFORM :] = (2 * drawn[GATES + UNIFORM :] - 1).erfinv()
+            drawn[GATES + SECOND_ROTATION] = 0.5  # an angle of 0
         # All numbers at once, few launches: each operation by itself would need several.
+        gates, drawn = drawn[self.places].chunk(2)
         drawn = torch.addcmul(constant, drawn, factor)
-        drawn[:2].floor_()
-        drawn[2].mul_(size[0]).round_()
-        drawn[3].mul_(size[1]).round_()
-        drawn[6].floor_()
-        drawn[8:10].exp2_()
-        drawn[13:].exp2_()
-        drawn = torch.where(opened, drawn, neutral)
-        flip, turn, _, _, before, after, luma, hue, scale, aniso, _, _, brightness, contrast, saturation = drawn
+        drawn[WHOLE].floor_()
+        if size[0] == size[1]:
+            drawn[XINT].mul_(size[0])
+        else:
+            for place, pixels in enumerate(size, XINT.start):
+                drawn[place].mul_(pixels)
+        drawn[XINT].round_()
+        drawn[POWERS].exp2_()
+        drawn = torch.where(gates < probability, drawn, neutral)
+        flip, turn, luma, before, after, hue, *_, brightness, scale, aniso, contrast, saturation = drawn
         return Operations(
             x_flip=flip,
             rotate90=turn,
-            xint=drawn[2:4].t(),
+            xint=drawn[XINT].t(),
             scale=scale,
             rotate_before=before,
             aniso=aniso,
             rotate_after=after,
-            xfrac=drawn[10:12].t(),
+            xfrac=drawn[XINT.stop : XINT.stop + 2].t(),
             brightness=brightness,
             contrast=contrast,
             luma_flip=luma,
@@ -178,12 +187,12 @@ class Augment(nn.Module):
         dtype = drawn.contrast.dtype
         identity, mean = self.identity.to(dtype), self.mean_colour.to(dtype)
         contrast, flip = drawn.contrast[:, None, None], drawn.luma_flip[:, None, None]
-        matrix = contrast * (identity - 2 * flip * mean)
+        matrix = contrast * torch.addcmul(identity, flip, mean, value=-2)
         if not grey:
             cos, sin = drawn.hue.cos()[:, None, None], drawn.hue.sin()[:, None, None]
-            rotation = cos * identity + sin * self.cross.to(dtype) + (1 - cos) * mean
-            saturation = drawn.saturation[:, None, None]
-            matrix = product(saturation * identity + (1 - saturation) * mean, product(rotation, matrix))
+            rotation = torch.addcmul(torch.lerp(mean, identity, cos), sin, self.cross.to(dtype))
+            saturation = torch.lerp(mean, identity, drawn.saturation[:, None, None])
+            matrix = product(saturation, product(rotation, matrix))
         shift = matrix.sum(dim=2) * drawn.brightness[:, None]  # brightness comes first, the same to all channels
         if grey:
             return matrix.sum(dim=2).mean(dim=1)[:, None, None], shift.mean(dim=1, keepdim=True)
@@ -206,13 +215,17 @@ def geometric_map(drawn: Operations, size: tuple[int, int]) -> tuple[Tensor, Ten
     angles = torch.stack([drawn.rotate90 * (math.pi / 2), drawn.rotate_before, drawn.rotate_after])
     cos, sin = angles.cos(), angles.sin()
     turn, before, after = torch.stack([cos, -sin, sin, cos], dim=-1).unflatten(-1, (2, 2))
-    flip = torch.stack([1 - 2 * drawn.x_flip, torch.ones_like(drawn.x_flip)], dim=1)
-    stretch = torch.stack([1 / drawn.aniso, drawn.aniso], dim=1)
-    first = flip[:, :, None] * turn
+    mirror = torch.rsub(drawn.x_flip, 1, alpha=2)[:, None, None]
+    first = torch.cat([turn[:, :1] * mirror, turn[:, 1:]], dim=1)
+    stretch = torch.stack([drawn.aniso.reciprocal(), drawn.aniso], dim=1)
     linear = product(first, before / drawn.scale[:, None, None])
     linear = product(linear * stretch[:, None, :], after)
-    pixels = torch.stack([size[0] * drawn.xfrac[:, 0], size[1] * drawn.xfrac[:, 1]], dim=1)
-    return linear, -(product(first, drawn.xint[..., None]) + product(linear, pixels[..., None]))[..., 0]
+    width, height = size
+    if width == height:
+        back = drawn.xfrac * -width
+    else:
+        back = torch.stack([drawn.xfrac[:, 0] * -width, drawn.xfrac[:, 1] * -height], dim=1)
+    return linear, torch.addcmul(linear * back[:, None, :], first, drawn.xint[:, None, :], value=-1).sum(dim=2)
 
 
 def exact_margins(linear: Tensor, shift: Tensor, size: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -258,19 +271,28 @@ def resample(
 
     # In upsampled pixels, from the centres, which lie half a pixel further than those of the pixels before:
     # v = L (u + 1/2) + 2 b - 1/2, moved by the margins; then (2 v + columns) / padded_columns - 1.
-    grids = []
-    x_places, y_places = (
-        torch.arange(1 - n - REACH, 1 + n + REACH, dtype=linear.dtype, device=linear.device) for n in (width, height)
-    )
-    for axis, (before, after, size, padded) in enumerate(
-        ((left, right, columns, padded_columns), (top, bottom, rows, padded_rows))
-    ):
-        start = (2 * shift[:, axis] + (before - after - 0.5)) * (2 / padded) + (size / padded - 1)
-        step = linear[:, axis] * (2 / padded)  # [B, 2]
-        along_x, along_y = step[:, :1] * x_places, step[:, 1:] * y_places + start[:, None]
-        grids.append(along_y[:, :, None] + along_x[:, None, :])
-    x = sample_bilinear(x, torch.stack(grids, dim=-1))
+    axes = ((left, right, columns, padded_columns), (top, bottom, rows, padded_rows))
+    scales: Any = [2 / padded for _, _, _, padded in axes]
+    starts: Any = [(before - after - 0.5) * (2 / padded) + (size / padded - 1) for before, after, size, padded in axes]
+    x_places = _places(width, linear)
+    y_places = x_places if width == height else _places(height, linear)
+    if axes[0] == axes[1]:
+        scales, starts = scales[0], starts[0]
+    else:
+        scales, starts = linear.new_tensor([scales, starts])
+    start = shift * (2 * scales) + starts  # [B, 2], x and y
+    along_x, along_y = (linear.transpose(1, 2) * scales).unbind(1)  # [B, 2], steps
+    at_x = along_x[:, None] * x_places  # [B, w, 2]
+    at_y = torch.addcmul(start[:, None], along_y[:, None], y_places)  # [B, h, 2]
+    grid = at_y[:, :, None] + at_x[:, None]
+    x = sample_bilinear(x, grid)
     return ops.upfirdn2d(x, low_pass, down=2, padding=-1, flip=True, backend=backend)
+
+
+def _places(pixels: int, like: Tensor) -> Tensor:
+    """Of the upsampled pixels that the last filter reads along an axis, from the centre in halves of pixels: [n, 1]."""
+    reach = pixels + REACH
+    return torch.arange(1 - reach, 1 + reach, dtype=like.dtype, device=like.device)[:, None]
 
 
 def recolour(images: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:
@@ -278,6 +300,33 @@ def recolour(images: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:
     colours = images.unflatten(1, (-1, shift.shape[1])).transpose(1, 2)  # [B, C, k, H, W]
     mapped = torch.baddbmm(shift[:, :, None], matrix, colours.flatten(2)).view_as(colours)
     return mapped.transpose(1, 2).flatten(1, 2)
+
+
+def choose(where: Tensor, first: Tensor, second: Tensor, zero: Tensor) -> Tensor:
+    """The first tensor's numbers where the condition holds, else the second's.
+
+    Args:
+        zero: A 0 that lies on the device: torch would make one for every gradient.
+    """
+    return _Choice.apply(where, first, second, zero)
+
+
+class _Choice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, where: Tensor, first: Tensor, second: Tensor, zero: Tensor) -> Tensor:
+        ctx.save_for_backward(where, zero)
+        return torch.where(where, first, second)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        where, zero = ctx.saved_tensors
+        to_first, to_second = ctx.needs_input_grad[1:3]
+        return (
+            None,
+            _Choice.apply(where, grad, zero, zero) if to_first else None,
+            _Choice.apply(where, zero, grad, zero) if to_second else None,
+            None,
+        )
 
 
 def sample_bilinear(images: Tensor, grid: Tensor) -> Tensor:

@@ -47,6 +47,10 @@ class Scaled:
             return self.kept
         return self.together() if self.factor == 1 else self.together() * self.factor
 
+    def stacked(self) -> Tensor:
+        """[n, *shape] for a single layer, too."""
+        return self() if len(self.layers) > 1 else self()[None]
+
 
 class FullyConnected(nn.Module):
     """y = act(x W^T m / sqrt(n_in) + b m), m the learning-rate multiplier; W is drawn from N(0, 1) / m.
@@ -107,7 +111,7 @@ class Affines(nn.Module):
         for place, layer in enumerate(layers):
             groups.setdefault(layer.weight.shape[0], []).append(place)
             layer.scaled_weight.elsewhere = layer.scaled_bias.elsewhere = True
-        self.groups = list(groups.values())  # of places
+        self.widths, self.groups = list(groups), list(groups.values())  # of what comes out, and places
         self.weights, self.biases = [], []
         for group in self.groups:
             members = [layers[place] for place in group]
@@ -123,21 +127,27 @@ class Affines(nn.Module):
         """What each layer gives, [B, n_out], in the order that they came in.
 
         Args:
-            x: [B, n_in], the same for all, or [n, B, n_in], one for each, in `order`.
+            x: See `grouped`.
             then: A function of single numbers that is applied to what comes out.
         """
         results: list[Tensor] = [x] * sum(map(len, self.groups))
-        first = 0
+        for group, y in zip(self.groups, self.grouped(x), strict=True):
+            for place, vectors in zip(group, (y if then is None else then(y)).unbind(0), strict=True):
+                results[place] = vectors
+        return results
+
+    def grouped(self, x: Tensor) -> list[Tensor]:
+        """The same, group by group: each [members, B, n_out].
+
+        Args:
+            x: [B, n_in], the same for all, or [n, B, n_in], one for each, in `order`.
+        """
+        results, first = [], 0
         for group, weight, bias in zip(self.groups, self.weights, self.biases, strict=True):
-            count, (weight, bias) = len(group), (weight(), bias())
+            count = len(group)
             given = x[first : first + count] if x.ndim == 3 else x.expand(count, -1, -1)
             first += count
-            if count == 1:
-                weight, bias = weight[None], bias[None]
-            y = torch.baddbmm(bias[:, None], given, weight.transpose(1, 2))
-            y = y if then is None else then(y)
-            for place, vectors in zip(group, y.unbind(0), strict=True):
-                results[place] = vectors
+            results.append(torch.baddbmm(bias.stacked()[:, None], given, weight.stacked().transpose(1, 2)))
         return results
 
 

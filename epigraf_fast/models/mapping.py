@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from .layers import FullyConnected
 
@@ -12,7 +15,40 @@ W_AVG_DECAY = 0.998
 
 def normalize_rms(x: Tensor) -> Tensor:
     """x / sqrt(mean(x^2) + 1e-8) over the last dimension."""
-    return x * (x.square().mean(dim=-1, keepdim=True) + 1e-8).rsqrt()
+    recorded = torch.is_grad_enabled() and x.requires_grad and not is_compiling()
+    return (_NormalizeRms.apply(x) if recorded else _rms(x))[0]
+
+
+def _rms(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The normalized vectors and what they were multiplied by."""
+    factor = (x.square().mean(dim=-1, keepdim=True) + 1e-8).rsqrt()
+    return x * factor, factor
+
+
+class _NormalizeRms(torch.autograd.Function):
+    """`_rms` with its gradient in few operations: (g - y mean(g y)) factor."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        return _rms(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], outputs: tuple[Tensor, Tensor]) -> None:
+        y, factor = outputs
+        ctx.save_for_backward(*inputs, y, factor)
+        ctx.mark_non_differentiable(factor)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> Tensor | None:
+        if grad is None:
+            return None
+        x, y, factor = ctx.saved_tensors
+        if torch.is_grad_enabled():  # both again as functions of x, for the derivatives of this one
+            y, factor = _rms(x)
+        return torch.addcmul(grad, y, (grad * y).mean(dim=-1, keepdim=True), value=-1) * factor
 
 
 class Mapping(nn.Module):

@@ -320,8 +320,8 @@ class Synthesis(nn.Module):
         rows = torch.tensor([which[place] for place in self.affines.order])
         self.register_buffer("rows", rows, persistent=False)
         self.plane_weights = [
-            Scaled(list(layers), "weight", 1 / math.sqrt(width))
-            for width, layers in itertools.groupby(to_planes, key=lambda layer: layer.weight.shape[1])
+            Scaled([to_planes[place - len(convs)] for place in group if place >= len(convs)], "weight", width**-0.5)
+            for group, width in zip(self.affines.groups, self.affines.widths, strict=True)
         ]
 
     def forward(self, ws: Tensor, noise_mode: str = "random") -> Tensor:
@@ -355,15 +355,11 @@ class Synthesis(nn.Module):
             for res, block, block_ws, dtype in zip(self.resolutions, blocks, vectors, dtypes, strict=True):
                 x, planes = block(x, planes, block_ws, dtype, noise_mode, levels.get(res))
         else:
-            styles = iter(self.affines(ws.index_select(1, self.rows).transpose(0, 1)))
+            styles, weights = self._styles(ws)
+            of_convs = iter(styles)
             modulations = [
-                [conv.modulation(next(styles), dtype) for conv in block.convs()]
+                [conv.modulation(next(of_convs), dtype) for conv in block.convs()]
                 for block, dtype in zip(blocks, dtypes, strict=True)
-            ]
-            weights = [
-                (weight[..., 0, 0] * next(styles)[:, None])  # [B, 3*C, c_in]
-                for part in self.plane_weights
-                for weight in (part() if len(part.layers) > 1 else part()[None])
             ]
             next_styles = [first.style for first, *_ in modulations[1:]] + [None]
             for i, block in enumerate(blocks):
@@ -372,3 +368,19 @@ class Synthesis(nn.Module):
                 level = levels.get(self.resolutions[i])
                 x, planes = block.chained(x, planes, modulations[i], weights[i], next_styles[i], noise_mode, level)
         return planes.contiguous(memory_format=torch.channels_last)
+
+    def _styles(self, ws: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Of every convolution its style [B, c_in], of every layer that adds to the planes its weight [B, 3*C, c_in].
+
+        (See `ToPlanes.product`.)
+        """
+        count = self.num_ws - 1  # of convolutions, which come first in every group
+        styles: list[Tensor] = [ws] * count
+        weights: list[Tensor] = []
+        groups = self.affines.grouped(ws.index_select(1, self.rows).transpose(0, 1))
+        for group, vectors, part in zip(self.affines.groups, groups, self.plane_weights, strict=True):
+            own, of_planes = vectors.split([len(group) - len(part.layers), len(part.layers)])
+            for place, style in zip(group, own.unbind(0), strict=False):
+                styles[place] = style
+            weights += (part.stacked().flatten(2)[:, None] * of_planes[:, :, None]).unbind(0)
+        return styles, weights

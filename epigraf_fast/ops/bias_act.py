@@ -146,7 +146,8 @@ class _BiasAct:
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        return *bias_act_backward(grad_y, *ctx.saved_tensors, ctx.settings, ctx.needs_input_grad[1]), None
+        wants_bias = ctx.needs_input_grad[1] and library.wanted(ctx, 1)
+        return *bias_act_backward(grad_y, *ctx.saved_tensors, ctx.settings, wants_bias), None
 
 
 def bias_act_backward(

@@ -206,7 +206,10 @@ class _LayerEpilogue:
             x = recovered(outputs, *vectors, ctx.settings)
             grads = [None if grad is None else grad.to(x.dtype) for grad in grads]
             blur, kernel, outputs = None, blur, (None, None)
-        needs = ctx.needs_input_grad[:8]
+        given = [True, *(tensor is not None for tensor in (blur, demod, bias, noise, strength, style0, style1))]
+        needs = tuple(
+            needed and library.wanted(ctx, sum(given[:place])) for place, needed in enumerate(ctx.needs_input_grad[:8])
+        )
         result = library.apply(LayerEpilogueBackward, *grads, x, blur, *vectors, *outputs, ctx.settings, needs)
         grad_x = result[0]
         if again:

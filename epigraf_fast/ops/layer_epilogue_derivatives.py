@@ -230,7 +230,8 @@ class _LayerEpilogueDoubleBackward:
     def empty(*args: Any) -> tuple[Tensor | None, ...]:
         grad0, grad1, x, _, demod, bias, noise, strength, style0, style1, _ = args[7:]
         vectors = (native.like(v) for v in (demod, bias, noise, strength, style0))
-        return native.like(grad0), native.like(grad1), native.like(x), *vectors, native.like(style1, grad1 is not None)
+        of_x = native.like(x, _bends(*args[:7]))
+        return native.like(grad0), native.like(grad1), of_x, *vectors, native.like(style1, grad1 is not None)
 
     @staticmethod
     def run(*args: Any) -> tuple[Tensor | None, ...]:
@@ -267,7 +268,9 @@ class _LayerEpilogueDoubleBackward:
             if dot_noise is not None and strength is not None:
                 grad_strength = grad_strength + (gradient_map * dot_noise).sum()
             grad_noise = grad_noise.sum(0, keepdim=True) if len(noise) == 1 else grad_noise
-        if blur is not None:
+        if not _bends(*args[:7]):
+            grad_x = None  # of nothing but zeros, which would be added to what is as large
+        elif blur is not None:
             grad_x = blurred(grad_x, blur, adjoint=True)
         vectors = sums.demod, sums.bias, grad_noise, grad_strength, sums.style0, sums.style1
         return *grad_grads, grad_x, *vectors
@@ -289,6 +292,11 @@ class _LayerEpilogueDoubleBackward:
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
         raise NotImplementedError('layer_epilogue: only backend="reference" has a third derivative')
+
+
+def _bends(dot_x: Any, dot_demod: Any, dot_bias: Any, dot_noise: Any, dot_strength: Any, *dot_styles: Any) -> bool:
+    """Whether a gradient that is differentiated depends on x beyond its sign."""
+    return any(dot is not None for dot in (dot_demod, *dot_styles))
 
 
 class _Sums:

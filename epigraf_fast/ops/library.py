@@ -207,6 +207,22 @@ def apply(cls: type, *args: Any) -> Any:
     return call(REFERENCE if batched else route(*args[: cls.tensors]), cls, *args)
 
 
+def wanted(ctx: Any, place: int) -> bool:
+    """In the backward of a Function: whether the gradient to the tensor at this place goes anywhere.
+
+    Args:
+        place: Among the tensors that the Function was given. (`needs_input_grad` says what the forward pass knew: that
+            the tensor has a gradient, though this backward pass may be asked for others alone.)
+    """
+    node, _ = ctx.next_functions[place]
+    if node is None:
+        return False
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except (AttributeError, RuntimeError):  # no answer from this torch, or about a leaf that `grad` is asked for
+        return True
+
+
 def pull_back(
     function: Callable[..., Any], inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..reference.bias_act import ACTIVATIONS
@@ -13,6 +12,7 @@ from ..reference.modulated_conv2d import conv2d_resample as _reference_conv2d_re
 from ..reference.modulated_conv2d import modulated_conv2d as _reference
 from .bias_act import bias_act
 from .checks import check_broadcast, check_choice, check_clamp, check_gain, check_integers, check_shape, check_together
+from .convolution_derivatives import conv2d, conv_transpose2d
 from .layer_epilogue import SLOPES, layer_epilogue, resolve_with_filter
 from .modulation import modulation
 from .upfirdn2d import upfirdn2d
@@ -74,9 +74,8 @@ def conv2d_resample(
     if chosen == "reference":
         return _reference_conv2d_resample(x, weight, kernel=kernel, up=up, down=down, flip_weight=flip_weight)
     filter_ = functools.partial(upfirdn2d, backend=chosen)
-    return _reference_conv2d_resample(
-        x, weight, kernel=kernel, up=up, down=down, flip_weight=flip_weight, upfirdn2d=filter_
-    )
+    options = {"upfirdn2d": filter_, "conv2d": conv2d, "conv_transpose2d": conv_transpose2d}
+    return _reference_conv2d_resample(x, weight, kernel=kernel, up=up, down=down, flip_weight=flip_weight, **options)
 
 
 def modulated_conv2d(
@@ -183,7 +182,7 @@ def modulated_layer(
     chosen = resolve_with_filter("modulated_layer", backend, x.device.type, kernel)
     fused = up == 2 and weight.shape[-1] == 3 and tuple(kernel.shape) == (4,) and chosen != "reference"
     if fused:
-        x = torch.nn.functional.conv_transpose2d(x, weight.transpose(0, 1), stride=2)
+        x = conv_transpose2d(x, weight.transpose(0, 1), stride=2)
     else:
         x = conv2d_resample(x, weight, kernel=kernel, up=up, flip_weight=up > 1, backend=chosen)
     return layer_epilogue(x, demod=demod, blur=kernel if fused else None, backend=chosen, **epilogue)

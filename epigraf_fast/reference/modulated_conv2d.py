@@ -21,6 +21,8 @@ def conv2d_resample(
     down: int = 1,
     flip_weight: bool = False,
     upfirdn2d: Callable[..., Tensor] = _upfirdn2d,
+    conv2d: Callable[..., Tensor] = torch.nn.functional.conv2d,
+    conv_transpose2d: Callable[..., Tensor] = torch.nn.functional.conv_transpose2d,
 ) -> Tensor:
     """A k x k convolution that keeps the size, then times `up` or divided by `down` with the low-pass filter `kernel`.
 
@@ -33,6 +35,7 @@ def conv2d_resample(
         kernel: [n] or [n, n], sum 1; needed where up or down > 1.
         flip_weight: False correlates with `weight` (torch's conv2d), True convolves with it.
         upfirdn2d: What filters.
+        conv2d, conv_transpose2d: What convolves.
 
     Returns:
         [B, C_out, H up / down, W up / down].
@@ -46,20 +49,20 @@ def conv2d_resample(
         before = (taps + up - 1) // 2 + pad - (k - 1)
         after = (taps - up) // 2 + pad - (k - up)
         weight = (weight if flip_weight else weight.flip([2, 3])).transpose(0, 1)
-        x = torch.nn.functional.conv_transpose2d(x, weight, stride=up)
+        x = conv_transpose2d(x, weight, stride=up)
         return upfirdn2d(x, kernel, padding=(before, after, before, after), gain=up**2)
     if flip_weight:
         weight = weight.flip([2, 3])
     if down == 1:
-        return torch.nn.functional.conv2d(x, weight, padding=pad)
+        return conv2d(x, weight, padding=pad)
     taps = kernel.shape[-1]
     before, after = (taps - down + 1) // 2 + pad, (taps - down) // 2 + pad
     if weight.shape[-1] == 1:
         # A 1x1 convolution commutes with dropping samples: convolve only what is kept.
         x = upfirdn2d(x, kernel, down=down, padding=(before, after, before, after))
-        return torch.nn.functional.conv2d(x, weight)
+        return conv2d(x, weight)
     x = upfirdn2d(x, kernel, padding=(before, after, before, after))
-    return torch.nn.functional.conv2d(x, weight, stride=down)
+    return conv2d(x, weight, stride=down)
 
 
 def modulated_conv2d(

@@ -229,19 +229,25 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:120]}" if lines else type(error).__name__
 
 
+def buckets_of(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The parameters whose gradients travel together, in the order that they do."""
+    buckets: list[list[Tensor]] = []
+    size = BUCKET
+    for p in reversed(parameters):
+        if size >= BUCKET:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(p)
+        size += p.numel()
+    return buckets
+
+
 class _Buckets:
     """Gradients on their way: sent by hooks during a backward pass, brought home by `finish`."""
 
     def __init__(self, parameters: Sequence[Tensor], world: World) -> None:
         self.world = world
-        self.buckets: list[list[Tensor]] = []
-        size = BUCKET
-        for p in reversed(parameters):
-            if size >= BUCKET:
-                self.buckets.append([])
-                size = 0
-            self.buckets[-1].append(p)
-            size += p.numel()
+        self.buckets = buckets_of(parameters)
         self.missing = [len(bucket) for bucket in self.buckets]
         self.sent: list[tuple[Tensor, dist.Work]] = []
         self.hooks = [

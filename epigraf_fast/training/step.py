@@ -310,7 +310,7 @@ class Trainer:
         mean = lengths.mean().lerp(self.path_length, PATH_LENGTH_DECAY)
         self.path_length.copy_(mean.detach())
         penalty = (lengths - mean).square()
-        self._backward(config.optim.path_length_weight * penalty.mean() * config.optim.path_length_interval)
+        self._backward(penalty.mean() * (config.optim.path_length_weight * config.optim.path_length_interval))
         self._record("loss/path_length", penalty)
 
     def _discriminator_phase(self, fakes: Fakes, real: Samples) -> None:
@@ -341,15 +341,16 @@ class Trainer:
         logits = self._judge(patches, scale, offset, real.label, real.angles)
         penalty = r1_penalty(logits, patches)
         optim = self.config.optim
-        self._backward((penalty * (optim.r1_gamma / 2)).mean() * optim.r1_interval)
+        self._backward(penalty.mean() * (optim.r1_gamma / 2 * optim.r1_interval))
         self._record("loss/R1", penalty)
         self._observe(logits)
 
     def _observe(self, real_logits: Tensor) -> None:
         """Keeps what the augmentation's strength follows."""
         if self.augment is not None:
-            signs = real_logits.detach().sign()
-            self.real_signs += torch.stack([signs.sum(), torch.ones_like(signs).sum()])
+            total, count = self.real_signs
+            total += real_logits.detach().sign().sum()
+            count += len(real_logits)
             self._record("augment/p", self.augment_p)
 
     def _adjust_augmentation(self) -> None:
@@ -362,7 +363,7 @@ class Trainer:
         self.real_signs.zero_()
 
     def _backward(self, loss: Tensor) -> None:
-        (loss * (self.micro / self.share)).backward()
+        (loss if self.micro == self.share else loss * (self.micro / self.share)).backward()
 
     def _generate(self, fakes: Fakes, update_w_avg: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Fake patches as D sees them, their scale and offset."""
@@ -472,8 +473,11 @@ class Trainer:
 
     def _record(self, name: str, values: Tensor) -> None:
         values = values.detach().float()
-        total, count = self.recorded.get(name, (0, 0))
-        self.recorded[name] = total + values.sum(), count + values.numel()
+        added, count = values if values.ndim == 0 else values.sum(), values.numel()
+        if name in self.recorded:
+            total, before = self.recorded[name]
+            added, count = total + added, before + count
+        self.recorded[name] = added, count
 
     def statistics(self) -> dict[str, float]:
         """Means since `reset_statistics`, over all processes, which all have to ask; waits for the device."""

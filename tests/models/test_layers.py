@@ -11,11 +11,13 @@ from checks import SIGMAS, assert_close, draw, draw_uniform
 from epigraf_fast.models.layers import (
     CLAMP,
     LOW_PASS,
+    Affines,
     Conv2d,
     FullyConnected,
     ScalarEncoder,
     camera_numbers,
     channels_at,
+    scaled_once,
 )
 
 PI = math.pi
@@ -77,6 +79,68 @@ def test_conv2d_is_equalized(kernel_size):
     weight = layer.weight / (5 * kernel_size**2) ** 0.5
     expected = lrelu(torch.nn.functional.conv2d(x, weight, layer.bias, padding=kernel_size // 2))
     assert_close(layer(x), expected, "y")
+
+
+class Several(torch.nn.Module):
+    """A layer of every kind, and linear ones that are computed together."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = FullyConnected(6, 6, act="lrelu", lr_multiplier=0.01)
+        self.linear = torch.nn.ModuleList(FullyConnected(6, n, bias_init=1.0) for n in (4, 3, 4))
+        self.affines = Affines(self.linear)
+        self.conv = Conv2d(4, 3, 3)
+
+    def forward(self, x):
+        a, b, c = self.affines(self.first(x), torch.tanh)
+        return (self.conv(a[:, :, None, None] * c[:, None, None, :].mT) * b[:, :, None, None]).square().sum()
+
+
+def test_linear_layers_together():
+    """Those of equal width in one product; given one vector for all, or each its own in `order`."""
+    module = Several().double()
+    x = draw(3, 2, 6, seed=1)
+    assert module.affines.groups == [[0, 2], [1]]
+    assert module.affines.order == [0, 2, 1]
+    for name, given in (("one for all", x[:1].expand(3, -1, -1)), ("each its own", x)):
+        expected = [layer(vectors) for layer, vectors in zip(module.linear, given[[0, 2, 1]], strict=True)]
+        actual = module.affines(x[0] if name == "one for all" else x)
+        for k, (y, known) in enumerate(zip(actual, expected, strict=True)):
+            assert y.is_contiguous()
+            assert_close(y, known, f"{name}: layer {k}")
+    assert not list(module.affines.parameters())
+    assert module.state_dict().keys() == {
+        f"{layer}.{kind}"
+        for layer in ("first", "linear.0", "linear.1", "linear.2", "conv")
+        for kind in ("weight", "bias")
+    }
+
+
+def test_weights_are_scaled_once():
+    """Inside of the block nothing is scaled any more, and the gradients are those of before."""
+    module = Several().double()
+    module.first.bias.requires_grad_(False)
+    x = draw(2, 6, seed=2)
+    for _ in range(2):
+        module(x).backward()
+    expected = {name: p.grad for name, p in module.named_parameters()}
+    module.zero_grad()
+    with scaled_once(module) as leaves:
+        stacked = leaves[id(module.linear[0].weight)]
+        assert stacked is leaves[id(module.linear[2].weight)]
+        assert_close(stacked[1], module.linear[2].weight / 6**0.5, "in the stack")
+        assert_close(leaves[id(module.conv.weight)], module.conv.weight / 6, "of the convolution")
+        for _ in range(2):
+            module(x).backward()
+        assert module.conv.weight.grad is None
+    for name, p in module.named_parameters():
+        if name == "first.bias":
+            assert p.grad is None
+        else:
+            assert_close(p.grad, expected[name], name)
+    with torch.no_grad():
+        module.conv.weight.mul_(2)
+    assert_close(module.conv.scaled_weight(), module.conv.weight / 6, "after the block the weights are those of now")
 
 
 def test_conv2d_initialization():

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from checks import SIGMAS, assert_close, draw
+from checks import SIGMAS, assert_close, draw, gradcheck, gradgradcheck
 from epigraf_fast.models.mapping import Mapping, StyleMapping, mix_styles, normalize_rms
 
 
@@ -21,6 +21,12 @@ def test_normalize_rms_by_hand():
     assert_close(normalize_rms(x), [[3 * scale, -4 * scale], [0, 0]], "normalized")
     small = torch.full((1, 2), 1e-4, dtype=torch.float64)
     assert_close(normalize_rms(small), [[0.5**0.5] * 2], "the epsilon is inside the root", "hand")
+
+
+def test_normalize_rms_derivatives():
+    inputs = {"x": draw(3, 4)}
+    gradcheck(normalize_rms, inputs, "normalized")
+    gradgradcheck(normalize_rms, inputs, "normalized")
 
 
 @pytest.mark.parametrize(("z_dim", "c_dim"), [(5, 0), (5, 3), (0, 3)])

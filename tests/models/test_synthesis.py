@@ -7,7 +7,14 @@ import torch
 from emulated import emulate
 
 from checks import assert_close, assert_error_within_reference, assert_finite, draw
-from epigraf_fast.models.synthesis import NOISE_MODES, Synthesis, SynthesisLayer, ToPlanes
+from epigraf_fast.models.synthesis import (
+    NOISE_MODES,
+    Synthesis,
+    SynthesisLayer,
+    ToPlanes,
+    parts_of,
+    product_of_pixels,
+)
 from epigraf_fast.ops import backends
 
 
@@ -317,3 +324,25 @@ def test_the_chain_errs_no_more_than_the_reference(backend):
 
     actual, expected, truth = (relative(g) for g in (gradients, expected, true_gradients))
     assert_error_within_reference(actual.float(), expected.float(), truth, "gradients")
+
+
+def test_products_of_pixels_in_parts():
+    """The weight's gradient is summed part by part, for the same numbers, to the second derivative."""
+    assert [parts_of(n * n) for n in (16, 64, 128, 512)] == [1, 1, 4, 64]
+    assert parts_of(24 * 1000) == 6
+    assert parts_of(8209) == 1  # a prime
+    values = []
+    for parts in (1, 4):
+        pixels, weight = draw(2, 24, 3).requires_grad_(), draw(2, 5, 3, seed=1).requires_grad_()
+        y = product_of_pixels(pixels, weight, parts)
+        firsts = torch.autograd.grad(y.square().sum(), (pixels, weight), create_graph=True)
+        seconds = torch.autograd.grad(sum(x.square().sum() for x in firsts), (pixels, weight))
+        values.append((y, *firsts, *seconds))
+    for name, a, b in zip(("y", "to pixels", "to weight", "2nd to pixels", "2nd to weight"), *values, strict=True):
+        assert_close(b, a, name)
+    shapes = []
+    product = torch.bmm
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "bmm", lambda a, b: shapes.append((tuple(a.shape), tuple(b.shape))) or product(a, b))
+        product_of_pixels(pixels, weight, 4).sum().backward()
+    assert shapes[-1] == ((8, 5, 6), (8, 6, 3))  # 2 images in 4 parts of 6 pixels

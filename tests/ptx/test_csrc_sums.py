@@ -49,15 +49,15 @@ def run_sums(call: Callable[[], object]) -> tuple[Tensor, dict[str, Tensor], lis
 
 
 def test_sums_of_the_epilogue_in_two_steps() -> None:
-    batch, channels, size = 2, 72, 512
-    x = torch.zeros(batch, size, size, channels).permute(0, 3, 1, 2).requires_grad_()
+    batch, channels, size = 2, 136, (128, 256)
+    x = torch.zeros(batch, *size, channels).permute(0, 3, 1, 2).requires_grad_()
     vectors = {name: torch.ones(batch, channels, requires_grad=True) for name in ("demod", "style0", "style1")}
     bias, strength = torch.zeros(channels, requires_grad=True), torch.ones((), requires_grad=True)
     inputs = [*vectors.values(), bias, strength]
 
     def call() -> None:
         styles = vectors["style0"], vectors["style1"]
-        noise = torch.zeros(1, 1, size, size)
+        noise = torch.zeros(1, 1, *size)
         settings = {"demod": vectors["demod"], "noise": noise, "strength": strength, "bias": bias, "styles": styles}
         ys = ops.layer_epilogue(x, **settings, act="lrelu", backend="cpu")
         torch.autograd.grad(ys, inputs, [y.detach() for y in ys])

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
+import struct
 
 import pytest
 import torch
 
 import checks
+from bench.mutants import launches as mutant_launches
 from bench.mutants import mutants
 from bench.ptx import Program
 from epigraf_fast.ops import backends
@@ -27,6 +30,7 @@ st.shared.b32 [s], x;
 bar.sync 0;
 @p red.global.add.f32 [a], g;
 fma.rn.f32 f, f, f, g;
+fma.rn.f32 f, f, g, 0f00000000;
 ret;
 """
 
@@ -84,6 +88,14 @@ def test_tolerances_are_those_of_the_tests() -> None:
     assert {dtype: checks.TOLERANCES[dtype] for dtype in mutants.TOLERANCES} == mutants.TOLERANCES
 
 
+def test_every_fault_that_is_not_found_is_explained() -> None:
+    content = json.loads(mutants.RESULTS.read_text())
+    assert [one for one in mutants.unproved(content) if mutants.explanation(one) is None] == []
+    tried, idle = (sum(row[key] for row in content["rows"]) for key in ("tried", "idle"))
+    assert sum(sum(row["found"].values()) for row in content["rows"]) >= 0.95 * (tried - idle)
+    assert {row["arch"] for row in content["rows"]} == {70, 80, 90}
+
+
 def test_what_differs() -> None:
     x = torch.tensor([1.0, torch.nan])
     assert not mutants.differs(x + 1e-6, x)
@@ -95,11 +107,52 @@ def test_what_differs() -> None:
 @pytest.mark.skipif(backends.status()["composite"]["triton"] is not None, reason="Triton is not here")
 def test_faults_of_a_compiled_kernel_are_found() -> None:
     """Of every kind one, in the kernel that samples planes; the mutants run where the kernel itself passes."""
-    from bench.mutants import launches as mutant_launches
-
     ((kernel_name, launches),) = mutant_launches.launches(80, only="sample_triplane_fwd", csrc=False).items()
     judged = mutants.judge(80, kernel_name, launches, most=2, seed=1)
     tried, idle = (sum(row[key] for row in judged["rows"]) for key in ("tried", "idle"))
     found = sum(sum(row["found"].values()) for row in judged["rows"])
     assert tried - idle >= 4
     assert found >= 0.9 * (tried - idle), judged["survivors"]
+
+
+PROBED = """
+.reg .b32 t; .reg .f32 f, g, zero; .reg .b64 a, o;
+.shared .align 4 .b8 s[4];
+mov.u32 t, %tid.x;
+ld.param.u64 a, [x];
+ld.param.u64 o, [y];
+mad.wide.u32 o, t, 4, o;
+ld.global.f32 f, [a];
+ld.global.f32 g, [a+8];
+mov.f32 zero, 0f00000000;
+fma.rn.f32 f, f, f, zero;
+st.shared.f32 [s], f;
+st.shared.f32 [s], f;
+st.global.f32 [o], f;
+ret;
+"""
+
+
+def test_probes_show_what_has_no_effect() -> None:
+    """x[0] = x[1], nobody uses x[2], 0 is added, and one value is stored twice; that the first store is idle is not
+    seen, since nobody has written before it.
+    """
+    tensors = {"x": torch.tensor([3.0, 3.0, 4.0, 5.0]), "y": torch.full((1,), torch.nan)}
+    entry = Program(kernel(PROBED, params=".param .u64 x, .param .u64 y")).entries["k"]
+    params = struct.pack("<2Q", *(x.data_ptr() for x in tensors.values()))
+    options = {"grid": (1, 1, 1), "block": (1, 1, 1), "params": params, "arch": 80}
+    before = {name: x.view(torch.uint8).numpy().copy() for name, x in tensors.items()}
+    mutant_launches.execute(mutant_launches.program_of(entry), tensors, options)
+    assert tensors["y"].item() == 9.0
+    after = {name: x.clone() for name, x in tensors.items()}
+    launch = mutant_launches.Launch(entry, options, tensors, before, after)
+    assert launch.last_changed("y") == 0
+    judged = mutants.judge(80, "k 1", [launch], most=9, seed=0)
+    not_proved = f"not proved; presumably {mutants.KINDS['shared store dropped']}"
+    assert sorted((one["kind"], one["ptx"], one["why"]) for one in judged["survivors"]) == [
+        ("fma made a product", "fma.rn.f32 f, f, f, zero;", mutants.IDLE["same"]),
+        ("pointer shifted", "ld.global.f32 f, [a];", mutants.IDLE["same"]),
+        ("pointer shifted", "ld.global.f32 g, [a+8];", mutants.IDLE["unused"]),
+        ("shared store dropped", "st.shared.f32 [s], f;", not_proved),
+        ("shared store dropped", "st.shared.f32 [s], f;", mutants.IDLE["same"]),
+    ]

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +13,7 @@ import pytest
 import torch
 from in_part import IN_PART
 
-from checks import HANG, assert_close
+from checks import assert_close
 from command_lines import flags
 from epigraf_fast.config import Config, DiscriminatorConfig, check
 from epigraf_fast.data import ImageDataset, make_loader
@@ -32,20 +27,6 @@ from epigraf_fast.training.step import Fakes, Samples, Trainer
 from together import fork, train_together
 
 TinyConfig = Callable[..., Config]
-ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT = 300
-
-
-def environment(**others: str) -> dict[str, str]:
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **others}
-
-
-def torchrun(*line: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *line]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
 
 
 def step_of_two(config: Config, tmp_path: Path) -> list[dict[str, Any]]:
@@ -204,39 +185,6 @@ def test_two_go_on_exactly(tiny_config: TinyConfig, tmp_path: Path) -> None:
     for name in ("generator", "discriminator", "average"):
         assert all(torch.equal(halves["trainer"][name][key], x) for key, x in whole["trainer"][name].items()), name
     assert torch.equal(whole["trainer"]["augment_p"], halves["trainer"]["augment_p"])
-
-
-def children(pid: int) -> list[int]:
-    path = Path(f"/proc/{pid}/task/{pid}/children")
-    return [int(child) for child in path.read_text().split()] if path.is_file() else []
-
-
-def test_a_killed_worker_ends_the_job(tiny_config: TinyConfig, tmp_path: Path) -> None:
-    """Within a minute, with an error code; what it leaves is a checkpoint that two processes go on from."""
-    process = torchrun("train.py", *flags(tiny_config(kimg=100.0, checkpoint_kimg=0.016)))
-    started = time.monotonic()
-    while not list_checkpoints(tmp_path / "run"):
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() - started < TIMEOUT
-        time.sleep(0.2)
-    workers = children(process.pid)
-    assert len(workers) == 2
-    os.kill(workers[1], signal.SIGKILL)
-    killed = time.monotonic()
-    process.communicate(timeout=HANG)
-    assert time.monotonic() - killed < 60
-    assert process.returncode != 0
-    deadline = time.monotonic() + HANG
-    while any(Path(f"/proc/{pid}").is_dir() for pid in workers) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert not any(Path(f"/proc/{pid}").is_dir() for pid in workers)
-
-    newest = load_checkpoint(list_checkpoints(tmp_path / "run")[-1])[1]["trainer"]["cur_nimg"]
-    line = [*flags(tiny_config(kimg=newest / 1000 + 0.016, checkpoint_kimg=0.016)), "--resume", "auto"]
-    first, second = train_together(tmp_path / "ended", line, line)
-    assert first.code == second.code == 0, first.errors
-    assert (first.output + second.output).count("continuing from") == 1
-    assert list_checkpoints(tmp_path / "run")[-1].name == f"checkpoint-{newest + 16:09d}.pt"
 
 
 # One process

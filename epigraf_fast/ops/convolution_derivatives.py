@@ -1,0 +1,91 @@
+"""torch's convolutions with further derivatives that are convolutions of the usual kind.
+
+torch's own second derivative takes the gradient to the weight for a convolution of transposed factors, whose kernel is
+as large as an image and whose result lies transposed in memory. Here it is the same call as in a first derivative. And
+what no gradient is asked for is not computed: a Function of Python's would not know.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+from torch.nn import functional as F
+
+from . import library
+
+
+class _Plan(NamedTuple):
+    stride: int
+    padding: int
+    transposed: bool
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Stride, padding, dilation, transposed, output padding and groups, as torch's dispatched convolutions have."""
+        return [self.stride] * 2, [self.padding] * 2, [1, 1], self.transposed, [0, 0], 1
+
+
+def conv2d(x: Tensor, weight: Tensor, stride: int = 1, padding: int = 0) -> Tensor:
+    """torch's conv2d: x [B, C_in, H, W], weight [C_out, C_in, k, k]. Derivatives of any order."""
+    if _is_recorded(x, weight):
+        return _Convolution.apply(x, weight, _Plan(stride, padding, False))
+    return F.conv2d(x, weight, stride=stride, padding=padding)
+
+
+def conv_transpose2d(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
+    """torch's conv_transpose2d: x [B, C_in, H, W], weight [C_in, C_out, k, k]. Derivatives of any order."""
+    if _is_recorded(x, weight):
+        return _Convolution.apply(x, weight, _Plan(stride, 0, True))
+    return F.conv_transpose2d(x, weight, stride=stride)
+
+
+def _is_recorded(x: Tensor, weight: Tensor) -> bool:
+    """Whether these two have a gradient that is recorded in eager mode."""
+    recorded = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return recorded and not is_compiling() and library.route(x, weight) is not library.REFERENCE
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, plan: _Plan) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.plan = plan
+        return torch.ops.aten.convolution(x, weight, None, *plan.arguments())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = library.wanted(ctx, 0), library.wanted(ctx, 1)
+        return *_Gradients.apply(grad, *ctx.saved_tensors, ctx.plan, wanted), None
+
+
+class _Gradients(torch.autograd.Function):
+    """To x and the weight, those of the two that are wanted."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, plan: _Plan, wanted: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        ctx.save_for_backward(grad, x, weight)
+        ctx.plan = plan
+        ctx.set_materialize_grads(False)
+        mask = [*wanted, False]
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(grad, x, weight, None, *plan.arguments(), mask)
+        return grad_x, grad_weight
+
+    @staticmethod
+    def backward(ctx: Any, dot_x: Tensor | None, dot_weight: Tensor | None) -> tuple[Tensor | None, ...]:
+        """<grad, conv(x, weight)> is linear in each of the three."""
+        grad, x, weight = ctx.saved_tensors
+        to_grad = to_x = to_weight = None
+        if library.wanted(ctx, 0):
+            for pair in ((dot_x, weight), (x, dot_weight)):
+                if pair[0] is not None and pair[1] is not None:
+                    part = _Convolution.apply(*pair, ctx.plan)
+                    to_grad = part if to_grad is None else to_grad + part
+        if dot_weight is not None and library.wanted(ctx, 1):
+            to_x, _ = _Gradients.apply(grad, x, dot_weight, ctx.plan, (True, False))
+        if dot_x is not None and library.wanted(ctx, 2):
+            _, to_weight = _Gradients.apply(grad, dot_x, weight, ctx.plan, (False, True))
+        return to_grad, to_x, to_weight, None, None
