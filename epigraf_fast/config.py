@@ -136,6 +136,8 @@ class DiscriminatorConfig:
     Eq. 2), or nothing, without any patch embedding (the "standard" ablation)."""
     code_dim: int = 512
     """Width of the hypernetwork."""
+    patch_position: bool = True
+    """Whether D knows a patch's place beside its scale (without it: an ablation of Table 2)."""
     patch_steps: int = 1000
     """Steps that patch scales and offsets are resolved into."""
     patch_table_dim: int = 256

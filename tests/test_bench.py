@@ -23,11 +23,13 @@ from bench.ops import cases as catalogue
 from bench.ops import parity, published, run
 from bench.ops.cases import SIZES, Work
 from bench.report import brief, report
-from bench.runs import colours, demo, loading, waiting
+from bench.runs import ablations, colours, demo, loading, waiting
 from bench.step import region, step
 from checks import HANG, assert_error_within_reference
 from epigraf_fast import ops
+from epigraf_fast.config import check
 from epigraf_fast.ops import backends, ranges
+from epigraf_fast.tools import train
 from epigraf_fast.training import log, profile
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -660,3 +662,51 @@ def test_loading_counts_images_a_second_of_computing(tmp_path, capsys):
     assert loading.main(["--resolution", "16", "--images", "2", "--rounds", "1", "--json", str(path)]) == 0
     assert [case["format"] for case in json.loads(path.read_text())["cases"]] == ["jpeg", "png"]
     assert capsys.readouterr().out.count("of 16 cores") == 2
+
+
+# bench.runs.ablations
+
+
+def test_ablations_go_on_and_write_their_table(monkeypatch, tmp_path, capsys):
+    """Every variant's line is one that trains; what is done is not done again, what was interrupted is."""
+    seen, codes = [], iter([0, 0, 130, 0, 0])
+
+    def run(line):
+        assert train.parse(line[2:]).config.data == "builtin"
+        config = train.parse(line[2:]).config
+        check(config)
+        seen.append((config.discriminator.modulate, config.patch.resolution, config.seed))
+        folder = Path(config.run_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "metrics.json").write_text(json.dumps([{"cur_nimg": 19, "fd_efficientnet": 100.0 + len(seen)}]))
+        lines = [{"cur_nimg": 8, "img_per_sec": 3.0}, {"cur_nimg": 16, "img_per_sec": 5.0}]
+        (folder / "stats.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in lines))
+        return next(codes), 1.5
+
+    monkeypatch.setattr(ablations, "train", run)
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{ablations.BEGIN}\nold\n{ablations.END}\nafter\n")
+    places = ["--json", str(tmp_path / "x.json"), "--page", str(page), "--runs", str(tmp_path / "runs")]
+    line = [*places, "--variants", "modulated", "standard", "--seeds", "0", "1"]
+    assert ablations.main(line) == 130
+    assert "modulated, seed 1, ended with 130" in capsys.readouterr().out
+    assert ablations.main(line) == 0
+    assert seen == [("input", 16, 0), ("none", 16, 0), *[("input", 16, 1)] * 2, ("none", 16, 1)]
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith(f"{ablations.END}\nafter\n")
+    assert "by modulation (the preset) | 2 | 102.5 (101.0 to 104.0) | 4.0 | 1.50 |" in text
+    assert "| whole images | images of 64 | pending |" in text
+    assert ablations.main([*line, "--", "--kimg", "4"]) == 2
+    assert "is of `python -m bench.runs.ablations`: name another --json" in capsys.readouterr().out
+
+
+def test_every_ablation_is_one_that_trains():
+    for name in ablations.VARIANTS:
+        check(train.parse(ablations.command(name, 3, Path("x"), ["--kimg", "1"])[2:]).config)
+
+
+def test_the_page_of_ablations_is_that_of_its_file():
+    content = json.loads(ablations.RESULT.read_text()) if ablations.RESULT.is_file() else None
+    inside = ablations.PAGE.read_text().partition(ablations.BEGIN)[2].partition(ablations.END)[0]
+    assert inside.strip() == ablations.page(content)

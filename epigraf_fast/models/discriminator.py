@@ -155,7 +155,8 @@ class Discriminator(nn.Module):
                 skip_lowest=config.patch_skip_lowest,
                 skip_highest=config.patch_skip_highest,
             )
-            patch_dim = 3 * self.patch_encoder.dim
+            self.patch_numbers = 3 if config.patch_position else 1  # scale, offset x, offset y
+            patch_dim = self.patch_numbers * self.patch_encoder.dim
             self.hypernetwork = Mapping(0, patch_dim, config.code_dim, backend=backend)
             head_dim += patch_dim
         if config.camera_conditioning:
@@ -211,7 +212,8 @@ class Discriminator(nn.Module):
         condition = [label] if self.label_dim else []
         sigmas = [None] * len(self.resolutions)
         if self.affines is not None:
-            encoded = self.patch_encoder(torch.cat([patch_scale[:, None], patch_offset], dim=1))
+            numbers = torch.cat([patch_scale[:, None], patch_offset], dim=1)[:, : self.patch_numbers]
+            encoded = self.patch_encoder(numbers)
             sigmas = self.affines(self.hypernetwork(None, encoded), modulation_of)
             condition.append(encoded)
         if self.config.camera_conditioning:

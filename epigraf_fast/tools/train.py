@@ -8,18 +8,17 @@ $ torchrun --nproc_per_node 8 train.py ffhq --data datasets/ffhq.zip --resume au
 """
 
 import contextlib
-import dataclasses
 import functools
 import json
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 
-from ..config import PRESETS, Config, check, preset, with_data_camera
+from ..config import Config, check, with_data_camera
 from ..data import ImageDataset, make_loader
 from ..errors import DeviceError, DivergenceError, Stopped, UserError
 from ..training import cores
@@ -92,38 +91,11 @@ def main(args: Sequence[str] | None = None) -> int:
         flush_output()
 
 
-def commands() -> dict[str, tuple[str, Any]]:
-    """Each preset's name, what the help says of it, and its options: every setting of `Config` is a flag."""
-    import tyro  # here, as those that train without a command line may lack it
-
-    @dataclasses.dataclass(frozen=True)
-    class Command:
-        config: Annotated[Config, tyro.conf.arg(name="")]
-        resume: str | None = None
-        """Continue: a checkpoint, a run folder, or `auto` for the newest checkpoint in --run-dir, if there is one."""
-        dry_run: bool = False
-        """Check everything, the data too, say in ten lines what would be trained, and leave."""
-        json: bool = False
-        """With --dry-run: print all that is known, every setting too, as JSON."""
-        name: tyro.conf.Suppress[str] = ""  # of the preset
-        profile: bool = False
-        """Write a torch profiler trace of a few iterations, from the sixth on, to trace.json in --run-dir."""
-        recheck: bool = False
-        """Check the kernels on this GPU again, whatever an earlier start found."""
-        tune: bool = True
-        """On a GPU: take CUDA graphs where they proved right, the fastest plans of kernels and cuDNN's algorithms."""
-
-    return {name: (f"the {name} preset", Command(preset(name), name=name)) for name in PRESETS}
-
-
 def parse(args: Sequence[str] | None) -> Any:
     """The command line: a preset, and what shall differ from it. Raises UserError where it is wrong."""
-    import tyro
+    from .training_options import read_preset  # here, as those that train without a command line may lack tyro
 
-    from .arguments import read
-
-    prog = "train.py" if Path(sys.argv[0]).name == "train.py" else "epigraf train"
-    return read(functools.partial(tyro.extras.overridable_config_cli, commands()), prog, __doc__, args)
+    return read_preset(__doc__, args)
 
 
 def train(
