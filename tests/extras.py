@@ -153,6 +153,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="tests/extras.py", description=__doc__.split(":")[0] + ".")
     parser.add_argument("extras", nargs="*", choices=[*LINES, []], help="default: all")
     chosen = parser.parse_args().extras or list(LINES)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     FOLDER.mkdir(parents=True, exist_ok=True)
     run, meshes = FOLDER / "run", FOLDER / "meshes"
     meshes.mkdir(exist_ok=True)
