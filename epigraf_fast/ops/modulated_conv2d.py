@@ -14,7 +14,7 @@ from ..reference.modulated_conv2d import modulated_conv2d as _reference
 from . import native
 from .bias_act import bias_act
 from .checks import check_broadcast, check_choice, check_clamp, check_gain, check_integers, check_shape, check_together
-from .convolution_derivatives import conv2d, conv_transpose2d
+from .convolution import conv2d, conv_transpose2d
 from .layer_epilogue import SLOPES, layer_epilogue, resolve_with_filter
 from .modulation import modulation
 from .upfirdn2d import upfirdn2d

@@ -19,17 +19,19 @@ from ..models.mapping import mix_styles
 from ..models.region import Plan, boxes_of
 from .distributed import World
 from .ema import average_of, update_average
-from .gradients import clean_, flatten
+from .gradients import LossScale, clean_, flatten, step_unless
 from .graphs import GraphedPhase, GraphMemory
 from .losses import blur, blur_radius, discriminator_loss, generator_loss, path_lengths, r1_penalty
 from .networks import build_augment, build_discriminator, build_generator, choose_backends
 from .patches import importance_map, patch_progress, sample_patches, with_context
+from .precision import mode_of
 from .profile import annotate
 from .regions import arrange, is_on, plans_of
 from .sampling import prior_angles
 from .schedule import blur_sigma, density_noise_std, ema_decay, lr_factor, pose_swap_probability
 
 PATH_LENGTH_DECAY = 0.99
+SKIPPED = "skipped/G_share"  # the statistic: of the steps of G, those that overflowed
 IMPORTANCE_IMAGES = 256  # that the importance of patches is averaged over
 
 
@@ -107,10 +109,12 @@ class Trainer:
         self.backends = choose_backends(config, device.type)
         self.labels, self.angles = dataset.labels.to(device), dataset.angles.cpu()
         self.label_values = dataset.label_values  # for those who draw labels from the trained generator
-        self.generator = build_generator(config, dataset.label_dim, device.type)
+        # Half precision that was asked for is taken on a CPU too; D's half blocks alone are for a GPU.
+        half_on = ("cuda", device.type) if mode_of(config).half is not None else ("cuda",)
+        self.generator = build_generator(config, dataset.label_dim, device.type, half_on=half_on)
         if config.camera.prior == "custom":
             self.generator.mean_camera_pose.copy_(dataset.mean_camera_pose)
-        self.discriminator = build_discriminator(config, dataset.label_dim, device.type)
+        self.discriminator = build_discriminator(config, dataset.label_dim, device.type, half_on=half_on)
         self.generator.to(device)
         self.discriminator.to(device)
         if device.type == "cuda":  # its convolutions want channels last of the kernels, too, or copy them in every call
@@ -147,6 +151,9 @@ class Trainer:
         self.graphs = GraphMemory(device) if config.cuda_graphs else None
         self.graphed: dict[str, GraphedPhase] = {}
         self.uploads = torch.cuda.Stream(device) if device.type == "cuda" else None
+        half = mode_of(config).half == torch.float16
+        self.loss_scale = LossScale(config.optim.loss_scale, device) if half else None  # of G's; D's are not scaled
+        self.scale: Tensor | None = None  # of the phase that runs
         self.sums: dict[str, Tensor] = {}  # of every statistic since `reset_statistics`, and how many went in
         self.counts: dict[str, int] = {}
 
@@ -256,14 +263,35 @@ class Trainer:
                 for p, grad, has_grad in zip(parameters, gradients, somewhere, strict=True)
                 if has_grad
             ]
+            overflow = None
             if learning:
                 flat, gradients = flatten(gradients, learning)
                 if self.graphs is not None:
                     self.world.average([flat])
+                if self.scale_of(optimizer) is not None:
+                    overflow = self.loss_scale.unscale_(flat)
                 clean_(flat)
                 for p, grad in zip(learning, gradients, strict=True):
                     p.grad = grad
-            optimizer.step()
+            if overflow is None:
+                optimizer.step()
+            else:
+                self._step_or_skip(optimizer, overflow)
+
+    def scale_of(self, optimizer: torch.optim.Optimizer) -> Tensor | None:
+        """What the losses of an optimizer's phases, and so `_gradients`, are multiplied by, if they are."""
+        scaled = self.loss_scale is not None and optimizer is self.g_optimizer
+        return self.loss_scale.value if scaled else None
+
+    def _step_or_skip(self, optimizer: torch.optim.Optimizer, overflow: Tensor) -> None:
+        """A step of G, unless a gradient overflowed in any process."""
+        if self.world.size > 1:  # the means are the same everywhere; that all do the same must not hang on it
+            self.world.average([overflow])
+            overflow = overflow.ceil()
+        self.loss_scale.update(overflow)
+        self.sums[SKIPPED] = self.sums[SKIPPED] + overflow if SKIPPED in self.sums else overflow.clone()
+        self.counts[SKIPPED] = self.counts.get(SKIPPED, 0) + 1
+        step_unless(optimizer, overflow)
 
     def _networks(self, micro_phase: Callable[..., None]) -> list[nn.Module]:
         """Those that a phase calls."""
@@ -282,7 +310,7 @@ class Trainer:
         Without graphs, which cannot hold it, the mean over the processes is taken here, during the last backward pass.
         Reads its arguments, and what keeps its memory from one iteration to the next; see `GraphedPhase`.
         """
-        self.now, self.recorded = now, {}
+        self.now, self.recorded, self.scale = now, {}, self.scale_of(optimizer)
         optimizer.zero_grad(set_to_none=True)
         parameters = _parameters(optimizer)
         *first, last = zip(*(x.split(self.micro) for x in samples), strict=True)
@@ -374,7 +402,8 @@ class Trainer:
         self.real_signs.zero_()
 
     def _backward(self, loss: Tensor) -> None:
-        (loss if self.micro == self.share else loss * (self.micro / self.share)).backward()
+        loss = loss if self.micro == self.share else loss * (self.micro / self.share)
+        (loss if self.scale is None else loss * self.scale).backward()
 
     def _generate(self, fakes: Fakes, update_w_avg: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Fake patches as D sees them, their scale and offset."""
@@ -491,13 +520,19 @@ class Trainer:
         self.recorded[name] = added, count
 
     def statistics(self) -> dict[str, float]:
-        """Means since `reset_statistics`, over all processes, which all have to ask; waits for the device."""
+        """Means since `reset_statistics`, over all processes, which all have to ask; waits for the device.
+
+        With a scaled loss also the scale, the share of G's steps since then that overflowed, and how many did in all.
+        """
+        totals = dict(self.sums)
         if self.world.size > 1:
-            totals = [total.clone() for total in self.sums.values()]
+            totals = {name: total.clone() for name, total in totals.items()}
             with self.world.watch.waiting():
-                self.world.average(totals)
-                return {name: x.item() / self.counts[name] for name, x in zip(self.sums, totals, strict=True)}
-        return {name: self.sums[name].item() / self.counts[name] for name in self.sums}
+                self.world.average(list(totals.values()))
+        means = {name: total.item() / self.counts[name] for name, total in totals.items()}
+        if self.loss_scale is not None:
+            means |= {"skipped/G_steps": self.loss_scale.skipped.item(), "loss_scale/G": self.loss_scale.value.item()}
+        return means
 
     def share_statistics(self) -> None:
         """Makes what every process counts on its own the mean over all, so that one can save it for all."""
@@ -522,6 +557,7 @@ class Trainer:
             "augment_p": self.augment_p,
             "real_signs": self.real_signs,
             "path_length": self.path_length,
+            "loss_scale": None if self.loss_scale is None else self.loss_scale.state,
             "sums": self.sums,
             "counts": self.counts,
             "label_values": self.label_values,
@@ -546,6 +582,9 @@ class Trainer:
         self.cur_nimg, self.iterations = state["cur_nimg"], state["iterations"]
         if self.config.augment.mode != "fixed":
             self.augment_p.copy_(state["augment_p"])
+        if self.loss_scale is not None and state.get("loss_scale") is not None:
+            self.loss_scale.state.copy_(state["loss_scale"])
+            self.loss_scale.value.clamp_(max=self.loss_scale.first)
         for name in ("real_signs", "path_length"):  # which the first release did not keep
             getattr(self, name).copy_(state.get(name, getattr(self, name)))
         self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
