@@ -132,8 +132,7 @@ def train(
                     if chosen and world.rank == 0:
                         say("\n  ".join(["chosen for this machine:", *chosen]))
                     record = Record(config, dataset, trainer, [*remarks, *chosen])
-                where = functools.partial(step_of, trainer)
-                with contextlib.closing(record), world.watch.over(where, device):
+                with contextlib.closing(record), world.watch.over(functools.partial(step_of, trainer), device):
                     return loop(config, dataset, trainer, record, stop)
     except Stopped as stopped:  # before anything was trained
         say(str(stopped))
