@@ -8,6 +8,7 @@
 #   make lint              ruff
 #   make bench             what this machine can measure (OUT=folder): on a GPU bench/gpu_day.sh, else ratios on the CPU
 #   make sanitize          the extension's CPU code under the address, undefined-behaviour and thread sanitizers
+#   make extras            every extra installed alone, from the package index, and what it brings run once
 #   make test TORCH=2.10.0 another torch than the one for this machine's GPUs and driver, with its Triton
 #   make demo DEVICE=cpu   whatever GPUs there are
 #   make clean             remove what set-up, tests and builds left (not runs/)
@@ -28,7 +29,7 @@ READY := $(VENV)/ready
 # A demo needs less than tests, and does with what is there for them.
 DEMO  := $(or $(wildcard $(READY)),$(VENV)/demo)
 
-.PHONY: demo test compiled counts lint bench sanitize clean force
+.PHONY: demo test compiled counts lint bench sanitize extras clean force
 
 demo: $(DEMO)
 	$(VENV)/bin/python train.py demo --run-dir $(RUN_DIR) --resume auto $(DEVICE:%=--device %)
@@ -53,6 +54,9 @@ bench: $(READY)
 	else \
 		PYTHON=$(VENV)/bin/python bench/cpu_ratios.sh $(OUT); \
 	fi
+
+extras: $(READY)
+	$(VENV)/bin/python tests/extras.py $(ARGS)
 
 # A program of its own over the same launchers, so that no sanitizer has to be loaded into Python.
 SANITIZED := bias_act decode_triplane layer_epilogue modulation upfirdn2d launchers tests/sanitize

@@ -375,23 +375,16 @@ epigraf::ModulationArgs modulation_common(const Check& check, Pointer weight, Po
   return args;
 }
 
-epigraf::ModulationArgs modulation_fwd(const Check& check, Pointer weight, Pointer w, Pointer affine,
-                                       Pointer affine_bias, Pointer style, Pointer scale, Pointer energy, Pointer demod,
-                                       Pointer partials, int dtype, i64 batch, i64 c_out, i64 c_in, i64 taps,
-                                       double epsilon, double factor, double tiny, i64 w_dim, i64 w_stride) {
-  auto args = modulation_common(check, weight, style, scale, energy, demod, dtype, batch, c_out, c_in, taps);
+epigraf::ModulationArgs modulation_fwd(const Check& check, Pointer weight, Pointer given, Pointer style, Pointer scale,
+                                       Pointer energy, Pointer demod, int dtype, i64 batch, i64 c_out, i64 c_in,
+                                       i64 taps, double epsilon, double tiny) {
+  auto args = modulation_common(check, weight, given, scale, energy, demod, dtype, batch, c_out, c_in, taps);
   require(epsilon > 0, check.op, "epsilon must be positive, got " + std::to_string(epsilon));
   require(tiny > 0, check.op, "tiny must be positive");
   args.epsilon = epsilon;
-  args.factor = factor;
   args.tiny = tiny;
-  args.w_dim = check.side("w_dim", w_dim);
-  args.w_stride = check.size("w_stride", w_stride);
-  const i64 size = epigraf::size_of(args.dtype);
-  args.affine = check.pointer("affine", affine, size, c_in * w_dim, true);
-  args.w = check.pointer("w", w, size, batch * w_dim, affine == 0);
-  args.affine_bias = check.pointer("affine_bias", affine_bias, size, c_in, affine == 0);
-  args.partials = check.pointer("partials", partials, size, epigraf::base::modulation_partials(batch, c_in), true);
+  args.given = args.style;
+  args.style = check.pointer("style", style, epigraf::size_of(args.dtype), batch * c_in, scale == 0);
   return args;
 }
 
@@ -413,9 +406,6 @@ epigraf::ModulationArgs modulation_bwd(const Check& check, Pointer weight, Point
 }
 
 void bind_modulation(py::module_& m) {
-  // How many numbers `partials` must hold.
-  m.def("modulation_partials",
-        [](i64 batch, i64 c_in) { return epigraf::base::modulation_partials(batch, c_in); });
   EPIGRAF_DEFINE(m, modulation_fwd);
   EPIGRAF_DEFINE(m, modulation_bwd);
 }

@@ -7,36 +7,17 @@ namespace epigraf {
 namespace EPIGRAF_ISA {
 namespace {
 
-// style = factor w affine^T + bias; a chunk of its channels goes over all images while their rows of `affine` are near.
-template <typename S>
-void affine_of(const ModulationArgs& a, int threads) {
-  constexpr i64 kChannels = 16;
-  parallel(ceil_div(a.c_in, kChannels), threads, [&](i64 chunk) {
-    for (i64 i = chunk * kChannels; i < minimum(a.c_in, (chunk + 1) * kChannels); i++) {
-      const S* __restrict row = static_cast<const S*>(a.affine) + i * a.w_dim;
-      for (i64 b = 0; b < a.batch; b++) {
-        const S* __restrict w = static_cast<const S*>(a.w) + b * a.w_stride;
-        S sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (i64 d = 0; d < a.w_dim; d++) sum += row[d] * w[d];
-        static_cast<S*>(a.style)[b * a.c_in + i] = S(a.factor) * sum + static_cast<const S*>(a.affine_bias)[i];
-      }
-    }
-  });
-}
-
 template <typename S>
 void modulation_fwd_of(const ModulationArgs& a, int threads) {
-  if (a.affine) affine_of<S>(a, threads);
   for (i64 b = 0; a.scale && b < a.batch; b++) {
-    S* style = static_cast<S*>(a.style) + b * a.c_in;
-    S largest = S(a.tiny);
-    for (i64 i = 0; i < a.c_in; i++) largest = maximum_or_nan(largest, style[i] < 0 ? -style[i] : style[i]);
+    const S* given = static_cast<const S*>(a.given) + b * a.c_in;
+    S *style = static_cast<S*>(a.style) + b * a.c_in, largest = S(a.tiny);
+    for (i64 i = 0; i < a.c_in; i++) largest = maximum_or_nan(largest, given[i] < 0 ? -given[i] : given[i]);
     const S scale = S(1) / largest;
-    for (i64 i = 0; i < a.c_in; i++) style[i] *= scale;
+    for (i64 i = 0; i < a.c_in; i++) style[i] = given[i] * scale;
     static_cast<S*>(a.scale)[b] = scale;
   }
-  const S *weight = static_cast<const S*>(a.weight), *style = static_cast<const S*>(a.style);
+  const S *weight = static_cast<const S*>(a.weight), *style = static_cast<const S*>(a.scale ? a.style : a.given);
   S *energy = static_cast<S*>(a.energy), *demod = static_cast<S*>(a.demod);
   parallel(a.c_out, threads, [&](i64 o) {
     S* e = energy + o * a.c_in;

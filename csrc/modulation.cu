@@ -1,5 +1,5 @@
-// The modulation on the GPU: styles by the affine, then demodulation coefficients, a block for each output channel; and the
-// gradients to weight and style.
+// The modulation on the GPU: demodulation coefficients, a block for each output channel; and the gradients to weight and
+// style.
 #include "modulation.h"
 
 #include "gpu.h"
@@ -11,33 +11,6 @@ constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kImages = kWarps;  // that a block treats at once, at most
 constexpr int kStage = 9 * kThreads;  // numbers of the weight that it holds
 static_assert(kStage >= kImages * kThreads, "sums take the same place");
-
-template <typename S>
-__device__ __forceinline__ S sum_of_warp(S value) {
-  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
-  return value;
-}
-
-// styles[b, i] by the affine; `warps` warps make one of them.
-template <typename S>
-__global__ void __launch_bounds__(kThreads) modulation_styles_kernel(const ModulationArgs a, S* styles, int warps) {
-  __shared__ S shared[kWarps];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = warp % warps;
-  const Quotient place = divide((static_cast<i64>(blockIdx.x) * kWarps + warp) / warps, a.batch);
-  const i64 i = place.quotient, b = place.remainder;
-  S value = 0;
-  if (i < a.c_in) {
-    const S* row = static_cast<const S*>(a.affine) + i * a.w_dim;
-    const S* w = static_cast<const S*>(a.w) + b * a.w_stride;
-    for (i64 d = part * 32 + lane; d < a.w_dim; d += 32 * warps) value += row[d] * w[d];
-  }
-  value = sum_of_warp(value);
-  if (lane == 0) shared[warp] = value;
-  __syncthreads();
-  if (lane > 0 || part > 0 || i >= a.c_in) return;
-  for (int k = 1; k < warps; k++) value += shared[warp + k];
-  styles[b * a.c_in + i] = static_cast<S>(a.factor) * value + static_cast<const S*>(a.affine_bias)[i];
-}
 
 // What `combine` makes of all threads' values[j], in warp j. `shared` has kImages x kThreads places.
 template <typename S, typename F>
@@ -57,10 +30,11 @@ __device__ __forceinline__ S of_block(S* shared, const S (&values)[kImages], int
 }
 
 // One block: output channel blockIdx.x of the images from blockIdx.y * images on. A thread sums over every kThreads-th
-// input channel, a warp finishes an image. `styles` are not normalized; block x normalizes some of them.
+// input channel, a warp finishes an image. Block x normalizes some of the styles.
 template <typename S>
-__global__ void __launch_bounds__(kThreads) modulation_fwd_kernel(const ModulationArgs a, const S* styles, int images) {
+__global__ void __launch_bounds__(kThreads) modulation_fwd_kernel(const ModulationArgs a, int images) {
   __shared__ S shared[kStage];
+  const S* styles = static_cast<const S*>(a.given);
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const i64 o = blockIdx.x, b0 = static_cast<i64>(blockIdx.y) * images, c_in = a.c_in;
   const int here = static_cast<int>(minimum<i64>(images, a.batch - b0));
@@ -175,28 +149,16 @@ std::string sizes_of(const ModulationArgs& a) {
 
 template <typename S>
 void launch_modulation(const ModulationArgs& a, cudaStream_t stream) {
-  S* styles = static_cast<S*>(a.scale ? a.partials : a.style);
-  if (a.affine) {
-    const i64 dots = a.batch * a.c_in;
-    int warps = 1;
-    while (warps < kWarps && dots * warps < kFill * kWarps) warps *= 2;
-    const unsigned grid = grid_size("modulation_fwd", ceil_div(dots * warps, kWarps));
-    modulation_styles_kernel<S><<<grid, kThreads, 0, stream>>>(a, styles, warps);
-  } else if (a.scale) {
-    const auto size = static_cast<size_t>(a.batch * a.c_in) * sizeof(S);
-    cudaMemcpyAsync(styles, a.style, size, cudaMemcpyDeviceToDevice, stream);
-  }
   int images = kImages;
   while (images > 1 && a.c_out * ceil_div(a.batch, images) < kFill) images /= 2;
   const dim3 grid(grid_size("modulation_fwd", maximum<i64>(1, a.c_out)),
                   grid_size("modulation_fwd", ceil_div(a.batch, images), 65535));
-  modulation_fwd_kernel<S><<<grid, kThreads, 0, stream>>>(a, styles, images);
+  modulation_fwd_kernel<S><<<grid, kThreads, 0, stream>>>(a, images);
 }
 
 }  // namespace
 
 void modulation_fwd_cuda(const ModulationArgs& a, uintptr_t stream) {
-  if (a.scale && a.partials == nullptr) throw std::runtime_error("modulation_fwd: the GPU needs partials for a scale");
   if (a.batch == 0) return;
   const auto cuda_stream = reinterpret_cast<cudaStream_t>(stream);
   if (a.dtype == DType::f64)

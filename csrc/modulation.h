@@ -5,20 +5,16 @@
 
 namespace epigraf {
 
-// style[b, i] = factor sum_d w[b, d] affine[i, d] + affine_bias[i], or as it is given; where it is normalized, times
-// scale[b] = 1 / max_i |style[b, i]|;
+// style[b, i] = given[b, i], where it is normalized times scale[b] = 1 / max_i |given[b, i]|;
 // demod[b, o] = 1 / sqrt(sum_i style[b, i]^2 energy[o, i] + epsilon), energy[o, i] = sum_k weight[o, i, k]^2.
 // The backward takes scale for a constant: demod makes up for it, but for epsilon.
 struct ModulationArgs {
   const void* weight;       // [O, I, K], contiguous, as everything else here
-  const void* w;            // fwd: [B, D], rows w_stride apart
-  const void* affine;       // fwd: [I, D]; null: style is given
-  const void* affine_bias;  // fwd: [I]
-  void* style;              // [B, I]; fwd: out where there is an affine or a scale; bwd: in
+  const void* given;        // fwd: [B, I]
+  void* style;              // [B, I]; fwd: out, null where it is as given; bwd: in
   void* scale;              // [B]; fwd: out, bwd: in; null: not normalized
   void* energy;             // [O, I]; fwd: out, bwd: in
   void* demod;              // [B, O]; fwd: out, bwd: in
-  void* partials;           // fwd on the GPU, with a scale: scratch of modulation_partials()
 
   const void* grad_demod;       // bwd: [B, O]
   const void* grad_weight;      // bwd: [O, I, K], what else arrives at the weight, with strides; null: nothing
@@ -28,16 +24,10 @@ struct ModulationArgs {
   i64 stride_out, stride_in, stride_tap;  // of grad_weight
 
   DType dtype;  // f32 or f64
-  double epsilon, factor, tiny;  // tiny: the least maximum that a style is divided by
-  i64 batch, c_out, c_in, taps, w_dim, w_stride;
+  double epsilon, tiny;  // tiny: the least maximum that a style is divided by
+  i64 batch, c_out, c_in, taps;
 };
 
-namespace EPIGRAF_ISA {
-
-// Numbers of `partials`: the styles before they are normalized.
-EPIGRAF_HD i64 modulation_partials(i64 batch, i64 c_in) { return batch * c_in; }
-
-}  // namespace EPIGRAF_ISA
 }  // namespace epigraf
 
 #if !defined(__CUDACC_RTC__)

@@ -136,6 +136,8 @@ class DiscriminatorConfig:
     Eq. 2), or nothing, without any patch embedding (the "standard" ablation)."""
     code_dim: int = 512
     """Width of the hypernetwork."""
+    patch_position: bool = True
+    """Whether D knows a patch's place beside its scale (without it: an ablation of Table 2)."""
     patch_steps: int = 1000
     """Steps that patch scales and offsets are resolved into."""
     patch_table_dim: int = 256
@@ -156,8 +158,9 @@ class DiscriminatorConfig:
     """Images that share a standard deviation, and a draw of patches."""
     clamp: float = 256.0
     """Activations of the convolutions are clamped to this, in fp32 too; 0 for never."""
-    half_blocks: int = 0
-    """Top blocks in fp16 on a GPU; 4 in the published runs. Opt-in until a GPU has run it."""
+    half_blocks: int | None = None
+    """Top blocks in half precision on a GPU, 4 in the published runs. Default: 4 with precision fp16 and bf16, and with
+    auto on a GPU; else 0."""
     scales: int = 1
     """2 or 4 train that many discriminators without modulation, one for each scale of the discrete distribution, which
     then holds whatever `patch.distribution` says (Table 2: "scale-specific")."""
@@ -198,8 +201,8 @@ class DataConfig:
     """Train class-conditionally on the set's labels."""
     mirror: bool = True
     """Doubles the set: every image flipped left-right with its yaw negated."""
-    workers: int = 2
-    """Loader processes; 0 loads in the training process."""
+    workers: int | Literal["auto"] = "auto"
+    """Loader processes, which read and decode; 0 loads in the training process. auto: by the cores there are."""
 
 
 @dataclass(frozen=True)
@@ -228,10 +231,15 @@ class OptimConfig:
     """Half life of the average generator; default 0.3125 x batch."""
     ema_rampup: float = 0.05
     """The half life is at most this share of the images seen."""
+    loss_scale: float = 16384.0
+    """With precision fp16: G's loss is multiplied by this power of two, its gradient divided by it. A step whose
+    gradient overflows is left out, and counted, and halves the scale, which 2000 good steps double again up to this."""
     path_length_weight: float = 0.0
     """Of StyleGAN2's path length regularization, for `generator.backbone image`; 2 in StyleGAN2."""
     path_length_interval: int = 4
     """Iterations between two path length steps."""
+    reuse_fakes: bool = False
+    """D learns from the fakes of G's step, of G before it, not from new ones: a quarter of G's work is saved."""
 
 
 @dataclass(frozen=True)
@@ -295,9 +303,10 @@ class Config:
     """The folder of everything that the run writes."""
     seed: int = 0
     """Of networks, draws and the order of the images."""
-    precision: Literal["fp32", "tf32", "fp16"] = "fp32"
-    """fp32: no TF32, and fp16 only in discriminator.half_blocks; tf32: the same with TF32 matrix products; fp16: also
-    the top 4 resolutions of G and blocks of D in fp16. A CPU computes in fp32."""
+    precision: Literal["auto", "fp32", "tf32x3", "tf32", "fp16", "bf16"] = "fp32"
+    """fp32: no TF32, and fp16 only in discriminator.half_blocks; tf32: the same with products in TF32; tf32x3: with
+    convolutions as three such products, nearly as exact as fp32; fp16, bf16: also the top 4 resolutions of G in half
+    precision. auto: what the device is fast and safe in, the line at the start says which. A CPU computes in fp32."""
     backend: Literal["auto", "gpu", "reference", "torch", "triton", "cuda", "cpu"] = "auto"
     """Of the ops: every op that has the named one takes it, the others their default for the device, and so do all with
     auto; gpu is triton and cuda together. The table at the start of a run says what it takes. On a GPU auto takes the
@@ -359,6 +368,7 @@ def preset(name: str) -> Config:
             data="datasets/ffhq.zip",
             resolution=512,
             micro_batch="auto",
+            precision="auto",
             kimg=20_000,
             run_dir="runs/ffhq",
             generator=GeneratorConfig(pose_conditioning=True),
@@ -371,6 +381,7 @@ def preset(name: str) -> Config:
             data="datasets/cats.zip",
             resolution=256,
             micro_batch="auto",
+            precision="auto",
             kimg=15_000,
             run_dir="runs/cats",
             discriminator=DiscriminatorConfig(camera_conditioning=True),
@@ -381,6 +392,7 @@ def preset(name: str) -> Config:
             data=f"datasets/{name}.zip",
             resolution=256,
             micro_batch="auto",
+            precision="auto",
             kimg=15_000,
             run_dir=f"runs/{name}",
             camera=CameraConfig(
@@ -404,6 +416,7 @@ def _demo() -> Config:
         data="builtin",
         resolution=64,
         batch=8,
+        precision="auto",
         kimg=19.0,
         run_dir="runs/demo",
         log_kimg=0.2,
@@ -516,7 +529,7 @@ def check(config: Config) -> None:
     not_negative = {
         "metric_images": c.metric_images,
         "turntable": c.turntable,
-        "loader.workers": c.loader.workers,
+        "loader.workers": 0 if c.loader.workers == "auto" else c.loader.workers,
         "renderer.density_noise": c.renderer.density_noise,
         "optim.r1_gamma": c.optim.r1_gamma,
         "optim.blur_sigma": c.optim.blur_sigma,
@@ -529,7 +542,7 @@ def check(config: Config) -> None:
         "discriminator.clamp": c.discriminator.clamp,
         "patch.importance": c.patch.importance,
         "optim.path_length_weight": c.optim.path_length_weight,
-        "discriminator.half_blocks": c.discriminator.half_blocks,
+        "discriminator.half_blocks": c.discriminator.half_blocks or 0,
         "discriminator.patch_table_dim": c.discriminator.patch_table_dim,
         "discriminator.patch_skip_lowest": c.discriminator.patch_skip_lowest,
         "discriminator.patch_skip_highest": c.discriminator.patch_skip_highest,
@@ -574,6 +587,17 @@ def check(config: Config) -> None:
             raise UserError(f"{name} needs images to measure: set --metric-images 2048")
     if not 0 <= c.seed < 2**32:
         raise UserError(f"seed must be in [0, 2^32), got {c.seed}")
+    if not 1 <= c.optim.loss_scale <= 2**24 or math.frexp(c.optim.loss_scale)[0] != 0.5:
+        raise UserError(
+            f"optim.loss_scale must be a power of two from 1 to 2^24, got {c.optim.loss_scale:g}: set 16384"
+        )
+    half_of_g = c.precision in ("fp16", "bf16")
+    for name, half, clamp in (
+        ("generator", half_of_g, c.generator.clamp),
+        ("discriminator", half_of_g or c.discriminator.half_blocks, c.discriminator.clamp),
+    ):
+        if half and not clamp and c.precision != "bf16":
+            raise UserError(f"{name}.clamp must be positive with fp16, whose largest number is 65504: set it to 256")
     if c.cuda_graphs:
         for name, value, off in (
             ("discriminator.scales", c.discriminator.scales > 1, "1"),

@@ -153,7 +153,9 @@ class ImageDataset(torch.utils.data.Dataset):
             if image.size != (self.resolution, self.resolution):
                 size, first = "x".join(map(str, image.size)), f"{self.files[0]} is {self.resolution}x{self.resolution}"
                 self._fail(f"image {name} is {size} but {first}: bring all images to one size")
-            return np.asarray(upright(image).convert("RGB"))
+            image.load()  # here, where a fault has a name
+            image = upright(image)
+            return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))  # which would copy it
 
     def _first_resolution(self, wanted: int | None) -> int:
         """The side of the first image, read from its header, if it is fit to train on."""

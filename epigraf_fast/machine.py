@@ -83,6 +83,19 @@ class Machine(NamedTuple):
         return tuple(gpu for gpu in self.gpus if gpu.capability is None or gpu.capability >= OLDEST)
 
 
+class Condition(NamedTuple):
+    """How a GPU is doing; None where nvidia-smi does not say.
+
+    Args:
+        busy: Percent of the last second or so in which it computed.
+        watts, default_watts: What it may draw, and what it may as it is sold.
+    """
+
+    busy: float | None
+    watts: float | None
+    default_watts: float | None
+
+
 class Choice(NamedTuple):
     """A torch and why; or, with `fault`, why no GPU of this machine can be used, and the way out."""
 
@@ -125,9 +138,24 @@ def driver(root: Path = ROOT) -> str | None:
     return found[1] if found else look(root).driver
 
 
-def _nvidia_smi(fields: str) -> tuple[list[str], str | None]:
+def condition(index: int) -> Condition | None:
+    """How the GPU that CUDA counts as `index` is doing; None where nvidia-smi is missing or fails."""
+    if not shutil.which("nvidia-smi"):
+        return None
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    name = visible[index] if index < len(visible) else str(index)
+    fields = "driver_version,utilization.gpu,power.limit,power.default_limit"
+    lines, _ = _nvidia_smi(fields, f"--id={name}", units=False)
+    cells = [cell.strip() for cell in lines[0].split(",")] if lines else []
+    if len(cells) != 4:
+        return None
+    return Condition(*(float(cell) if re.fullmatch(r"\d+(\.\d*)?", cell) else None for cell in cells[1:]))
+
+
+def _nvidia_smi(fields: str, *options: str, units: bool = True) -> tuple[list[str], str | None]:
     """The lines of a query, one a GPU; and where it fails, what it says."""
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+    form = "csv,noheader" if units else "csv,noheader,nounits"
+    command = ["nvidia-smi", f"--query-gpu={fields}", f"--format={form}", *options]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.SubprocessError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from epigraf_fast.config import Config, differences, preset
 from epigraf_fast.training.log import read_stats
@@ -64,3 +65,15 @@ class Distance:
 
     def compute(self) -> float:
         return float(self.images)
+
+
+class Features(nn.Module):
+    """Stands in for EfficientNet."""
+
+    num_features = 4
+
+    def __init__(self, device: object) -> None:
+        super().__init__()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.adaptive_avg_pool2d(images.float(), (2, 2)).mean(dim=1).flatten(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -22,11 +23,13 @@ from bench.ops import cases as catalogue
 from bench.ops import parity, published, run
 from bench.ops.cases import SIZES, Work
 from bench.report import brief, report
-from bench.runs import colours, demo, waiting
+from bench.runs import ablations, colours, demo, loading, waiting
 from bench.step import region, step
 from checks import HANG, assert_error_within_reference
 from epigraf_fast import ops
-from epigraf_fast.ops import ranges
+from epigraf_fast.config import check
+from epigraf_fast.ops import backends, ranges
+from epigraf_fast.tools import train
 from epigraf_fast.training import log, profile
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -163,12 +166,15 @@ def test_steps_on_a_cpu_give_ratios_and_no_times(tmp_path, capsys):
     path, trace = tmp_path / "step.json", tmp_path / "trace.json"
     line = ["--device", "cpu", "--size", "tiny", "--seconds", "0.05", "--json", str(path), "--profile", str(trace)]
     assert step.main([*line, "--variants", "ours-cpu,published,reference"]) == 0
-    found = json.loads(path.read_text())
+    found, said = json.loads(path.read_text()), capsys.readouterr().out
     assert [row["variant"] for row in found["cases"]] == ["ours-cpu", "published", "reference"]
     for row in found["cases"]:
         assert ("times_as_fast" in row) == (row["variant"] != "reference")
         assert not {"iteration_ms", "img_per_sec", "phase_ms"} & set(row)
-        assert row["what"] in capsys.readouterr().out or row["what"]
+        assert row["what"] in said
+        assert step.describe(row["settings"]) in said
+        layout = "contiguous" if row["variant"] == "published" else "channels_last"
+        assert f"TF32 off, cudnn.benchmark off, {layout}, D's half blocks 0" in said
     assert found["cases"][2]["backends"] == dict.fromkeys(found["cases"][2]["backends"], "reference")
     names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
     assert {"iteration", "G", "D", "R1", "average"} <= names
@@ -179,6 +185,19 @@ def test_variants_that_are_not_there_are_refused():
         with pytest.raises(ValueError, match="variant must be one of"):
             step.variant(name, CPU)
     assert step.variant("reference", CPU).backend == "reference"
+
+
+def test_a_baseline_has_the_settings_of_what_it_is_compared_with(monkeypatch):
+    """Precision, layout, D's half blocks; and kernels of bias_act and upfirdn2d that this GPU was not asked about."""
+    for baseline, ours in (("eager-fp32", "ours-fp32"), ("eager", "ours-tf32"), ("eager-fp16", "ours-fp16")):
+        one, other = (step.NAMED[name] for name in (baseline, ours))
+        on_volta = "fp16" if ours == "ours-fp16" else "fp32"
+        for capability, expected in ((90, one.precision), (70, on_volta), (None, "fp32")):
+            assert step.precision_on(one, capability) == step.precision_on(other, capability) == expected
+        assert (one.published, one.tuned, other.published) == (True, True, False)
+    monkeypatch.setattr(backends, "lacking_on", lambda op, backend, device_type: None)
+    assert published.fused_backend("cuda") == "cuda"
+    assert published.fused_backend("cuda", compiled=True) == "reference"
 
 
 def tiny_step(name):
@@ -630,3 +649,64 @@ def test_colours_of_objects() -> None:
     opacity[3, 3, 3] = 0.4  # not solid
     assert colours.outside_of_the_largest(opacity) == pytest.approx(0.6 / 3.6)
     assert colours.outside_of_the_largest(opacity[:3]) == 0
+
+
+def test_loading_counts_images_a_second_of_computing(tmp_path, capsys):
+    """By a clock that goes on by 2 s in each decoded round and 3 s in each read one, 4 images each."""
+    steps = iter(itertools.cycle((0, 2, 0, 3)))
+    now = itertools.accumulate(steps)
+    row = loading.measure("png", 16, 4, 3, clock=lambda: next(now))
+    assert (row["decoded_per_core_second"], row["read_per_core_second"]) == (2, pytest.approx(4 / 3))
+    assert row["read_over_decoded"] == pytest.approx(2 / 3)
+    path = tmp_path / "loading.json"
+    assert loading.main(["--resolution", "16", "--images", "2", "--rounds", "1", "--json", str(path)]) == 0
+    assert [case["format"] for case in json.loads(path.read_text())["cases"]] == ["jpeg", "png"]
+    assert capsys.readouterr().out.count("of 16 cores") == 2
+
+
+# bench.runs.ablations
+
+
+def test_ablations_go_on_and_write_their_table(monkeypatch, tmp_path, capsys):
+    """Every variant's line is one that trains; what is done is not done again, what was interrupted is."""
+    seen, codes = [], iter([0, 0, 130, 0, 0])
+
+    def run(line):
+        assert train.parse(line[2:]).config.data == "builtin"
+        config = train.parse(line[2:]).config
+        check(config)
+        seen.append((config.discriminator.modulate, config.patch.resolution, config.seed))
+        folder = Path(config.run_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "metrics.json").write_text(json.dumps([{"cur_nimg": 19, "fd_efficientnet": 100.0 + len(seen)}]))
+        lines = [{"cur_nimg": 8, "img_per_sec": 3.0}, {"cur_nimg": 16, "img_per_sec": 5.0}]
+        (folder / "stats.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in lines))
+        return next(codes), 1.5
+
+    monkeypatch.setattr(ablations, "train", run)
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{ablations.BEGIN}\nold\n{ablations.END}\nafter\n")
+    places = ["--json", str(tmp_path / "x.json"), "--page", str(page), "--runs", str(tmp_path / "runs")]
+    line = [*places, "--variants", "modulated", "standard", "--seeds", "0", "1"]
+    assert ablations.main(line) == 130
+    assert "modulated, seed 1, ended with 130" in capsys.readouterr().out
+    assert ablations.main(line) == 0
+    assert seen == [("input", 16, 0), ("none", 16, 0), *[("input", 16, 1)] * 2, ("none", 16, 1)]
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith(f"{ablations.END}\nafter\n")
+    assert "by modulation (the preset) | 2 | 102.5 (101.0 to 104.0) | 4.0 | 1.50 |" in text
+    assert "| whole images | images of 64 | pending |" in text
+    assert ablations.main([*line, "--", "--kimg", "4"]) == 2
+    assert "is of `python -m bench.runs.ablations`: name another --json" in capsys.readouterr().out
+
+
+def test_every_ablation_is_one_that_trains():
+    for name in ablations.VARIANTS:
+        check(train.parse(ablations.command(name, 3, Path("x"), ["--kimg", "1"])[2:]).config)
+
+
+def test_the_page_of_ablations_is_that_of_its_file():
+    content = json.loads(ablations.RESULT.read_text()) if ablations.RESULT.is_file() else None
+    inside = ablations.PAGE.read_text().partition(ablations.BEGIN)[2].partition(ablations.END)[0]
+    assert inside.strip() == ablations.page(content)

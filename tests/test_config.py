@@ -112,7 +112,7 @@ def test_what_differs_between_data_sets(
 @pytest.mark.parametrize("name", ["ffhq", "cats", "plants", "food"])
 def test_the_paper_otherwise(name: str) -> None:
     config = preset(name)
-    assert (config.batch, config.micro_batch, config.precision) == (64, "auto", "fp32")
+    assert (config.batch, config.micro_batch, config.precision) == (64, "auto", "auto")
     g, d, r, p, o = config.generator, config.discriminator, config.renderer, config.patch, config.optim
     assert (g.z_dim, g.w_dim, g.mapping_layers, g.plane_resolution, g.plane_channels) == (512, 512, 2, 512, 32)
     assert (g.channel_base, g.channel_max, g.decoder_hidden) == (32768, 512, 64)
@@ -136,7 +136,7 @@ def test_the_paper_otherwise(name: str) -> None:
 def test_demo_needs_no_data_and_no_gpu() -> None:
     config = preset("demo")
     assert config.data == "builtin"
-    assert config.precision == "fp32"
+    assert config.precision == "auto"
     assert config.turntable > 0
     assert config.metric_images > 0
 
@@ -157,6 +157,7 @@ def test_demo_needs_no_data_and_no_gpu() -> None:
             32,
             "patch.resolution must be at most the resolution 16, got 32: set --patch.resolution 16",
         ),
+        ("optim.loss_scale", 3.0, "optim.loss_scale must be a power of two from 1 to 2^24, got 3: set 16384"),
         ("batch", 0, "batch must be a positive multiple of micro_batch, got 0 and 0"),
         ("batch", -8, "batch must be a positive multiple of micro_batch, got -8 and -8"),
         ("micro_batch", 0, "batch must be a positive multiple of micro_batch, got 8 and 0"),

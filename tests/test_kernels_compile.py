@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from bench.resources import resources
+from bench.resources import limits, resources
 from checks import HANG
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -116,4 +116,4 @@ def test_loads_are_told_by_the_line_of_the_source_that_they_come_from() -> None:
 def test_occupancy_by_hand(registers: int, shared: int, warps: int, occupancy: float) -> None:
     # A multiprocessor has 65536 registers: 2048 threads of 32, which are 64 warps. 33 are handed out as 40, and then
     # 65536 // (40 * 128) = 12 blocks of 4 warps fit. 164 KiB of shared memory hold one block of 100.
-    assert resources._occupancy(registers, shared, warps, 80) == occupancy
+    assert limits.occupancy(registers, shared, warps, 80) == occupancy

@@ -222,6 +222,10 @@ def test_files_are_short_or_say_why() -> None:
         assert reason in long[name][:600], name
 
 
+def test_the_loop_is_read_in_one_sitting() -> None:
+    assert len((PACKAGE / "tools" / "train.py").read_text(encoding="utf-8").splitlines()) <= 200
+
+
 def test_the_hall_is_small() -> None:
     assert {path.stem for path in PACKAGE.glob("*.py")} == {"__init__", "__main__", *HALL}
 

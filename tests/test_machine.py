@@ -15,7 +15,9 @@ import torch
 from checks import HANG
 from epigraf_fast import machine
 from epigraf_fast.errors import UserError
+from epigraf_fast.ops import backends
 from epigraf_fast.training import networks
+from epigraf_fast.training.advice import advice
 
 ROOT = Path(__file__).resolve().parents[1]
 PINS = (ROOT / "constraints.txt").read_text()
@@ -197,6 +199,51 @@ def test_a_gpu_that_torch_has_no_code_for_ends_before_the_first_kernel(monkeypat
         networks.find_device(None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     assert networks.find_device("cuda:0") == torch.device("cuda:0")
+
+
+@pytest.mark.parametrize(
+    ("driver", "card", "capability", "state", "lacking", "words"),
+    [
+        ("580.65.06", H100, (9, 0), "2, 700.00, 700.00", None, []),
+        ("550.54.15", A100, (8, 0), "[N/A], [N/A], [N/A]", None, ["driver 550.54.15 has no CUDA 13: update it to 580"]),
+        ("535.129.03", V100, (7, 0), "0, 300.00, 300.00", None, []),
+        (
+            "580.65.06",
+            A100,
+            (8, 0),
+            "93, 250.00, 400.00",
+            "Triton needs a C compiler, and there is no gcc",
+            ["Triton needs a C compiler", "cuda:1 is 93% busy", r"may draw 250 W of 400 W: nvidia-smi -pl 400"],
+        ),
+        (
+            "580.65.06",
+            A100,
+            (8, 0),
+            "Field is not valid",
+            "the extension is built without CUDA",
+            ["built without CUDA"],
+        ),
+    ],
+)
+def test_advice_on_what_is_slower_than_it_could_be(
+    driver, card, capability, state, lacking, words, computer, monkeypatch
+) -> None:
+    """One line for each; the query names the GPU that CUDA counts as 1 of those that are visible."""
+    answer = f'case "$*" in *power*--id=GPU-7) echo "{driver}, {state}"; exit 0 ;; *power*) exit 6 ;; esac'
+    computer.nvidia_smi(driver, card, first=answer)
+    monkeypatch.setenv("PATH", str(computer.bin))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-7")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(machine, "driver", lambda: machine.look(computer.root).driver)
+    missing = {"triton": lacking if lacking and "Triton" in lacking else None}
+    missing["cuda"] = None if missing["triton"] else lacking
+    monkeypatch.setattr(backends, "lacking_on", lambda op, backend, device_type: missing[backend])
+    found = advice(torch.device("cuda:1"))
+    assert len(found) == len(words)
+    for line, word in zip(found, words, strict=True):
+        assert re.match(f"slower than it could be: .*{word}", line), line
+        assert "\n" not in line
+    assert machine.condition(0) is None  # of another GPU it does not answer
 
 
 def test_the_table_of_the_guide_is_what_is_chosen() -> None:

@@ -15,12 +15,14 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import extras
 import pytest
 import setuptools
 
 import epigraf_fast
 from checks import HANG
 from epigraf_fast import machine
+from epigraf_fast.__main__ import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -140,6 +142,15 @@ def test_the_guide_names_every_extra(arguments: dict[str, Any]) -> None:
     assert {*re.findall(r"`(\w+)`", re.sub(r"\|[^|]*\|$", "", text, flags=re.MULTILINE))} == {
         *arguments["extras_require"]
     }
+
+
+def test_every_extra_can_be_tried_alone(arguments: dict[str, Any]) -> None:
+    """By `make extras`, with every command that it brings."""
+    assert {*extras.LINES, *extras.APART} == {*arguments["extras_require"]}
+    for extra, brought in BRINGS.items():
+        for command in brought:
+            words = next(words for words, (module, _) in COMMANDS.items() if module == command)
+            assert any(line.startswith(f"{words} ") for line in extras.LINES[extra]), (extra, words)
 
 
 def test_what_a_command_imports_is_found() -> None:

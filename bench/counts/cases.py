@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -356,15 +355,12 @@ def _modulation_cases() -> Iterator[Case]:
         numbers = channels * channels * 9
 
         def inputs(channels: int = channels) -> list[Tensor]:
-            affine = zeros(channels, SIZE.code), zeros(channels)
-            return [zeros(channels, channels, 3, 3), zeros(BATCH, SIZE.code), *affine]
+            return [zeros(channels, channels, 3, 3), zeros(BATCH, channels)]
 
-        def op(weight: Tensor, w: Tensor, matrix: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-            affine = matrix, bias, 1 / math.sqrt(SIZE.code)
-            return tuple(ops.modulation(weight, w, torch.float32, affine=affine, backend="cpu"))
+        def op(weight: Tensor, style: Tensor) -> tuple[Tensor, ...]:
+            return tuple(ops.modulation(weight, style, torch.float32, backend="cpu"))
 
-        vectors = 4 * channels * SIZE.code
-        work = {"fwd": Work(4 * numbers + vectors), "bwd": Work(12 * numbers)}
+        work = {"fwd": Work(4 * numbers), "bwd": Work(12 * numbers)}
         yield from _ways(f"G {level} modulation {channels}x{channels}x3x3", numbers, work, inputs, op)
 
 

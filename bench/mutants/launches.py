@@ -278,15 +278,13 @@ def csrc_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "layer", lambda: _derivatives(sums, _draw(2, 136, seed=13), most=1)
 
     # More channels in than threads, and more channels out than warps; then so many out that a block has eight images.
-    affine = _draw(260, 6, seed=10), _draw(260, seed=11), 0.5
-    sizes = (((9, 260, 3, 3), _draw(2, 260, seed=7), None), ((9, 260, 1, 1), _draw(2, 6, seed=12), affine))
-    for size, source, given in (*sizes, ((132, 3, 1, 1), _draw(9, 3, seed=14), None)):
+    for size, style in (((9, 260, 3, 3), _draw(2, 260, seed=7)), ((132, 3, 1, 1), _draw(9, 3, seed=14))):
 
-        def modulation(weight, source, given=given):
-            return tuple(ops.modulation(weight, source, torch.float32, affine=given, backend="cpu"))
+        def modulation(weight, style):
+            return tuple(ops.modulation(weight, style, torch.float32, backend="cpu"))
 
         weight, most = _draw(*size, seed=9), 2 if size[0] < 10 else 0
         yield (
             "modulation",
-            lambda f=modulation, weight=weight, source=source, most=most: _derivatives(f, weight, source, most=most),
+            lambda f=modulation, weight=weight, style=style, most=most: _derivatives(f, weight, style, most=most),
         )

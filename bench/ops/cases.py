@@ -623,8 +623,7 @@ def _synthesis(shapes: Size, batch: int, dtype: str) -> Iterator[Case]:
         module = network(backend, ws.dtype, ws.device)
         if backend not in BASELINES:
             return (torch.func.functional_call(module, parameters, (ws, "const")),)
-        # A compiler fuses what it can see: it gets the plain bias_act and upfirdn2d.
-        with published.installed("reference" if backend == "compile" else None):
+        with published.installed(published.fused_backend(ws.device.type, backend == "compile")):
             return (_baseline(torch.func.functional_call, backend)(module, parameters, (ws, "const")),)
 
     flops = _synthesis_flops(shapes) * batch

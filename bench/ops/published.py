@@ -20,6 +20,7 @@ from epigraf_fast import ops
 from epigraf_fast.models.decoder import Decoder
 from epigraf_fast.models.renderer import Renderer, Rendering
 from epigraf_fast.models.synthesis import Synthesis
+from epigraf_fast.ops import backends
 
 # Ops whose published sequence is not that of the reference.
 OPS = ("sample_triplane", "decode_triplane", "modulated_conv2d", "renderer", "synthesis")
@@ -246,12 +247,23 @@ def synthesize(synthesis: Synthesis, layout: torch.memory_format, ws: Tensor, no
     first = 0
     for resolution in synthesis.resolutions:
         block = getattr(synthesis, f"b{resolution}")
-        half = ws.is_cuda and resolution in synthesis.half_resolutions
-        dtype = torch.float16 if half else ws.dtype
+        half = ws.device.type in synthesis.half_on and resolution in synthesis.half_resolutions
+        dtype = synthesis.half_dtype if half else ws.dtype
         x, planes = block(x, planes, ws[:, first : first + block.num_convs + 1].unbind(1), dtype, noise_mode)
         x = x.contiguous(memory_format=layout)
         first += block.num_convs
     return planes.contiguous()
+
+
+def fused_backend(device_type: str, compiled: bool = False) -> str | None:
+    """What `installed` gives a baseline on a kind of device.
+
+    The engine's kernels, as the published code has its own, whether a GPU was checked for them or not; but a compiler
+    fuses what it can see, and gets the plain bias_act and upfirdn2d.
+    """
+    if compiled:
+        return "reference"
+    return "cuda" if backends.lacking_on("bias_act", "cuda", device_type) is None else None
 
 
 @contextlib.contextmanager

@@ -33,34 +33,14 @@ def tune(
     Returns:
         A row a plan: precision, kernel, plan, ms, and whether it was chosen.
     """
-    from epigraf_fast.kernels import tuning as kernels
-
     rays, network = micro_batch(config, images, device)
     rows = []
     for precision in PRECISIONS:
-        times: list[float] = []
-
-        def timed(call: Callable[[], Any], times: list[float] = times) -> float:
-            times.append(timer(call))
-            return times[-1]
-
-        tuning.tune_decode_triplane(
-            *rays, *network, config.camera.cube_scale, precision=precision, deterministic=False, timer=timed
+        found = tuning.tune_decode_triplane(
+            *rays, *network, config.camera.cube_scale, precision=precision, deterministic=False, timer=timer
         )
-        left = iter(times)  # in the order of the plans, forward first
-        for way in ("fwd", "bwd"):
-            case = _case(way, rays, network, precision)
-            for plan in kernels.plans(case):
-                row = {"precision": precision, "kernel": case.kernel, "plan": [list(part) for part in plan]}
-                rows.append({**row, "ms": next(left), "chosen": plan == kernels.plan(case)})
+        rows += [{"precision": precision, **row} for row in found]
     return rows
-
-
-def _case(way: str, rays: tuple[torch.Tensor, ...], network: tuple[torch.Tensor, ...], precision: str) -> Any:
-    from epigraf_fast.kernels import decode_triplane, tuning
-
-    arch = tuning.architecture(rays[0].device)
-    return decode_triplane.case(way, rays[0], network[0], network[2], precision, arch)
 
 
 def format_rows(rows: list[dict[str, Any]]) -> str:

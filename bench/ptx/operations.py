@@ -21,7 +21,6 @@ CODES |= {f"s{bits}": f"i{bits // 8}" for bits in (8, 16, 32, 64)}
 CODES |= {"f16": "f2", "bf16": "u2", "f32": "f4", "f64": "f8", "f16x2": "u4", "bf16x2": "u4", "tf32": "u4", "pred": "?"}
 INTEGERS = ("u16", "s16", "u32", "s32", "u64", "s64")
 BITS = ("b16", "b32", "b64")
-FLOATS = ("f16", "bf16", "f16x2", "bf16x2", "f32", "f64")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from epigraf_fast.tools.doctor import EXTRAS
 from epigraf_fast.training import log
 from epigraf_fast.training.distributed import World
 from epigraf_fast.training.log import read_stats
+from epigraf_fast.training.precision import MODES
 
 from .. import results
 from ..step.step import opt_in_backend
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--run-dir", required=True)
     parser.add_argument("--kimg", type=float, default=None, help="default: the preset's")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=None)
-    parser.add_argument("--precision", choices=("fp32", "tf32", "fp16"), default="fp32")
+    parser.add_argument("--precision", choices=tuple(MODES), default="fp32")
     parser.add_argument("--backend", default=None, help="of the ops; default: the fastest there is")
     parser.add_argument("--json", default=None, help="write speed and losses there")
     args = parser.parse_args(argv)

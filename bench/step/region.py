@@ -88,10 +88,10 @@ class Phases:
         trainer.discriminator.requires_grad_(phase == "D")
         torch.manual_seed(1)
         if phase == "G":
-            inputs = trainer.g_optimizer, trainer._generator_phase, self.now, fakes
+            optimizer, inputs = trainer.g_optimizer, (trainer._generator_phase, self.now, fakes)
         else:
-            inputs = trainer.d_optimizer, trainer._discriminator_phase, self.now, fakes, self.reals
-        _, recorded = trainer._gradients(*inputs)
+            optimizer, inputs = trainer.d_optimizer, (trainer._discriminator_phase, self.now, fakes, self.reals)
+        _, recorded = trainer._gradients(optimizer, trainer._networks(phase), *inputs)
         total, count = recorded[f"loss/{phase}"]
         trainer.g_optimizer.zero_grad(set_to_none=True)
         trainer.d_optimizer.zero_grad(set_to_none=True)

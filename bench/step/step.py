@@ -26,6 +26,7 @@ import torch
 from epigraf_fast.config import PRESETS, Config, check, preset
 from epigraf_fast.ops import backends
 from epigraf_fast.training.distributed import World
+from epigraf_fast.training.precision import HALF_BLOCKS, MODES, capability_of
 from epigraf_fast.training.profile import listening
 from epigraf_fast.training.step import Trainer
 
@@ -35,7 +36,6 @@ from ..timing import Spread, cpu_ratios
 
 Row = dict[str, Any]
 
-HALF_BLOCKS = 4  # of D in fp16, as in the published runs
 WARM_UP = 3  # iterations that are not counted, the first with regularization
 AT_KIMG = 2500  # of the schedules: density noise on, D's blur over, patches of all scales
 GROUP = 4  # micro-batches are multiples of the minibatch-std group
@@ -54,7 +54,7 @@ class Variant:
         precision: Of the settings; D's top blocks are fp16 on a GPU with all of them.
         backend: Of the ops, see `Config.backend`.
         published: Whether the renderer and the modulated convolutions are those of `published`.
-        tuned: Baselines: TF32 and channels_last, which the published code did not use.
+        tuned: Baselines: channels_last, which the published code did not use and this engine does.
         compiled: Whether torch.compile takes the networks.
         graphs: Whether each phase is a CUDA graph, see `Config.cuda_graphs`.
         region: Whether planes are computed where rays look, see `GeneratorConfig.region`; never with `published`.
@@ -77,12 +77,18 @@ NAMED = {
         Variant(
             "published",
             "the published op sequence in eager torch: grid_sample, sort and gather, unfused modulation, our bias_act "
-            "and upfirdn2d; TF32 off, cudnn.benchmark on, D's top 4 blocks fp16 on a GPU",
+            "and upfirdn2d; TF32 off, contiguous activations, D's top 4 blocks fp16 on a GPU",
             published=True,
         ),
         Variant(
+            "eager-fp32",
+            "published, with activations in channels_last, as ours-fp32 has them",
+            published=True,
+            tuned=True,
+        ),
+        Variant(
             "eager",
-            "published, with TF32 on and activations in channels_last",
+            "published, with TF32 on and activations in channels_last, as ours-tf32 has them",
             precision="tf32",
             published=True,
             tuned=True,
@@ -97,7 +103,15 @@ NAMED = {
             compiled=True,
         ),
         Variant("ours-fp32", "this engine, the published arithmetic: TF32 off, D's top 4 blocks fp16"),
+        Variant(
+            "eager-fp16",
+            "eager, with the top 4 resolutions of G fp16, as ours-fp16 has them",
+            precision="fp16",
+            published=True,
+            tuned=True,
+        ),
         Variant("ours-fp32-whole", "ours-fp32, planes always computed whole", region=False),
+        Variant("ours-tf32x3", "this engine, convolutions as three products in TF32, D's top 4 blocks fp16", "tf32x3"),
         Variant("ours-tf32", "this engine, TF32 on, D's top 4 blocks fp16", precision="tf32"),
         Variant("ours-tf32-graphs", "ours-tf32, each phase one CUDA graph", precision="tf32", graphs=True),
         Variant("ours-fp16", "this engine, top 4 resolutions of G and blocks of D fp16, TF32 on", precision="fp16"),
@@ -124,6 +138,11 @@ def variant(name: str, device: torch.device) -> Variant:
     what = f"this engine, backend {backend} where it is: {', '.join(having)}; TF32 off"
     default = all(backends.resolve(op, None, device.type) == backend for op in having)
     return Variant(name, what, backend=None if default and len(having) < len(backends.OPS) else backend)
+
+
+def precision_on(variant: Variant, capability: int | None) -> str:
+    """The variant's precision on a device, fp32 where that has it not: a CPU, or a GPU without TF32."""
+    return variant.precision if capability and capability >= MODES[variant.precision].capability else "fp32"
 
 
 def opt_in_backend(device: torch.device) -> str | None:
@@ -200,12 +219,13 @@ class Step:
 
     def __init__(self, variant: Variant, config: Config, device: torch.device) -> None:
         self.variant, self.device = variant, device
+        self.fused = published.fused_backend(device.type, variant.compiled)
         half = HALF_BLOCKS if device.type == "cuda" else 0
         region = config.generator.region if variant.region and not variant.published else "off"
         backend = variant.backend or (None if variant.published else opt_in_backend(device))
         self.config = dataclasses.replace(
             config,
-            precision=variant.precision if device.type == "cuda" else "fp32",
+            precision=precision_on(variant, capability_of(device)),
             backend=config.backend if backend is None else backend,
             cuda_graphs=variant.graphs and device.type == "cuda",
             generator=dataclasses.replace(config.generator, region=region),
@@ -232,9 +252,22 @@ class Step:
             self.labels = data.labels.repeat(repeats, 1)[: config.batch]
             self.angles = data.angles.repeat(repeats, 1)[: config.batch]
 
+    def settings(self) -> Row:
+        """What decides the speed of library calls: the same for a baseline and for what it is compared with."""
+        with self.environment():
+            baseline = self.variant.published
+            return {
+                "precision": self.config.precision,
+                "tf32": torch.backends.cudnn.allow_tf32 and self.device.type == "cuda",
+                "cudnn_benchmark": torch.backends.cudnn.benchmark,
+                "channels_last": self.variant.tuned if baseline else True,
+                "half_blocks": self.config.discriminator.half_blocks,
+                "bias_act": backends_of(self)["bias_act"],
+            }
+
     @contextlib.contextmanager
     def environment(self) -> Iterator[None]:
-        """Torch's switches and the ops as the variant has them."""
+        """Torch's switches and the ops as the variant has them; cuDNN tries its algorithms for each, as sizes stay."""
         from epigraf_fast.tools import train  # the engine's own switches are those that train.py sets
 
         switches = (
@@ -245,10 +278,9 @@ class Step:
         before = [getattr(owner, name) for owner, name in switches]
         with contextlib.ExitStack() as stack:
             train.pick_device(self.config, World())
+            torch.backends.cudnn.benchmark = self.device.type == "cuda"
             if self.variant.published:
-                torch.backends.cudnn.benchmark = True
-                # A compiler fuses what it can see: it gets the plain bias_act and upfirdn2d.
-                stack.enter_context(published.installed("reference" if self.variant.compiled else None))
+                stack.enter_context(published.installed(self.fused))
             try:
                 yield
             finally:
@@ -442,8 +474,8 @@ def backends_of(step: Step) -> dict[str, str]:
         for op in backends.OPS:
             if op not in ("bias_act", "upfirdn2d"):
                 found[op] = "published"
-            elif step.variant.compiled:
-                found[op] = "reference"
+            elif step.fused is not None:
+                found[op] = step.fused
     return found
 
 
@@ -469,7 +501,7 @@ def child(args: argparse.Namespace, config: Config) -> None:
     row: Row = {}
     try:
         step = Step(chosen, config, device)
-        row["backends"] = backends_of(step)
+        row |= {"backends": backends_of(step), "settings": step.settings()}
         row |= measure_gpu(step, args.seconds, args.largest)
         if args.profile:
             write_trace(step, args.profile)
@@ -487,7 +519,10 @@ def on_cpu(args: argparse.Namespace, config: Config) -> list[Row]:
         step.require_finite()
     if args.profile:
         write_trace(next(iter(steps.values())), args.profile)
-    rows = [{"variant": name, "what": step.variant.what, "backends": backends_of(step)} for name, step in steps.items()]
+    rows = [
+        {"variant": name, "what": step.variant.what, "backends": backends_of(step), "settings": step.settings()}
+        for name, step in steps.items()
+    ]
     for label, regularize in (("without_r1", False), ("with_r1", True)):
         functions = {name: functools.partial(step.run, regularize) for name, step in steps.items()}
         slower = cpu_ratios(functions, budget=args.seconds) if len(functions) > 1 else {}
@@ -514,6 +549,8 @@ def write_trace(step: Step, path: str) -> None:
 def format_row(row: Row) -> str:
     """What one variant gave, in a few lines."""
     lines = [f"{row['variant']}: {row['what']}"]
+    if "settings" in row:
+        lines.append(describe(row["settings"]))
     if row.get("failed"):
         lines.append(f"! {row['failed']}")
     for label, s in row.get("times_as_fast", {}).items():
@@ -529,6 +566,16 @@ def format_row(row: Row) -> str:
             + (f"; largest micro-batch {row['largest_micro_batch']}" if row.get("largest_micro_batch") else ""),
         ]
     return "\n  ".join(lines)
+
+
+def describe(settings: Row) -> str:
+    """`Step.settings` in one line."""
+    switches = {"TF32": settings["tf32"], "cudnn.benchmark": settings["cudnn_benchmark"]}
+    words = [f"precision {settings['precision']}"]
+    words += [f"{name} {'on' if value else 'off'}" for name, value in switches.items()]
+    words += ["channels_last" if settings["channels_last"] else "contiguous"]
+    words += [f"D's half blocks {settings['half_blocks']}", f"bias_act and upfirdn2d: {settings['bias_act']}"]
+    return ", ".join(words)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -299,24 +299,21 @@ void modulation_case(DType dtype, std::mt19937& generator) {
   auto pick = [&](i64 low, i64 high) { return std::uniform_int_distribution<i64>(low, high)(generator); };
   ModulationArgs args{};
   args.dtype = dtype;
-  args.epsilon = 1e-8, args.factor = 0.5, args.tiny = 1e-30;
+  args.epsilon = 1e-8, args.tiny = 1e-30;
   args.batch = pick(0, 4), args.c_out = pick(1, 20), args.c_in = pick(1, 40), args.taps = pick(1, 9);
-  args.w_dim = pick(1, 40), args.w_stride = args.w_dim + pick(0, 3);
-  const bool affine = pick(0, 1), normalized = pick(0, 1);
+  const bool normalized = pick(0, 1);
   const i64 weights = args.c_out * args.c_in * args.taps, styles = args.batch * args.c_in;
-  const auto weight = numbers<S>(weights, 1), style = numbers<S>(styles, 2), w = numbers<S>(args.batch * args.w_stride, 3);
-  const auto matrix = numbers<S>(args.c_in * args.w_dim, 4), bias = numbers<S>(args.c_in, 5);
+  const auto weight = numbers<S>(weights, 1), given = numbers<S>(styles, 2);
   const auto grad_demod = numbers<S>(args.batch * args.c_out, 6), grad_weight = numbers<S>(weights, 7);
   const auto grad_style = numbers<S>(styles, 8);
-  args.weight = weight.data(), args.grad_demod = grad_demod.data();
-  if (affine) args.w = w.data(), args.affine = matrix.data(), args.affine_bias = bias.data();
+  args.weight = weight.data(), args.given = given.data(), args.grad_demod = grad_demod.data();
   args.grad_weight = pick(0, 1) ? grad_weight.data() : nullptr;
   args.grad_style = pick(0, 1) ? grad_style.data() : nullptr;
   args.stride_out = args.c_in * args.taps, args.stride_in = 1, args.stride_tap = args.c_in;
   Outputs<S> first;
   for (int threads : {1, 3}) {
     auto memory = [](i64 n) { return std::vector<S>(static_cast<size_t>(n)); };
-    Outputs<S> now = {style, memory(args.batch * args.c_out), memory(args.c_out * args.c_in), memory(weights),
+    Outputs<S> now = {given, memory(args.batch * args.c_out), memory(args.c_out * args.c_in), memory(weights),
                       memory(styles), memory(args.batch)};
     args.style = now[0].data(), args.demod = now[1].data(), args.energy = now[2].data();
     args.grad_weight_out = now[3].data(), args.grad_style_out = now[4].data();
@@ -330,12 +327,7 @@ void modulation_case(DType dtype, std::mt19937& generator) {
     std::vector<double> expected;
     double largest = 1;
     for (i64 i = 0; i < args.c_in; i++) {
-      double value = style[static_cast<size_t>(b * args.c_in + i)];
-      if (affine) {
-        value = bias[static_cast<size_t>(i)];
-        for (i64 d = 0; d < args.w_dim; d++)
-          value += 0.5 * matrix[static_cast<size_t>(i * args.w_dim + d)] * w[static_cast<size_t>(b * args.w_stride + d)];
-      }
+      const double value = given[static_cast<size_t>(b * args.c_in + i)];
       expected.push_back(value);
       largest = normalized && (i == 0 || fabs(value) > largest) ? fabs(value) : largest;
     }

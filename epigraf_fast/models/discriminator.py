@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,18 @@ def minibatch_std(x: Tensor, group: int, parts: int = 1) -> Tensor:
 def modulation_of(x: Tensor) -> Tensor:
     """1 + tanh(x)."""
     return x.tanh() + 1
+
+
+class _ChannelsLast(torch.autograd.Function):
+    """The same numbers in channels_last, and so with what comes back: gradients of any order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=torch.channels_last)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _ChannelsLast.apply(grad)
 
 
 class DiscriminatorBlock(nn.Module):
@@ -106,7 +119,9 @@ class Discriminator(nn.Module):
         resolution: R.
         patch_resolution: r.
         label_dim: Numbers of a class label, 0 for none.
-        half_blocks: Top blocks in fp16 (on a GPU).
+        half_blocks: Top blocks in half precision ...
+        half_dtype: ... which is this, fp16 or bf16 ...
+        half_on: ... on these kinds of devices; on others they run in the dtype of the patches.
         backend: See `ops`.
     """
 
@@ -118,6 +133,8 @@ class Discriminator(nn.Module):
         *,
         label_dim: int = 0,
         half_blocks: int = 0,
+        half_dtype: torch.dtype = torch.float16,
+        half_on: tuple[str, ...] = ("cuda",),
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -127,6 +144,7 @@ class Discriminator(nn.Module):
         self.image_channels = 6 if config.global_context == "concat" else 3
         self.resolutions = [2**i for i in range(resolution.bit_length() - 1, 2, -1)]  # R, R/2, ..., 8
         self.half_resolutions = self.resolutions[:half_blocks]
+        self.half_dtype, self.half_on = half_dtype, half_on
 
         head_dim = label_dim
         if config.modulate != "none":
@@ -137,7 +155,8 @@ class Discriminator(nn.Module):
                 skip_lowest=config.patch_skip_lowest,
                 skip_highest=config.patch_skip_highest,
             )
-            patch_dim = 3 * self.patch_encoder.dim
+            self.patch_numbers = 3 if config.patch_position else 1  # scale, offset x, offset y
+            patch_dim = self.patch_numbers * self.patch_encoder.dim
             self.hypernetwork = Mapping(0, patch_dim, config.code_dim, backend=backend)
             head_dim += patch_dim
         if config.camera_conditioning:
@@ -193,7 +212,8 @@ class Discriminator(nn.Module):
         condition = [label] if self.label_dim else []
         sigmas = [None] * len(self.resolutions)
         if self.affines is not None:
-            encoded = self.patch_encoder(torch.cat([patch_scale[:, None], patch_offset], dim=1))
+            numbers = torch.cat([patch_scale[:, None], patch_offset], dim=1)[:, : self.patch_numbers]
+            encoded = self.patch_encoder(numbers)
             sigmas = self.affines(self.hypernetwork(None, encoded), modulation_of)
             condition.append(encoded)
         if self.config.camera_conditioning:
@@ -201,10 +221,10 @@ class Discriminator(nn.Module):
             condition.append(torch.nn.functional.dropout(features, self.config.camera_dropout, self.training))
 
         # A GPU's convolutions want channels last; told once, they copy nothing on the way.
-        x = patches.contiguous(memory_format=torch.channels_last) if patches.is_cuda else patches
+        x = _ChannelsLast.apply(patches) if patches.is_cuda else patches
+        halves = self.half_resolutions if x.device.type in self.half_on else ()
         for res, sigma in zip(self.resolutions, sigmas, strict=True):
-            half = x.is_cuda and res in self.half_resolutions
-            x = getattr(self, f"b{res}")(x.to(torch.float16 if half else patches.dtype), sigma)
+            x = getattr(self, f"b{res}")(x.to(self.half_dtype if res in halves else patches.dtype), sigma)
         x = minibatch_std(x.to(patches.dtype), self.config.minibatch_std_group, parts)
         x = self.out(self.fc(self.conv(x).flatten(1)))
         if self.head is None:
@@ -223,9 +243,7 @@ class ScaleDiscriminators(nn.Module):
         resolution, patch_resolution, options: As `Discriminator`.
     """
 
-    def __init__(
-        self, config: DiscriminatorConfig, resolution: int, patch_resolution: int, **options: int | str | None
-    ) -> None:
+    def __init__(self, config: DiscriminatorConfig, resolution: int, patch_resolution: int, **options: Any) -> None:
         super().__init__()
         self.scales = torch.linspace(1, 0.25, config.scales, device="cpu").tolist()
         config = dataclasses.replace(config, modulate="none")

@@ -30,7 +30,7 @@ class Generator(nn.Module):
         config, renderer, camera: Settings.
         label_dim: Numbers of a class label, 0 for none.
         image_resolution: Of whole images, for a plane background; default: that of the planes.
-        half_blocks: Top resolutions of the synthesis network in fp16 (on a GPU).
+        half_blocks, half_dtype, half_on: Of the synthesis network, see `Synthesis`.
         precision: Of the decoder's products, with renderer_backend triton: fp32, tf32 or fp16.
         backend, renderer_backend: Of the convolutions and of the renderer's ops, `ops.cut` among them; see `ops`.
     """
@@ -44,6 +44,8 @@ class Generator(nn.Module):
         label_dim: int = 0,
         image_resolution: int | None = None,
         half_blocks: int = 0,
+        half_dtype: torch.dtype = torch.float16,
+        half_on: tuple[str, ...] = ("cuda",),
         precision: str = "fp32",
         backend: str | None = None,
         renderer_backend: str | None = None,
@@ -81,6 +83,8 @@ class Generator(nn.Module):
             clamp=config.clamp or None,
             noise=config.noise,
             half_blocks=half_blocks,
+            half_dtype=half_dtype,
+            half_on=half_on,
             backend=backend,
             cut_backend=renderer_backend,
         )

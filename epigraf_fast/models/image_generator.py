@@ -18,7 +18,7 @@ class ImageGenerator(nn.Module):
 
     Args:
         config, camera: Settings; those of planes and decoder do nothing, nor do `precision` and `renderer_backend`.
-        label_dim, half_blocks, backend: As `Generator`.
+        label_dim, half_blocks, half_dtype, half_on, backend: As `Generator`.
         image_resolution: Of whole images.
     """
 
@@ -31,6 +31,8 @@ class ImageGenerator(nn.Module):
         label_dim: int = 0,
         image_resolution: int,
         half_blocks: int = 0,
+        half_dtype: torch.dtype = torch.float16,
+        half_on: tuple[str, ...] = ("cuda",),
         precision: str = "fp32",
         backend: str | None = None,
         renderer_backend: str | None = None,
@@ -47,6 +49,8 @@ class ImageGenerator(nn.Module):
             clamp=config.clamp or None,
             noise=config.noise,
             half_blocks=half_blocks,
+            half_dtype=half_dtype,
+            half_on=half_on,
             backend=backend,
         )
         self.mapping = StyleMapping(

@@ -257,6 +257,8 @@ class SynthesisBlock(nn.Module):
         if planes is None:
             planes = ops.bias_act(product, bias, clamp=self.clamp, backend=self.backend).to(weight.dtype)
         elif level is None:
+            if product.dtype == torch.bfloat16:  # which the kernels add to no sum
+                product = product.to(planes.dtype)
             planes = self.upsample(planes, added=product, bias=bias, clamp=self.clamp)
         else:
             added = ops.bias_act(product, bias, clamp=self.clamp, backend=self.backend).to(weight.dtype)
@@ -280,7 +282,9 @@ class Synthesis(nn.Module):
         plane_channels: Numbers that come out, 3 * C.
         clamp: Of activations and of what is added to the planes; None for never.
         noise: Whether noise images are added; False is noise mode "none" whatever is asked for.
-        half_blocks: Blocks, counted from the highest resolution, that run in fp16 on a GPU.
+        half_blocks: Blocks, counted from the highest resolution, that run in half precision ...
+        half_dtype: ... which is this, fp16 or bf16 ...
+        half_on: ... on these kinds of devices; on others they run in the dtype of ws.
         backend, cut_backend: Of the convolutions and of `ops.cut`; see `ops`.
     """
 
@@ -295,6 +299,8 @@ class Synthesis(nn.Module):
         clamp: float | None = CLAMP,
         noise: bool = True,
         half_blocks: int = 0,
+        half_dtype: torch.dtype = torch.float16,
+        half_on: tuple[str, ...] = ("cuda",),
         backend: str | None = None,
         cut_backend: str | None = None,
     ) -> None:
@@ -302,6 +308,7 @@ class Synthesis(nn.Module):
         self.noise, self.backend = noise, backend
         self.resolutions = [2**i for i in range(2, resolution.bit_length())]
         self.half_resolutions = self.resolutions[::-1][:half_blocks]
+        self.half_dtype, self.half_on = half_dtype, half_on
         c_in = 0
         for res in self.resolutions:
             c_out = channels_at(res, channel_base, channel_max)
@@ -345,8 +352,8 @@ class Synthesis(nn.Module):
             raise ValueError(f"Synthesis: noise_mode must be one of {', '.join(NOISE_MODES)}, got {noise_mode!r}")
         noise_mode = noise_mode if self.noise else "none"
         blocks = [getattr(self, f"b{res}") for res in self.resolutions]
-        halves = [ws.is_cuda and res in self.half_resolutions for res in self.resolutions]
-        dtypes = [torch.float16 if half else ws.dtype for half in halves]
+        halves = self.half_resolutions if ws.device.type in self.half_on else ()
+        dtypes = [self.half_dtype if res in halves else ws.dtype for res in self.resolutions]
         x = planes = None
         if resolve("modulated_conv2d", self.backend, ws.device.type) == "reference":
             firsts = itertools.accumulate((block.num_convs for block in blocks[:-1]), initial=0)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..reference.bias_act import ACTIVATIONS
 from ..reference.modulated_conv2d import conv2d_resample as _reference_conv2d_resample
 from ..reference.modulated_conv2d import modulated_conv2d as _reference
+from . import native
 from .bias_act import bias_act
 from .checks import check_broadcast, check_choice, check_clamp, check_gain, check_integers, check_shape, check_together
-from .convolution_derivatives import conv2d, conv_transpose2d
+from .convolution import conv2d, conv_transpose2d
 from .layer_epilogue import SLOPES, layer_epilogue, resolve_with_filter
 from .modulation import modulation
 from .upfirdn2d import upfirdn2d
@@ -182,7 +184,13 @@ def modulated_layer(
     chosen = resolve_with_filter("modulated_layer", backend, x.device.type, kernel)
     fused = up == 2 and weight.shape[-1] == 3 and tuple(kernel.shape) == (4,) and chosen != "reference"
     if fused:
-        x = conv_transpose2d(x, weight.transpose(0, 1), stride=2)
+        x = conv_transpose2d(x, _laid_out(weight.transpose(0, 1)), stride=2)
     else:
+        weight = _laid_out(weight) if up == 1 else weight
         x = conv2d_resample(x, weight, kernel=kernel, up=up, flip_weight=up > 1, backend=chosen)
     return layer_epilogue(x, demod=demod, blur=kernel if fused else None, backend=chosen, **epilogue)
+
+
+def _laid_out(weight: Tensor) -> Tensor:
+    """A kernel as a GPU's convolution reads it, once for this call and its gradients, which would each copy it."""
+    return weight.contiguous(memory_format=torch.channels_last) if native.on_gpu(weight) else weight

@@ -12,7 +12,7 @@ from ..reference.modulation import DEMODULATION_EPSILON, normalize_weight
 from ..reference.modulation import modulation as _reference
 from . import library, native
 from .backends import resolve
-from .checks import check_finite, check_shape, check_together
+from .checks import check_shape, check_together
 
 
 class Modulation(NamedTuple):
@@ -28,22 +28,19 @@ def modulation(
     style: Tensor,
     dtype: torch.dtype,
     *,
-    affine: tuple[Tensor, Tensor, float] | None = None,
     demodulate: bool = True,
     backend: str | None = None,
 ) -> Modulation:
     """demod[b, o] = 1 / sqrt(sum_{i, k} (weight[o, i, k] style[b, i])^2 + 1e-8), and its factors for a convolution.
 
     In fp16 weight and style are first scaled to keep products in range (weight to a maximum of 1 / sqrt(C_in k k) per
-    output, style to 1 per image), which demodulation makes up for. cpu and cuda compute styles and demod in one launch,
-    their derivatives take the style's scale for a constant (it matters as much as the 1e-8 does), and to the matrix and
-    the style vectors they are plain products.
+    output, style to 1 per image), which demodulation makes up for. The derivatives of cpu and cuda take the style's
+    scale for a constant (it matters as much as the 1e-8 does).
 
     Args:
         weight: [C_out, C_in, k, k].
-        style: [B, C_in], or with `affine` the style vectors w [B, D].
+        style: [B, C_in].
         dtype: That of the convolution.
-        affine: Matrix [C_in, D], bias [C_in] and factor: style = factor w matrix^T + bias.
         demodulate: Without it weight and style come back as they are, with demod None.
 
     Returns:
@@ -54,86 +51,55 @@ def modulation(
     Raises:
         ValueError, TypeError: Wrong ranks, shapes, dtypes or devices; unknown or missing backend.
     """
-    matrix, bias, factor = (None, None, 1.0) if affine is None else affine
-    check_together("modulation", weight=weight, style=style, matrix=matrix, bias=bias)
-    check_finite("modulation", "affine's factor", factor)
+    check_together("modulation", weight=weight, style=style)
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"modulation: dtype must be floating point, got {dtype}")
     check_shape("modulation", "weight", weight, ("C_out", "C_in", "k", "k"))
-    if affine is None:
-        check_shape("modulation", "style", style, ("B", weight.shape[1]))
-    else:
-        check_shape("modulation", "matrix", matrix, (weight.shape[1], "D"))
-        check_shape("modulation", "bias", bias, (weight.shape[1],))
-        check_shape("modulation", "style", style, ("B", matrix.shape[1]))
+    check_shape("modulation", "style", style, ("B", weight.shape[1]))
     chosen = resolve("modulated_conv2d", backend, weight.device.type)
-    route = library.route(weight, style, matrix, bias)
+    route = library.route(weight, style)
     if "reference" in (chosen, route) or not demodulate or weight.shape[1] == 0:
-        return Modulation(*_reference(weight, style, dtype, affine=affine, demodulate=demodulate))
+        return Modulation(*_reference(weight, style, dtype, demodulate=demodulate))
     half = dtype == torch.float16
     if half:
         weight = normalize_weight(weight)
     weight = weight.to(native.compute_dtype(weight.dtype))
-    style, matrix, bias = (None if x is None else x.to(weight.dtype) for x in (style, matrix, bias))
-    args = weight, style, matrix, bias, float(factor), half
+    args = weight, style.to(weight.dtype), half
     if route is library.PLAIN and torch.is_grad_enabled():
         weight, style, demod = _ModulationOfWeight.apply(*_Modulating.ready(*args))
     else:
         made, demod, *_ = library.call(route, _Modulating, *args)
-        style = style if made is None else made
+        style = args[1] if made is None else made
     return Modulation(weight.to(dtype), style, demod)
 
 
-@library.register(
-    "modulation(Tensor weight, Tensor source, Tensor? matrix, Tensor? bias, float factor, bool normalize) -> "
-    "(Tensor, Tensor, Tensor, Tensor)"
-)
+@library.register("modulation(Tensor weight, Tensor given, bool normalize) -> (Tensor, Tensor, Tensor, Tensor)")
 class _Modulating:
-    """`source` is the style, or with a matrix what it is computed from.
-
-    Gives the style (None where that is `source`), demod, and for the backward the style's scale and the energy.
-    """
+    """Gives the style (None where that is `given`), demod, and for the backward the style's scale and the energy."""
 
     @staticmethod
-    def ready(
-        weight: Tensor, source: Tensor, matrix: Tensor | None, bias: Tensor | None, *more: Any
-    ) -> tuple[Any, ...]:
-        if matrix is None or source.stride(1) != 1:
-            source = source.contiguous()
-        return weight.contiguous(), source, *native.contiguous(matrix, bias), *more
+    def ready(weight: Tensor, given: Tensor, normalize: bool) -> tuple[Any, ...]:
+        return weight.contiguous(), given.contiguous(), normalize
 
     @staticmethod
-    def empty(
-        weight: Tensor, source: Tensor, matrix: Tensor | None, bias: Tensor | None, factor: float, normalize: bool
-    ) -> tuple[Tensor | None, ...]:
-        batch, (c_out, c_in) = len(source), weight.shape[:2]
-        style = source.new_empty(batch, c_in) if normalize or matrix is not None else None
-        scale = source.new_empty(batch) if normalize else None
-        return style, source.new_empty(batch, c_out), scale, source.new_empty(c_out, c_in)
+    def empty(weight: Tensor, given: Tensor, normalize: bool) -> tuple[Tensor | None, ...]:
+        batch, (c_out, c_in) = len(given), weight.shape[:2]
+        style = given.new_empty(batch, c_in) if normalize else None
+        scale = given.new_empty(batch) if normalize else None
+        return style, given.new_empty(batch, c_out), scale, given.new_empty(c_out, c_in)
 
     @staticmethod
-    def run(
-        weight: Tensor, source: Tensor, matrix: Tensor | None, bias: Tensor | None, factor: float, normalize: bool
-    ) -> tuple[Tensor | None, ...]:
-        outputs = _Modulating.empty(weight, source, matrix, bias, factor, normalize)
-        style, demod, scale, energy = outputs
-        if matrix is None and normalize:
-            style.copy_(source)
-        batch, partials = len(source), None
-        if normalize and native.on_gpu(weight):
-            partials = source.new_empty(native.extension().modulation_partials(batch, weight.shape[1]))
-        tensors = weight, source if matrix is not None else None, matrix, bias, source if style is None else style
-        numbers = DEMODULATION_EPSILON, factor, torch.finfo(weight.dtype).tiny, source.shape[1], source.stride(0)
-        sizes = _modulation_sizes(weight, batch)
-        native.launch("modulation_fwd", (*tensors, scale, energy, demod, partials), *sizes, *numbers)
+    def run(weight: Tensor, given: Tensor, normalize: bool) -> tuple[Tensor | None, ...]:
+        style, demod, scale, energy = outputs = _Modulating.empty(weight, given, normalize)
+        numbers = *_modulation_sizes(weight, len(given)), DEMODULATION_EPSILON, torch.finfo(weight.dtype).tiny
+        native.launch("modulation_fwd", (weight, given, style, scale, energy, demod), *numbers)
         return outputs
 
     @staticmethod
     def keep(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor | None, ...]) -> None:
-        weight, source, matrix, _, ctx.factor, _ = inputs
+        weight, given, _ = inputs
         style, demod, scale, energy = outputs
-        affine = () if matrix is None else (source, matrix)
-        ctx.save_for_backward(weight, source if style is None else style, scale, energy, demod, *affine)
+        ctx.save_for_backward(weight, given if style is None else style, scale, energy, demod)
         ctx.mark_non_differentiable(*(x for x in (scale, energy) if x is not None))
         ctx.set_materialize_grads(False)
 
@@ -146,33 +112,25 @@ class _Modulating:
         ctx: Any, grad_weight: Tensor | None, grad_style: Tensor | None, grad_demod: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         """To all inputs; grad_weight is what else the weight is used for."""
-        weight, style, scale, energy, demod, *affine = ctx.saved_tensors
+        weight, style, scale, energy, demod = ctx.saved_tensors
         if grad_demod is not None:
-            needs = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:4])
             tensors = grad_weight, grad_style, grad_demod, weight, style, scale, energy, demod
-            grad_weight, grad_style = library.apply(_ModulationBackward, *tensors, needs)
+            grad_weight, grad_style = library.apply(_ModulationBackward, *tensors, ctx.needs_input_grad[:2])
         elif grad_style is not None and scale is not None:
             grad_style = grad_style * scale[:, None]
-        if not affine or grad_style is None:
-            return grad_weight, grad_style, None, None, None, None
-        w, matrix = affine
-        scaled = ctx.factor * grad_style
-        grad_w = scaled @ matrix if ctx.needs_input_grad[1] else None
-        grad_matrix = scaled.t() @ w if ctx.needs_input_grad[2] else None
-        grad_bias = grad_style.sum(0) if ctx.needs_input_grad[3] else None
-        return grad_weight, grad_w, grad_matrix, grad_bias, None, None
+        return grad_weight, grad_style, None
 
 
 class _ModulationOfWeight(torch.autograd.Function):
     """Weight, style and demod: the weight passes through, so that its two gradients meet in the backward kernel."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, source: Tensor, *more: Any) -> tuple[Tensor, Tensor, Tensor]:
-        args = weight, source, *more
+    def forward(ctx: Any, weight: Tensor, given: Tensor, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:
+        args = weight, given, normalize
         outputs = _Modulating.run(*args)
         _Modulating.keep(ctx, args, outputs)
         style, demod, *_ = outputs
-        return weight, source if style is None else style, demod
+        return weight, given if style is None else style, demod
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +28,9 @@ def tune_decode_triplane(
     precision: str = "fp32",
     deterministic: bool | None = None,
     timer: Callable[[Callable[[], Any]], float] | None = None,
-) -> None:
+    seconds: float = math.inf,
+    clock: Callable[[], float] = time.monotonic,
+) -> list[dict[str, Any]]:
     """Times forward and backward of `decode_triplane_rays` with every plan; later calls take the fastest.
 
     Without a GPU nothing is timed and the defaults stay; nor if `deterministic`, for plans differ in roundings. It
@@ -35,9 +39,15 @@ def tune_decode_triplane(
     Args:
         planes, ...: See `decode_triplane_rays`; the values should be like those of the run, for points share texels.
         timer: Milliseconds of a call; default: by CUDA events, which needs a GPU.
+        seconds: After which no other plan is begun, compilation included; the fastest until then is taken, and where
+            there was none, the default, which is always tried first.
+        clock: In seconds.
+
+    Returns:
+        A row a plan, forward first: kernel, plan, ms (None: not timed), and whether it was chosen.
     """
     if resolve_deterministic(deterministic) or (timer is None and planes.device.type != "cuda"):
-        return
+        return []
     rays = ray_origins, ray_directions, t
     check_rays("tune_decode_triplane", planes, rays, (w0, b0, w1, b1), cube_scale, None, precision, "triton")
     from ..kernels import decode_triplane as kernels
@@ -54,8 +64,21 @@ def tune_decode_triplane(
     def bwd(plan: tuple) -> None:
         kernels.bwd(grad_y, *inputs, *options, chosen=plan)
 
-    tuning.tune(kernels.case("fwd", *problem), fwd, timer)
-    tuning.tune(kernels.case("bwd", *problem), bwd, timer)
+    begun, timer = clock(), tuning.milliseconds if timer is None else timer
+    rows: list[dict[str, Any]] = []
+    for way, launch in (("fwd", fwd), ("bwd", bwd)):
+        times: list[float] = []
+
+        def timed(call: Callable[[], Any], times: list[float] = times) -> float:
+            times.append(timer(call) if clock() - begun < seconds else math.inf)
+            return times[-1]
+
+        case = kernels.case(way, *problem)
+        chosen = tuning.tune(case, launch, timed)
+        for plan, ms in zip(tuning.plans(case), times, strict=True):
+            row = {"kernel": case.kernel, "plan": [list(part) for part in plan]}
+            rows.append({**row, "ms": ms if math.isfinite(ms) else None, "chosen": plan == chosen})
+    return rows
 
 
 def export_choices() -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
-"""Which kernels the GPU of this machine has passed: kept on disk by what the verdict depends on.
+"""Which kernels the GPU of this machine has passed, and which were fastest: kept on disk by what that depends on.
 
-`training.proof` runs the checks. Here is what they found: a file for every GPU with its driver, libraries and this
-package's code; in it, by a name of the settings that were checked, item -> verdict.
+`training.proof` runs the checks, `training.warmup` the timings. Here is what they found: a file for every GPU with its
+driver, libraries and this package's code; in it, by a name of the settings, item -> verdict, and what was timed.
 """
 
 from __future__ import annotations
@@ -116,14 +116,11 @@ def read(device: torch.device | str, *elsewhere: Path) -> dict[str, Items]:
     """
     found: dict[str, Items] = {}
     for place in (*elsewhere, folder()):
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
-            content = json.loads((place / _name(device)).read_bytes())
-            if content["facts"] == facts(device):
-                checks = {
-                    str(name): {str(item): Verdict(*verdict) for item, verdict in items.items()}
-                    for name, items in content["checks"].items()
-                }
-                found |= checks
+        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
+            found |= {
+                str(name): {str(item): Verdict(*verdict) for item, verdict in items.items()}
+                for name, items in _content(device, place, "checks").items()
+            }
     return found
 
 
@@ -136,13 +133,42 @@ def write(device: torch.device | str, name: str, items: Items, *elsewhere: Path)
     Returns:
         The file, or None where nothing can be written.
     """
+    return _add(device, "checks", name, items, elsewhere)
+
+
+def read_timings(device: torch.device | str, name: str, *elsewhere: Path) -> Any:
+    """What `write_timings` was given for a signature; None: nothing. It may be damaged."""
+    for place in (folder(), *elsewhere):
+        found = _content(device, place, "timings").get(name)
+        if found is not None:
+            return found
+    return None
+
+
+def write_timings(device: torch.device | str, name: str, value: Any, *elsewhere: Path) -> Path | None:
+    """Adds plain values to the file of this GPU, see `write`."""
+    return _add(device, "timings", name, value, elsewhere)
+
+
+def _content(device: torch.device | str, place: Path, kind: str) -> dict[str, Any]:
+    """A part of the file of this GPU in a folder, or nothing."""
+    try:
+        content = json.loads((place / _name(device)).read_bytes())
+        part = content[kind] if content["facts"] == facts(device) else {}
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
+    return part if isinstance(part, dict) else {}
+
+
+def _add(device: torch.device | str, kind: str, name: str, value: Any, elsewhere: Iterable[Path]) -> Path | None:
     for place in (folder(), *elsewhere):
         path = place / _name(device)
-        checks = read(device, place) | {name: items}
+        parts = {part: _content(device, place, part) for part in ("checks", "timings")}
+        parts[kind][name] = value
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
             place.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps({"facts": facts(device), "checks": checks}, indent=1) + "\n")
+            temporary.write_text(json.dumps({"facts": facts(device), **parts}, indent=1) + "\n")
             os.replace(temporary, path)
         except OSError:
             with contextlib.suppress(OSError):

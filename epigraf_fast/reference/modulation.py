@@ -19,23 +19,18 @@ def modulation(
     style: Tensor,
     dtype: torch.dtype,
     *,
-    affine: tuple[Tensor, Tensor, float] | None = None,
     demodulate: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Weight, style and demod[b, o] = 1 / sqrt(sum_{i, k} (weight[o, i, k] style[b, i])^2 + 1e-8) of a convolution.
 
     Args:
         weight: [C_out, C_in, k, k].
-        style: [B, C_in], or with `affine` the style vectors w [B, D].
+        style: [B, C_in].
         dtype: That of the convolution; fp16 normalizes first.
-        affine: Matrix [C_in, D], bias [C_in] and factor: style = factor w matrix^T + bias.
 
     Returns:
         weight in `dtype`; style [B, C_in]; demod [B, C_out], None without demodulation.
     """
-    if affine is not None:
-        matrix, bias, factor = affine
-        style = torch.addmm(bias, style, matrix.t(), alpha=factor)
     if not demodulate:
         return weight.to(dtype), style, None
     if dtype == torch.float16:

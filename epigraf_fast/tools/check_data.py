@@ -164,8 +164,8 @@ class Options:
     """A zip or folder of images with dataset.json, or `builtin`."""
     resolution: Annotated[int | None, whole(4, 16384), default("any")] = None
     """Pixels a side that the images must have."""
-    labels: bool = False
-    """Check the labels too."""
+    check_labels: bool = False
+    """Check the labels too, and count each class."""
     preset: Literal[tuple(PRESETS)] = "ffhq"
     """Whose camera to take, if the set stores none."""
     plot: Annotated[Path | None, optional] = None
@@ -183,7 +183,7 @@ def run(options: Options) -> None:
     if options.plot is not None:
         plotting.check_figure("--plot", options.plot, overwrite=options.overwrite)
     with waiting("reading dataset.json"):
-        dataset = ImageDataset(options.data, options.resolution, use_labels=options.labels)
+        dataset = ImageDataset(options.data, options.resolution, use_labels=options.check_labels)
     dataset.check_images(progress=Progress)
     config: Any = with_data_camera(preset(options.preset), dataset.camera)
     found = facts(dataset, config.camera, dataset.camera is not None)

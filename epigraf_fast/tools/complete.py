@@ -10,6 +10,7 @@ from typing import Annotated, Any, Union
 import tyro
 
 from ..errors import UserError
+from . import training_options
 
 SHELLS = ("bash", "zsh", "fish")
 
@@ -24,8 +25,10 @@ def complete(words: Sequence[str], commands: Mapping[str, tuple[str, str]]) -> N
         raise UserError(f"{words[0]} needs a shell, one of {', '.join(SHELLS)}")
     found: dict[str, Any] = {}
     for name, (module, about) in commands.items():
-        tool = importlib.import_module(f".{module}", __package__)
-        options = _one_of("preset", tool.commands()) if name == "train" else tool.Options
+        if name == "train":
+            options = _one_of("preset", training_options.commands())
+        else:
+            options = importlib.import_module(f".{module}", __package__).Options
         found[name] = options, about
     groups: dict[str, dict[str, Any]] = {}
     for name in [name for name in found if " " in name]:

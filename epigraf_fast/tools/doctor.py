@@ -26,6 +26,7 @@ from ..ops import backends, verdicts
 from ..training import proof
 from ..training.metrics import PACKAGES as METRICS_PACKAGES
 from ..training.networks import find_device
+from ..training.precision import capability_of, settled
 from .command import running
 
 Report = dict[str, Any]
@@ -41,7 +42,7 @@ EXTRAS = {
 # Code that only a GPU can run and that no GPU has run yet. It is never on by default.
 OPT_IN = (
     "torchrun on several GPUs (NCCL): not yet run, only gloo between two processes on a CPU",
-    "--precision tf32 and fp16, --discriminator.half-blocks: not yet run on a GPU",
+    "--precision tf32x3, fp16 and bf16: not yet run on a GPU",
 )
 
 
@@ -195,7 +196,7 @@ def check_kernels(preset_name: str, device: torch.device) -> int:
     if device.type not in backends.CHECKED:
         print(f"nothing to check: there are no kernels for {device} that a check decides about")
         return 0
-    config = preset(preset_name)
+    config, _ = settled(preset(preset_name), capability_of(device))
     poses = torch.tensor([[0.2 * i, 1.2 + 0.1 * i, 0.0] for i in range(-3, 4)])
     found = proof.find(config, 0, poses, device, config.batch, settings=False, recheck=True)
     rows = [[item, verdict.state, f"{verdict.seconds:.1f} s", verdict.why] for item, verdict in found.items.items()]

@@ -16,6 +16,7 @@ from ..training.checkpoint import check_resumable, find_checkpoint, load_checkpo
 from ..training.endurance import explain_out_of_memory
 from ..training.log import read_stats
 from ..training.memory import meta_networks, parameter_count, step_bytes
+from ..training.precision import capability_of, settled
 
 FEW = 2000  # images, below which a discriminator learns them by heart
 OWN = ("data", "run_dir", "device")  # settings that say where, not what
@@ -35,6 +36,7 @@ def facts(
     with explain_out_of_memory(config, dataset.label_dim, device, processes):
         generator, discriminator = meta_networks(config, dataset.label_dim)
         fixed, step = step_bytes(config, generator, discriminator, dataset.angles)
+    begun, _ = settled(preset(base), capability_of(device))
     checkpoint, cur_nimg, changes = find_checkpoint(resume, Path(config.run_dir)), 0, []
     if checkpoint is not None:
         stored, content = load_checkpoint(checkpoint)
@@ -43,9 +45,7 @@ def facts(
     return {
         "config": to_dict(config),
         "preset": base,
-        "differs": {
-            name: new for name, (_, new) in differences(preset(base), config).items() if not name.startswith(OWN)
-        },
+        "differs": {name: new for name, (_, new) in differences(begun, config).items() if not name.startswith(OWN)},
         "data": {
             "images": len(dataset.files),
             "images_with_mirrored": len(dataset),

@@ -8,27 +8,29 @@ $ torchrun --nproc_per_node 8 train.py ffhq --data datasets/ffhq.zip --resume au
 """
 
 import contextlib
-import dataclasses
 import functools
 import json
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 
-from ..config import PRESETS, Config, check, preset, with_data_camera
+from ..config import Config, check, with_data_camera
 from ..data import ImageDataset, make_loader
 from ..errors import DeviceError, DivergenceError, Stopped, UserError
 from ..training import cores
-from ..training.defaults import tuned
+from ..training.advice import advice
+from ..training.defaults import tuned, with_loaders
 from ..training.distributed import FAULT, World, check_world
 from ..training.endurance import StopRequest, explain_out_of_memory, sized
 from ..training.files import require_writable
 from ..training.lock import locked
 from ..training.log import flush_output
+from ..training.networks import set_arithmetic
+from ..training.precision import capability_of, settled
 from ..training.profile import DATA, annotate, traced
 from ..training.progress import say, waiting
 from ..training.proof import settle, suspecting
@@ -60,9 +62,13 @@ def main(args: Sequence[str] | None = None) -> int:
             config = with_data_camera(config, dataset.camera)
             check(config)
         require_same(config, dataset, device, world, dry_run=command.dry_run)
+        slow = advice(device) if world.rank == 0 else []
+        config, precision = settled(config, capability_of(device), world)
+        set_arithmetic(config)
         config, size = sized(config, dataset.label_dim, device, world)
-        if size and world.rank == 0:
-            say(size)
+        remarks = [precision, *filter(None, [size]), *slow]
+        if world.rank == 0 and not command.json:
+            say("\n".join(remarks))
         if command.dry_run:
             with world.together():
                 found = dry_run.facts(config, command.name, dataset, device, world.size, command.resume)
@@ -71,7 +77,8 @@ def main(args: Sequence[str] | None = None) -> int:
                 print(json.dumps(found, indent=2) if command.json else "\n".join(dry_run.summary(found)))
             return 0
         with traced(Path(config.run_dir) / "trace.json" if command.profile and world.rank == 0 else None):
-            return train(config, dataset, device, command.resume, world, recheck=command.recheck, tune=command.tune)
+            options = {"recheck": command.recheck, "tune": command.tune, "remarks": remarks}
+            return train(config, dataset, device, command.resume, world, **options)
     except (UserError, DivergenceError, DeviceError) as error:
         where = f"[rank {world.rank}] " if world.size > 1 else ""
         say(f"{where}{'error' if isinstance(error, UserError) else 'stopped'}: {error}", sys.stderr)
@@ -84,38 +91,11 @@ def main(args: Sequence[str] | None = None) -> int:
         flush_output()
 
 
-def commands() -> dict[str, tuple[str, Any]]:
-    """Each preset's name, what the help says of it, and its options: every setting of `Config` is a flag."""
-    import tyro  # here, as those that train without a command line may lack it
-
-    @dataclasses.dataclass(frozen=True)
-    class Command:
-        config: Annotated[Config, tyro.conf.arg(name="")]
-        resume: str | None = None
-        """Continue: a checkpoint, a run folder, or `auto` for the newest checkpoint in --run-dir, if there is one."""
-        dry_run: bool = False
-        """Check everything, the data too, say in ten lines what would be trained, and leave."""
-        json: bool = False
-        """With --dry-run: print all that is known, every setting too, as JSON."""
-        name: tyro.conf.Suppress[str] = ""  # of the preset
-        profile: bool = False
-        """Write a torch profiler trace of a few iterations, from the sixth on, to trace.json in --run-dir."""
-        recheck: bool = False
-        """Check the kernels on this GPU again, whatever an earlier start found."""
-        tune: bool = True
-        """On a GPU: take CUDA graphs where they proved right, and cuDNN's fastest algorithms."""
-
-    return {name: (f"the {name} preset", Command(preset(name), name=name)) for name in PRESETS}
-
-
 def parse(args: Sequence[str] | None) -> Any:
     """The command line: a preset, and what shall differ from it. Raises UserError where it is wrong."""
-    import tyro
+    from .training_options import read_preset  # here, as those that train without a command line may lack tyro
 
-    from .arguments import read
-
-    prog = "train.py" if Path(sys.argv[0]).name == "train.py" else "epigraf train"
-    return read(functools.partial(tyro.extras.overridable_config_cli, commands()), prog, __doc__, args)
+    return read_preset(__doc__, args)
 
 
 def train(
@@ -127,8 +107,13 @@ def train(
     *,
     recheck: bool = False,
     tune: bool = False,
+    remarks: Sequence[str] = (),
 ) -> int:
-    """Builds or restores a run, and trains it."""
+    """Builds or restores a run, and trains it.
+
+    Args:
+        remarks: Lines on what was chosen for it until now, for its record.
+    """
     world = World() if world is None else world
     try:
         if device.type == "cpu":
@@ -136,16 +121,18 @@ def train(
         with StopRequest(talks=world.rank == 0) as stop, locked(Path(config.run_dir), world):
             finding = settle(config, dataset, device, world, recheck=recheck)
             config, chosen = tuned(config, finding, device) if tune else (config, [])
+            config, loaders = with_loaders(config, device, world)
             world.connect(device)
             trainer = build(config, dataset, device, resume, world)
             if world.rank == 0:
-                say("\n".join([doctor.format_backends(doctor.report(), trainer.backends), *chosen]))
+                say(doctor.format_backends(doctor.report(), trainer.backends))
             with suspecting(config, dataset, device, world):
                 with world.together():
-                    warm_up(trainer)
-                    record = Record(config, dataset, trainer)
-                where = functools.partial(step_of, trainer)
-                with contextlib.closing(record), world.watch.over(where, device):
+                    chosen += [*loaders, *(warm_up(trainer).lines() if tune else [])]
+                    if chosen and world.rank == 0:
+                        say("\n  ".join(["chosen for this machine:", *chosen]))
+                    record = Record(config, dataset, trainer, [*remarks, *chosen])
+                with contextlib.closing(record), world.watch.over(functools.partial(step_of, trainer), device):
                     return loop(config, dataset, trainer, record, stop)
     except Stopped as stopped:  # before anything was trained
         say(str(stopped))

@@ -219,6 +219,7 @@ FREE = (
     "renderer.background_samples",
     "renderer.background_start",
     "discriminator.camera_dropout",
+    "discriminator.half_blocks",
 )
 
 

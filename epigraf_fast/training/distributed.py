@@ -39,11 +39,14 @@ class World:
     Args:
         rank, size: Of this process.
         local_rank: On its machine, the number of its GPU.
+        local_size: Processes on its machine.
         hang: Seconds after which a step that waits for the others ends the process; 0: never.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, hang: float = LIMIT) -> None:
-        self.rank, self.size, self.local_rank = rank, size, local_rank
+    def __init__(
+        self, rank: int = 0, size: int = 1, local_rank: int = 0, local_size: int = 1, hang: float = LIMIT
+    ) -> None:
+        self.rank, self.size, self.local_rank, self.local_size = rank, size, local_rank, local_size
         self.watch = Watchdog(rank, hang if size > 1 else 0)
         self.control: dist.ProcessGroup | None = None  # for words between the CPUs, which must not wait for a GPU
         self.data: dist.ProcessGroup | None = None  # for gradients
@@ -66,6 +69,7 @@ class World:
 
         size = number("WORLD_SIZE", 1, 1)
         rank, local_rank = number("RANK", 0, 0, size), number("LOCAL_RANK", 0, 0)
+        local_size = number("LOCAL_WORLD_SIZE", 1, 1)
         if size > 1:
             if not os.environ.get("MASTER_ADDR"):
                 raise UserError(
@@ -73,7 +77,7 @@ class World:
                     "torchrun, or unset WORLD_SIZE to train with one process"
                 )
             number("MASTER_PORT", 0, 1, 65536)
-        return cls(rank, size, local_rank, number(VARIABLE, round(LIMIT), 0))
+        return cls(rank, size, local_rank, local_size, number(VARIABLE, round(LIMIT), 0))
 
     def join(self) -> None:
         """Waits for the other processes.

@@ -19,12 +19,13 @@ from ..errors import DivergenceError, Stopped, UserError
 from .checkpoint import list_checkpoints
 from .distributed import World
 from .memory import meta_networks, step_bytes
-from .step import Trainer
+from .step import SKIPPED, Trainer
 
 Result = TypeVar("Result")
 
 TOO_LARGE = "can't allocate memory", "Storage size calculation overflowed", "integer multiplication overflow"
 REPEATED = 0.5  # seconds in which signals are one: those who start programs pass them on, beside the terminal
+SKIPPED_STEPS = 20  # of G that overflow, all of a line of the log, before a run ends
 USABLE = 0.9  # of a device's memory: libraries and fragments take the rest
 
 
@@ -81,8 +82,13 @@ class StopRequest:
 
 
 def require_finite(trainer: Trainer, run_dir: Path) -> dict[str, float]:
-    """The statistics, if every one is finite."""
+    """The statistics, if every one is finite, and G still learns."""
     statistics = trainer.statistics()
+    if statistics.get(SKIPPED) == 1 and trainer.counts[SKIPPED] >= SKIPPED_STEPS:
+        raise DivergenceError(
+            f"each of the last {trainer.counts[SKIPPED]} steps of G overflowed fp16 at {trainer.cur_nimg} images, the "
+            f"loss scaled by {statistics['loss_scale/G']:g}: go on with --resume auto and --precision tf32 or bf16"
+        )
     broken = [name for name, value in statistics.items() if not math.isfinite(value)]
     if broken:
         last = [str(path) for path in list_checkpoints(run_dir)[-1:]]

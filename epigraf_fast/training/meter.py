@@ -38,7 +38,7 @@ class Gauge(Protocol):
 
 
 class CudaGauge:
-    """Of a GPU: CUDA events on the current stream, its allocator, and the driver's own count of busy moments."""
+    """Of a GPU: CUDA events on its current stream, its allocator, and the driver's own count of busy moments."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -48,7 +48,7 @@ class CudaGauge:
 
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))  # of another GPU than torch's current one, perhaps
         return event
 
     def passed(self, mark: torch.cuda.Event) -> bool:

@@ -14,9 +14,8 @@ from ..models.augment import Augment
 from ..models.discriminator import Discriminator, discriminator_class
 from ..models.generator import Generator
 from ..models.image_generator import ImageGenerator, generator_class
-from ..ops import backends
-
-HALF_BLOCKS = 4  # top resolutions of G and blocks of D in fp16, with precision fp16 on a GPU
+from ..ops import backends, convolution
+from .precision import half_blocks_of, mode_of
 
 
 def find_device(name: str | None) -> torch.device:
@@ -78,7 +77,9 @@ def set_arithmetic(config: Config) -> None:
 
     The tri-plane ops follow torch's switch, see their `deterministic`. Call it before the GPU is used.
     """
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision != "fp32"
+    mode = mode_of(config)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = mode.tf32
+    convolution.split_from(convolution.LEAST if mode.split else None)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not reproducible
         torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over every tensor; ours are all written
@@ -124,29 +125,37 @@ def _beyond_triton(config: Config) -> dict[str, str]:
     return beyond
 
 
-def build_generator(config: Config, label_dim: int, device_type: str | None = None) -> Generator | ImageGenerator:
+def build_generator(
+    config: Config, label_dim: int, device_type: str | None = None, *, half_on: tuple[str, ...] = ("cuda",)
+) -> Generator | ImageGenerator:
     """The generator, on torch's default device.
 
     Args:
         label_dim: Numbers of a class label, 0 for none.
         device_type: Where it will run, "cpu" or "cuda", with the backends of `choose_backends`; None takes the defaults
             of wherever that is.
+        half_on: Kinds of devices on which half precision is taken where the settings have it; others take fp32.
     """
     renderer_backend, backend = _family_backends(config, device_type)
+    mode = mode_of(config)
     return generator_class(config.generator)(
         config.generator,
         config.renderer,
         config.camera,
         label_dim=label_dim,
         image_resolution=config.resolution,
-        half_blocks=HALF_BLOCKS if config.precision == "fp16" else 0,
-        precision=config.precision,
+        half_blocks=mode.blocks,
+        half_dtype=mode.half or torch.float16,
+        half_on=half_on,
+        precision=mode.decoder,
         backend=backend,
         renderer_backend=renderer_backend,
     )
 
 
-def build_discriminator(config: Config, label_dim: int, device_type: str | None = None) -> Discriminator:
+def build_discriminator(
+    config: Config, label_dim: int, device_type: str | None = None, *, half_on: tuple[str, ...] = ("cuda",)
+) -> Discriminator:
     """The discriminator; see `build_generator`."""
     _, backend = _family_backends(config, device_type)
     return discriminator_class(config.discriminator)(
@@ -154,7 +163,9 @@ def build_discriminator(config: Config, label_dim: int, device_type: str | None 
         config.resolution,
         config.patch.resolution,
         label_dim=label_dim,
-        half_blocks=HALF_BLOCKS if config.precision == "fp16" else config.discriminator.half_blocks,
+        half_blocks=half_blocks_of(config),
+        half_dtype=mode_of(config).half_of_discriminator,
+        half_on=half_on,
         backend=backend,
     )
 

@@ -24,16 +24,18 @@ from torch.nn import functional as F
 from .. import ops
 from ..config import Config, from_dict
 from ..errors import UserError
-from ..ops import backends
+from ..ops import backends, convolution
 from ..ops.verdicts import FAILED, PASSED, SLOWER, UNSUITED
 from .graphs import GraphedPhase, GraphMemory
 from .networks import set_arithmetic
+from .precision import half_blocks_of, mode_of
 from .step import Samples, Trainer
 
 BEGUN = "begun"  # the state of an item that is being checked; whoever reads nothing after it knows where it ended
 
 # Of the largest value of the truth. They find faults; roundings are far below.
-TOLERANCE = {"fp32": 1e-4, "tf32": 1e-2, "fp16": 1e-2}
+# Of the largest value, by what products and images are rounded to.
+TOLERANCE = {"fp32": 1e-4, "tf32x3": 1e-4, "tf32": 1e-2, "fp16": 1e-2, "bf16": 5e-2}
 COSINE, NORM = 1e-5, 1e-3  # what gradients of networks may differ by from 1, in direction and length
 GRADIENTS, SETTINGS, TIME, RECORDED = "gradients", "settings", "time", "phases"
 SLOWER_BY = 1.05  # that kernels may be slower and are still taken: a measurement is no better
@@ -104,8 +106,11 @@ class Case:
 
     def dtypes(self) -> tuple[torch.dtype, ...]:
         """Of the convolutions' images."""
-        half = self.config.precision == "fp16" or self.config.discriminator.half_blocks
-        return (torch.float32, torch.float16) if half and self.device.type == "cuda" else (torch.float32,)
+        found, mode = [torch.float32], mode_of(self.config)
+        if self.device.type == "cuda":
+            found += [mode.half] if mode.half is not None else []
+            found += [mode.half_of_discriminator] if half_blocks_of(self.config) else []
+        return tuple(dict.fromkeys(found))
 
     def agree(
         self,
@@ -205,14 +210,14 @@ def check_decode_triplane(case: Case, backend: str) -> None:
             coarse, _, fine = ops.decode_triplane_coarse_to_fine(
                 **x,
                 resample=lambda coarse: t_fine.to(coarse.dtype if x["t"].dtype == torch.float64 else t_fine.dtype),
-                precision=config.precision,
+                precision=mode_of(config).decoder,
                 deterministic=deterministic,
                 backend=name,
             )
             return coarse, fine
 
         wanted = ("planes", "w0", "b0", "w1", "b1")
-        case.agree(op, inputs, wanted, backend, tolerance=TOLERANCE[config.precision])
+        case.agree(op, inputs, wanted, backend, tolerance=TOLERANCE[mode_of(config).decoder])
 
 
 def _density(config: Config) -> dict[str, Any]:
@@ -297,7 +302,7 @@ def _images(case: Case, channels: int, seed: int, dtype: torch.dtype) -> Tensor:
 
 
 def _tolerance(dtype: torch.dtype, precision: str) -> float:
-    return TOLERANCE["fp16" if dtype == torch.float16 else precision]
+    return TOLERANCE[{torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, precision)]
 
 
 def check_bias_act(case: Case, backend: str) -> None:
@@ -326,13 +331,14 @@ def check_upfirdn2d(case: Case, backend: str) -> None:
 def check_modulated_conv2d(case: Case, backend: str) -> None:
     """Modulation and two layers of a chain: one at the resolution, one up."""
     clamp = case.config.generator.clamp or None
+    c_in, c_out = (convolution.LEAST, convolution.LEAST) if mode_of(case.config).split else (16, 24)
     for dtype in case.dtypes():
         inputs = {
-            "x": _images(case, 16, 44, dtype),
-            "weight": case.draw(24, 16, 3, 3, seed=45) / 12,
-            "style": 1 + case.draw(case.sizes.batch, 16, seed=46) / 4,
-            "bias": case.draw(24, seed=47),
-            "next": 1 + case.draw(case.sizes.batch, 24, seed=48) / 4,
+            "x": _images(case, c_in, 44, dtype),
+            "weight": case.draw(c_out, c_in, 3, 3, seed=45) / (9 * c_in) ** 0.5,
+            "style": 1 + case.draw(case.sizes.batch, c_in, seed=46) / 4,
+            "bias": case.draw(c_out, seed=47),
+            "next": 1 + case.draw(case.sizes.batch, c_out, seed=48) / 4,
             "kernel": torch.tensor([1.0, 3.0, 3.0, 1.0], device=case.device) / 8,
         }
         for up in (1, 2):
@@ -348,7 +354,7 @@ def check_modulated_conv2d(case: Case, backend: str) -> None:
                 return ops.modulated_layer(image, weight, demod, up=up, kernel=kernel, **options)
 
             wanted = ("x", "weight", "style", "bias", "next")
-            tolerance = _tolerance(dtype, case.config.precision)
+            tolerance = _tolerance(dtype, "tf32" if mode_of(case.config).tf32 else "fp32")
             case.agree(op, inputs, wanted, backend, order=2, tolerance=tolerance)
 
 
@@ -435,13 +441,17 @@ def _phases(
     now = trainer._schedule()
     if not drawn:
         now = now._replace(density_noise_std=0.0)
+
+    def phase(name: str, optimizer: torch.optim.Optimizer, micro_phase: Callable[..., None]) -> Any:
+        return functools.partial(trainer._gradients, optimizer, trainer._networks(name), micro_phase)
+
     g, d = trainer.g_optimizer, trainer.d_optimizer
     trainer.discriminator.requires_grad_(False)
-    yield "G", functools.partial(trainer._gradients, g, trainer._generator_phase), (now, fakes[0])
+    yield "G", phase("G", g, trainer._generator_phase), (now, fakes[0])
     trainer.discriminator.requires_grad_(True)
-    yield "D", functools.partial(trainer._gradients, d, trainer._discriminator_phase), (now, fakes[1], reals)
+    yield "D", phase("D", d, trainer._discriminator_phase), (now, fakes[1], reals)
     if config.optim.r1_gamma:
-        yield "R1", functools.partial(trainer._gradients, d, trainer._regularization_phase), (now, reals)
+        yield "R1", phase("R1", d, trainer._regularization_phase), (now, reals)
 
 
 def check_gradients(case: Case, backend: str) -> None:
@@ -494,10 +504,10 @@ def check_recorded(case: Case, backend: str) -> None:
 
 
 def check_settings(case: Case, backend: str) -> None:
-    """A micro-batch of every phase at the run's own sizes: everything is finite."""
-    config = dataclasses.replace(
-        case.config, batch=case.request.micro, micro_batch=None, backend="auto", cuda_graphs=False
-    )
+    """A micro-batch of every phase at the run's own sizes: everything is finite, the loss not being scaled."""
+    optim = dataclasses.replace(case.config.optim, loss_scale=1.0)
+    sizes = {"batch": case.request.micro, "micro_batch": None, "optim": optim}
+    config = dataclasses.replace(case.config, **sizes, backend="auto", cuda_graphs=False)
     set_arithmetic(config)
     backends.accept(_only(case, backend))
     torch.manual_seed(0)

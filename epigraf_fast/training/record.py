@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..config import Config, to_dict
@@ -12,7 +13,7 @@ from ..data import ImageDataset
 from ..errors import SaveError
 from .checkpoint import checkpoint_path, keep_best, random_state, save_checkpoint
 from .endurance import require_finite
-from .files import replacing, require_writable
+from .files import append, replacing, require_writable
 from .log import RunLog
 from .meter import Meter, gauge_of, summary
 from .progress import waiting
@@ -28,9 +29,10 @@ class Record:
 
     Args:
         config, dataset, trainer: Of the run.
+        choices: Lines on what this start has chosen, as the precision and why, for a line of `starts.jsonl`.
     """
 
-    def __init__(self, config: Config, dataset: ImageDataset, trainer: Trainer) -> None:
+    def __init__(self, config: Config, dataset: ImageDataset, trainer: Trainer, choices: Sequence[str] = ()) -> None:
         self.config, self.trainer, self.run_dir = config, trainer, Path(config.run_dir)
         self.remarks = dataset.remarks()
         self.log: RunLog | None = None
@@ -44,6 +46,9 @@ class Record:
             self.meter = self.metered.enter_context(Meter(gauge_of(trainer.device), trainer.world.size))
             with self.log.sparing("config.json"), replacing(self.run_dir / "config.json") as temporary:
                 temporary.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+            start = {"cur_nimg": trainer.cur_nimg, "device": str(trainer.device), "choices": list(choices)}
+            with self.log.sparing("starts.jsonl"):
+                append(self.run_dir / "starts.jsonl", json.dumps(start).encode() + b"\n")
             self.snapshots = Snapshots(config, dataset, trainer.average, self.log)
             if config.metric_images:
                 self.snapshots.open_distances()

@@ -21,6 +21,7 @@ from .distributed import World
 from .endurance import explain_out_of_memory
 from .memory import keep_freed_memory
 from .networks import choose_backends, find_device, set_arithmetic
+from .precision import capability_of, require
 from .progress import say, waiting
 from .step import Trainer
 
@@ -32,10 +33,13 @@ Facts = dict[str, dict[str, Any]]
 
 
 def pick_device(config: Config, world: World) -> torch.device:
-    """The device to train on, with the arithmetic that the precision asks for switched on."""
+    """The device to train on, with the arithmetic that the precision asks for switched on.
+
+    Raises:
+        UserError: There is none, or it cannot do what was asked for.
+    """
     device = find_device(config.device)
-    if device.type == "cpu" and config.precision != "fp32":
-        raise UserError(f"precision {config.precision} needs a GPU, a CPU computes in fp32: set --precision fp32")
+    require(config, capability_of(device))
     if device.type == "cpu" and config.cuda_graphs:
         raise UserError("cuda_graphs needs a GPU, a CPU has nothing to record: leave --cuda-graphs out")
     if config.backend != "auto":  # which takes what is there

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -19,17 +19,19 @@ from ..models.mapping import mix_styles
 from ..models.region import Plan, boxes_of
 from .distributed import World
 from .ema import average_of, update_average
-from .gradients import clean_, flatten
+from .gradients import LossScale, clean_, flatten, step_unless
 from .graphs import GraphedPhase, GraphMemory
 from .losses import blur, blur_radius, discriminator_loss, generator_loss, path_lengths, r1_penalty
 from .networks import build_augment, build_discriminator, build_generator, choose_backends
 from .patches import importance_map, patch_progress, sample_patches, with_context
+from .precision import mode_of
 from .profile import annotate
 from .regions import arrange, is_on, plans_of
 from .sampling import prior_angles
 from .schedule import blur_sigma, density_noise_std, ema_decay, lr_factor, pose_swap_probability
 
 PATH_LENGTH_DECAY = 0.99
+SKIPPED = "skipped/G_share"  # the statistic: of the steps of G, those that overflowed
 IMPORTANCE_IMAGES = 256  # that the importance of patches is averaged over
 
 
@@ -107,12 +109,16 @@ class Trainer:
         self.backends = choose_backends(config, device.type)
         self.labels, self.angles = dataset.labels.to(device), dataset.angles.cpu()
         self.label_values = dataset.label_values  # for those who draw labels from the trained generator
-        self.generator = build_generator(config, dataset.label_dim, device.type)
+        # Half precision that was asked for is taken on a CPU too; D's half blocks alone are for a GPU.
+        half_on = ("cuda", device.type) if mode_of(config).half is not None else ("cuda",)
+        self.generator = build_generator(config, dataset.label_dim, device.type, half_on=half_on)
         if config.camera.prior == "custom":
             self.generator.mean_camera_pose.copy_(dataset.mean_camera_pose)
-        self.discriminator = build_discriminator(config, dataset.label_dim, device.type)
+        self.discriminator = build_discriminator(config, dataset.label_dim, device.type, half_on=half_on)
         self.generator.to(device)
         self.discriminator.to(device)
+        if device.type == "cuda":  # its convolutions want channels last of the kernels, too, or copy them in every call
+            self.discriminator.to(memory_format=torch.channels_last)
         self.average = average_of(self.generator)
 
         optim = config.optim
@@ -134,11 +140,20 @@ class Trainer:
             index = torch.linspace(0, len(dataset) - 1, min(len(dataset), IMPORTANCE_IMAGES)).long().tolist()
             self.importance = importance_map(torch.stack([dataset[i][0] for i in index]).float())
             self.placed_importance = self.importance.to(device)
+        self.fakes: Tensor | None = None  # what D sees of G's last step, where it learns from that
+        if config.optim.reuse_fakes:
+            context = config.discriminator.global_context
+            size = config.resolution if context == "paste" else config.patch.resolution
+            self.fakes = torch.zeros(self.share, 6 if context == "concat" else 3, size, size, device=device)
+        self.begun = 0  # the first of the micro-batch that is computed
         self.now = self._schedule()  # of the phase that runs
         self.recorded: dict[str, tuple[Tensor, int]] = {}  # of the phase that runs: name -> sum, how many
         self.graphs = GraphMemory(device) if config.cuda_graphs else None
         self.graphed: dict[str, GraphedPhase] = {}
         self.uploads = torch.cuda.Stream(device) if device.type == "cuda" else None
+        half = mode_of(config).half == torch.float16
+        self.loss_scale = LossScale(config.optim.loss_scale, device) if half else None  # of G's; D's are not scaled
+        self.scale: Tensor | None = None  # of the phase that runs
         self.sums: dict[str, Tensor] = {}  # of every statistic since `reset_statistics`, and how many went in
         self.counts: dict[str, int] = {}
 
@@ -159,9 +174,10 @@ class Trainer:
         config = self.config
         regularize_g = config.optim.path_length_weight and self.iterations % config.optim.path_length_interval == 0
         # The phases' fakes are drawn together, so that poses are swapped over all of them.
-        num = (3 if regularize_g else 2) * self.share
-        g_fakes, d_fakes, *path_fakes = self._draw_fakes(num).split(self.share)
-        g_fakes, d_fakes = self._with_patches(g_fakes), self._with_patches(d_fakes)
+        patched = 2 if self.fakes is None else 1  # batches of them that are rendered
+        every = [*self._draw_fakes((patched + bool(regularize_g)) * self.share).split(self.share)]
+        g_fakes, *d_fakes = (self._with_patches(fakes) for fakes in every[:patched])
+        path_fakes, d_fakes = every[patched:], d_fakes or [g_fakes]
         images, labels, angles = self._upload(images, labels, angles)
         reals = Samples(images.float() / 127.5 - 1, labels, angles, angles)
         now = self._schedule()
@@ -177,7 +193,7 @@ class Trainer:
             self._phase("path length", self.g_optimizer, self._path_length_phase, now, fakes)
             self.world.average([self.path_length])
         self.discriminator.requires_grad_(True)
-        self._phase("D", self.d_optimizer, self._discriminator_phase, now, d_fakes, reals)
+        self._phase("D", self.d_optimizer, self._discriminator_phase, now, *d_fakes, reals)
         if config.optim.r1_gamma and self.iterations % config.optim.r1_interval == 0:
             self._phase("R1", self.d_optimizer, self._regularization_phase, now, reals)
 
@@ -229,7 +245,7 @@ class Trainer:
     ) -> None:
         """A phase: the gradients are averaged over the processes, cleaned, and stepped on."""
         with annotate(name):
-            compute = functools.partial(self._gradients, optimizer, self._networks(name), micro_phase)
+            compute = functools.partial(self._gradients, optimizer, micro_phase)
             if self.graphs is not None:
                 compute = self.graphed.setdefault(name, GraphedPhase(compute, self.graphs))
             gradients, recorded = compute(now, *samples)
@@ -247,24 +263,44 @@ class Trainer:
                 for p, grad, has_grad in zip(parameters, gradients, somewhere, strict=True)
                 if has_grad
             ]
+            overflow = None
             if learning:
                 flat, gradients = flatten(gradients, learning)
                 if self.graphs is not None:
                     self.world.average([flat])
+                if self.scale_of(optimizer) is not None:
+                    overflow = self.loss_scale.unscale_(flat)
                 clean_(flat)
                 for p, grad in zip(learning, gradients, strict=True):
                     p.grad = grad
-            optimizer.step()
+            if overflow is None:
+                optimizer.step()
+            else:
+                self._step_or_skip(optimizer, overflow)
 
-    def _networks(self, phase: str) -> list[nn.Module]:
+    def scale_of(self, optimizer: torch.optim.Optimizer) -> Tensor | None:
+        """What the losses of an optimizer's phases, and so `_gradients`, are multiplied by, if they are."""
+        scaled = self.loss_scale is not None and optimizer is self.g_optimizer
+        return self.loss_scale.value if scaled else None
+
+    def _step_or_skip(self, optimizer: torch.optim.Optimizer, overflow: Tensor) -> None:
+        """A step of G, unless a gradient overflowed in any process."""
+        if self.world.size > 1:  # the means are the same everywhere; that all do the same must not hang on it
+            self.world.average([overflow])
+            overflow = overflow.ceil()
+        self.loss_scale.update(overflow)
+        self.sums[SKIPPED] = self.sums[SKIPPED] + overflow if SKIPPED in self.sums else overflow.clone()
+        self.counts[SKIPPED] = self.counts.get(SKIPPED, 0) + 1
+        step_unless(optimizer, overflow)
+
+    def _networks(self, micro_phase: Callable[..., None]) -> list[nn.Module]:
         """Those that a phase calls."""
-        generating, judging = phase != "R1", phase != "path length"
+        generating, judging = micro_phase != self._regularization_phase, micro_phase != self._path_length_phase
         return [self.generator] * generating + [self.discriminator] * judging
 
     def _gradients(
         self,
         optimizer: torch.optim.Optimizer,
-        networks: Sequence[nn.Module],
         micro_phase: Callable[..., None],
         now: Schedule,
         *samples: Samples | Fakes,
@@ -274,24 +310,24 @@ class Trainer:
         Without graphs, which cannot hold it, the mean over the processes is taken here, during the last backward pass.
         Reads its arguments, and what keeps its memory from one iteration to the next; see `GraphedPhase`.
         """
-        self.now, self.recorded = now, {}
+        self.now, self.recorded, self.scale = now, {}, self.scale_of(optimizer)
         optimizer.zero_grad(set_to_none=True)
         parameters = _parameters(optimizer)
         *first, last = zip(*(x.split(self.micro) for x in samples), strict=True)
-        with scaled_once(*networks) as scaled:
-            for micro in first:
+        with scaled_once(*self._networks(micro_phase)) as scaled:
+            for i, micro in enumerate(first):
+                self.begun = i * self.micro
                 micro_phase(*micro)
-            leaves = {id(leaf): leaf for leaf in (scaled.get(id(p), p) for p in parameters)}
-            with (
-                self.world.averaged_gradients(list(leaves.values()))
-                if self.graphs is None
-                else contextlib.nullcontext()
-            ):
+            leaves = [*{id(leaf): leaf for leaf in (scaled.get(id(p), p) for p in parameters)}.values()]
+            self.begun = len(first) * self.micro
+            with self.world.averaged_gradients(leaves) if self.graphs is None else contextlib.nullcontext():
                 micro_phase(*last)
         return [p.grad for p in parameters], self.recorded
 
     def _generator_phase(self, fakes: Fakes) -> None:
-        patches, scale, offset = self._generate(fakes)
+        patches, scale, offset = self._generate(fakes, update_w_avg=self.fakes is not None)
+        if self.fakes is not None:
+            self.fakes[self.begun : self.begun + len(patches)] = patches.detach()
         logits = self._judge(patches, scale, offset, fakes.label, fakes.angles)
         loss = generator_loss(logits)
         self._backward(loss)
@@ -314,8 +350,11 @@ class Trainer:
         self._record("loss/path_length", penalty)
 
     def _discriminator_phase(self, fakes: Fakes, real: Samples) -> None:
-        with torch.no_grad():
-            patches, scale, offset = self._generate(fakes, update_w_avg=True)
+        if self.fakes is None:
+            with torch.no_grad():
+                patches, scale, offset = self._generate(fakes, update_w_avg=True)
+        else:
+            patches, scale, offset = self.fakes[self.begun :][: self.micro], fakes.patch_scale, fakes.patch_offset
         # In one call, whose launches and whose work on the weights are needed once.
         real_patches, real_scale, real_offset = self._cut(real)
         logits = self._judge(
@@ -363,7 +402,8 @@ class Trainer:
         self.real_signs.zero_()
 
     def _backward(self, loss: Tensor) -> None:
-        (loss if self.micro == self.share else loss * (self.micro / self.share)).backward()
+        loss = loss if self.micro == self.share else loss * (self.micro / self.share)
+        (loss if self.scale is None else loss * self.scale).backward()
 
     def _generate(self, fakes: Fakes, update_w_avg: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Fake patches as D sees them, their scale and offset."""
@@ -480,13 +520,19 @@ class Trainer:
         self.recorded[name] = added, count
 
     def statistics(self) -> dict[str, float]:
-        """Means since `reset_statistics`, over all processes, which all have to ask; waits for the device."""
+        """Means since `reset_statistics`, over all processes, which all have to ask; waits for the device.
+
+        With a scaled loss also the scale, the share of G's steps since then that overflowed, and how many did in all.
+        """
+        totals = dict(self.sums)
         if self.world.size > 1:
-            totals = [total.clone() for total in self.sums.values()]
+            totals = {name: total.clone() for name, total in totals.items()}
             with self.world.watch.waiting():
-                self.world.average(totals)
-                return {name: x.item() / self.counts[name] for name, x in zip(self.sums, totals, strict=True)}
-        return {name: self.sums[name].item() / self.counts[name] for name in self.sums}
+                self.world.average(list(totals.values()))
+        means = {name: total.item() / self.counts[name] for name, total in totals.items()}
+        if self.loss_scale is not None:
+            means |= {"skipped/G_steps": self.loss_scale.skipped.item(), "loss_scale/G": self.loss_scale.value.item()}
+        return means
 
     def share_statistics(self) -> None:
         """Makes what every process counts on its own the mean over all, so that one can save it for all."""
@@ -511,6 +557,7 @@ class Trainer:
             "augment_p": self.augment_p,
             "real_signs": self.real_signs,
             "path_length": self.path_length,
+            "loss_scale": None if self.loss_scale is None else self.loss_scale.state,
             "sums": self.sums,
             "counts": self.counts,
             "label_values": self.label_values,
@@ -535,6 +582,9 @@ class Trainer:
         self.cur_nimg, self.iterations = state["cur_nimg"], state["iterations"]
         if self.config.augment.mode != "fixed":
             self.augment_p.copy_(state["augment_p"])
+        if self.loss_scale is not None and state.get("loss_scale") is not None:
+            self.loss_scale.state.copy_(state["loss_scale"])
+            self.loss_scale.value.clamp_(max=self.loss_scale.first)
         for name in ("real_signs", "path_length"):  # which the first release did not keep
             getattr(self, name).copy_(state.get(name, getattr(self, name)))
         self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}

@@ -1,11 +1,12 @@
-"""What is done once before the first step: the kernels' configurations are timed, and saved with the run."""
+"""What is done once before the first step: the kernels' configurations are timed, and kept for this GPU and run."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,15 +14,54 @@ from torch import Tensor
 from ..camera import cam2world_matrix, camera_rays
 from ..config import Config
 from ..models.decoder import Decoder
-from ..ops import tuning
+from ..ops import tuning, verdicts
+from ..ops.checks import resolve_deterministic
 from .files import replacing
+from .precision import mode_of
 from .progress import say, waiting
 from .step import Trainer
 
 FILE = "kernels.json"
+BUDGET = 45.0  # seconds after which no other plan is timed
+DAMAGED = ValueError, LookupError, TypeError, AttributeError
+
+Timer = Callable[[Callable[[], Any]], float]
 
 
-def warm_up(trainer: Trainer, *, timer: Callable[[Callable[[], Any]], float] | None = None) -> bool:
+class Choice(NamedTuple):
+    """Which of the kernels' plans are taken.
+
+    Args:
+        rows: As `ops.tuning.tune_decode_triplane` gives them; none where the defaults stay.
+        fresh: Whether they were timed now.
+    """
+
+    rows: Sequence[dict[str, Any]] = ()
+    fresh: bool = False
+
+    def lines(self) -> list[str]:
+        """What was chosen, the times beside."""
+        lines = []
+        for kernel in dict.fromkeys(row["kernel"] for row in self.rows):
+            rows = [row for row in self.rows if row["kernel"] == kernel]
+            (chosen,) = [row for row in rows if row["chosen"]]
+            times = [f"{_words(row)} {_time(row)}" for row in rows if row is not chosen]
+            beside = f", against {', '.join(times)}" if times else ", the only plan"
+            when = "" if self.fresh else " (timed at an earlier start)"
+            lines.append(f"{kernel}: {_words(chosen)} {_time(chosen)}{beside}{when}")
+        return lines
+
+
+def _words(row: dict[str, Any]) -> str:
+    """A plan: points and warps of each launch."""
+    return " + ".join(f"{points} x {warps}" for points, warps, *_ in row["plan"])
+
+
+def _time(row: dict[str, Any]) -> str:
+    return "not timed" if row["ms"] is None else f"{row['ms']:.3g} ms"
+
+
+def warm_up(trainer: Trainer, *, timer: Timer | None = None) -> Choice:
     """`choose_kernels` for the micro-batches of a run, where it renders by Triton. Draws no random numbers.
 
     Every process of a run times its own GPU.
@@ -29,9 +69,9 @@ def warm_up(trainer: Trainer, *, timer: Callable[[Callable[[], Any]], float] | N
     config = trainer.config
     fused = isinstance(getattr(trainer.generator, "decoder", None), Decoder)
     if trainer.backends["decode_triplane"] != "triton" or not fused:
-        return False
+        return Choice()
     problem = micro_batch(config, trainer.micro, trainer.device)
-    scale, precision = config.camera.cube_scale, config.precision
+    scale, precision = config.camera.cube_scale, mode_of(config).decoder
     return choose_kernels(Path(config.run_dir), trainer.device, *problem, scale, precision=precision, timer=timer)
 
 
@@ -64,37 +104,55 @@ def choose_kernels(
     cube_scale: float,
     *,
     precision: str = "fp32",
-    timer: Callable[[Callable[[], Any]], float] | None = None,
-) -> bool:
+    timer: Timer | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Choice:
     """Times the fused decoder's plans on the run's shapes, or reads what an earlier start found on the same GPU.
 
-    The choices go to `kernels.json`, so that a resumed run takes the same kernels.
+    The choices go to `kernels.json`, so that a resumed run takes the same kernels, and to where verdicts are kept, so
+    that other runs with the same shapes need not time them. After `BUDGET` seconds no other plan is tried.
 
     Args:
         rays: planes, ray_origins, ray_directions and t of a micro-batch, see `ops.decode_triplane_rays`.
         network: w0, b0, w1 and b1.
-        timer: For tests; default: by CUDA events.
-
-    Returns:
-        Whether anything was timed: not without a GPU, and not where the file was read.
+        timer, clock: For tests; default: by CUDA events, and the host's.
     """
     if device.type != "cuda" and timer is None:
-        return False
+        return Choice()
     path = run_dir / FILE
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    sizes = {"sizes": [list(x.shape) for x in (*rays, *network)], "cube_scale": cube_scale, "precision": precision}
+    key = verdicts.signature({**sizes, "deterministic": resolve_deterministic(None)})
     if path.exists():
         try:
             stored = json.loads(path.read_bytes())
             if stored["device"] == name:
-                tuning.import_choices(stored["choices"])
-                return False
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            say(f"{path} is damaged or of another version, the kernels are timed anew: {error}")
-    with waiting("timing the kernels"):
-        tuning.tune_decode_triplane(*rays, *network, cube_scale, precision=precision, timer=timer)
+                return _taken(stored)
+        except (OSError, *DAMAGED) as error:
+            say(f"{path} is damaged or of another version, and not read: {error}")
+    stored = verdicts.read_timings(device, key, run_dir)
+    try:
+        choice = _taken(stored) if stored is not None else None
+    except DAMAGED:
+        choice = None
+    if choice is None:
+        with waiting("timing the kernels"):
+            rows = tuning.tune_decode_triplane(
+                *rays, *network, cube_scale, precision=precision, timer=timer, seconds=BUDGET, clock=clock
+            )
+        stored, choice = {"choices": tuning.export_choices(), "times": rows}, Choice(rows, fresh=True)
+        verdicts.write_timings(device, key, stored, run_dir)
     try:
         with replacing(path) as temporary:  # processes of one run never see half a file
-            temporary.write_text(json.dumps({"device": name, "choices": tuning.export_choices()}, indent=2) + "\n")
+            temporary.write_text(json.dumps({"device": name, **stored}, indent=2) + "\n")
     except OSError as error:
-        say(f"warning: {path} cannot be written ({error.strerror}): the next start times the kernels again")
-    return True
+        say(f"warning: {path} cannot be written ({error.strerror}): a resumed run may take other kernels")
+    return choice
+
+
+def _taken(stored: dict[str, Any]) -> Choice:
+    """Takes up what a file has. Raises one of `DAMAGED`."""
+    choice = Choice(stored.get("times", []))
+    choice.lines()  # which finds what is wrong with them
+    tuning.import_choices(stored["choices"])
+    return choice

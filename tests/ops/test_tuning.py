@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from epigraf_fast import ops
 from epigraf_fast.data import ImageDataset
 from epigraf_fast.ops import tuning as ops_tuning
 from epigraf_fast.tools import train
-from epigraf_fast.training.warmup import FILE, choose_kernels, warm_up
+from epigraf_fast.training.warmup import BUDGET, FILE, Choice, choose_kernels, warm_up
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed: pip install triton", allow_module_level=True)
@@ -26,7 +27,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(autouse=True)
-def _no_choices():
+def _no_choices(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     tuning.forget_choices()
     yield
     tuning.forget_choices()
@@ -114,21 +116,66 @@ def test_every_size_has_plans_for_every_architecture():
                         assert tuning.plans(case("fwd", arch, **sizes))
 
 
-def test_a_run_times_once_and_reads_its_file_when_resumed(tmp_path):
+def test_a_run_times_once_and_others_read_what_it_found(tmp_path):
+    """From the run's folder, then from where verdicts are kept; on another GPU, or for other sizes, they time anew."""
     rays, network = inputs()
     device = rays[0].device
-    arguments = tmp_path, device, rays, network, 1.0
-    assert choose_kernels(*arguments, timer=last_is_fastest())
+
+    def choose(run, *changes, **options):
+        tuning.forget_choices()
+        return choose_kernels(tmp_path / run, device, rays, network, *(changes or (1.0,)), **options)
+
+    first = choose("first", timer=last_is_fastest())
+    assert first.fresh
     chosen = tuning.export_choices()
     assert [choice["kernel"] for choice in chosen] == ["decode_fwd", "decode_bwd"]
-    tuning.forget_choices()
-    assert not choose_kernels(*arguments, timer=last_is_fastest())
-    assert tuning.export_choices() == chosen
+    for run in ("first", "second"):
+        again = choose(run, timer=None if DEVICE == "cuda" else last_is_fastest())
+        assert (again.fresh, list(again.rows)) == (False, first.rows)
+        assert tuning.export_choices() == chosen
+    assert choose("third", 2.0, timer=last_is_fastest(launch=False)).fresh
 
-    stored = json.loads((tmp_path / FILE).read_text())
-    stored["device"] = "another GPU"
-    (tmp_path / FILE).write_text(json.dumps(stored))
-    assert choose_kernels(*arguments, timer=last_is_fastest())
+    path = tmp_path / "first" / FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"device": "another GPU"}))
+    assert not choose("first", timer=last_is_fastest()).fresh
+    damages = "nothing", {"choices": [{"kernel": "other"}]}, {"choices": chosen, "times": [{"kernel": 1}]}
+    for number, damaged in enumerate(damages):
+        (kept,) = (tmp_path / "cache").rglob("*.json")
+        content = json.loads(kept.read_text())
+        content["timings"] = dict.fromkeys(content["timings"], damaged)
+        kept.write_text(json.dumps(content))
+        assert choose(f"damaged {number}", timer=last_is_fastest(launch=False)).fresh
+
+
+@pytest.mark.parametrize("plans", [0, 1, 2, 9])
+def test_timing_keeps_to_its_time(plans, tmp_path):
+    """What was not timed is not taken; with nothing timed the defaults stay. The lines say so."""
+    rays, network = inputs()
+    clock = SimpleNamespace(now=100.0)
+    fastest = last_is_fastest(launch=False)
+
+    def timer(call):
+        clock.now += BUDGET / plans
+        return fastest(call)
+
+    if not plans:
+        start = iter((0.0,))
+        now = lambda: next(start, 2 * BUDGET)  # noqa: E731
+    else:
+        now = lambda: clock.now  # noqa: E731
+    choice = choose_kernels(tmp_path, rays[0].device, rays, network, 1.0, timer=timer, clock=now)
+    timed = [row for row in choice.rows if row["ms"] is not None]
+    assert len(timed) == min(plans, len(choice.rows))
+    arch = tuning.architecture(rays[0].device)
+    for way in ("fwd", "bwd"):
+        rows = [row for row in choice.rows if row["kernel"] == f"decode_{way}"]
+        known = [row for row in rows if row["ms"] is not None]
+        expected = known[-1] if known else rows[0]
+        assert [row for row in rows if row["chosen"]] == [expected]
+        assert [list(part) for part in tuning.plan(case(way, arch))] == expected["plan"]
+    assert sum(line.count("not timed") for line in choice.lines()) == len(choice.rows) - len(timed)
+    if plans == 9 and DEVICE == "cpu":
+        assert choice.lines()[0] == "decode_fwd: 32 x 4 0.333 ms, against 32 x 2 1 ms, 64 x 4 0.5 ms"
 
 
 def test_a_run_times_the_decoder_of_its_micro_batch(tiny_config, tiny_trainer, monkeypatch, capsys):
@@ -138,20 +185,22 @@ def test_a_run_times_the_decoder_of_its_micro_batch(tiny_config, tiny_trainer, m
     config = tiny_config(generator=sizes, backend="triton", precision="fp32", device=DEVICE, **small)
     trainer, _ = tiny_trainer(config)
     before = torch.get_rng_state()
-    assert warm_up(trainer, timer=last_is_fastest(launch=False))
+    assert warm_up(trainer, timer=last_is_fastest(launch=False)).fresh
     assert torch.equal(torch.get_rng_state(), before)
     stored = json.loads((Path(config.run_dir) / FILE).read_text())
     assert [(c["kernel"], c["channels"], c["hidden"], c["out"], c["height"]) for c in stored["choices"]] == [
         (f"decode_{way}", 8, 16, 4, config.generator.plane_resolution) for way in ("fwd", "bwd")
     ]
-    assert not warm_up(trainer, timer=last_is_fastest(launch=False))  # resumed
+    assert not warm_up(trainer, timer=last_is_fastest(launch=False)).fresh  # resumed
     reference, _ = tiny_trainer(tiny_config(generator=sizes, backend="reference", **small))
-    assert not warm_up(reference, timer=last_is_fastest(launch=False))
+    assert not warm_up(reference, timer=last_is_fastest(launch=False)).rows
 
     events = []
-    monkeypatch.setattr(train, "warm_up", lambda trainer: events.append(trainer.cur_nimg))
+    monkeypatch.setattr(train, "warm_up", lambda trainer: events.append(trainer.cur_nimg) or Choice())
     monkeypatch.setattr(train, "loop", lambda *arguments: events.append("loop") or 0)
-    assert train.train(reference.config, tiny_trainer_dataset(reference.config), torch.device("cpu"), None) == 0
+    assert (
+        train.train(reference.config, tiny_trainer_dataset(reference.config), torch.device("cpu"), None, tune=True) == 0
+    )
     assert events == [0, "loop"]
 
 
@@ -182,7 +231,7 @@ def test_the_bench_says_that_there_is_no_gpu(tmp_path, capsys):
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU, on which the plans are timed")
 def test_without_a_gpu_nothing_is_timed(tmp_path):
     rays, network = inputs()
-    assert not choose_kernels(tmp_path, torch.device("cpu"), rays, network, 1.0)
+    assert not choose_kernels(tmp_path, torch.device("cpu"), rays, network, 1.0).rows
     ops_tuning.tune_decode_triplane(*rays, *network)
     assert tuning.export_choices() == []
     assert not any(tmp_path.iterdir())
@@ -192,5 +241,5 @@ def test_without_a_gpu_nothing_is_timed(tmp_path):
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
 def test_plans_are_timed_on_the_device(tmp_path):
     rays, network = inputs()
-    assert choose_kernels(tmp_path, rays[0].device, rays, network, 1.0)
+    assert choose_kernels(tmp_path, rays[0].device, rays, network, 1.0).fresh
     assert len(tuning.export_choices()) == 2

@@ -20,7 +20,7 @@ from epigraf_fast.tools import check_data
 
 def test_report_and_plot(tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "x" / "poses.png"
-    check_data.main([str(tiny_data), "--labels", "--plot", str(out)])
+    check_data.main([str(tiny_data), "--check-labels", "--plot", str(out)])
     printed = capsys.readouterr().out
     assert "24 images of 16x16, 48 with the mirrored, all readable" in printed
     assert "labels: 3 classes, 8 to 8 images each" in printed
@@ -61,7 +61,7 @@ def test_classes_without_images_and_poses_without_an_image_are_named(
         metadata["labels"] = [[name, 1 + number % 2] for number, (name, _) in enumerate(metadata["labels"])]
         metadata["camera_angles"] |= {"gone/x.png": [1.0, 1.5, 0.0]}
 
-    check_data.main([str(write_data(tmp_path / "x.zip", edit=edit)), "--labels"])
+    check_data.main([str(write_data(tmp_path / "x.zip", edit=edit)), "--check-labels"])
     printed = capsys.readouterr().out
     assert "labels: 2 classes, 12 to 12 images each" in printed
     assert "warning: classes without an image, which are never drawn: 1 of 3: 0\n" in printed
@@ -74,7 +74,7 @@ def test_labels_that_are_vectors(
     def edit(files: dict, metadata: dict) -> None:
         metadata["labels"] = [[name, [number, 0.5]] for number, (name, _) in enumerate(metadata["labels"])]
 
-    check_data.main([str(write_data(tmp_path / "x.zip", edit=edit)), "--labels"])
+    check_data.main([str(write_data(tmp_path / "x.zip", edit=edit)), "--check-labels"])
     assert "labels: vectors of 2 numbers" in capsys.readouterr().out
 
 

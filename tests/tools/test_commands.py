@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from tyro.constructors import PrimitiveConstructorSpec
 
+from command_lines import Features
 from epigraf_fast.data import ImageDataset
 from epigraf_fast.errors import UserError
 from epigraf_fast.tools import arguments, command
@@ -430,18 +431,6 @@ def test_meshes_that_are_done_are_kept(tiny_run: Path, tmp_path: Path, monkeypat
     interrupt_at(monkeypatch, mesh, "extract", 2)
     interrupted(mesh.main, tiny_run, "--out", tmp_path / "x.ply", "--resolution", 12, "--seeds", "0-2")
     assert [path.name for path in tmp_path.iterdir()] == ["x-0.ply"]
-
-
-class Features(nn.Module):
-    """Stands in for EfficientNet."""
-
-    num_features = 4
-
-    def __init__(self, device: object) -> None:
-        super().__init__()
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.adaptive_avg_pool2d(images.float(), (2, 2)).mean(dim=1).flatten(1)
 
 
 def test_measurements_that_are_done_are_kept(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,7 @@ from epigraf_fast.training import snapshot, step
 from epigraf_fast.training.checkpoint import list_checkpoints, load_checkpoint
 from epigraf_fast.training.distributed import World
 from epigraf_fast.training.log import read_stats
+from epigraf_fast.training.precision import settled
 
 TinyConfig = Callable[..., Config]
 
@@ -425,11 +426,14 @@ def test_what_a_finished_run_leaves(
         turntable=2,
         metric_images=10,
         backend="reference",
+        precision="auto",
     )
     assert run(config) == 0
+    config, precision = settled(config, None)
     run_dir = tmp_path / "run"
     assert {path.name for path in run_dir.iterdir()} == {
         "config.json",
+        "starts.jsonl",
         "stats.jsonl",
         "tensorboard",
         "samples",
@@ -437,6 +441,9 @@ def test_what_a_finished_run_leaves(
         "turntable.gif",
         "metrics.json",
     }
+    start = json.loads((run_dir / "starts.jsonl").read_text())
+    assert start == {"cur_nimg": 0, "device": "cpu", "choices": [precision]}
+    assert precision == "precision fp32 (fp32 without TF32): a CPU is fastest in it"
     assert from_dict(json.loads((run_dir / "config.json").read_text())) == config
 
     lines = read_stats(run_dir / "stats.jsonl")
@@ -472,6 +479,7 @@ def test_what_a_finished_run_leaves(
     assert set(events.Tags()["images"]) == {"samples/images", "samples/depth"}
 
     output = capsys.readouterr().out
+    assert precision in output.splitlines()
     for path in ("samples/images-000000048.png", "samples/depth-000000048.png", "turntable.gif", "metrics.json"):
         assert str(run_dir / path) in output
     assert output.count("time: data ") == 1

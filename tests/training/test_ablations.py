@@ -29,6 +29,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "loader": {"labels": False},
     },
     "standard discriminator": {"discriminator": {"modulate": "none"}},
+    "scale without position": {"discriminator": {"patch_position": False}},
     "modulated outputs": {"discriminator": {"modulate": "output"}},
     "2 scale-specific discriminators": {**LARGE, "discriminator": {"scales": 2}},
     "4 scale-specific discriminators": {**LARGE, "discriminator": {"scales": 4}},

@@ -15,7 +15,7 @@ import pytest
 from agents import Node
 from torch.distributed import run
 
-from bench import scaling
+from bench.runs import scaling
 from checks import HANG
 from command_lines import flags
 from epigraf_fast.config import Config, preset

@@ -183,17 +183,19 @@ def test_the_terminal_is_a_file_on_a_full_disk(tiny_config: TinyConfig, tmp_path
 
 def test_kernel_choices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A damaged kernels.json is made anew; one that cannot be written is a warning."""
-    monkeypatch.setattr(warmup.tuning, "tune_decode_triplane", lambda *args, **options: None)
+    monkeypatch.setattr(warmup.tuning, "tune_decode_triplane", lambda *args, **options: [])
+    for name in ("read_timings", "write_timings"):
+        monkeypatch.setattr(warmup.verdicts, name, lambda *args: None)
     path = tmp_path / "kernels.json"
 
     def choose() -> bool:
         cpu = torch.device("cpu")
-        return warmup.choose_kernels(tmp_path, cpu, (), (), 1.0, timer=lambda work: 0.0)
+        return warmup.choose_kernels(tmp_path, cpu, (), (), 1.0, timer=lambda work: 0.0).fresh
 
     for content in (b"", b"[]", b"{}", b'{"device": "cpu"}', b'{"device": "cpu", "choices": 3}', b"\xff"):
         path.write_bytes(content)
         assert choose()
-        assert "kernels.json is damaged or of another version, the kernels are timed anew" in capsys.readouterr().out
+        assert "kernels.json is damaged or of another version, and not read" in capsys.readouterr().out
         assert not choose()
     path.unlink()
     monkeypatch.setattr(os, "replace", no_space)

@@ -41,7 +41,13 @@ EVERYTHING = {  # every branch of a phase that has no settings against it
 }
 PATH_LENGTH = {
     "generator": {"backbone": "image", "style_mixing": 0.9},
-    "optim": {"path_length_weight": 2.0, "path_length_interval": 2, "r1_interval": 2, "blur_kimg": 0.02},
+    "optim": {
+        "path_length_weight": 2.0,
+        "path_length_interval": 2,
+        "r1_interval": 2,
+        "blur_kimg": 0.02,
+        "reuse_fakes": True,
+    },
     "patch": {"distribution": "discrete", "num_scales": 4},
 }
 

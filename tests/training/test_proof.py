@@ -31,7 +31,7 @@ from epigraf_fast.kernels import sample_triplane as triplane_kernels
 from epigraf_fast.ops import backends, native, verdicts
 from epigraf_fast.ops.verdicts import FAILED, PASSED, SLOWER, Verdict
 from epigraf_fast.tools import train
-from epigraf_fast.training import proof, proof_items
+from epigraf_fast.training import defaults, proof, proof_items
 from epigraf_fast.training.defaults import tuned
 from epigraf_fast.training.distributed import World
 from epigraf_fast.training.proof import Finding
@@ -328,19 +328,59 @@ def test_a_call_that_no_run_has_checked_for(
 def test_a_run_takes_what_the_device_has_proved(
     stand_in: None, tiny_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Graphs and cuDNN's trials, each with a line; none without a check, on a plain CPU, or where order matters."""
+    """Graphs and cuDNN's trials, each with a line, and why not; nothing without a check or on a plain CPU."""
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     config, device = tiny_config(), torch.device("cpu")
     proved = Finding({"graphs phases": Verdict(PASSED)})
     assert tuned(config, None, device) == (config, [])
-    assert tuned(tiny_config(deterministic=True), Finding({}), device)[1] == []
+    off = Finding({"graphs phases": Verdict(FAILED, "G: gradients differ")})
+    exact = tiny_config(deterministic=True)
+    assert tuned(exact, off, device) == (
+        exact,
+        ["CUDA graphs: off, G: gradients differ", "cudnn.benchmark: off, sums keep one order"],
+    )
     assert not torch.backends.cudnn.benchmark
     chosen, lines = tuned(config, proved, device)
     assert chosen == dataclasses.replace(config, cuda_graphs=True)
-    assert [line.split(":")[0] for line in lines] == ["CUDA graphs", "cudnn.benchmark"]
+    assert [line.split(",")[0] for line in lines] == [
+        "CUDA graphs: a phase is one launch; here its replays gave the gradients of plain calls",
+        "cudnn.benchmark: cuDNN tries its algorithms",
+    ]
+    assert tuned(chosen, Finding({}), device)[1][0] == "CUDA graphs: as asked for"
     assert torch.backends.cudnn.benchmark
     monkeypatch.setattr(backends, "CHECKED", ("cuda",))
     assert tuned(config, proved, device) == (config, [])
+
+
+@pytest.mark.parametrize(
+    ("device", "cores", "world", "megabytes", "words"),
+    [
+        ("cuda", 16, World(), 1000, "15, by 16 cores"),
+        ("cuda", 64, World(), 1000, "16, by 64 cores"),
+        ("cuda", 16, World(3, 8, 3, 4), None, "3, by 16 cores for 4 processes"),
+        ("cuda", 1, World(), 1000, "1, by 1 cores"),
+        ("cpu", 16, World(), 1000, "2, by 16 cores"),
+        ("cuda", 16, World(), 1, "2, by 16 MiB in /dev/shm: make it larger, as with docker run --shm-size 8g"),
+        ("cuda", 16, World(3, 8, 3, 8), 0.01, "0, by 0 MiB in /dev/shm: make it larger"),
+    ],
+)
+def test_loader_processes(
+    device: str,
+    cores: int,
+    world: World,
+    megabytes: float | None,
+    words: str,
+    tiny_config: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(defaults.os, "sched_getaffinity", lambda pid: range(cores), raising=False)
+    config = tiny_config(batch=2048, loader={"workers": "auto"})  # 1.5 MiB
+    room = None if megabytes is None else int(megabytes * 2**24)
+    monkeypatch.setattr(defaults, "shared_room", lambda: room)
+    chosen, (line,) = defaults.with_loaders(config, torch.device(device), world)
+    assert line.startswith(f"loader processes: {words}")
+    assert chosen.loader.workers == int(words.split(",")[0])
+    assert defaults.with_loaders(chosen, torch.device(device), world) == (chosen, [])
 
 
 def test_a_start_proves_then_trains_and_says_so(
@@ -349,10 +389,14 @@ def test_a_start_proves_then_trains_and_says_so(
     """`train` takes what passed, keeps it in the checkpoint, and a start that finds otherwise says what changed."""
     found = {f"cuda {op}": Verdict(PASSED) for op in KERNELS["cuda"]}
     monkeypatch.setattr(proof, "prove", lambda request, **options: found)
-    config = tiny_config(kimg=0.008, backend="auto")
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    config = tiny_config(kimg=0.008, backend="auto", loader={"workers": "auto"})
     data = ImageDataset(config.data)
-    assert train.train(config, data, torch.device("cpu"), None) == 0
-    assert re.search(r"^bias_act .* cuda$", capsys.readouterr().out, re.MULTILINE)
+    assert train.train(config, data, torch.device("cpu"), None, tune=True) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"^bias_act .* cuda$", said, re.MULTILINE)
+    table = said.partition("chosen for this machine:\n")[2].splitlines()[:3]
+    assert [line.split(":")[0] for line in table] == ["  CUDA graphs", "  cudnn.benchmark", "  loader processes"]
     found = found | {"cuda bias_act": Verdict(FAILED, "gradient to x is off")}
     more = dataclasses.replace(config, kimg=0.016)
     assert train.train(more, data, torch.device("cpu"), "auto", recheck=True) == 0

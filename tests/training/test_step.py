@@ -280,6 +280,27 @@ def test_w_avg_follows_the_fakes_of_the_d_phase(
     assert_close(trainer.generator.mapping.w_avg, 0.002 * w.mean(dim=0), "w_avg")
 
 
+def test_fakes_of_the_g_phase_serve_d(
+    tiny_config: TinyConfig, tiny_trainer: TinyTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `reuse_fakes`: micro-batch for micro-batch what G's step was judged by, before G learned of it."""
+    trainer, batches = tiny_trainer(tiny_config(micro_batch=4, optim={"reuse_fakes": True, "r1_gamma": 0.0}))
+    judged = []
+    judge = trainer._judge
+    monkeypatch.setattr(trainer, "_judge", lambda *args, **options: judged.append(args) or judge(*args, **options))
+    with calls_of(trainer.generator) as generated:
+        trainer.iteration(*next(batches))
+    assert len(generated) == 2  # the micro-batches of G's phase
+    assert all(kwargs["update_w_avg"] for _, kwargs in generated)
+    assert trainer.generator.mapping.w_avg.any()
+    assert len(judged) == 4
+    for of_g, of_d in zip(judged[:2], judged[2:], strict=True):
+        for name, a, b in zip(("patches", "scale", "offset", "label", "angles"), of_g, of_d, strict=True):
+            assert torch.equal(a, b[: len(a)]), name
+            assert b.requires_grad is False
+    assert not torch.equal(judged[0][0], judged[1][0])
+
+
 def test_gradients_do_not_depend_on_the_micro_batch(
     tiny_config: TinyConfig, tiny_trainer: TinyTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

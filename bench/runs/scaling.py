@@ -1,4 +1,4 @@
-"""How training may scale to many GPUs, an estimate: `python -m bench.scaling [--json FILE] [--page]`.
+"""How training may scale to many GPUs, an estimate: `python -m bench.runs.scaling [--json FILE] [--page]`.
 
 Nothing is timed. What an iteration computes and sends is counted from the networks of a preset; how fast GPUs and links
 are is assumed, and printed. docs/cluster.md has the arithmetic and the table.
@@ -19,12 +19,12 @@ from epigraf_fast.config import PRESETS, Config, preset
 from epigraf_fast.training.distributed import buckets_of
 from epigraf_fast.training.memory import meta_networks
 
-from . import results
-from .counts.tables import table
+from .. import results
+from ..counts.tables import table
 
 RESULTS = results.FOLDER / "scaling.json"
 PAGE = results.ROOT / "docs" / "cluster.md"
-BEGIN, END = "<!-- scaling:begin, written by python -m bench.scaling --page -->", "<!-- scaling:end -->"
+BEGIN, END = "<!-- scaling:begin, written by python -m bench.runs.scaling --page -->", "<!-- scaling:end -->"
 
 NODE = 8  # GPUs of a machine
 GPUS = (8, 64, 256)
@@ -218,7 +218,7 @@ def page(result: results.Result) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.scaling", description=__doc__.split(":")[0] + ".")
+    parser = argparse.ArgumentParser(prog="python -m bench.runs.scaling", description=__doc__.split(":")[0] + ".")
     parser.add_argument("--preset", choices=PRESETS, default="ffhq", help="whose networks (default: ffhq)")
     parser.add_argument("--images", type=int, default=8, help="on each GPU (default: 8)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result")

@@ -1,0 +1,1 @@
+"""Whole runs: the demo, what its threads wait for, what its colours follow."""
