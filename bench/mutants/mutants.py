@@ -289,7 +289,12 @@ def judge(arch: int, kernel: str, launches: list[Launch], most: int, seed: int) 
                 if fault(launches, probe) is None:
                     idle, why = idle + 1, meaning
                     break
-            place = {"line": mutant.line, "ptx": mutant.text, "source": mutant.source}
+            place = {
+                "line": mutant.line,
+                "ptx": mutant.text,
+                "source": mutant.source,
+                "code": source_line(mutant.source),
+            }
             survivors.append({"arch": arch, "kernel": kernel, "kind": kind, **place, "why": why})
         row = {"arch": arch, "kernel": kernel, "kind": kind, "of": len(made), "tried": len(chosen), "idle": idle}
         rows.append(row | {"found": dict(sorted(found.items()))})
@@ -324,13 +329,18 @@ def table(content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def source_line(source: str) -> str:
+    """The text of a line, as csrc.cu:12, of csrc/ or kernels/; "" of other files."""
+    file, _, line = source.partition(":")
+    found = [*ROOT.glob(f"csrc/{file}"), *ROOT.glob(f"kernels/{file}")] if file else []
+    return found[0].read_text().splitlines()[int(line) - 1].strip() if found else ""
+
+
 def explanation(survivor: dict[str, Any]) -> str | None:
     """Why a fault is not found, by reading; None if nobody has said."""
-    file, _, line = survivor["source"].partition(":")
-    found = [*ROOT.glob(f"csrc/{file}"), *ROOT.glob(f"kernels/{file}")] if file else []
-    text = found[0].read_text().splitlines()[int(line) - 1] if found else ""
+    file = survivor["source"].partition(":")[0]
     for (kind, where, part), why in EXPLAINED.items():
-        if (kind, where) == (survivor["kind"], file) and part in text:
+        if (kind, where) == (survivor["kind"], file) and part in survivor["code"]:
             return why
     return None
 
@@ -342,11 +352,12 @@ def unproved(content: dict[str, Any]) -> list[dict[str, Any]]:
 
 def survivors_table(content: dict[str, Any]) -> str:
     """Markdown: one row a survivor that is not proved to be idle."""
-    lines = ["| not found | kernel | source | PTX | why |", "|---|---|---|---|---|"]
+    lines = ["| not found | kernel | file | its line | PTX | why |", "|---|---|---|---|---|---|"]
     for one in unproved(content):
-        kernel = f"{one['kernel'].rsplit(' ', 1)[0]}, sm_{one['arch']}"
+        kernel, file = f"{one['kernel'].rsplit(' ', 1)[0]}, sm_{one['arch']}", one["source"].partition(":")[0]
+        code = f"`{one['code']}`".replace("|", "\\|") if one["code"] else ""
         why = explanation(one) or "unexplained"
-        lines.append(f"| {one['kind']} | {kernel} | {one['source']} | `{one['ptx']}` | {why} |")
+        lines.append(f"| {one['kind']} | {kernel} | {file} | {code} | `{one['ptx']}` | {why} |")
     return "\n".join(lines)
 
 

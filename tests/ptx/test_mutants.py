@@ -93,7 +93,7 @@ def test_every_fault_that_is_not_found_is_explained() -> None:
     assert [one for one in mutants.unproved(content) if mutants.explanation(one) is None] == []
     tried, idle = (sum(row[key] for row in content["rows"]) for key in ("tried", "idle"))
     assert sum(sum(row["found"].values()) for row in content["rows"]) >= 0.95 * (tried - idle)
-    assert {row["arch"] for row in content["rows"]} == {70, 80, 90}
+    assert {row["arch"] for row in content["rows"]} >= {80, 90}
 
 
 def test_what_differs() -> None:
