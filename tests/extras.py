@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build" / "extras"
 LENT = ("torch", "triton")
 
-TINY = """--batch 4 --kimg 0.008 --device cpu --turntable 2 --grid 2 1 --no-tune --patch.resolution 16
+TINY = """--batch 4 --kimg 0.008 --log-kimg 0.004 --device cpu --turntable 2 --grid 2 1 --no-tune --patch.resolution 16
     --generator.channel-base 256 --generator.channel-max 16 --generator.plane-channels 4
     --generator.plane-resolution 32 --generator.decoder-hidden 8 --renderer.coarse-samples 4 --renderer.fine-samples 4
     --discriminator.channel-base 128 --discriminator.channel-max 16 --discriminator.code-dim 16"""
@@ -40,7 +40,7 @@ TOOLS = (
     "figures curves RUN --out OUT/c.png",
     "figures schedules --out OUT/s.png",
     "data check builtin --preset demo --plot OUT/p.png",
-    "data convert to-eg3d builtin --out OUT/labels.json",
+    "data convert to-eg3d epigraf_fast/builtin/objects64.zip --out OUT/labels.json",
 )
 METRICS = ("metrics RUN --images 4 --objects 1 --plot OUT/d.png",)
 # extra -> commands, of `epigraf` or of Python. RUN is a run, OUT a folder, MESHES one of meshes.

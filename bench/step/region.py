@@ -91,7 +91,7 @@ class Phases:
             optimizer, inputs = trainer.g_optimizer, (trainer._generator_phase, self.now, fakes)
         else:
             optimizer, inputs = trainer.d_optimizer, (trainer._discriminator_phase, self.now, fakes, self.reals)
-        _, recorded = trainer._gradients(optimizer, trainer._networks(phase), *inputs)
+        _, recorded = trainer._gradients(optimizer, *inputs)
         total, count = recorded[f"loss/{phase}"]
         trainer.g_optimizer.zero_grad(set_to_none=True)
         trainer.d_optimizer.zero_grad(set_to_none=True)

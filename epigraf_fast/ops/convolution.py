@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import library
 from .convolution_derivatives import conv2d as plain_conv2d
 from .convolution_derivatives import conv_transpose2d as plain_conv_transpose2d
 
@@ -87,7 +88,7 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        to_x, to_weight, *_ = ctx.needs_input_grad
+        to_x, to_weight = library.wanted(ctx, 0), library.wanted(ctx, 1)
         return (
             _ToInput.apply(grad, weight, ctx.plan) if to_x else None,
             _ToWeight.apply(grad, x, ctx.plan) if to_weight else None,
@@ -110,7 +111,7 @@ class _ToInput(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         of_y, weight = ctx.saved_tensors
-        to_y, to_weight, _ = ctx.needs_input_grad
+        to_y, to_weight = library.wanted(ctx, 0), library.wanted(ctx, 1)
         return (
             _Convolution.apply(grad, weight, ctx.plan.stride, ctx.plan.padding) if to_y else None,
             _ToWeight.apply(of_y, grad, ctx.plan) if to_weight else None,
@@ -132,7 +133,7 @@ class _ToWeight(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         of_y, x = ctx.saved_tensors
-        to_y, to_x, _ = ctx.needs_input_grad
+        to_y, to_x = library.wanted(ctx, 0), library.wanted(ctx, 1)
         return (
             _Convolution.apply(x, grad, ctx.plan.stride, ctx.plan.padding) if to_y else None,
             _ToInput.apply(of_y, grad, ctx.plan) if to_x else None,

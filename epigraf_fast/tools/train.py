@@ -67,14 +67,14 @@ def main(args: Sequence[str] | None = None) -> int:
         set_arithmetic(config)
         config, size = sized(config, dataset.label_dim, device, world)
         remarks = [precision, *filter(None, [size]), *slow]
-        if world.rank == 0 and not command.json:
+        if world.rank == 0 and not command.dry_run:
             say("\n".join(remarks))
         if command.dry_run:
             with world.together():
                 found = dry_run.facts(config, command.name, dataset, device, world.size, command.resume)
                 dataset.check_images(progress=world.rank == 0)
             if world.rank == 0:
-                print(json.dumps(found, indent=2) if command.json else "\n".join(dry_run.summary(found)))
+                print(json.dumps(found, indent=2) if command.json else "\n".join([*remarks, *dry_run.summary(found)]))
             return 0
         with traced(Path(config.run_dir) / "trace.json" if command.profile and world.rank == 0 else None):
             options = {"recheck": command.recheck, "tune": command.tune, "remarks": remarks}
@@ -132,8 +132,7 @@ def train(
                     if chosen and world.rank == 0:
                         say("\n  ".join(["chosen for this machine:", *chosen]))
                     record = Record(config, dataset, trainer, [*remarks, *chosen])
-                where = functools.partial(step_of, trainer)
-                with contextlib.closing(record), world.watch.over(where, device):
+                with contextlib.closing(record), world.watch.over(functools.partial(step_of, trainer), device):
                     return loop(config, dataset, trainer, record, stop)
     except Stopped as stopped:  # before anything was trained
         say(str(stopped))

@@ -441,17 +441,13 @@ def _phases(
     now = trainer._schedule()
     if not drawn:
         now = now._replace(density_noise_std=0.0)
-
-    def phase(name: str, optimizer: torch.optim.Optimizer, micro_phase: Callable[..., None]) -> Any:
-        return functools.partial(trainer._gradients, optimizer, trainer._networks(name), micro_phase)
-
     g, d = trainer.g_optimizer, trainer.d_optimizer
     trainer.discriminator.requires_grad_(False)
-    yield "G", phase("G", g, trainer._generator_phase), (now, fakes[0])
+    yield "G", functools.partial(trainer._gradients, g, trainer._generator_phase), (now, fakes[0])
     trainer.discriminator.requires_grad_(True)
-    yield "D", phase("D", d, trainer._discriminator_phase), (now, fakes[1], reals)
+    yield "D", functools.partial(trainer._gradients, d, trainer._discriminator_phase), (now, fakes[1], reals)
     if config.optim.r1_gamma:
-        yield "R1", phase("R1", d, trainer._regularization_phase), (now, reals)
+        yield "R1", functools.partial(trainer._gradients, d, trainer._regularization_phase), (now, reals)
 
 
 def check_gradients(case: Case, backend: str) -> None:

@@ -39,7 +39,6 @@ def pick_device(config: Config, world: World) -> torch.device:
         UserError: There is none, or it cannot do what was asked for.
     """
     device = find_device(config.device)
-    require(config, capability_of(device))
     if device.type == "cpu" and config.cuda_graphs:
         raise UserError("cuda_graphs needs a GPU, a CPU has nothing to record: leave --cuda-graphs out")
     if config.backend != "auto":  # which takes what is there
@@ -56,6 +55,7 @@ def pick_device(config: Config, world: World) -> torch.device:
             )
         device = torch.device("cuda", world.local_rank)
         torch.cuda.set_device(device)
+    require(config, capability_of(device))
     return device
 
 

@@ -82,7 +82,9 @@ def alike(x: Tensor, y: Tensor) -> bool:
 
 
 def discriminator_of(resolution: int, half: int) -> Discriminator:
-    discriminator = Discriminator(preset("ffhq").discriminator, resolution, 64, half_blocks=half, backend="cpu")
+    discriminator = Discriminator(
+        preset("ffhq").discriminator, resolution, 64, half_blocks=half, half_on=("cpu",), backend="cpu"
+    )
     for layer in discriminator.modules():  # as the trainer has it on a GPU
         if isinstance(layer, Conv2d):
             layer.weight = torch.nn.Parameter(layer.weight.detach().contiguous(memory_format=torch.channels_last))
@@ -108,7 +110,7 @@ def kept_for_backward(batch: int):
 def test_memory_of_the_synthesis_network(elsewhere):
     """A quarter of the published network's; with half blocks no activation of theirs is kept in fp32."""
     for half, most in ((0, KEPT), (4, 0.52 * KEPT)):
-        synthesis = Synthesis(512, 512, 96, half_blocks=half, backend="cpu")
+        synthesis = Synthesis(512, 512, 96, half_blocks=half, half_on=("cpu",), backend="cpu")
         ws = torch.randn(7, synthesis.num_ws, 512)
         with kept_for_backward(len(ws)) as kept:
             planes = synthesis(ws)
@@ -125,7 +127,7 @@ def test_memory_of_the_synthesis_network(elsewhere):
 
 def test_no_copy_for_a_layout(elsewhere):
     """In the G, D and R1 phases, forward and backward, blocks in fp16 and in fp32."""
-    synthesis = Synthesis(512, 128, 96, half_blocks=2, backend="cpu")
+    synthesis = Synthesis(512, 128, 96, half_blocks=2, half_on=("cpu",), backend="cpu")
     discriminator, augment = discriminator_of(128, 2), Augment(AugmentConfig(), backend="cpu")
     batch = 4
     # Scale, offset, label, and the camera's angles.

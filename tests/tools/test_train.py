@@ -93,7 +93,7 @@ def test_help_of_a_preset_lists_every_setting_with_its_default(capsys: pytest.Ca
     lines = [line.strip("│ ") for line in output.splitlines()]
     unexplained = [a for a, b in itertools.pairwise(lines) if a.startswith("--") and b.startswith("(default")]
     assert not unexplained
-    assert "fp16: also the top 4 resolutions" in output  # where the source begins a new line
+    assert "tf32x3: with convolutions as three such" in output  # where the source begins a new line
 
 
 @pytest.mark.parametrize(

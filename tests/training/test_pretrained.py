@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.runs.colours import data_statistics, statistics_of
 from epigraf_fast.config import Config
+from epigraf_fast.data import ImageDataset
 from epigraf_fast.errors import UserError
 from epigraf_fast.tools.convert import export_generator
 from epigraf_fast.training.checkpoint import save_checkpoint
@@ -68,6 +70,20 @@ def test_safetensors_hold_settings_and_tensors(saved: tuple[Config, Trainer, Pat
     assert tensors.keys() == state.keys()
     assert find_generator(path.parent) == path
     assert torch.equal(load_generator(path.parent, "cpu")[1].decoder.fc0.weight, trainer.average.decoder.fc0.weight)
+
+
+def test_the_model_that_comes_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its name, whatever lies in this folder; it names no place of the machine it was made on; colours follow z."""
+    pytest.importorskip("safetensors", reason="needs the extra tools")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "builtin").mkdir()
+    config, generator = load_generator(Path("builtin"), "cpu")
+    assert (config.data, config.resolution, config.run_dir) == ("builtin", 64, "runs/builtin")
+    assert find_generator(Path("builtin")).stat().st_size < 12e6
+    dataset = ImageDataset("builtin", 64)
+    found = statistics_of(generator, dataset, config, 16)
+    assert found["objects"] == 16
+    assert found["spread"] > 0.25 * data_statistics(dataset, 64)["spread"]
 
 
 def test_a_checkpoint_of_another_shape_is_one_line(saved: tuple[Config, Trainer, Path], tmp_path: Path) -> None:

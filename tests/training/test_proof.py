@@ -142,7 +142,7 @@ def test_every_fault_stays_with_its_kernel(
     monkeypatch.setattr(importance_kernels, "fwd", loop)
     monkeypatch.setattr(native, "launch", wrong)
     config = tiny_config(batch=8)
-    for op in ("sample_triplane", "decode_triplane"):  # four channels: not a fault
+    for op in ("sample_triplane", "checks"):  # four channels: not a fault
         monkeypatch.setattr(sys.modules[f"epigraf_fast.ops.{op}"], "check_triton_planes", lambda *args: None)
     found = proof.prove(request_of(config), start=Fork)
     assert {item: verdict.state for item, verdict in found.items()} == {
