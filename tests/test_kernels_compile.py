@@ -38,7 +38,7 @@ GOOD = {
     ("archs", "match"),
     [
         ((80,), ("fp32", "float16", "sample", "S=", "C=96")),  # all but tf32
-        ((90,), ("fp32", "float16", "sample")),  # those whose plans depend on the architecture
+        ((90,), ("float32 fp32", "fp16", "sample")),  # those whose plans depend on the architecture
         # The limits of registers are those of the A100 and the H100; for others it is enough that the largest compiles.
         ((70, 100), ("C=32 hidden=64 float32 fp32",)),
     ],
