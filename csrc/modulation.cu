@@ -32,9 +32,8 @@ __device__ __forceinline__ S of_block(S* shared, const S (&values)[kImages], int
 // One block: output channel blockIdx.x of the images from blockIdx.y * images on. A thread sums over every kThreads-th
 // input channel, a warp finishes an image. Block x normalizes some of the styles.
 template <typename S>
-__global__ void __launch_bounds__(kThreads) modulation_fwd_kernel(const ModulationArgs a, int images) {
+__global__ void __launch_bounds__(kThreads) modulation_fwd_kernel(const ModulationArgs a, const S* styles, int images) {
   __shared__ S shared[kStage];
-  const S* styles = static_cast<const S*>(a.given);
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const i64 o = blockIdx.x, b0 = static_cast<i64>(blockIdx.y) * images, c_in = a.c_in;
   const int here = static_cast<int>(minimum<i64>(images, a.batch - b0));
@@ -153,7 +152,7 @@ void launch_modulation(const ModulationArgs& a, cudaStream_t stream) {
   while (images > 1 && a.c_out * ceil_div(a.batch, images) < kFill) images /= 2;
   const dim3 grid(grid_size("modulation_fwd", maximum<i64>(1, a.c_out)),
                   grid_size("modulation_fwd", ceil_div(a.batch, images), 65535));
-  modulation_fwd_kernel<S><<<grid, kThreads, 0, stream>>>(a, images);
+  modulation_fwd_kernel<S><<<grid, kThreads, 0, stream>>>(a, static_cast<const S*>(a.given), images);
 }
 
 }  // namespace

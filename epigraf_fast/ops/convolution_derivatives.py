@@ -57,7 +57,7 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         wanted = library.wanted(ctx, 0), library.wanted(ctx, 1)
-        return *_Gradients.apply(grad, *ctx.saved_tensors, ctx.plan, wanted), None
+        return *_gradients(grad, *ctx.saved_tensors, ctx.plan, wanted), None
 
 
 class _Gradients(torch.autograd.Function):
@@ -82,10 +82,27 @@ class _Gradients(torch.autograd.Function):
         if library.wanted(ctx, 0):
             for pair in ((dot_x, weight), (x, dot_weight)):
                 if pair[0] is not None and pair[1] is not None:
-                    part = _Convolution.apply(*pair, ctx.plan)
+                    part = _convolution(*pair, ctx.plan)
                     to_grad = part if to_grad is None else to_grad + part
         if dot_weight is not None and library.wanted(ctx, 1):
-            to_x, _ = _Gradients.apply(grad, x, dot_weight, ctx.plan, (True, False))
+            to_x, _ = _gradients(grad, x, dot_weight, ctx.plan, (True, False))
         if dot_x is not None and library.wanted(ctx, 2):
-            _, to_weight = _Gradients.apply(grad, dot_x, weight, ctx.plan, (False, True))
+            _, to_weight = _gradients(grad, dot_x, weight, ctx.plan, (False, True))
         return to_grad, to_x, to_weight, None, None
+
+
+# In a backward, where gradients may be batched or have a direction of their own: what only torch's operations know.
+
+
+def _convolution(x: Tensor, weight: Tensor, plan: _Plan) -> Tensor:
+    if library.route_of_gradients(x, weight) is library.REFERENCE:
+        return torch.ops.aten.convolution(x, weight, None, *plan.arguments())
+    return _Convolution.apply(x, weight, plan)
+
+
+def _gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, plan: _Plan, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    if library.route_of_gradients(grad, x, weight) is library.REFERENCE:
+        return torch.ops.aten.convolution_backward(grad, x, weight, None, *plan.arguments(), [*wanted, False])[:2]
+    return _Gradients.apply(grad, x, weight, plan, wanted)

@@ -200,16 +200,16 @@ class _LayerEpilogue:
         present = [k for k, grad in enumerate(grads) if grad is not None]
         grads = [grads[k] for k in present] + [None] * (2 - len(present))
         of_styles, outputs = ([xs[k] for k in present] + [None] * (2 - len(present)) for xs in (styles, outputs))
+        given = [True, *(tensor is not None for tensor in (blur, demod, bias, noise, strength, style0, style1))]
+        needs = tuple(
+            needed and library.wanted(ctx, sum(given[:place])) for place, needed in enumerate(ctx.needs_input_grad[:8])
+        )
         vectors = demod, bias, noise, strength, *of_styles
         again, dtype = x is None and torch.is_grad_enabled(), grads[0].dtype
         if again:  # x as a function of the outputs: differentiable, where the kernel that reads them is not
             x = recovered(outputs, *vectors, ctx.settings)
             grads = [None if grad is None else grad.to(x.dtype) for grad in grads]
             blur, kernel, outputs = None, blur, (None, None)
-        given = [True, *(tensor is not None for tensor in (blur, demod, bias, noise, strength, style0, style1))]
-        needs = tuple(
-            needed and library.wanted(ctx, sum(given[:place])) for place, needed in enumerate(ctx.needs_input_grad[:8])
-        )
         result = library.apply(LayerEpilogueBackward, *grads, x, blur, *vectors, *outputs, ctx.settings, needs)
         grad_x = result[0]
         if again:

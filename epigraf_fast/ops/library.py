@@ -199,12 +199,17 @@ _UNBATCHED = _keys(
 
 
 def apply(cls: type, *args: Any) -> Any:
-    """`call`, in a backward: by the route of the tensors, of which gradients may be batched.
+    """`call`, in a backward."""
+    return call(route_of_gradients(*args[: cls.tensors]), cls, *args)
+
+
+def route_of_gradients(*tensors: Tensor | None) -> str:
+    """`route`, in a backward, where gradients may be batched.
 
     (`is_grads_batched=True` has a vmap of its own, of which only a key of the dispatcher tells.)
     """
     batched = not is_dynamo_compiling() and _dispatch_tls_local_include_set().raw_repr() & ~_UNBATCHED
-    return call(REFERENCE if batched else route(*args[: cls.tensors]), cls, *args)
+    return REFERENCE if batched else route(*tensors)
 
 
 def wanted(ctx: Any, place: int) -> bool:
