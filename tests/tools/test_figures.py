@@ -64,7 +64,7 @@ def test_modulation_is_what_the_blocks_see(run: tuple[Trainer, Path]) -> None:
     assert list(sigmas) == ["layer 2", "layer 4"]
     for res in (16, 8):
         block = getattr(trainer.discriminator, f"b{res}")
-        block.register_forward_pre_hook(lambda b, args, res=res: seen.update({res: b.sigma(args[1])}))
+        block.register_forward_pre_hook(lambda _, args, res=res: seen.update({res: args[1]}))
     trainer.discriminator(
         torch.zeros(2, 3, 8, 8), scales, torch.tensor([[0.25, 0.25], [0, 0]]), torch.zeros(2, 3), torch.zeros(2, 3)
     )
