@@ -593,6 +593,7 @@ def test_every_tool_is_a_command() -> None:
         "poses",
         "published",
         "published_settings",
+        "training_options",
         "__init__",
     }
     files = {path.stem for path in Path(command.__file__).parent.glob("*.py")}
