@@ -39,6 +39,8 @@ from epigraf_fast.training.step import Trainer
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as behind a shell's `&`: what tests start shall hear it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # as under nohup: the same, and the tests themselves go on
+    signal.signal(signal.SIGHUP, lambda *_: None)
 if not torch.cuda.is_available():
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that the machine has and torch does not see is none of these tests'
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported, which `ops` do when called
