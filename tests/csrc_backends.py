@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -21,6 +22,23 @@ from epigraf_fast.ops import backends, native
 OPS = ("bias_act", "upfirdn2d", "modulated_conv2d")
 KERNELS = ("cpu", "cuda", "emulated")
 ALL = ("reference", *KERNELS)
+
+
+def cpu_levels() -> Iterator[str]:
+    """Every instruction set of the extension that this processor has, in use until the next one. Skips without it."""
+    reason = backends.status()["bias_act"]["cpu"]
+    if reason is not None:
+        pytest.skip(reason)
+    from epigraf_fast import _C
+
+    before = _C.cpu_level()
+    try:
+        for level in ("base", "v3", "v4"):
+            with contextlib.suppress(ValueError):
+                _C.set_cpu_level(level)
+                yield level
+    finally:
+        _C.set_cpu_level(before)
 
 
 def here(op: str, names: tuple[str, ...] = ALL) -> list[Any]:

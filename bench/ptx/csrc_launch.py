@@ -30,20 +30,26 @@ class Compiled(NamedTuple):
 
 
 @functools.cache
-def entries(arch: int) -> dict[str, Path]:
-    """Kernel -> the PTX file that has it.
+def ptx_of(arch: int, kernel: str) -> Path:
+    """The PTX file that has a kernel. The source whose first word is in the kernel's name is compiled first.
 
     Raises:
-        RuntimeError: A compiler is missing.
+        RuntimeError: A compiler is missing, or no source has the kernel.
     """
+    require(arch)
+    sources = sorted(of_csrc.sources(), key=lambda source: source.stem.split("_")[0] not in kernel)
+    for source in sources:
+        ptx = of_csrc.compiled(source, arch)[1]
+        if f".entry {kernel}(" in ptx.read_text():
+            return ptx
+    raise RuntimeError(f"csrc for sm_{arch}: no source has the kernel {kernel}")
+
+
+def require(arch: int) -> None:
+    """Raises RuntimeError where a compiler for the architecture is missing."""
     reason = of_csrc.lacking(arch)
     if reason is not None:
         raise RuntimeError(f"csrc for sm_{arch}: {reason}")
-    found = {}
-    for source in of_csrc.sources():
-        ptx = of_csrc.compiled(source, arch)[1]
-        found |= dict.fromkeys(re.findall(r"\.entry (\w+)\(", ptx.read_text()), ptx)
-    return found
 
 
 @functools.cache
@@ -67,7 +73,7 @@ def launch_compiled(
     made = []
 
     def run(launch: Launch) -> None:
-        program = _program(entries(arch)[launch.kernel])
+        program = _program(ptx_of(arch, launch.kernel))
         sizes = {"grid": launch.grid, "block": launch.block}
         counts = program.launch(launch.kernel, **sizes, params=launch.params, tensors=memory, arch=arch, **options)
         made.append((launch.kernel, counts))
@@ -94,13 +100,13 @@ def forwarded(arch: int, run: Callable[[Compiled], None]) -> Iterator[None]:
     extension = module()
     if isinstance(extension, str):
         raise RuntimeError(f"csrc for sm_{arch}: {extension}")
-    found = entries(arch)
+    require(arch)
 
     def launch(name: str, tensors: Sequence[Tensor | None], *numbers: float) -> None:
         memory = _named(name, tensors)
 
         def forward(one: Launch) -> None:
-            entry = _program(found[one.kernel]).entries[one.kernel]
+            entry = _program(ptx_of(arch, one.kernel)).entries[one.kernel]
             (kernel,) = of_csrc.demangled([one.kernel])
             run(Compiled(kernel, entry, one.grid, one.block, one.params, memory))
 

@@ -7,6 +7,7 @@ NVRTC 12.8 (pip install nvidia-cuda-nvrtc-cu12): the same kernels, from the devi
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import glob
 import hashlib
 import os
@@ -93,22 +94,28 @@ def compiled(source: Path, arch: int) -> tuple[Path, Path]:
     tools = [_run(find_nvcc(), "--version"), find_nvrtc() or "", str(arch)]
     digest = hashlib.sha256(b"\0".join([*(file.read_bytes() for file in files), *map(str.encode, tools)])).hexdigest()
     found = [CACHE / f"{source.stem}-sm_{arch}-{digest[:16]}.{kind}" for kind in ("image", "ptx")]
-    if not all(path.exists() for path in found):
-        CACHE.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-            image, ptx = Path(folder, "image"), Path(folder, "ptx")
-            if arch in NVCC_ARCHS:
-                code = f"arch=compute_{arch},code=[sm_{arch},compute_{arch}]"
-                options = ["-std=c++17", "-O3", "-lineinfo", "-gencode", code, "-fatbin"]
-                _run(find_nvcc(), *options, str(source), "-o", str(image))
-                ptx.write_text(_run(cuobjdump(), "-ptx", str(image)))
-            else:
-                cubin, text = compile_with_nvrtc(source, kernel_names(source, folder), arch)
-                image.write_bytes(cubin)
-                ptx.write_text(text)
-            for made, path in zip((image, ptx), found, strict=True):
-                made.replace(path)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / f"{source.stem}-sm_{arch}.lock", "w") as lock:  # for all processes of the tests once
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not all(path.exists() for path in found):
+            _compile(source, arch, found)
     return found[0], found[1]
+
+
+def _compile(source: Path, arch: int, found: list[Path]) -> None:
+    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+        image, ptx = Path(folder, "image"), Path(folder, "ptx")
+        if arch in NVCC_ARCHS:
+            code = f"arch=compute_{arch},code=[sm_{arch},compute_{arch}]"
+            options = ["-std=c++17", "-O3", "-lineinfo", "-gencode", code, "-fatbin"]
+            _run(find_nvcc(), *options, str(source), "-o", str(image))
+            ptx.write_text(_run(cuobjdump(), "-ptx", str(image)))
+        else:
+            cubin, text = compile_with_nvrtc(source, kernel_names(source), arch)
+            image.write_bytes(cubin)
+            ptx.write_text(text)
+        for made, path in zip((image, ptx), found, strict=True):
+            made.replace(path)
 
 
 def _rows_of_file(source: Path, arch: int) -> list[Row]:
@@ -161,11 +168,9 @@ def _expression(name: str) -> str:
     return name[: name.rindex("(")]
 
 
-def kernel_names(source: Path, folder: str) -> list[str]:
+def kernel_names(source: Path) -> list[str]:
     """The kernels that a file launches, as C++ expressions: those that nvcc finds."""
-    ptx = Path(folder, "names.ptx")
-    _run(find_nvcc(), "-std=c++17", "-arch=compute_80", "-ptx", str(source), "-o", str(ptx))
-    names = re.findall(r"\.entry (\w+)\(", ptx.read_text())
+    names = re.findall(r"\.entry (\w+)\(", compiled(source, NVCC_ARCHS[0])[1].read_text())
     return [_expression(line) for line in _run("c++filt", *names).splitlines()]
 
 
