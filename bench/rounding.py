@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from epigraf_fast.ops.convolution import LOW
+
 HALVES = (torch.float16, torch.bfloat16)
-LOW = 13  # bits of fp32 that TF32 has not
 _ATEN = torch.ops.aten
 # Products -> how many of their first arguments are factors, and where these begin.
 CONVOLUTIONS = {_ATEN.convolution.default: (0, 2), _ATEN.convolution_backward.default: (0, 3)}

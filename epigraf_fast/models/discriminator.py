@@ -93,10 +93,6 @@ class DiscriminatorBlock(nn.Module):
         if modulate != "none":
             self.affine = FullyConnected(code_dim, c_in if modulate == "input" else c_out)
 
-    def sigma(self, code: Tensor) -> Tensor:
-        """The modulation [B, c_in or c_out], in (0, 2)."""
-        return modulation_of(self.affine(code))
-
     def forward(self, x: Tensor, sigma: Tensor | None) -> Tensor:
         """[B, image_channels or c_in, H, W] -> [B, c_out, H/down, W/down]; None: it is not modulated."""
         if self.from_rgb is not None:
@@ -185,6 +181,15 @@ class Discriminator(nn.Module):
         self.out = FullyConnected(width, width if head_dim else 1)
         self.head = Mapping(0, head_dim, width, backend=backend) if head_dim else None
 
+    def modulation(self, patch_scale: Tensor, patch_offset: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Of a modulated D: the encoding [B, n] of patches of scale [B] and offset [B, 2], and sigma of every block.
+
+        Each sigma is [B, c_in or c_out] and in (0, 2); that of the largest resolution comes first.
+        """
+        numbers = torch.cat([patch_scale[:, None], patch_offset], dim=1)[:, : self.patch_numbers]
+        encoded = self.patch_encoder(numbers)
+        return encoded, self.affines(self.hypernetwork(None, encoded), modulation_of)
+
     def forward(
         self,
         patches: Tensor,
@@ -212,9 +217,7 @@ class Discriminator(nn.Module):
         condition = [label] if self.label_dim else []
         sigmas = [None] * len(self.resolutions)
         if self.affines is not None:
-            numbers = torch.cat([patch_scale[:, None], patch_offset], dim=1)[:, : self.patch_numbers]
-            encoded = self.patch_encoder(numbers)
-            sigmas = self.affines(self.hypernetwork(None, encoded), modulation_of)
+            encoded, sigmas = self.modulation(patch_scale, patch_offset)
             condition.append(encoded)
         if self.config.camera_conditioning:
             features = self.camera_encoder(camera_numbers(angles))

@@ -66,12 +66,8 @@ def modulation(discriminator: Discriminator, scales: Tensor) -> dict[str, Tensor
         raise UserError("the discriminator of this run is not modulated: there is nothing to draw")
     offset = ((1 - scales) / 2)[:, None].expand(-1, 2)
     with torch.no_grad():
-        encoded = discriminator.patch_encoder(torch.cat([scales[:, None], offset], dim=1))
-        code = discriminator.hypernetwork(None, encoded)
-        return {
-            f"layer {2 * (number + 1)}": getattr(discriminator, f"b{res}").sigma(code)
-            for number, res in enumerate(discriminator.resolutions)
-        }
+        _, sigmas = discriminator.modulation(scales, offset)
+    return {f"layer {2 * (number + 1)}": sigma for number, sigma in enumerate(sigmas)}
 
 
 def load_discriminator(path: Path) -> tuple[Config, Discriminator]:

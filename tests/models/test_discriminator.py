@@ -16,6 +16,7 @@ from epigraf_fast.models.discriminator import (
     ScaleDiscriminators,
     discriminator_class,
     minibatch_std,
+    modulation_of,
 )
 from epigraf_fast.training.losses import r1_penalty
 from epigraf_fast.training.memory import meta_networks, parameter_count
@@ -123,7 +124,7 @@ def test_block_equals_the_formula(modulate, down):
     x, code = draw(2, 3, 8, 8, seed=1), draw(2, 6, seed=2)
     seen = []
     block.conv1.register_forward_hook(lambda _, args, kwargs, __: seen.append((*args, kwargs)), with_kwargs=True)
-    y = block(x, None if modulate == "none" else block.sigma(code))
+    y = block(x, None if modulate == "none" else modulation_of(block.affine(code)))
     inner = block.from_rgb(x)
     features, scales = seen[0]
     assert (scales["out_scale"] is not None) == (modulate == "output")
@@ -133,7 +134,7 @@ def test_block_equals_the_formula(modulate, down):
         assert not block.affine.bias.any()  # sigma is around 1
         sigma = 1 + torch.tanh(code @ block.affine.weight.T / 6**0.5)
         assert tuple(sigma.shape) == (2, {"input": 4, "output": 5}[modulate])
-        assert_close(block.sigma(code), sigma, "sigma")
+        assert_close(modulation_of(block.affine(code)), sigma, "sigma")
     expected = block.conv0(inner)
     if modulate == "input":
         expected = expected * sigma[:, :, None, None]
@@ -190,7 +191,7 @@ def test_every_block_is_modulated_by_the_code(tiny_discriminator, modulate):
         assert sigma.min() > 0
         assert sigma.max() < 2
         assert sigma.std() > 0.1, "sigma says nothing about the patch"
-    wild = discriminator.b8.sigma(1e3 * codes[0])
+    wild = modulation_of(discriminator.b8.affine(1e3 * codes[0]))
     assert wild.min() >= 0
     assert wild.max() <= 2
 

@@ -15,6 +15,7 @@ from checks import assert_close
 from epigraf_fast.config import Config, PatchConfig
 from epigraf_fast.tools import figures
 from epigraf_fast.training.checkpoint import save_checkpoint
+from epigraf_fast.training.networks import build_discriminator
 from epigraf_fast.training.step import Trainer
 
 TinyConfig = Callable[..., Config]
@@ -70,6 +71,16 @@ def test_modulation_is_what_the_blocks_see(run: tuple[Trainer, Path]) -> None:
     )
     assert_close(sigmas["layer 2"], seen[16].detach(), "first block")
     assert_close(sigmas["layer 4"], seen[8].detach(), "second block")
+
+
+def test_modulation_without_position(tiny_config: TinyConfig) -> None:
+    """A discriminator that knows the scale alone can be drawn, too."""
+    config = tiny_config(discriminator={"patch_position": False})
+    judge = build_discriminator(config, 3, "cpu")
+    scales = torch.tensor([0.5, 1.0])
+    _, elsewhere = judge.modulation(scales, torch.rand(2, 2))
+    for sigma, same in zip(figures.modulation(judge, scales).values(), elsewhere, strict=True):
+        assert_close(sigma, same.detach(), "sigma", "exact")
 
 
 def test_the_modulation_s_figure_is_smooth_and_says_what_it_is(run: tuple[Trainer, Path]) -> None:
