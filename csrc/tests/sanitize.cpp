@@ -79,9 +79,9 @@ void bias_act_case(DType dtype, i64 outer, i64 channels, i64 inner, int act) {
     args.grad_y = grad_y.data();
     args.y = y.data();
     args.grad_x = grad_x.data();
+    bias_act_fwd(args, threads);  // which is given no memory for sums
     args.grad_bias = grad_bias.data();
     args.partials = partials.data();
-    bias_act_fwd(args, threads);
     bias_act_bwd(args, threads);
     args.grad_grad_x = grad_grad_x.data();
     args.grad_grad_bias = grad_grad_bias.data();
