@@ -355,6 +355,7 @@ void decode_triplane_case(DType dtype, std::mt19937& generator) {
   args.dtype = dtype;
   args.batch = pick(0, 3), args.rays = pick(0, 40), args.samples = pick(1, 40);
   args.channels = pick(1, 20), args.height = pick(1, 9), args.width = pick(1, 9);
+  args.whole_height = args.height, args.whole_width = args.width;
   args.hidden = pick(1, 20), args.outputs = pick(1, 6);
   args.cube_scale = 1.5;
   const i64 rays = args.batch * args.rays, points = rays * args.samples;
