@@ -72,7 +72,10 @@ def epilogue(x, demod, noise, strength, bias, style0, style1, **more):
 
 
 def modulation(weight, style, **more):
-    return ops.modulation(weight, style, weight.dtype, **more)
+    """Of the weight's energy as another call left it."""
+    kept = ops.OfWeight()
+    ops.modulation(weight, 2 * style, weight.dtype, of_weight=kept, **more)
+    return ops.modulation(weight, style, weight.dtype, of_weight=kept, **more)
 
 
 def modulated_conv2d(x, weight, style, bias, **more):
@@ -427,7 +430,19 @@ def test_opcheck(name):
     for args in sorted(calls.values(), key=lambda args: -sum(isinstance(x, Tensor) for x in args)):
         plain = [x.detach() if isinstance(x, Tensor) else x for x in args]
         if name not in UNDIFFERENTIABLE:
-            constant = ("points", "origins", "directions", "t", "t_fine", "kernel", "blur", "u", "seed", "noise_std")
+            constant = (
+                "points",
+                "origins",
+                "directions",
+                "t",
+                "t_fine",
+                "kernel",
+                "blur",
+                "u",
+                "seed",
+                "noise_std",
+                "known",
+            )
             op = getattr(torch.ops.epigraf_fast, name).default
             for i, argument in enumerate(op._schema.arguments):
                 if isinstance(plain[i], Tensor) and plain[i].is_floating_point() and argument.name not in constant:
