@@ -49,7 +49,8 @@ def launches(arch: int, *, brief: bool = False, match: Sequence[str] = ()) -> It
     """What to compile: a name, and a call of a launcher.
 
     All sizes with every plan of `tuning`; or if `brief` those of the FFHQ preset with the default plans. Of them those
-    in whose architecture and name, as in "sm_80 cut C=96 float32", one of the patterns `match` is found, if there are any.
+    in whose architecture and name, as in "sm_80 cut C=96 float32", one of the patterns `match` is found, if there are
+    any.
     """
     for name, launch in _all_launches(arch, brief):
         if not match or any(re.search(pattern, f"sm_{arch} {name}") for pattern in match):

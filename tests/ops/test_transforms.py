@@ -423,8 +423,8 @@ UNDIFFERENTIABLE = {
 
 @pytest.mark.parametrize("name", registered())
 def test_opcheck(name):
-    """torch's own check of schema, fake and derivatives, of every op that is registered; what takes longest, of the call
-    with most tensors alone."""
+    """torch's own check of schema, fake and derivatives, of every op that is registered; what takes longest, of the
+    call with most tensors alone."""
     calls = {str([None if x is None else getattr(x, "shape", x) for x in args]): args for args in recorded()[name]}
     checks = ["test_aot_dispatch_dynamic", "test_schema", "test_autograd_registration", "test_faketensor"]
     for args in sorted(calls.values(), key=lambda args: -sum(isinstance(x, Tensor) for x in args)):
