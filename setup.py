@@ -33,12 +33,7 @@ TOOLS = [
     "matplotlib>=3.8",
 ]
 VIEWER = ["viser>=1.1"]
-BENCHMARKS = [
-    "matplotlib>=3.8",
-    "pytest-benchmark>=5",
-    "ninja>=1.11",
-    "pybind11>=2.12",
-]  # they build the extension anew
+BENCHMARKS = ["matplotlib>=3.8", "pytest-benchmark>=5", "ninja>=1.11"]  # they build the extension anew
 
 
 def version() -> str:
@@ -49,16 +44,24 @@ def version() -> str:
 
 CSRC = Path("csrc")
 NOTE = Path("epigraf_fast", "_build.txt")
-# The instruction sets that an x86-64 machine may have; the extension holds the code for each and takes the best.
+# The instruction sets that an x86-64 machine may have. A wheel's extension holds the code for each and takes the best.
+# An editable install's serves the machine that it is built on: it holds the plain one and the best of this machine.
 V3 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"]
 V4 = [*V3, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 # Processors without AVX2 are old: for them the code is compiled in half the time, and is a little slower.
 X86_LEVELS = {"base": ["-O2"], "v3": V3, "v4": V4}
+LEVEL_MACROS = {
+    "v4": {"__AVX512F__", "__AVX512BW__", "__AVX512DQ__", "__AVX512VL__"},
+    "v3": {"__AVX2__", "__FMA__", "__BMI2__"},
+}
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
+
+# What does not compute: Python's headers, and half the time.
+BINDING = [f"-I{sysconfig.get_path('include')}", "-O1"]
 
 
 def extensions() -> list[Extension]:
-    """The compiled part of the package: one pybind11 module `epigraf_fast._C` from csrc/, built by nothing but pip.
+    """The compiled part of the package: one module `epigraf_fast._C` from csrc/, built by nothing but pip.
 
     A machine that cannot build it still gets a package that works (`epigraf doctor` says what is
     missing): `optional` turns a failed build into a warning.
@@ -76,6 +79,29 @@ def compiles(compiler: list[str], *flags: str) -> bool:
             return subprocess.run(command, capture_output=True, check=False).returncode == 0
         except OSError:
             return False
+
+
+def cpu_levels(compiler: list[str], native: bool) -> dict[str, list[str]]:
+    """The instruction sets to compile for, with their flags.
+
+    Args:
+        compiler: What the compiler is called with.
+        native: For this machine alone, unless EPIGRAF_FAST_LEVELS=all; EPIGRAF_FAST_LEVELS=native asks for it.
+    """
+    wanted = os.environ.get("EPIGRAF_FAST_LEVELS", "native" if native else "all")
+    if wanted not in ("native", "all"):
+        raise SystemExit(f"epigraf_fast: EPIGRAF_FAST_LEVELS must be native or all, got {wanted!r}")
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return {"base": []}
+    if wanted == "all":
+        return X86_LEVELS
+    command = [*compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        return X86_LEVELS  # of this machine the compiler knows nothing
+    found = set(re.findall(r"#define (\w+)", result.stdout))
+    best = [level for level, macros in LEVEL_MACROS.items() if macros <= found][:1]
+    return {level: X86_LEVELS[level] for level in ("base", *best)}
 
 
 def find_nvcc() -> str | None:
@@ -99,18 +125,20 @@ def cuda_archs(nvcc: str) -> list[int]:
 
 
 class BuildExt(build_ext):
-    """Compiles with ninja: every csrc/X.cpp once for each instruction set, every csrc/X.cu where nvcc is found.
+    """Compiles with ninja: every csrc/X.cpp for each of `cpu_levels`, every csrc/X.cu where nvcc is found.
 
     What made it do with less is kept beside the extension in `NOTE`, where `doctor` reads it.
     """
 
     fault = last_words = ""
+    native = False
 
     def run(self) -> None:
+        self.native = bool(self.inplace or self.editable_mode)  # setuptools forgets it
         try:
             super().run()
         finally:
-            places = {Path(self.build_lib, *NOTE.parts)} | ({NOTE} if self.inplace or self.editable_mode else set())
+            places = {Path(self.build_lib, *NOTE.parts)} | ({NOTE} if self.native else set())
             for place in places:
                 place.unlink(missing_ok=True)
                 if self.fault and place.parent.is_dir():
@@ -138,14 +166,13 @@ class BuildExt(build_ext):
             self.run_ninja(cxx, None, target)
 
     def run_ninja(self, cxx: list[str], nvcc: str | None, target: Path) -> None:
-        import pybind11
         from ninja import ninja_syntax
 
         folder = Path(self.build_temp, "cuda" if nvcc else "cpu").absolute()
         folder.mkdir(parents=True, exist_ok=True)
         openmp = ["-fopenmp"] if compiles(cxx, "-fopenmp") else []
-        levels = X86_LEVELS if platform.machine() in ("x86_64", "AMD64") else {"base": []}
-        defines = ["-DEPIGRAF_HAS_LEVELS"] if "v4" in levels else []
+        levels = cpu_levels(cxx, self.native)
+        defines = [f"-DEPIGRAF_HAS_{level.upper()}" for level in levels if level != "base"]
         nvcc_flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-ccbin", cxx[0]]
         if nvcc:
             archs = cuda_archs(nvcc)
@@ -155,10 +182,9 @@ class BuildExt(build_ext):
             nvcc_flags.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
             names = " ".join(map(str, archs))
             defines += [f'-DEPIGRAF_CUDA="{release}"', f'-DEPIGRAF_CUDA_ARCHS="{names}"']
-        includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
         with open(folder / "build.ninja", "w", encoding="utf-8") as file:
             ninja = ninja_syntax.Writer(file, width=1000)
-            cxx_command = shlex.join([*cxx, *CXX_FLAGS, *openmp, *defines])
+            cxx_command = shlex.join([*cxx, *CXX_FLAGS, *openmp])
             ninja.rule(
                 "cxx",
                 f"{ninja_syntax.escape(cxx_command)} -MMD -MF $out.d $flags -c $in -o $out",
@@ -177,7 +203,7 @@ class BuildExt(build_ext):
                     for level, flags in levels.items():
                         compile_("cxx", source, f"{source.stem}.{level}", f"-DEPIGRAF_ISA={level}", *flags)
                 else:
-                    compile_("cxx", source, source.stem, "-DEPIGRAF_ISA=base", *includes)
+                    compile_("cxx", source, source.stem, "-DEPIGRAF_ISA=base", *defines, *BINDING)
             linker = shlex.join([*cxx, "-shared", *openmp])
             if nvcc:
                 command = shlex.join([nvcc, *nvcc_flags, *defines])

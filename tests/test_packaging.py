@@ -246,6 +246,39 @@ while [ $# -gt 0 ]; do case "$1" in -o | -MF) echo "$3:" >"$2" ;; esac; shift; d
         assert words in (tmp_path / "lib/epigraf_fast/_build.txt").read_text()
 
 
+@pytest.mark.parametrize(
+    ("macros", "environment", "native", "levels"),
+    [
+        ("AVX2 FMA BMI2 AVX512F AVX512BW AVX512DQ AVX512VL", {}, True, "base v4"),
+        ("AVX2 FMA BMI2 AVX512F", {}, True, "base v3"),
+        ("SSE2", {}, True, "base"),
+        ("SSE2", {}, False, "base v3 v4"),
+        ("AVX2 FMA BMI2", {"EPIGRAF_FAST_LEVELS": "native"}, False, "base v3"),
+        ("AVX2 FMA BMI2", {"EPIGRAF_FAST_LEVELS": "all"}, True, "base v3 v4"),
+        (None, {}, True, "base v3 v4"),
+    ],
+)
+def test_an_editable_install_is_for_its_machine(
+    macros: str | None,
+    environment: dict[str, str],
+    native: bool,
+    levels: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compiler = tmp_path / "c++"
+    said = "exit 1" if macros is None else "\n".join(f"echo '#define __{macro}__ 1'" for macro in macros.split())
+    compiler.write_text(f"#!/bin/sh\n{said}\n")
+    compiler.chmod(0o755)
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.delenv("EPIGRAF_FAST_LEVELS", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    cpu_levels = runpy.run_path(str(ROOT / "setup.py"))["cpu_levels"]
+    assert " ".join(cpu_levels([str(compiler)], native)) == levels
+
+
 def test_cuda_that_is_asked_for_ends_the_build_without_a_compiler(tmp_path: Path) -> None:
     """The extension is optional, so a failed build is a warning; but not what was asked for by name."""
     nvcc = tmp_path / "nvcc"
@@ -277,6 +310,12 @@ def test_unknown_choice_of_cuda_is_refused(tmp_path: Path) -> None:
     result = build_extension(tmp_path, EPIGRAF_FAST_CUDA="yes")
     assert result.returncode == 1
     assert result.stderr.strip().endswith("EPIGRAF_FAST_CUDA must be 0, 1 or auto, got 'yes'")
+
+
+def test_unknown_choice_of_levels_is_refused(tmp_path: Path) -> None:
+    result = build_extension(tmp_path, EPIGRAF_FAST_CUDA="0", EPIGRAF_FAST_LEVELS="v3")
+    assert result.returncode == 1
+    assert result.stderr.strip().endswith("EPIGRAF_FAST_LEVELS must be native or all, got 'v3'")
 
 
 def test_kernels_refuses_its_folder_name() -> None:
