@@ -112,16 +112,38 @@ def find_nvcc() -> str | None:
     if wanted == "0":
         return None
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(home, "bin"))
+    from_pip = sorted(Path(sysconfig.get_path("purelib"), "nvidia").glob("cu*/bin"), reverse=True)
+    places = [None, os.path.join(home, "bin"), *map(str, from_pip)]
+    nvcc = next((found for place in places if (found := shutil.which("nvcc", path=place))), None)
     if nvcc is None and wanted == "1":
-        raise SystemExit(f"epigraf_fast: EPIGRAF_FAST_CUDA=1, but there is no nvcc in PATH or {home}/bin (CUDA_HOME)")
+        raise SystemExit(
+            f"epigraf_fast: EPIGRAF_FAST_CUDA=1, but there is no nvcc in PATH, {home}/bin (CUDA_HOME) or pip's packages"
+        )
     return nvcc
 
 
-def cuda_archs(nvcc: str) -> list[int]:
-    """Those of sm_70, 80 and 90 that the toolkit can build for."""
-    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
-    return [arch for arch in (70, 80, 90) if f"compute_{arch}" in listed.split()]
+def ask_nvcc(nvcc: str) -> tuple[str, list[int]]:
+    """Its release, as "12.8", and those of sm_70, 80 and 90 that it can build for.
+
+    Raises:
+        CompileError: It does not work, or is too old.
+    """
+
+    def said(flag: str) -> str:
+        result = subprocess.run([nvcc, flag], capture_output=True, text=True, check=False)
+        if result.returncode:
+            words = (result.stderr + result.stdout).split()
+            raise CompileError(f"{nvcc} {flag} fails: {' '.join(words)[:300] or 'it says nothing'}")
+        return result.stdout
+
+    release = re.search(r"release ([\d.]+)", said("--version"))
+    if release is None or float(release[1]) < 12:
+        raise CompileError(f"{nvcc} is {release[1] if release else 'of no known release'}, and 12 or newer is needed")
+    listed = said("--list-gpu-arch").split()
+    archs = [arch for arch in (70, 80, 90) if f"compute_{arch}" in listed]
+    if not archs:
+        raise CompileError(f"{nvcc} {release[1]} builds for none of sm_70, sm_80, sm_90")
+    return release[1], archs
 
 
 class BuildExt(build_ext):
@@ -157,13 +179,17 @@ class BuildExt(build_ext):
         try:
             self.run_ninja(cxx, nvcc, target)
         except CompileError as error:
-            self.fault = f"{'nvcc' if nvcc else shlex.join(cxx)}: {self.last_words}"
+            self.fault = f"{'nvcc' if nvcc else shlex.join(cxx)}: {self.last_words or error}"
             if os.environ.get("EPIGRAF_FAST_CUDA") == "1":
                 raise SystemExit(f"epigraf_fast: EPIGRAF_FAST_CUDA=1, but {error}") from None
             if nvcc is None:
                 raise
             print(f"epigraf_fast: {error}; once more without CUDA", file=sys.stderr)
-            self.run_ninja(cxx, None, target)
+            try:
+                self.run_ninja(cxx, None, target)
+            except CompileError:
+                self.fault += f"; {shlex.join(cxx)}: {self.last_words}"
+                raise
 
     def run_ninja(self, cxx: list[str], nvcc: str | None, target: Path) -> None:
         from ninja import ninja_syntax
@@ -175,9 +201,7 @@ class BuildExt(build_ext):
         defines = [f"-DEPIGRAF_HAS_{level.upper()}" for level in levels if level != "base"]
         nvcc_flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-ccbin", cxx[0]]
         if nvcc:
-            archs = cuda_archs(nvcc)
-            release = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-            release = re.search(r"release ([\d.]+)", release)[1]
+            release, archs = ask_nvcc(nvcc)
             nvcc_flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
             nvcc_flags.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
             names = " ".join(map(str, archs))
@@ -216,6 +240,8 @@ class BuildExt(build_ext):
                 for source in sorted(CSRC.glob("*.cu")):
                     compile_("nvcc", source, f"{source.stem}.cuda")
                 flags = [f"-Xcompiler={flag}" for flag in openmp]
+                # Where pip's and conda's have their libraries, and others nothing.
+                flags.append(f"-L{Path(nvcc).resolve().parents[1] / 'lib'}")
                 linker = shlex.join([nvcc, "-shared", "-cudart", "static", "-ccbin", cxx[0], *flags])
             ninja.rule("link", f"{ninja_syntax.escape(linker)} $in -o $out")
             ninja.build(str(target), "link", objects)
@@ -224,6 +250,9 @@ class BuildExt(build_ext):
         if result.returncode:
             print(result.stdout, result.stderr, file=sys.stderr)
             lines = [line.strip() for line in result.stdout.splitlines() if line.strip()]
+            lines = [
+                line for line in lines if not re.match(r"ninja: |FAILED: |\[\d+/\d+\] |" + re.escape(cxx[0]), line)
+            ]
             telling = [line for line in lines if re.search(r"\berror\b|unsupported", line, re.IGNORECASE)]
             self.last_words = " ".join([*dict.fromkeys(telling or lines or ["it says nothing"])][:3])[:400]
             raise CompileError("the extension does not compile (see above)")

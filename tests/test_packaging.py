@@ -221,7 +221,8 @@ def test_what_a_compiler_says_is_kept(tmp_path: Path) -> None:
         """#!/bin/sh
 case "$*" in
   *--list-gpu-arch*) echo compute_80 ;;
-  *--version*) echo "Cuda compilation tools, release 13.0, V13.0.88" ;;
+  *--version*) [ "$RELEASE" ] || { echo "libcuda.so.1: not found" >&2; exit 127; }
+    echo "Cuda compilation tools, release $RELEASE, V$RELEASE.88" ;;
   *) echo "host_config.h: #error -- unsupported GNU version! gcc versions later than 15 are not supported!"; exit 1 ;;
 esac
 """
@@ -237,11 +238,13 @@ while [ $# -gt 0 ]; do case "$1" in -o | -MF) echo "$3:" >"$2" ;; esac; shift; d
         (tmp_path / tool).chmod(0o755)
     (tmp_path / "lib/epigraf_fast").mkdir(parents=True)
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    for cuda, full, words in (
-        ("0", "1", "c++: cc1plus: error: out of memory\n"),
-        ("auto", "", "nvcc: host_config.h: #error -- unsupported GNU version!"),
+    for cuda, release, full, words in (
+        ("0", "", "1", "c++: cc1plus: error: out of memory\n"),
+        ("auto", "13.0", "", "nvcc: host_config.h: #error -- unsupported GNU version!"),
+        ("auto", "11.8", "", f"nvcc: {tmp_path}/nvcc is 11.8, and 12 or newer is needed\n"),
+        ("auto", "", "", f"nvcc: {tmp_path}/nvcc --version fails: libcuda.so.1: not found\n"),
     ):
-        result = build_extension(tmp_path, CXX="c++", EPIGRAF_FAST_CUDA=cuda, PATH=path, FULL=full)
+        result = build_extension(tmp_path, CXX="c++", EPIGRAF_FAST_CUDA=cuda, PATH=path, FULL=full, RELEASE=release)
         assert result.returncode == 0, result.stderr
         assert words in (tmp_path / "lib/epigraf_fast/_build.txt").read_text()
 
@@ -291,6 +294,21 @@ def test_cuda_that_is_asked_for_ends_the_build_without_a_compiler(tmp_path: Path
     assert last.startswith("epigraf_fast: EPIGRAF_FAST_CUDA=1, but there is no C++17 compiler (/nowhere/c++"), (
         result.stderr
     )
+
+
+def test_nvcc_of_pip_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("EPIGRAF_FAST_CUDA", raising=False)
+    find_nvcc = runpy.run_path(str(ROOT / "setup.py"))["find_nvcc"]
+    assert find_nvcc() is None
+    for place in ("nvidia/cu13/bin", "home/bin"):  # what CUDA_HOME names goes before
+        nvcc = tmp_path / place / "nvcc"
+        nvcc.parent.mkdir(parents=True)
+        nvcc.touch(mode=0o755)
+        assert find_nvcc() == str(nvcc)
 
 
 def test_cuda_that_is_asked_for_and_missing_ends_the_build(tmp_path: Path) -> None:

@@ -47,7 +47,8 @@ def lacking(backend: str) -> str | None:
     if isinstance(module, str):
         return module
     if backend == "cuda" and not module.cuda_built:
-        return f"the extension is built without CUDA{_why()}: EPIGRAF_FAST_CUDA=1 pip install, with nvcc in PATH"
+        nvcc = "with nvcc in PATH, or that of pip's packages (docs/install.md)"
+        return f"the extension is built without CUDA{_why()}: EPIGRAF_FAST_CUDA=1 pip install, {nvcc}"
     if backend == "cuda" and not torch.cuda.is_available():
         return "there is no CUDA device"
     return _unfit(**module.build_info()) if backend == "cuda" else None
