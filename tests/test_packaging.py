@@ -164,12 +164,14 @@ def test_what_a_command_imports_is_found() -> None:
 def test_the_demo_installs_its_extra_and_tests_theirs(tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MFLAGS")}
 
-    def steps(target: str) -> str:
-        command = ["make", "-n", f"VENV={tmp_path}", f"PYTHON={sys.executable}", target]
+    def steps(target: str, *words: str) -> str:
+        command = ["make", "-n", f"VENV={tmp_path}", f"PYTHON={sys.executable}", target, *words]
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
 
     assert "-e '.[demo]'" in steps("demo")
     assert ".[test]" not in steps("demo")
+    assert "EPIGRAF_FAST_CUDA=0 " in steps("demo", "DEVICE=cpu")  # nvcc would compile for minutes what is never run
+    assert "EPIGRAF_FAST_CUDA=1 " in steps("demo", "DEVICE=cpu", "EPIGRAF_FAST_CUDA=1")
     assert "-e '.[test]'" in steps("test")
     (tmp_path / "constraints.txt").touch()
     os.utime(tmp_path / "constraints.txt", (0, 0))
