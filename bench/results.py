@@ -10,8 +10,6 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from epigraf_fast.tools import doctor
-
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "bench" / "results"
 SCHEMA = 1
@@ -41,6 +39,8 @@ def result(kind: str, config: dict[str, Any], cases: list[Result], **more: Any) 
 
 def environment() -> Result:
     """GPU, driver, versions, commit and backends."""
+    from epigraf_fast.tools import doctor  # and torch, which reading results needs not
+
     report = doctor.report()
     gpus = report["cuda"]["gpus"]
     return {

@@ -367,12 +367,13 @@ epigraf::ModulationArgs modulation_common(const Check& check, Pointer weight, Po
 
 epigraf::ModulationArgs modulation_fwd(const Check& check, Pointer weight, Pointer given, Pointer style, Pointer scale,
                                        Pointer energy, Pointer demod, int dtype, i64 batch, i64 c_out, i64 c_in,
-                                       i64 taps, double epsilon, double tiny) {
+                                       i64 taps, double epsilon, double tiny, bool known) {
   auto args = modulation_common(check, weight, given, scale, energy, demod, dtype, batch, c_out, c_in, taps);
   require(epsilon > 0, check.op, "epsilon must be positive, got " + std::to_string(epsilon));
   require(tiny > 0, check.op, "tiny must be positive");
   args.epsilon = epsilon;
   args.tiny = tiny;
+  args.known = known;
   args.given = args.style;
   args.style = check.pointer("style", style, epigraf::size_of(args.dtype), batch * c_in, scale == 0);
   return args;

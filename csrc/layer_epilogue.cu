@@ -95,6 +95,7 @@ __global__ void __launch_bounds__(kThreads, 1) layer_epilogue_bwd_kernel(const L
       if (a.map) add_to_map(a.map, b * pixels + pixel, gu, chunk == 0, pixel < end);
     }
     lane.finish(a, channel);
+    if (chunk > chunks.first) __syncthreads();  // the chunk before has read its sums
     write_sums<K>(a, lane.sums, shared, part, chunk);
   }
 }
@@ -174,7 +175,9 @@ __global__ void __launch_bounds__(kThreads, K > 1 ? 1 : 2) layer_epilogue_blurre
       }
     }
     lane.finish(a, channel);
+    __syncthreads();  // the last rows are read
     write_sums<K>(a, lane.sums, shared, part, chunk);
+    __syncthreads();  // the sums are
   }
 }
 
@@ -244,6 +247,7 @@ __global__ void __launch_bounds__(kThreads, 1) layer_epilogue_double_bwd_kernel(
       if (a.map) add_to_map(a.map, b * pixels + pixel, gu_dot, chunk == 0, pixel < end);
       if (a.gradient_map) add_to_map(a.gradient_map, b * pixels + pixel, gu, chunk == 0, pixel < end);
     }
+    if (chunk > chunks.first) __syncthreads();  // the chunk before has read its sums
     write_sums<K>(a, lane.sums, shared, part, chunk);
   }
 }

@@ -81,13 +81,12 @@ __device__ __forceinline__ void slide(S (&window)[4][V]) {
 }
 
 // The block's sums over its pixels, to partials[part]: first over the pixels of a warp, then over warps. `shared` has
-// kSumPlaces<V>.
+// kSumPlaces<V>; between this and any other use of it, before or after, the caller waits at a barrier.
 template <int K, typename S, int V>
 __device__ __forceinline__ void write_sums(const LayerEpilogueArgs& a, const S (&sums)[kLayerSums][V], S* shared,
                                            i64 part, i64 chunk) {
   constexpr int kinds = K > 1 ? kLayerSums : kLayerSums - 1, columns = kLanes * V;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  __syncthreads();
 #pragma unroll
   for (int sum = 0; sum < kinds; sum++)
 #pragma unroll
@@ -106,7 +105,6 @@ __device__ __forceinline__ void write_sums(const LayerEpilogueArgs& a, const S (
     for (int w = 0; w < kWarps; w++) total += shared[(sum * kWarps + w) * columns + column];
     if (channel < a.channels) static_cast<S*>(a.partials)[(part * kLayerSums + sum) * a.channels + channel] = total;
   }
-  __syncthreads();
 }
 
 // What a thread of the backward kernels knows of its V channels.

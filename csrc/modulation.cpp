@@ -22,7 +22,7 @@ void modulation_fwd_of(const ModulationArgs& a, int threads) {
   parallel(a.c_out, threads, [&](i64 o) {
     S* e = energy + o * a.c_in;
     const S* w = weight + o * a.c_in * a.taps;
-    for (i64 i = 0; i < a.c_in; i++) {
+    for (i64 i = 0; !a.known && i < a.c_in; i++) {
       S sum = 0;
       for (i64 k = 0; k < a.taps; k++) sum += w[i * a.taps + k] * w[i * a.taps + k];
       e[i] = sum;

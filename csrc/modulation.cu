@@ -44,7 +44,8 @@ __global__ void __launch_bounds__(kThreads) modulation_fwd_kernel(const Modulati
   for (i64 first = 0; first < c_in && o < a.c_out; first += channels) {
     const i64 count = minimum(channels, c_in - first), i = first + thread;
     S energy = 0;
-    for (i64 tap = 0; tap < a.taps; tap += kStage) {  // more than one round only for a single channel
+    if (a.known && thread < count) energy = static_cast<const S*>(a.energy)[o * c_in + i];
+    for (i64 tap = 0; tap < a.taps && !a.known; tap += kStage) {  // more than one round only for a single channel
       const i64 length = minimum<i64>(a.taps - tap, kStage);
       const S* weight = static_cast<const S*>(a.weight) + (o * c_in + first) * a.taps + tap;
       __syncthreads();
@@ -54,7 +55,7 @@ __global__ void __launch_bounds__(kThreads) modulation_fwd_kernel(const Modulati
         for (i64 k = 0; k < length; k++) energy += shared[thread * length + k] * shared[thread * length + k];
     }
     if (thread >= count) continue;
-    if (blockIdx.y == 0) static_cast<S*>(a.energy)[o * c_in + i] = energy;
+    if (blockIdx.y == 0 && !a.known) static_cast<S*>(a.energy)[o * c_in + i] = energy;
 #pragma unroll
     for (int j = 0; j < kImages; j++)
       if (j < here) {

@@ -13,7 +13,7 @@ struct ModulationArgs {
   const void* given;        // fwd: [B, I]
   void* style;              // [B, I]; fwd: out, null where it is as given; bwd: in
   void* scale;              // [B]; fwd: out, bwd: in; null: not normalized
-  void* energy;             // [O, I]; fwd: out, bwd: in
+  void* energy;             // [O, I]; fwd: out, or in where it is known; bwd: in
   void* demod;              // [B, O]; fwd: out, bwd: in
 
   const void* grad_demod;       // bwd: [B, O]
@@ -23,6 +23,7 @@ struct ModulationArgs {
   void* grad_style_out;         // bwd: [B, I], the sum of both, times scale; null: not wanted
   i64 stride_out, stride_in, stride_tap;  // of grad_weight
 
+  bool known;  // fwd: the energy is given, and the weight not read
   DType dtype;  // f32 or f64
   double epsilon, tiny;  // tiny: the least maximum that a style is divided by
   i64 batch, c_out, c_in, taps;

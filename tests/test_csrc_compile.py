@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +79,20 @@ def test_code_for_sm_90_is_that_for_sm_80(source: Path, arch: int) -> None:
 )
 def test_problems(change: dict[str, Any], found: list[str]) -> None:
     assert of_csrc.problems({**GOOD, **change}) == found
+
+
+def test_the_program_for_the_sanitizers(tmp_path: Path) -> None:
+    """What `make sanitize` builds, with neither sanitizers nor optimization, and a fifth of its cases."""
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    if shutil.which(compiler[0]) is None:
+        pytest.skip("there is no C++ compiler")
+    makefile = (of_csrc.CSRC.parent / "Makefile").read_text()
+    (names,), (command,) = (re.findall(rf"^{name} :?= \$?(.*)", makefile, re.M) for name in ("SANITIZED", "SANITIZE"))
+    flags = [flag for flag in command.split() if flag.startswith(("-std", "-D"))]
+    sources = [str(of_csrc.CSRC / f"{name}.cpp") for name in names.split()]
+    assert len(flags) == 3
+    program = str(tmp_path / "program")
+    options = ["-w", "-O0", f"-I{of_csrc.CSRC}", "-pthread", "-ldl", "-o", program]
+    subprocess.run([*compiler, *flags, *sources, *options], check=True)
+    found = subprocess.run([program, "few"], capture_output=True, text=True, check=False)
+    assert (found.stdout, found.stderr, found.returncode) == ("ok\n", "", 0)

@@ -361,7 +361,16 @@ def _modulation_cases() -> Iterator[Case]:
             return tuple(ops.modulation(weight, style, torch.float32, backend="cpu"))
 
         work = {"fwd": Work(4 * numbers), "bwd": Work(12 * numbers)}
-        yield from _ways(f"G {level} modulation {channels}x{channels}x3x3", numbers, work, inputs, op)
+        name = f"G {level} modulation {channels}x{channels}x3x3"
+        yield from _ways(name, numbers, work, inputs, op)
+
+        def again(weight: Tensor, style: Tensor, channels: int = channels) -> tuple[Tensor, ...]:
+            kept = ops.OfWeight()
+            kept.made["energy", False] = zeros(channels, channels)
+            return tuple(ops.modulation(weight, style, torch.float32, of_weight=kept, backend="cpu"))
+
+        for case in _ways(f"{name} again", numbers, {"fwd": Work(4 * channels * channels)}, inputs, again):
+            yield case._replace(streams=False)  # the weight, which is given, is not read
 
 
 def _discriminator_cases() -> Iterator[Case]:

@@ -60,10 +60,8 @@ IDLE = {
 
 # Of what is not found and not proved to be idle: (kind, file of the source, part of its line or "") -> why it is so, by
 # reading. A survivor that is not among them is said to be unexplained.
-_TWO_BARRIERS = "one of two barriers around a block's sums: either alone keeps the rounds of a loop apart"
 _SHORT_DIVISION = "a shortcut: what fits 32 bits is divided in 32 bits, with the same result as in 64"
 EXPLAINED = {
-    ("barrier removed", "layer_lanes.h", "__syncthreads"): _TWO_BARRIERS,
     ("branch removed", "gpu.h", ">> 32"): _SHORT_DIVISION,
     ("branch removed", "common.h", "ceil_div"): _SHORT_DIVISION,
     ("branch removed", "bias_act.cu", "bias_act_part_rows"): _SHORT_DIVISION,

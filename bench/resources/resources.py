@@ -49,10 +49,11 @@ def launches(arch: int, *, brief: bool = False, match: Sequence[str] = ()) -> It
     """What to compile: a name, and a call of a launcher.
 
     All sizes with every plan of `tuning`; or if `brief` those of the FFHQ preset with the default plans. Of them those
-    that have one of `match` in their names, if there are any.
+    in whose architecture and name, as in "sm_80 cut C=96 float32", one of the patterns `match` is found, if there are
+    any.
     """
     for name, launch in _all_launches(arch, brief):
-        if not match or any(text in name for text in match):
+        if not match or any(re.search(pattern, f"sm_{arch} {name}") for pattern in match):
             yield name, launch
 
 
@@ -393,7 +394,11 @@ def main() -> None:
     parser.add_argument("--arch", type=int, nargs="+", choices=SHARED_LIMIT, default=ARCHS)
     parser.add_argument("--brief", action="store_true", help="default plans at the sizes of the ffhq preset alone")
     parser.add_argument(
-        "--match", nargs="+", default=(), metavar="TEXT", help="Triton's cases with one of these in their names alone"
+        "--match",
+        nargs="+",
+        default=(),
+        metavar="REGEX",
+        help="Triton's cases alone in whose names, as in 'sm_80 cut C=96 float32', one of these is found",
     )
     parser.add_argument("--only", choices=("triton", "csrc"), help="these kernels alone")
     parser.add_argument("--json", action="store_true", help="print JSON")

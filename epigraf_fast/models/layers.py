@@ -183,6 +183,7 @@ class Conv2d(nn.Module):
         self.clamp = None if clamp is None else clamp * gain
         self.weight = nn.Parameter(torch.randn(c_out, c_in, kernel_size, kernel_size))
         self.scaled_weight = Scaled([self], "weight", 1 / math.sqrt(c_in * kernel_size * kernel_size))
+        self.of_weight: ops.OfWeight | None = None  # while `scaled_once` keeps it
         self.bias = nn.Parameter(torch.zeros(c_out)) if bias else None
         self.register_buffer("low_pass", torch.tensor(LOW_PASS), persistent=False)
 
@@ -193,7 +194,8 @@ class Conv2d(nn.Module):
             out_scale: [B, c_out], multiplies what the convolution gives.
             next_scale: [B, c_out], multiplies what comes out, in the same pass: it modulates the next input.
         """
-        weight = self.scaled_weight().to(x.dtype)
+        weight = self.scaled_weight()
+        weight = weight.to(x.dtype) if self.of_weight is None else self.of_weight.cast(weight, x.dtype)
         x = ops.conv2d_resample(x, weight, kernel=self.low_pass, down=self.down, backend=self.backend)
         if out_scale is None and next_scale is None:
             return ops.bias_act(x, self.bias, act=self.act, gain=self.gain, clamp=self.clamp, backend=self.backend)
@@ -215,22 +217,29 @@ def scaled_once(*modules: nn.Module) -> Iterator[dict[int, Tensor]]:
     """The parameters of layers are scaled here, once for all calls inside of the block, in one launch.
 
     Gradients of `backward()` arrive at the scaled ones. At the end of the block the `grad` of each parameter, which
-    must be None before, is made of them.
+    must be None before, is made of them. What convolutions make of a weight alone, the first of the calls makes for
+    all: see `ops.OfWeight`.
 
     Yields:
         id(parameter) -> the leaf that stands for it, maybe for others, too.
     """
-    parts = [part for module in modules for owner in module.modules() for part in _scaled_of(owner)]
+    owners = [owner for module in modules for owner in module.modules()]
+    keeping = [owner for owner in owners if hasattr(owner, "of_weight")]
+    parts = [part for owner in owners for part in _scaled_of(owner)]
     parts = [part for part in parts if not part.elsewhere and (part.factor != 1 or len(part.layers) > 1)]
     with torch.no_grad():
         kept = torch._foreach_mul([part.together() for part in parts], [part.factor for part in parts])
     for part, leaf in zip(parts, kept, strict=True):
         part.kept = leaf.requires_grad_(any(parameter.requires_grad for parameter in part.parameters()))
+    for layer in keeping:
+        layer.of_weight = ops.OfWeight()
     try:
         yield {id(parameter): part.kept for part in parts for parameter in part.parameters()}
     finally:
         for part in parts:
             part.kept = None
+        for layer in keeping:
+            layer.of_weight = None
     learning, grads, factors = [], [], []
     for part, leaf in zip(parts, kept, strict=True):
         if leaf.grad is not None:

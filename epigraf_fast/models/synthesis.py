@@ -41,6 +41,7 @@ class SynthesisLayer(nn.Module):
         self.weight = nn.Parameter(torch.randn(c_out, c_in, 3, 3))
         self.bias = nn.Parameter(torch.zeros(c_out))
         self.noise_strength = nn.Parameter(torch.zeros([]))
+        self.of_weight: ops.OfWeight | None = None  # while `layers.scaled_once` keeps it
         self.register_buffer("noise_const", torch.randn(resolution, resolution))
         self.register_buffer("low_pass", torch.tensor(LOW_PASS), persistent=False)
 
@@ -57,7 +58,7 @@ class SynthesisLayer(nn.Module):
 
     def modulation(self, style: Tensor, dtype: torch.dtype) -> ops.Modulation:
         """Weight, style and demodulation coefficients for styles [B, c_in]."""
-        return ops.modulation(self.weight, style, dtype, backend=self.backend)
+        return ops.modulation(self.weight, style, dtype, of_weight=self.of_weight, backend=self.backend)
 
     def forward(self, x: Tensor, w: Tensor, noise_mode: str = "random", first: Tensor | None = None) -> Tensor:
         """`first` [B, 2] is the first texel of what comes out, where x is a part of its level."""
@@ -91,6 +92,7 @@ class SynthesisLayer(nn.Module):
             modulation.demod,
             up=self.up,
             kernel=self.low_pass,
+            of_weight=self.of_weight,
             noise=noise,
             strength=None if noise is None else self.noise_strength,
             bias=self.bias,

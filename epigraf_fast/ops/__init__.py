@@ -17,7 +17,7 @@ from .decode_triplane import decode_triplane, decode_triplane_coarse_to_fine, de
 from .draws import draw_seed
 from .layer_epilogue import layer_epilogue
 from .modulated_conv2d import conv2d_resample, modulated_conv2d, modulated_layer
-from .modulation import Modulation, modulation
+from .modulation import Modulation, OfWeight, modulation
 from .sample_importance import invert_cdf, sample_importance, sample_stratified
 from .sample_triplane import PlaneRegion, sample_triplane
 from .upfirdn2d import upfirdn2d
@@ -25,6 +25,7 @@ from .upfirdn2d import upfirdn2d
 __all__ = [
     "Composite",
     "Modulation",
+    "OfWeight",
     "PlaneRegion",
     "bias_act",
     "composite",

@@ -7,6 +7,9 @@ With a = hi(a) + lo(a), hi(a) being a without its last 13 bits, TF32 holds hi ex
 of which the last term is below 2^-20 of a b. The other three are one convolution: channels [hi, hi, lo] of one factor
 against [hi, lo, hi] of the other, summed in fp32. The same is done in every gradient, along what that sums over:
 channels, or for the weight's the images. docs/training.md has the arithmetic of where it pays.
+
+Factors are taken apart by their bits, which batched and dual tensors have not: under torch.func's transforms, in
+forward mode and with batched gradients a convolution, or that gradient of it, is torch's own, in fp32.
 """
 
 from __future__ import annotations
@@ -56,7 +59,8 @@ def conv_transpose2d(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
 
 def _is_split(x: Tensor, weight: Tensor) -> bool:
     enough = _least is not None and min(weight.shape[:2]) >= _least and weight.shape[-1] > 1
-    return enough and x.dtype == weight.dtype == torch.float32 and x.numel() > 0
+    suited = enough and x.dtype == weight.dtype == torch.float32 and x.numel() > 0
+    return suited and library.route(x, weight) is not library.REFERENCE
 
 
 class _Plan(NamedTuple):
@@ -90,8 +94,8 @@ class _Convolution(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         to_x, to_weight = library.wanted(ctx, 0), library.wanted(ctx, 1)
         return (
-            _ToInput.apply(grad, weight, ctx.plan) if to_x else None,
-            _ToWeight.apply(grad, x, ctx.plan) if to_weight else None,
+            _to_input(grad, x, weight, ctx.plan) if to_x else None,
+            _to_weight(grad, x, weight, ctx.plan) if to_weight else None,
             None,
             None,
         )
@@ -113,8 +117,8 @@ class _ToInput(torch.autograd.Function):
         of_y, weight = ctx.saved_tensors
         to_y, to_weight = library.wanted(ctx, 0), library.wanted(ctx, 1)
         return (
-            _Convolution.apply(grad, weight, ctx.plan.stride, ctx.plan.padding) if to_y else None,
-            _ToWeight.apply(of_y, grad, ctx.plan) if to_weight else None,
+            _convolution(grad, weight, ctx.plan) if to_y else None,
+            _to_weight(of_y, grad, weight, ctx.plan) if to_weight else None,
             None,
         )
 
@@ -135,10 +139,31 @@ class _ToWeight(torch.autograd.Function):
         of_y, x = ctx.saved_tensors
         to_y, to_x = library.wanted(ctx, 0), library.wanted(ctx, 1)
         return (
-            _Convolution.apply(x, grad, ctx.plan.stride, ctx.plan.padding) if to_y else None,
-            _ToInput.apply(of_y, grad, ctx.plan) if to_x else None,
+            _convolution(x, grad, ctx.plan) if to_y else None,
+            _to_input(of_y, x, grad, ctx.plan) if to_x else None,
             None,
         )
+
+
+# In a backward, where gradients may be batched or dual: the members of above, or torch's own.
+
+
+def _convolution(x: Tensor, weight: Tensor, plan: _Plan) -> Tensor:
+    if library.route_of_gradients(x, weight) is library.REFERENCE:
+        return F.conv2d(x, weight, stride=plan.stride, padding=plan.padding)
+    return _Convolution.apply(x, weight, plan.stride, plan.padding)
+
+
+def _to_input(grad: Tensor, x: Tensor, weight: Tensor, plan: _Plan) -> Tensor:
+    if library.route_of_gradients(grad, x, weight) is library.REFERENCE:
+        return _backward(grad, x, weight, plan, 0)
+    return _ToInput.apply(grad, weight, plan)
+
+
+def _to_weight(grad: Tensor, x: Tensor, weight: Tensor, plan: _Plan) -> Tensor:
+    if library.route_of_gradients(grad, x, weight) is library.REFERENCE:
+        return _backward(grad, x, weight, plan, 1)
+    return _ToWeight.apply(grad, x, plan)
 
 
 def _backward(grad: Tensor, x: Tensor, weight: Tensor, plan: _Plan, which: int) -> Tensor:
@@ -151,6 +176,7 @@ def _backward(grad: Tensor, x: Tensor, weight: Tensor, plan: _Plan, which: int) 
 
 def _split(x: Tensor, dim: int, parts: str) -> Tensor:
     """hi(x) for every "a", lo(x) for every "b" of `parts`, side by side along a dimension, in the layout of x."""
+    x = x.resolve_neg()
     size, shape = x.shape[dim], list(x.shape)
     shape[dim] = size * len(parts)
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_layout(x))

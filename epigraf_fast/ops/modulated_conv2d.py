@@ -16,7 +16,7 @@ from .bias_act import bias_act
 from .checks import check_broadcast, check_choice, check_clamp, check_gain, check_integers, check_shape, check_together
 from .convolution import conv2d, conv_transpose2d
 from .layer_epilogue import SLOPES, layer_epilogue, resolve_with_filter
-from .modulation import modulation
+from .modulation import OfWeight, modulation
 from .upfirdn2d import upfirdn2d
 
 
@@ -166,6 +166,7 @@ def modulated_layer(
     *,
     up: int = 1,
     kernel: Tensor | None = None,
+    of_weight: OfWeight | None = None,
     backend: str | None = None,
     **epilogue: Any,
 ) -> tuple[Tensor, ...]:
@@ -173,7 +174,7 @@ def modulated_layer(
 
     Args:
         x: [B, C_in, H, W].
-        weight, demod: See `modulation`.
+        weight, demod, of_weight: See `modulation`; here the weight is kept in the layout that the convolution reads.
         up, kernel: As in `modulated_conv2d`.
         epilogue: noise, strength, bias, styles, act, gain, clamp, keep_x of `layer_epilogue`.
 
@@ -184,13 +185,20 @@ def modulated_layer(
     chosen = resolve_with_filter("modulated_layer", backend, x.device.type, kernel)
     fused = up == 2 and weight.shape[-1] == 3 and tuple(kernel.shape) == (4,) and chosen != "reference"
     if fused:
-        x = conv_transpose2d(x, _laid_out(weight.transpose(0, 1)), stride=2)
+        x = conv_transpose2d(x, _laid_out(weight, of_weight, transposed=True), stride=2)
     else:
-        weight = _laid_out(weight) if up == 1 else weight
+        weight = _laid_out(weight, of_weight) if up == 1 else weight
         x = conv2d_resample(x, weight, kernel=kernel, up=up, flip_weight=up > 1, backend=chosen)
     return layer_epilogue(x, demod=demod, blur=kernel if fused else None, backend=chosen, **epilogue)
 
 
-def _laid_out(weight: Tensor) -> Tensor:
+def _laid_out(weight: Tensor, of_weight: OfWeight | None, *, transposed: bool = False) -> Tensor:
     """A kernel as a GPU's convolution reads it, once for this call and its gradients, which would each copy it."""
-    return weight.contiguous(memory_format=torch.channels_last) if native.on_gpu(weight) else weight
+    weight = weight.transpose(0, 1) if transposed else weight
+    if not native.on_gpu(weight):
+        return weight
+
+    def lay_out(weight: Tensor) -> Tensor:
+        return weight.contiguous(memory_format=torch.channels_last)
+
+    return lay_out(weight) if of_weight is None else of_weight.copy(weight, ("laid out", weight.dtype), lay_out)

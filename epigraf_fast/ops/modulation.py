@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -23,12 +24,44 @@ class Modulation(NamedTuple):
     demod: Tensor | None  # [B, C_out], for its output
 
 
+class OfWeight:
+    """What follows from a weight alone, made by the first of several calls with the same one: see `modulation`."""
+
+    def __init__(self) -> None:
+        self.made: dict[Hashable, Tensor | None] = {}
+
+    def cast(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight in a dtype."""
+        return weight if weight.dtype == dtype else self.copy(weight, dtype, lambda weight: weight.to(dtype))
+
+    def copy(self, weight: Tensor, what: Hashable, make: Callable[[Tensor], Tensor]) -> Tensor:
+        """make(weight), a copy in another dtype or layout, of which the gradient is the weight's."""
+        if what not in self.made:
+            self.made[what] = make(weight.detach())
+        made = self.made[what]
+        return _Copied.apply(weight, made) if torch.is_grad_enabled() and weight.requires_grad else made
+
+
+class _Copied(torch.autograd.Function):
+    """A copy that was made before."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, copy: Tensor) -> Tensor:
+        ctx.dtype = weight.dtype
+        return copy.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.to(ctx.dtype), None
+
+
 def modulation(
     weight: Tensor,
     style: Tensor,
     dtype: torch.dtype,
     *,
     demodulate: bool = True,
+    of_weight: OfWeight | None = None,
     backend: str | None = None,
 ) -> Modulation:
     """demod[b, o] = 1 / sqrt(sum_{i, k} (weight[o, i, k] style[b, i])^2 + 1e-8), and its factors for a convolution.
@@ -42,6 +75,8 @@ def modulation(
         style: [B, C_in].
         dtype: That of the convolution.
         demodulate: Without it weight and style come back as they are, with demod None.
+        of_weight: Keeps the weight's energy and its copy in `dtype` for further calls; a new one for other weights, and
+            whenever this one has changed.
 
     Returns:
         `Modulation`: weight in `dtype`, style and demod in their own.
@@ -64,42 +99,57 @@ def modulation(
     if half:
         weight = normalize_weight(weight)
     weight = weight.to(native.compute_dtype(weight.dtype))
-    args = weight, style.to(weight.dtype), half
+    known = of_weight and of_weight.made.get(("energy", half))
+    args = weight, style.to(weight.dtype), known, half
     if route is library.PLAIN and torch.is_grad_enabled():
-        weight, style, demod = _ModulationOfWeight.apply(*_Modulating.ready(*args))
+        weight, style, demod, energy = _ModulationOfWeight.apply(*_Modulating.ready(*args))
     else:
-        made, demod, *_ = library.call(route, _Modulating, *args)
+        made, demod, _, energy = library.call(route, _Modulating, *args)
         style = args[1] if made is None else made
-    return Modulation(weight.to(dtype), style, demod)
+    if of_weight is None:
+        return Modulation(weight.to(dtype), style, demod)
+    if len(style):  # else nothing was launched
+        of_weight.made.setdefault(("energy", half), energy)
+    return Modulation(of_weight.cast(weight, dtype), style, demod)
 
 
-@library.register("modulation(Tensor weight, Tensor given, bool normalize) -> (Tensor, Tensor, Tensor, Tensor)")
+@library.register(
+    "modulation(Tensor weight, Tensor given, Tensor? known, bool normalize) -> (Tensor, Tensor, Tensor, Tensor)"
+)
 class _Modulating:
-    """Gives the style (None where that is `given`), demod, and for the backward the style's scale and the energy."""
+    """Gives the style (None where that is `given`), demod, and for the backward the style's scale and the energy.
+
+    The energy, [C_out, C_in] sums over the taps of the weight's squares, is None where it is `known`.
+    """
+
+    constants = ("known",)
 
     @staticmethod
-    def ready(weight: Tensor, given: Tensor, normalize: bool) -> tuple[Any, ...]:
-        return weight.contiguous(), given.contiguous(), normalize
+    def ready(weight: Tensor, given: Tensor, known: Tensor | None, normalize: bool) -> tuple[Any, ...]:
+        return *native.contiguous(weight, given, known), normalize
 
     @staticmethod
-    def empty(weight: Tensor, given: Tensor, normalize: bool) -> tuple[Tensor | None, ...]:
+    def empty(weight: Tensor, given: Tensor, known: Tensor | None, normalize: bool) -> tuple[Tensor | None, ...]:
         batch, (c_out, c_in) = len(given), weight.shape[:2]
         style = given.new_empty(batch, c_in) if normalize else None
         scale = given.new_empty(batch) if normalize else None
-        return style, given.new_empty(batch, c_out), scale, given.new_empty(c_out, c_in)
+        return style, given.new_empty(batch, c_out), scale, given.new_empty(c_out, c_in) if known is None else None
 
     @staticmethod
-    def run(weight: Tensor, given: Tensor, normalize: bool) -> tuple[Tensor | None, ...]:
-        style, demod, scale, energy = outputs = _Modulating.empty(weight, given, normalize)
+    def run(weight: Tensor, given: Tensor, known: Tensor | None, normalize: bool) -> tuple[Tensor | None, ...]:
+        style, demod, scale, energy = outputs = _Modulating.empty(weight, given, known, normalize)
         numbers = *_modulation_sizes(weight, len(given)), DEMODULATION_EPSILON, torch.finfo(weight.dtype).tiny
-        native.launch("modulation_fwd", (weight, given, style, scale, energy, demod), *numbers)
+        tensors = weight, given, style, scale, energy if known is None else known, demod
+        native.launch("modulation_fwd", tensors, *numbers, known is not None)
         return outputs
 
     @staticmethod
     def keep(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor | None, ...]) -> None:
-        weight, given, _ = inputs
+        weight, given, known, _ = inputs
         style, demod, scale, energy = outputs
-        ctx.save_for_backward(weight, given if style is None else style, scale, energy, demod)
+        ctx.save_for_backward(
+            weight, given if style is None else style, scale, known if energy is None else energy, demod
+        )
         ctx.mark_non_differentiable(*(x for x in (scale, energy) if x is not None))
         ctx.set_materialize_grads(False)
 
@@ -118,23 +168,23 @@ class _Modulating:
             grad_weight, grad_style = library.apply(_ModulationBackward, *tensors, ctx.needs_input_grad[:2])
         elif grad_style is not None and scale is not None:
             grad_style = grad_style * scale[:, None]
-        return grad_weight, grad_style, None
+        return grad_weight, grad_style, None, None
 
 
 class _ModulationOfWeight(torch.autograd.Function):
-    """Weight, style and demod: the weight passes through, so that its two gradients meet in the backward kernel."""
+    """The weight too, which passes through, so that its two gradients meet in the backward kernel."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, given: Tensor, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:
-        args = weight, given, normalize
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
         outputs = _Modulating.run(*args)
         _Modulating.keep(ctx, args, outputs)
-        style, demod, *_ = outputs
-        return weight, given if style is None else style, demod
+        weight, given, *_ = args
+        style, demod, _, energy = outputs
+        return weight, given if style is None else style, demod, energy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _Modulating.gradients(ctx, *grads)
+        return _Modulating.gradients(ctx, *grads[:3])
 
 
 @library.register(

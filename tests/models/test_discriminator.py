@@ -341,12 +341,12 @@ def test_float64_agrees_with_float32(tiny_discriminator):
     assert_close(actual, expected, "logits", "network_fp32")
 
 
-@pytest.mark.parametrize(("modulate", "resolution", "size"), [("input", 16, 8), ("output", 8, 4)])
-def test_second_derivatives_to_the_patches(tiny_discriminator, modulate, resolution, size):
+@pytest.mark.parametrize("modulate", ["input", "output"])
+def test_second_derivatives_to_the_patches(tiny_discriminator, modulate):
     discriminator = tiny_discriminator(
-        modulate=modulate, resolution=resolution, patch_resolution=size, channel_max=2, camera_conditioning=True
+        modulate=modulate, resolution=8, patch_resolution=4, channel_max=2, camera_conditioning=True
     ).eval()
-    patches = draw(2, 3, size, size, seed=3)
+    patches = draw(2, 3, 4, 4, seed=3)
 
     def logits(patches):
         return discriminator(patches, SCALE[:2], OFFSET[:2], None, ANGLES[:2])

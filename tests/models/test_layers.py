@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from checks import SIGMAS, assert_close, draw, draw_uniform
+from epigraf_fast import ops
 from epigraf_fast.models.layers import (
     CLAMP,
     LOW_PASS,
@@ -141,6 +142,27 @@ def test_weights_are_scaled_once():
     with torch.no_grad():
         module.conv.weight.mul_(2)
     assert_close(module.conv.scaled_weight(), module.conv.weight / 6, "after the block the weights are those of now")
+
+
+def test_weights_are_cast_once(monkeypatch):
+    """For all calls in half precision; gradients are the same bits."""
+    layer, images = Conv2d(3, 4, 3), [draw(2, 3, 5, 5, seed=seed, dtype=torch.bfloat16) for seed in range(3)]
+    leaf = layer.scaled_weight().detach().requires_grad_()
+    layer.scaled_weight.kept = leaf
+    expected = [layer(x) for x in images]
+    (expected_grad,) = torch.autograd.grad([y.float().square().sum() for y in expected], leaf)
+    layer.scaled_weight.kept = None
+    copy, casts = ops.OfWeight.copy, []
+    monkeypatch.setattr(
+        ops.OfWeight, "copy", lambda self, w, what, make: copy(self, w, what, lambda w: casts.append(what) or make(w))
+    )
+    with scaled_once(layer) as leaves:
+        actual = [layer(x) for x in images]
+        (grad,) = torch.autograd.grad([y.float().square().sum() for y in actual], leaves[id(layer.weight)])
+    assert casts == [torch.bfloat16]
+    assert layer.of_weight is None
+    for a, b in zip([*actual, grad], [*expected, expected_grad], strict=True):
+        assert torch.equal(a, b)
 
 
 def test_conv2d_initialization():

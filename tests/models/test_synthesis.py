@@ -7,6 +7,8 @@ import torch
 from emulated import emulate
 
 from checks import assert_close, assert_error_within_reference, assert_finite, draw
+from epigraf_fast import ops
+from epigraf_fast.models.layers import scaled_once
 from epigraf_fast.models.synthesis import (
     NOISE_MODES,
     Synthesis,
@@ -346,3 +348,39 @@ def test_products_of_pixels_in_parts():
         patch.setattr(torch, "bmm", lambda a, b: shapes.append((tuple(a.shape), tuple(b.shape))) or product(a, b))
         product_of_pixels(pixels, weight, 4).sum().backward()
     assert shapes[-1] == ((8, 5, 6), (8, 6, 3))  # 2 images in 4 parts of 6 pixels
+
+
+def test_weights_are_laid_out_once_for_all_micro_batches(monkeypatch):
+    """As a GPU's convolutions read them; values and gradients are the same bits."""
+    emulate(monkeypatch)
+    synthesis = everything_on(make(torch.float32, "cpu"))
+    parameters = dict(synthesis.named_parameters())
+    copy, made = ops.OfWeight.copy, []
+
+    def counted(self, weight, what, make):
+        return copy(self, weight, what, lambda weight: made.append(what) or make(weight))
+
+    monkeypatch.setattr(ops.OfWeight, "copy", counted)
+
+    def micro_batches():
+        planes = []
+        for seed in range(2):
+            planes.append(synthesis(draw(2, 6, 6, seed=seed, dtype=torch.float32), "const"))
+            planes[-1].square().sum().backward()
+        return planes
+
+    expected = micro_batches()
+    assert not made
+    gradients = {name: p.grad for name, p in parameters.items()}
+    synthesis.zero_grad()
+    with scaled_once(synthesis):
+        actual = micro_batches()
+    assert made == [("laid out", torch.float32)] * 5
+    assert all(layer.of_weight is None for layer in synthesis.modules() if isinstance(layer, SynthesisLayer))
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a, b)
+    for name, p in parameters.items():
+        if not name.endswith(
+            ("affine.weight", "affine.bias", "to_planes.weight")
+        ):  # scaled together, see test_layers.py
+            assert torch.equal(p.grad, gradients[name]), name

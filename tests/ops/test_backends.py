@@ -78,7 +78,7 @@ CALLS = {
     ),
     "layer_epilogue": ("modulated_conv2d", functools.partial(ops.layer_epilogue, draw(1, 2, 4, 4), bias=draw(2))),
 }
-NOT_OPS = {"Composite", "Modulation", "PlaneRegion", "draw_seed"}  # nothing to choose a backend for
+NOT_OPS = {"Composite", "Modulation", "OfWeight", "PlaneRegion", "draw_seed"}  # nothing to choose a backend for
 
 
 def test_status_covers_the_table():

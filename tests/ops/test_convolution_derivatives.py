@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import collections
+import functools
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from checks import assert_close, draw
+from epigraf_fast.ops import convolution
 from epigraf_fast.ops.convolution_derivatives import conv2d, conv_transpose2d
 
 CASES = {
@@ -75,3 +78,69 @@ def test_nothing_that_is_not_asked_for():
     with Seen() as seen, torch.no_grad():
         conv2d(x, weight)
     assert seen.counts == {"forward": 1}
+
+
+@pytest.fixture
+def split():
+    convolution.split_from(1)
+    yield convolution.conv2d, convolution.conv_transpose2d
+    convolution.split_from(None)
+
+
+def products(of):
+    """Names -> derivatives, of many or dual directions, of a function of x and weight that gives y."""
+
+    def first(x, weight, **more):
+        y = of(x, weight)
+        return torch.autograd.grad(y.square().sum(), (x, weight), create_graph=True, **more)
+
+    def batched(x, weight):
+        y = of(x, weight)
+        return torch.autograd.grad(y, (x, weight), draw(3, *y.shape, seed=2, dtype=x.dtype), is_grads_batched=True)
+
+    def batched_twice(x, weight):
+        grads = first(x, weight)
+        along = [draw(3, *grad.shape, seed=3, dtype=x.dtype) for grad in grads]
+        return torch.autograd.grad(grads, (x, weight), along, is_grads_batched=True)
+
+    def dual(x, weight):
+        y = of(x, weight)
+        with forward_ad.dual_level():
+            grad = forward_ad.make_dual(*(draw(*y.shape, seed=seed, dtype=x.dtype) for seed in (4, 5)))
+            grads = torch.autograd.grad(y, (x, weight), grad)
+            return [part for grad in grads for part in forward_ad.unpack_dual(grad)]
+
+    def transformed(x, weight):
+        x, weight = x.detach(), weight.detach()
+        tangents = draw(*x.shape, seed=6, dtype=x.dtype), draw(*weight.shape, seed=7, dtype=x.dtype)
+        loss = torch.func.grad(lambda x, weight: of(x, weight).square().sum(), argnums=(0, 1))
+        many = torch.stack([x, -2 * x])
+        values = (
+            torch.func.vmap(of, in_dims=(0, None))(many, weight),
+            *torch.func.vmap(loss, in_dims=(0, None))(many, weight),
+        )
+        return *values, *torch.func.jvp(of, (x, weight), tangents), *torch.func.jvp(loss, (x, weight), tangents)[1]
+
+    return {"batched": batched, "batched twice": batched_twice, "dual": dual, "torch.func": transformed}
+
+
+@pytest.mark.parametrize("case", ["3x3", "down", "up"])
+def test_split_products_of_many_or_dual_directions(case, split):
+    """Where factors have no bits to take apart: torch's own numbers, in fp32."""
+    call, shape = CASES[case]
+    inputs = draw(2, 3, 7, 7), draw(*shape, seed=1)
+    found = {}
+    for dtype, functions in ((torch.float32, split), (torch.float64, (F.conv2d, F.conv_transpose2d))):
+        of = functools.partial(call, functions)
+        found[dtype] = {
+            name: make(*(x.to(dtype).requires_grad_() for x in inputs)) for name, make in products(of).items()
+        }
+    for name, expected in found[torch.float64].items():
+        for number, (a, b) in enumerate(zip(found[torch.float32][name], expected, strict=True)):
+            largest = b.abs().max()
+            assert_close(a / largest, (b / largest).float(), f"{name} {number}")
+
+
+def test_split_products_of_a_negated_view(split):
+    x, weight = draw(2, 3, 7, 7).float(), draw(5, 3, 3, 3, seed=1).float()
+    assert torch.equal(split[0](torch._neg_view(x), weight), split[0](-x, weight))

@@ -13,7 +13,7 @@ from checks import (
     gradcheck,
     gradgradcheck,
 )
-from csrc_backends import here, on_backend, use
+from csrc_backends import here, on_backend, on_kernels, use
 from epigraf_fast import ops
 
 
@@ -66,6 +66,27 @@ def test_styles_without_demodulation_have_gradients(modulation):
         if dtype == torch.float64:
             direction = draw(2, 4, seed=9)
             assert_close(torch.autograd.grad(style, given, direction)[0], direction, "gradient", "exact")
+
+
+@on_kernels("modulated_conv2d")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_follows_from_a_weight_alone_is_made_once(modulation, dtype):
+    """Further calls give the same bits; their demod is made of the energy that is kept, which no gradient reaches."""
+    weight, kept = draw(5, 35, 3, 3, dtype=torch.float32).requires_grad_(), ops.OfWeight()
+    for seed in (1, 2):
+        results = []
+        for of_weight in (None, kept):
+            given = draw(3, 35, seed=seed, dtype=torch.float32).requires_grad_()
+            outputs = modulation(weight, given, dtype, of_weight=of_weight)
+            along = [draw(*y.shape, seed=seed + i, dtype=y.dtype) for i, y in enumerate(outputs)]
+            results.append((*outputs, *torch.autograd.grad(outputs, (weight, given), along)))
+        for i, (plain, known) in enumerate(zip(*results, strict=True)):
+            assert torch.equal(plain, known), f"call {seed}: {i}"
+    half = dtype == torch.float16
+    kept.made["energy", half] *= 4
+    with torch.no_grad():
+        demod = modulation(weight, given, dtype, of_weight=kept).demod
+    assert_close(2 * demod, outputs.demod, "demod of four times the energy")
 
 
 @pytest.mark.parametrize(

@@ -355,7 +355,7 @@ def test_something_may_be_added(upfirdn2d, name, clamp, channels_last):
     expected = alone + (inputs["added"] + inputs["bias"][:, None, None]).clamp(-bound, bound)
     assert_close(function(**inputs), expected, "sum")
     assert_close(function(**{**inputs, "bias": None}), alone + inputs["added"].clamp(-bound, bound), "without bias")
-    if name in ("up", "general"):
+    if clamp and (name, channels_last) in (("up", True), ("general", False)):
         small = {"x": draw(2, 2, 2, 3), "bias": draw(2, seed=3)}
         small["added"] = draw(*upfirdn2d(small["x"], kernel, **settings).shape, seed=2)
         small = {name: small[name] for name in ("x", "added", "bias")}

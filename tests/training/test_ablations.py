@@ -34,8 +34,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "2 scale-specific discriminators": {**LARGE, "discriminator": {"scales": 2}},
     "4 scale-specific discriminators": {**LARGE, "discriminator": {"scales": 4}},
     "larger patches": {"patch": {"resolution": 16}},
-    "uniform scales, T = 1k": {"patch": {"distribution": "uniform", "anneal_kimg": 1000.0}},
-    "uniform scales, T = 5k": {"patch": {"distribution": "uniform", "anneal_kimg": 5000.0}},
     "uniform scales, T = 10k": {"patch": {"distribution": "uniform", "anneal_kimg": 10_000.0}},
     "GRAF's schedule": {"patch": {"distribution": "graf"}},
     "GNeRF's schedule": {"patch": {"distribution": "gnerf"}},
