@@ -24,6 +24,9 @@ TORCH   ?=
 TRITON  ?=
 DEVICE  ?=
 
+# nvcc compiles for minutes what a machine without a GPU does not run; EPIGRAF_FAST_CUDA=1 builds it for another machine.
+CUDA = $(or $(EPIGRAF_FAST_CUDA),$(shell $(PYTHON) -I epigraf_fast/machine.py --cuda --device "$(DEVICE)"))
+
 VENV  := .venv
 READY := $(VENV)/ready
 # A demo needs less than tests, and does with what is there for them.
@@ -81,7 +84,8 @@ $(READY) $(VENV)/demo: $(VENV)/constraints.txt setup.py pyproject.toml $(wildcar
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "The tested versions need Python 3.11 or newer; name one, as in: make PYTHON=python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install -c $< -e '.[$(EXTRA)]'
+	@# Of thousands of modules Python compiles at the first import those that it needs.
+	EPIGRAF_FAST_CUDA=$(CUDA) $(VENV)/bin/python -m pip install --no-compile -c $< -e '.[$(EXTRA)]'
 	@touch $@
 
 # Asked at every call, but touched only when it says something new: that is what re-installs.

@@ -33,12 +33,7 @@ TOOLS = [
     "matplotlib>=3.8",
 ]
 VIEWER = ["viser>=1.1"]
-BENCHMARKS = [
-    "matplotlib>=3.8",
-    "pytest-benchmark>=5",
-    "ninja>=1.11",
-    "pybind11>=2.12",
-]  # they build the extension anew
+BENCHMARKS = ["matplotlib>=3.8", "pytest-benchmark>=5", "ninja>=1.11"]  # they build the extension anew
 
 
 def version() -> str:
@@ -49,16 +44,24 @@ def version() -> str:
 
 CSRC = Path("csrc")
 NOTE = Path("epigraf_fast", "_build.txt")
-# The instruction sets that an x86-64 machine may have; the extension holds the code for each and takes the best.
+# The instruction sets that an x86-64 machine may have. A wheel's extension holds the code for each and takes the best.
+# An editable install's serves the machine that it is built on: it holds the plain one and the best of this machine.
 V3 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"]
 V4 = [*V3, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 # Processors without AVX2 are old: for them the code is compiled in half the time, and is a little slower.
 X86_LEVELS = {"base": ["-O2"], "v3": V3, "v4": V4}
+LEVEL_MACROS = {
+    "v4": {"__AVX512F__", "__AVX512BW__", "__AVX512DQ__", "__AVX512VL__"},
+    "v3": {"__AVX2__", "__FMA__", "__BMI2__"},
+}
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
+
+# What does not compute: Python's headers, and half the time.
+BINDING = [f"-I{sysconfig.get_path('include')}", "-O1"]
 
 
 def extensions() -> list[Extension]:
-    """The compiled part of the package: one pybind11 module `epigraf_fast._C` from csrc/, built by nothing but pip.
+    """The compiled part of the package: one module `epigraf_fast._C` from csrc/, built by nothing but pip.
 
     A machine that cannot build it still gets a package that works (`epigraf doctor` says what is
     missing): `optional` turns a failed build into a warning.
@@ -78,6 +81,32 @@ def compiles(compiler: list[str], *flags: str) -> bool:
             return False
 
 
+def cpu_levels(compiler: list[str], native: bool) -> dict[str, list[str]]:
+    """The instruction sets to compile for, with their flags.
+
+    Args:
+        compiler: What the compiler is called with.
+        native: For this machine alone, unless EPIGRAF_FAST_LEVELS=all; EPIGRAF_FAST_LEVELS=native asks for it.
+    """
+    wanted = os.environ.get("EPIGRAF_FAST_LEVELS", "native" if native else "all")
+    if wanted not in ("native", "all"):
+        raise SystemExit(f"epigraf_fast: EPIGRAF_FAST_LEVELS must be native or all, got {wanted!r}")
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return {"base": []}
+    if wanted == "all":
+        return X86_LEVELS
+    command = [*compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        return X86_LEVELS  # of this machine the compiler knows nothing
+    found = set(re.findall(r"#define (\w+)", result.stdout))
+    best = [level for level, macros in LEVEL_MACROS.items() if macros <= found][:1]
+    if not best:
+        return {"base": X86_LEVELS["base"]}
+    # The plain one then is for a machine that shares the folder and has less: compiled in half the time again.
+    return {"base": ["-O1"], best[0]: X86_LEVELS[best[0]]}
+
+
 def find_nvcc() -> str | None:
     """nvcc, unless EPIGRAF_FAST_CUDA=0; with EPIGRAF_FAST_CUDA=1 its absence ends the build."""
     wanted = os.environ.get("EPIGRAF_FAST_CUDA", "auto")
@@ -86,31 +115,55 @@ def find_nvcc() -> str | None:
     if wanted == "0":
         return None
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(home, "bin"))
+    from_pip = sorted(Path(sysconfig.get_path("purelib"), "nvidia").glob("cu*/bin"), reverse=True)
+    places = [None, os.path.join(home, "bin"), *map(str, from_pip)]
+    nvcc = next((found for place in places if (found := shutil.which("nvcc", path=place))), None)
     if nvcc is None and wanted == "1":
-        raise SystemExit(f"epigraf_fast: EPIGRAF_FAST_CUDA=1, but there is no nvcc in PATH or {home}/bin (CUDA_HOME)")
+        raise SystemExit(
+            f"epigraf_fast: EPIGRAF_FAST_CUDA=1, but there is no nvcc in PATH, {home}/bin (CUDA_HOME) or pip's packages"
+        )
     return nvcc
 
 
-def cuda_archs(nvcc: str) -> list[int]:
-    """Those of sm_70, 80 and 90 that the toolkit can build for."""
-    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
-    return [arch for arch in (70, 80, 90) if f"compute_{arch}" in listed.split()]
+def ask_nvcc(nvcc: str) -> tuple[str, list[int]]:
+    """Its release, as "12.8", and those of sm_70, 80 and 90 that it can build for.
+
+    Raises:
+        CompileError: It does not work, or is too old.
+    """
+
+    def said(flag: str) -> str:
+        result = subprocess.run([nvcc, flag], capture_output=True, text=True, check=False)
+        if result.returncode:
+            words = (result.stderr + result.stdout).split()
+            raise CompileError(f"{nvcc} {flag} fails: {' '.join(words)[:300] or 'it says nothing'}")
+        return result.stdout
+
+    release = re.search(r"release ([\d.]+)", said("--version"))
+    if release is None or float(release[1]) < 12:
+        raise CompileError(f"{nvcc} is {release[1] if release else 'of no known release'}, and 12 or newer is needed")
+    listed = said("--list-gpu-arch").split()
+    archs = [arch for arch in (70, 80, 90) if f"compute_{arch}" in listed]
+    if not archs:
+        raise CompileError(f"{nvcc} {release[1]} builds for none of sm_70, sm_80, sm_90")
+    return release[1], archs
 
 
 class BuildExt(build_ext):
-    """Compiles with ninja: every csrc/X.cpp once for each instruction set, every csrc/X.cu where nvcc is found.
+    """Compiles with ninja: every csrc/X.cpp for each of `cpu_levels`, every csrc/X.cu where nvcc is found.
 
     What made it do with less is kept beside the extension in `NOTE`, where `doctor` reads it.
     """
 
     fault = last_words = ""
+    native = False
 
     def run(self) -> None:
+        self.native = bool(self.inplace or self.editable_mode)  # setuptools forgets it
         try:
             super().run()
         finally:
-            places = {Path(self.build_lib, *NOTE.parts)} | ({NOTE} if self.inplace or self.editable_mode else set())
+            places = {Path(self.build_lib, *NOTE.parts)} | ({NOTE} if self.native else set())
             for place in places:
                 place.unlink(missing_ok=True)
                 if self.fault and place.parent.is_dir():
@@ -129,36 +182,36 @@ class BuildExt(build_ext):
         try:
             self.run_ninja(cxx, nvcc, target)
         except CompileError as error:
-            self.fault = f"{'nvcc' if nvcc else shlex.join(cxx)}: {self.last_words}"
+            self.fault = f"{'nvcc' if nvcc else shlex.join(cxx)}: {self.last_words or error}"
             if os.environ.get("EPIGRAF_FAST_CUDA") == "1":
                 raise SystemExit(f"epigraf_fast: EPIGRAF_FAST_CUDA=1, but {error}") from None
             if nvcc is None:
                 raise
             print(f"epigraf_fast: {error}; once more without CUDA", file=sys.stderr)
-            self.run_ninja(cxx, None, target)
+            try:
+                self.run_ninja(cxx, None, target)
+            except CompileError:
+                self.fault += f"; {shlex.join(cxx)}: {self.last_words}"
+                raise
 
     def run_ninja(self, cxx: list[str], nvcc: str | None, target: Path) -> None:
-        import pybind11
         from ninja import ninja_syntax
 
         folder = Path(self.build_temp, "cuda" if nvcc else "cpu").absolute()
         folder.mkdir(parents=True, exist_ok=True)
         openmp = ["-fopenmp"] if compiles(cxx, "-fopenmp") else []
-        levels = X86_LEVELS if platform.machine() in ("x86_64", "AMD64") else {"base": []}
-        defines = ["-DEPIGRAF_HAS_LEVELS"] if "v4" in levels else []
+        levels = cpu_levels(cxx, self.native)
+        defines = [f"-DEPIGRAF_HAS_{level.upper()}" for level in levels if level != "base"]
         nvcc_flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-ccbin", cxx[0]]
         if nvcc:
-            archs = cuda_archs(nvcc)
-            release = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-            release = re.search(r"release ([\d.]+)", release)[1]
+            release, archs = ask_nvcc(nvcc)
             nvcc_flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
             nvcc_flags.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
             names = " ".join(map(str, archs))
             defines += [f'-DEPIGRAF_CUDA="{release}"', f'-DEPIGRAF_CUDA_ARCHS="{names}"']
-        includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
         with open(folder / "build.ninja", "w", encoding="utf-8") as file:
             ninja = ninja_syntax.Writer(file, width=1000)
-            cxx_command = shlex.join([*cxx, *CXX_FLAGS, *openmp, *defines])
+            cxx_command = shlex.join([*cxx, *CXX_FLAGS, *openmp])
             ninja.rule(
                 "cxx",
                 f"{ninja_syntax.escape(cxx_command)} -MMD -MF $out.d $flags -c $in -o $out",
@@ -177,7 +230,7 @@ class BuildExt(build_ext):
                     for level, flags in levels.items():
                         compile_("cxx", source, f"{source.stem}.{level}", f"-DEPIGRAF_ISA={level}", *flags)
                 else:
-                    compile_("cxx", source, source.stem, "-DEPIGRAF_ISA=base", *includes)
+                    compile_("cxx", source, source.stem, "-DEPIGRAF_ISA=base", *defines, *BINDING)
             linker = shlex.join([*cxx, "-shared", *openmp])
             if nvcc:
                 command = shlex.join([nvcc, *nvcc_flags, *defines])
@@ -190,6 +243,8 @@ class BuildExt(build_ext):
                 for source in sorted(CSRC.glob("*.cu")):
                     compile_("nvcc", source, f"{source.stem}.cuda")
                 flags = [f"-Xcompiler={flag}" for flag in openmp]
+                # Where pip's and conda's have their libraries, and others nothing.
+                flags.append(f"-L{Path(nvcc).resolve().parents[1] / 'lib'}")
                 linker = shlex.join([nvcc, "-shared", "-cudart", "static", "-ccbin", cxx[0], *flags])
             ninja.rule("link", f"{ninja_syntax.escape(linker)} $in -o $out")
             ninja.build(str(target), "link", objects)
@@ -198,6 +253,9 @@ class BuildExt(build_ext):
         if result.returncode:
             print(result.stdout, result.stderr, file=sys.stderr)
             lines = [line.strip() for line in result.stdout.splitlines() if line.strip()]
+            lines = [
+                line for line in lines if not re.match(r"ninja: |FAILED: |\[\d+/\d+\] |" + re.escape(cxx[0]), line)
+            ]
             telling = [line for line in lines if re.search(r"\berror\b|unsupported", line, re.IGNORECASE)]
             self.last_words = " ".join([*dict.fromkeys(telling or lines or ["it says nothing"])][:3])[:400]
             raise CompileError("the extension does not compile (see above)")

@@ -167,6 +167,7 @@ if [ "$MODE" != cpu ] && ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.c
   exit 1
 fi
 
+rest=(120 30 60) # check, autotune, report
 case $MODE in
   full)
     tests=300 sanitize=60 demo=180 demo_args=()
@@ -192,12 +193,12 @@ case $MODE in
     ops=(bench.ops --size tiny --op decode_triplane,bias_act --mode step,double --budget 0.02)
     renderer=(bench.ops --size tiny --op renderer --mode step --budget 0.02)
     step=(bench.step --size tiny --variants ours-fp32,published --seconds 0.2)
-    times=(1800 1800 1800 1800)
+    times=(1800 1800 1800 1800) rest=(1800 1800 1800)
     ;;
 esac
 
 part build "${times[0]}" bash -c build
-part check 120 bash -c check
+part check "${rest[0]}" bash -c check
 
 # The training takes minutes and little of the GPU: it runs beside the tests, and ends before anything is measured.
 demo_process='' demo_begun=$SECONDS
@@ -223,11 +224,11 @@ part ops "${times[1]}" "$PYTHON" -m "${ops[@]}" --json "$OUT/$KIND-ops.json"
 part renderer "${times[2]}" "$PYTHON" -m "${renderer[@]}" --json "$OUT/$KIND-renderer.json"
 part step "${times[3]}" "$PYTHON" -m "${step[@]}" --json "$OUT/$KIND-step.json"
 if [ -f bench/ops/tune.py ]; then
-  part autotune 30 bash -c run_autotune
+  part autotune "${rest[1]}" bash -c run_autotune
 else
   skip autotune "this checkout has no bench/ops/tune.py"
 fi
-part report 60 bash -c run_report
+part report "${rest[2]}" bash -c run_report
 
 echo
 echo "== $MODE, $SECONDS s, logs in $LOGS"

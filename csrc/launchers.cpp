@@ -2,8 +2,8 @@
 
 namespace epigraf {
 
-CpuLevel best_cpu_level() {
-#if defined(EPIGRAF_HAS_LEVELS)
+CpuLevel processor_level() {
+#if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -14,9 +14,15 @@ CpuLevel best_cpu_level() {
   return CpuLevel::base;
 }
 
+bool has_cpu_level(CpuLevel level) { return is_built(level) && level <= processor_level(); }
+
 namespace {
+CpuLevel best() {
+  if (has_cpu_level(CpuLevel::v4)) return CpuLevel::v4;
+  return has_cpu_level(CpuLevel::v3) ? CpuLevel::v3 : CpuLevel::base;
+}
 CpuLevel& level_in_use() {
-  static CpuLevel level = best_cpu_level();
+  static CpuLevel level = best();
   return level;
 }
 }  // namespace

@@ -211,13 +211,21 @@ def constraints(text: str, torch: str, triton: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Chooses torch by what this machine has.")
-    parser.add_argument("constraints", type=Path)
-    parser.add_argument("output", type=Path, help="written anew only where it changes")
+    parser.add_argument("constraints", type=Path, nargs="?")
+    parser.add_argument("output", type=Path, nargs="?", help="written anew only where it changes")
+    parser.add_argument(
+        "--cuda", action="store_true", help="prints EPIGRAF_FAST_CUDA instead: 0 without a GPU, else auto"
+    )
     parser.add_argument("--torch", default="", help="this one, whatever the machine has")
     parser.add_argument("--triton", default="", help="this one, instead of the one that torch was released with")
     parser.add_argument("--device", default="", help="cpu: GPUs do not matter")
     parser.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    if args.cuda:
+        print("auto" if args.device != "cpu" and not hidden() and look(args.root).has_gpu else "0")
+        return 0
+    if args.output is None:
+        parser.error("name constraints and output")
     if args.torch:
         choice = Choice(args.torch, f"TORCH={args.torch} ({look(args.root)})")
     elif args.device == "cpu" or hidden():

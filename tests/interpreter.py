@@ -1,4 +1,4 @@
-"""Triton's interpreter, told not to do again what it has done.
+"""Triton's interpreter, told not to do again what it has done, and to take the number out of an array of one.
 
 At every call of a device function it replaces the functions of `triton.language` by its own, for every operation it
 builds tables and types anew, and for every sum of integers it computes whether it overflows, which nobody then asks.
@@ -19,7 +19,20 @@ def hasten() -> None:
         _patch_once_a_launch(interpreter)
     if all(hasattr(interpreter, name) for name in ("interpreter_builder", "interpreter_semantic")):
         _ask_for_what_is_used(interpreter)
+    if hasattr(interpreter, "_patch_lang_tensor"):
+        _count_by_arrays_of_one(interpreter)
     _build_types_once(interpreter.tl.core)
+
+
+def _count_by_arrays_of_one(interpreter: Any) -> None:
+    """`range(n)` of a number that a kernel has computed: Triton 3.6 asks numpy for what numpy 2.4 gives no more."""
+    patch = interpreter._patch_lang_tensor
+
+    def patch_tensor(tensor: Any, *scope: Any) -> None:
+        patch(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_tensor
 
 
 def _patch_once_a_launch(interpreter: Any) -> None:

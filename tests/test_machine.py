@@ -104,6 +104,20 @@ def test_without_a_gpu(computer, monkeypatch) -> None:
     assert "nvidia-smi fails: NVIDIA-SMI has failed" in choice.reason
 
 
+def test_nvcc_is_for_machines_with_a_gpu(computer, monkeypatch, capsys) -> None:
+    def said(*words: str) -> str:
+        assert machine.main(["--cuda", "--root", str(computer.root), *words]) == 0
+        return capsys.readouterr().out.strip()
+
+    monkeypatch.setenv("PATH", str(computer.bin))
+    assert said() == "0"
+    computer.nvidia_smi("580.65.06", H100)
+    assert said() == "auto"
+    assert said("--device", "cpu") == "0"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert said() == "0"
+
+
 def test_a_broken_nvidia_smi_and_the_files_of_the_driver(computer, monkeypatch) -> None:
     """Without device nodes the driver is another's: of the host of a container that was given no GPU."""
     computer.nvidia_smi("", first=BROKEN).driver("580.65.06", "Tesla V100-PCIE-16GB", open_=True)

@@ -164,12 +164,14 @@ def test_what_a_command_imports_is_found() -> None:
 def test_the_demo_installs_its_extra_and_tests_theirs(tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MFLAGS")}
 
-    def steps(target: str) -> str:
-        command = ["make", "-n", f"VENV={tmp_path}", f"PYTHON={sys.executable}", target]
+    def steps(target: str, *words: str) -> str:
+        command = ["make", "-n", f"VENV={tmp_path}", f"PYTHON={sys.executable}", target, *words]
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
 
     assert "-e '.[demo]'" in steps("demo")
     assert ".[test]" not in steps("demo")
+    assert "EPIGRAF_FAST_CUDA=0 " in steps("demo", "DEVICE=cpu")  # nvcc would compile for minutes what is never run
+    assert "EPIGRAF_FAST_CUDA=1 " in steps("demo", "DEVICE=cpu", "EPIGRAF_FAST_CUDA=1")
     assert "-e '.[test]'" in steps("test")
     (tmp_path / "constraints.txt").touch()
     os.utime(tmp_path / "constraints.txt", (0, 0))
@@ -221,7 +223,8 @@ def test_what_a_compiler_says_is_kept(tmp_path: Path) -> None:
         """#!/bin/sh
 case "$*" in
   *--list-gpu-arch*) echo compute_80 ;;
-  *--version*) echo "Cuda compilation tools, release 13.0, V13.0.88" ;;
+  *--version*) [ "$RELEASE" ] || { echo "libcuda.so.1: not found" >&2; exit 127; }
+    echo "Cuda compilation tools, release $RELEASE, V$RELEASE.88" ;;
   *) echo "host_config.h: #error -- unsupported GNU version! gcc versions later than 15 are not supported!"; exit 1 ;;
 esac
 """
@@ -237,13 +240,48 @@ while [ $# -gt 0 ]; do case "$1" in -o | -MF) echo "$3:" >"$2" ;; esac; shift; d
         (tmp_path / tool).chmod(0o755)
     (tmp_path / "lib/epigraf_fast").mkdir(parents=True)
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    for cuda, full, words in (
-        ("0", "1", "c++: cc1plus: error: out of memory\n"),
-        ("auto", "", "nvcc: host_config.h: #error -- unsupported GNU version!"),
+    for cuda, release, full, words in (
+        ("0", "", "1", "c++: cc1plus: error: out of memory\n"),
+        ("auto", "13.0", "", "nvcc: host_config.h: #error -- unsupported GNU version!"),
+        ("auto", "11.8", "", f"nvcc: {tmp_path}/nvcc is 11.8, and 12 or newer is needed\n"),
+        ("auto", "", "", f"nvcc: {tmp_path}/nvcc --version fails: libcuda.so.1: not found\n"),
     ):
-        result = build_extension(tmp_path, CXX="c++", EPIGRAF_FAST_CUDA=cuda, PATH=path, FULL=full)
+        result = build_extension(tmp_path, CXX="c++", EPIGRAF_FAST_CUDA=cuda, PATH=path, FULL=full, RELEASE=release)
         assert result.returncode == 0, result.stderr
         assert words in (tmp_path / "lib/epigraf_fast/_build.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("macros", "environment", "native", "levels"),
+    [
+        ("AVX2 FMA BMI2 AVX512F AVX512BW AVX512DQ AVX512VL", {}, True, "base v4"),
+        ("AVX2 FMA BMI2 AVX512F", {}, True, "base v3"),
+        ("SSE2", {}, True, "base"),
+        ("SSE2", {}, False, "base v3 v4"),
+        ("AVX2 FMA BMI2", {"EPIGRAF_FAST_LEVELS": "native"}, False, "base v3"),
+        ("AVX2 FMA BMI2", {"EPIGRAF_FAST_LEVELS": "all"}, True, "base v3 v4"),
+        (None, {}, True, "base v3 v4"),
+    ],
+)
+def test_an_editable_install_is_for_its_machine(
+    macros: str | None,
+    environment: dict[str, str],
+    native: bool,
+    levels: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compiler = tmp_path / "c++"
+    said = "exit 1" if macros is None else "\n".join(f"echo '#define __{macro}__ 1'" for macro in macros.split())
+    compiler.write_text(f"#!/bin/sh\n{said}\n")
+    compiler.chmod(0o755)
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.delenv("EPIGRAF_FAST_LEVELS", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    cpu_levels = runpy.run_path(str(ROOT / "setup.py"))["cpu_levels"]
+    assert " ".join(cpu_levels([str(compiler)], native)) == levels
 
 
 def test_cuda_that_is_asked_for_ends_the_build_without_a_compiler(tmp_path: Path) -> None:
@@ -258,6 +296,21 @@ def test_cuda_that_is_asked_for_ends_the_build_without_a_compiler(tmp_path: Path
     assert last.startswith("epigraf_fast: EPIGRAF_FAST_CUDA=1, but there is no C++17 compiler (/nowhere/c++"), (
         result.stderr
     )
+
+
+def test_nvcc_of_pip_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("EPIGRAF_FAST_CUDA", raising=False)
+    find_nvcc = runpy.run_path(str(ROOT / "setup.py"))["find_nvcc"]
+    assert find_nvcc() is None
+    for place in ("nvidia/cu13/bin", "home/bin"):  # what CUDA_HOME names goes before
+        nvcc = tmp_path / place / "nvcc"
+        nvcc.parent.mkdir(parents=True)
+        nvcc.touch(mode=0o755)
+        assert find_nvcc() == str(nvcc)
 
 
 def test_cuda_that_is_asked_for_and_missing_ends_the_build(tmp_path: Path) -> None:
@@ -277,6 +330,12 @@ def test_unknown_choice_of_cuda_is_refused(tmp_path: Path) -> None:
     result = build_extension(tmp_path, EPIGRAF_FAST_CUDA="yes")
     assert result.returncode == 1
     assert result.stderr.strip().endswith("EPIGRAF_FAST_CUDA must be 0, 1 or auto, got 'yes'")
+
+
+def test_unknown_choice_of_levels_is_refused(tmp_path: Path) -> None:
+    result = build_extension(tmp_path, EPIGRAF_FAST_CUDA="0", EPIGRAF_FAST_LEVELS="v3")
+    assert result.returncode == 1
+    assert result.stderr.strip().endswith("EPIGRAF_FAST_LEVELS must be native or all, got 'v3'")
 
 
 def test_kernels_refuses_its_folder_name() -> None:

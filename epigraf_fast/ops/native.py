@@ -47,10 +47,24 @@ def lacking(backend: str) -> str | None:
     if isinstance(module, str):
         return module
     if backend == "cuda" and not module.cuda_built:
-        return f"the extension is built without CUDA{_why()}: EPIGRAF_FAST_CUDA=1 pip install, with nvcc in PATH"
+        nvcc = "with nvcc in PATH, or that of pip's packages (docs/install.md)"
+        return f"the extension is built without CUDA{_why()}: EPIGRAF_FAST_CUDA=1 pip install, {nvcc}"
     if backend == "cuda" and not torch.cuda.is_available():
         return "there is no CUDA device"
     return _unfit(**module.build_info()) if backend == "cuda" else None
+
+
+def cpu_level() -> tuple[str, str | None] | None:
+    """The instruction set that the CPU's launchers use, and the better one that this processor has and the build lacks.
+
+    Either is "base" for plain x86-64 (or another kind of processor), "v3" for AVX2, "v4" for AVX-512. None without the
+    extension.
+    """
+    module = extension()
+    if isinstance(module, str):
+        return None
+    best = module.processor_level()
+    return module.cpu_level(), None if best in module.build_info()["cpu_levels"].split() else best
 
 
 def _why() -> str:

@@ -22,7 +22,7 @@ import torch
 
 from .. import __version__, machine
 from ..config import preset
-from ..ops import backends, verdicts
+from ..ops import backends, native, verdicts
 from ..training import proof
 from ..training.metrics import PACKAGES as METRICS_PACKAGES
 from ..training.networks import find_device
@@ -51,7 +51,8 @@ def report() -> Report:
 
     Returns:
         versions: name -> version, or None where it is not there.
-        cpu: `threads` that torch uses and `capability`, its vector instructions.
+        cpu: `threads` that torch uses, `capability`, its vector instructions, and `level`, those of the extension, with
+            what the processor has beyond, see `native.cpu_level`.
         cuda: `reason` why there is no GPU, or None, and `gpus`, each with name, capability, memory_gib, driver and
             `reason` why torch cannot run on it, or None.
         backends: op -> backend -> None if it can be used here, else the reason why not.
@@ -72,7 +73,11 @@ def report() -> Report:
             "numpy": _version("numpy"),
             "nvcc": _nvcc(),
         },
-        "cpu": {"threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability()},
+        "cpu": {
+            "threads": torch.get_num_threads(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "level": native.cpu_level(),
+        },
         "cuda": cuda,
         "backends": backends.status(),
         "defaults": {op: {device: backends.resolve(op, None, device) for device in devices} for op in backends.OPS},
@@ -114,7 +119,7 @@ def format_backends(report: Report, chosen: dict[str, str] | None = None) -> str
 def format_report(report: Report) -> str:
     """The whole report as text."""
     cpu, cuda = report["cpu"], report["cuda"]
-    devices = [["cpu", f"{cpu['threads']} threads, {cpu['capability']}"]]
+    devices = [["cpu", f"{cpu['threads']} threads, {cpu['capability']}{_level(cpu['level'])}"]]
     for index, gpu in enumerate(cuda["gpus"]):
         facts = f"{gpu['name']}, sm_{gpu['capability']}, {gpu['memory_gib']} GiB, driver {gpu['driver'] or 'unknown'}"
         devices.append([f"cuda:{index}", facts + (f"; cannot be used: {gpu['reason']}" if gpu["reason"] else "")])
@@ -135,6 +140,14 @@ def format_report(report: Report) -> str:
         "off by default": report["opt_in"],
     }
     return "\n\n".join("\n  ".join([title, *lines]) for title, lines in sections.items() if lines)
+
+
+def _level(level: tuple[str, str | None] | None) -> str:
+    if level is None:
+        return ""
+    used, better = level
+    advice = "pip install again, on this machine or with EPIGRAF_FAST_LEVELS=all"
+    return f", extension for {used}" + (f", and this processor has {better}: {advice}" if better else "")
 
 
 def _columns(rows: list[list[str]]) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 
 from checks import HANG
 from epigraf_fast import __version__, machine
-from epigraf_fast.ops import backends
+from epigraf_fast.ops import backends, native
 from epigraf_fast.tools import doctor
 
 
@@ -64,6 +64,16 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     report = doctor.report()
     assert report["extras"] == {"metrics": ["no-such-package"]}
     assert "missing: pip install no-such-package" in doctor.format_report(report)
+
+
+def test_an_extension_from_another_machine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = doctor.report()
+    built = SimpleNamespace(cpu_level=lambda: "base", build_info=lambda: {"cpu_levels": "base v4"})
+    monkeypatch.setattr(native, "extension", lambda: built)
+    for best, said in (("v3", ", extension for base, and this processor has v3: pip install"), ("base", "for base\n")):
+        built.processor_level = lambda best=best: best
+        cpu = {"threads": 2, "capability": "AVX2", "level": native.cpu_level()}
+        assert said in doctor.format_report({**report, "cpu": cpu})
 
 
 @pytest.mark.parametrize(
