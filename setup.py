@@ -33,7 +33,12 @@ TOOLS = [
     "matplotlib>=3.8",
 ]
 VIEWER = ["viser>=1.1"]
-BENCHMARKS = ["matplotlib>=3.8", "pytest-benchmark>=5", "ninja>=1.11"]  # they build the extension anew
+BENCHMARKS = [
+    "matplotlib>=3.8",
+    "pytest-benchmark>=5",
+    "ninja>=1.11",
+    "pybind11>=2.12",
+]  # they build the extension anew
 
 
 def version() -> str:
@@ -56,12 +61,9 @@ LEVEL_MACROS = {
 }
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
 
-# What does not compute: Python's headers, and half the time.
-BINDING = [f"-I{sysconfig.get_path('include')}", "-O1"]
-
 
 def extensions() -> list[Extension]:
-    """The compiled part of the package: one module `epigraf_fast._C` from csrc/, built by nothing but pip.
+    """The compiled part of the package: one pybind11 module `epigraf_fast._C` from csrc/, built by nothing but pip.
 
     A machine that cannot build it still gets a package that works (`epigraf doctor` says what is
     missing): `optional` turns a failed build into a warning.
@@ -195,6 +197,7 @@ class BuildExt(build_ext):
                 raise
 
     def run_ninja(self, cxx: list[str], nvcc: str | None, target: Path) -> None:
+        import pybind11
         from ninja import ninja_syntax
 
         folder = Path(self.build_temp, "cuda" if nvcc else "cpu").absolute()
@@ -202,6 +205,8 @@ class BuildExt(build_ext):
         openmp = ["-fopenmp"] if compiles(cxx, "-fopenmp") else []
         levels = cpu_levels(cxx, self.native)
         defines = [f"-DEPIGRAF_HAS_{level.upper()}" for level in levels if level != "base"]
+        # What does not compute is compiled in less time.
+        binding = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}", "-O1"]
         nvcc_flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-ccbin", cxx[0]]
         if nvcc:
             release, archs = ask_nvcc(nvcc)
@@ -230,7 +235,7 @@ class BuildExt(build_ext):
                     for level, flags in levels.items():
                         compile_("cxx", source, f"{source.stem}.{level}", f"-DEPIGRAF_ISA={level}", *flags)
                 else:
-                    compile_("cxx", source, source.stem, "-DEPIGRAF_ISA=base", *defines, *BINDING)
+                    compile_("cxx", source, source.stem, "-DEPIGRAF_ISA=base", *defines, *binding)
             linker = shlex.join([*cxx, "-shared", *openmp])
             if nvcc:
                 command = shlex.join([nvcc, *nvcc_flags, *defines])

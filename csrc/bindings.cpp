@@ -1,18 +1,21 @@
-// epigraf_fast._C: the launchers, on raw pointers. With binding.h the only file that knows Python, so
-// every argument of every launcher is named here.
+// epigraf_fast._C: the launchers, on raw pointers. The only file that knows Python, so every argument of every launcher is
+// named here.
 //
 // What cannot be right never reaches a kernel: sizes, codes, null and misaligned pointers are refused with a ValueError.
 // The GIL is released while a launcher works.
+#include <pybind11/pybind11.h>
+
 #include <algorithm>
 #include <cmath>
 #include <string>
 
 #include "bias_act.h"
-#include "binding.h"
 #include "decode_triplane.h"
 #include "layer_epilogue.h"
 #include "modulation.h"
 #include "upfirdn2d.h"
+
+namespace py = pybind11;
 
 namespace {
 
@@ -21,7 +24,7 @@ using epigraf::i64;
 using Pointer = std::uintptr_t;
 
 void require(bool good, const std::string& op, const std::string& what) {
-  if (!good) throw std::invalid_argument(op + ": " + what);
+  if (!good) throw py::value_error(op + ": " + what);
 }
 
 constexpr i64 kMostElements = i64(1) << 48, kMostSide = 1 << 24;
@@ -64,44 +67,37 @@ struct Check {
 
 i64 compute_size(DType dtype) { return dtype == DType::f64 ? 8 : 4; }
 
-// Call name_cpu(..., threads) and name_cuda(..., stream); `make` turns what comes before into Args.
-template <typename Args, typename Last, typename... P, std::size_t... I>
-void launch(const char* name, const python::Arguments& given, Args (*make)(const Check&, P...),
-            void (*launcher)(const Args&, Last), std::index_sequence<I...>) {
-  const Last last = given.get<Last>(sizeof...(P));
-  const Check check{name};
-  if (std::is_same_v<Last, int>) check.size("threads", static_cast<i64>(last), 1);
-  const Args args = make(check, given.get<P>(I)...);
-  const python::WithoutTheGil released;
-  launcher(args, last);
+// Define name_cpu(..., threads) and name_cuda(..., stream); `make` turns what comes before into Args.
+template <typename Args, typename... P>
+void define_cpu(py::module_& m, const char* name, Args (*make)(const Check&, P...), void (*launch)(const Args&, int)) {
+  m.def((std::string(name) + "_cpu").c_str(), [=](P... p, int threads) {
+    const Check check{name};
+    check.size("threads", threads, 1);
+    const Args args = make(check, p...);
+    py::gil_scoped_release release;
+    launch(args, threads);
+  });
 }
 
-template <typename Args, typename Last, typename... P>
-PyObject* launch(const char* name, PyObject* const* values, Py_ssize_t count, Args (*make)(const Check&, P...),
-                 void (*launcher)(const Args&, Last)) {
-  try {
-    const python::Arguments given(name, values, count, sizeof...(P) + 1);
-    launch(name, given, make, launcher, std::make_index_sequence<sizeof...(P)>());
-    Py_RETURN_NONE;
-  } catch (...) {
-    return python::raise();
-  }
+template <typename Args, typename... P>
+void define_cuda(py::module_& m, const char* name, Args (*make)(const Check&, P...),
+                 void (*launch)(const Args&, std::uintptr_t)) {
+  m.def((std::string(name) + "_cuda").c_str(), [=](P... p, std::uintptr_t stream) {
+    const Args args = make(Check{name}, p...);
+    py::gil_scoped_release release;
+    launch(args, stream);
+  });
 }
 
-#define EPIGRAF_METHOD(name, ...) \
-  python::method(name, [](PyObject*, PyObject* const* values, Py_ssize_t count) -> PyObject* { return __VA_ARGS__; })
-#define EPIGRAF_FUNCTION(name) EPIGRAF_METHOD(#name, python::call(#name, name, values, count))
-#define EPIGRAF_ON(device, name) \
-  EPIGRAF_METHOD(#name "_" #device, launch(#name, values, count, name, epigraf::name##_##device))
 #if defined(EPIGRAF_EMULATED)
-#define EPIGRAF_ON_CPU(name)
+#define EPIGRAF_DEFINE_CPU(m, name) static_cast<void>(name)
 #else
-#define EPIGRAF_ON_CPU(name) EPIGRAF_ON(cpu, name),
+#define EPIGRAF_DEFINE_CPU(m, name) define_cpu(m, #name, name, epigraf::name##_cpu)
 #endif
 #if defined(EPIGRAF_CUDA)
-#define EPIGRAF_ON_BOTH(name) EPIGRAF_ON_CPU(name) EPIGRAF_ON(cuda, name),
+#define EPIGRAF_DEFINE(m, name) (EPIGRAF_DEFINE_CPU(m, name), define_cuda(m, #name, name, epigraf::name##_cuda))
 #else
-#define EPIGRAF_ON_BOTH(name) EPIGRAF_ON_CPU(name)
+#define EPIGRAF_DEFINE(m, name) EPIGRAF_DEFINE_CPU(m, name)
 #endif
 
 // ---- bias_act
@@ -168,9 +164,16 @@ epigraf::BiasActArgs bias_act_double_bwd(const Check& check, Pointer grad_grad_x
   return args;
 }
 
-i64 bias_act_parts(i64 count, i64 channels, i64 inner) {
-  const auto args = bias_act_common(Check{"bias_act_parts"}, 0, 0, 1, 1, count, channels, inner);
-  return args.count > 0 ? epigraf::base::bias_act_parts(args.count, args.channels, args.inner) : 0;
+void bind_bias_act(py::module_& m) {
+  m.attr("BIAS_ACT_ACTIVATIONS") =
+      py::make_tuple("linear", "relu", "lrelu", "tanh", "sigmoid", "elu", "selu", "softplus", "swish");
+  m.def("bias_act_parts", [](i64 count, i64 channels, i64 inner) {
+    const auto args = bias_act_common(Check{"bias_act_parts"}, 0, 0, 1, 1, count, channels, inner);
+    return args.count > 0 ? epigraf::base::bias_act_parts(args.count, args.channels, args.inner) : 0;
+  });
+  EPIGRAF_DEFINE(m, bias_act_fwd);
+  EPIGRAF_DEFINE(m, bias_act_bwd);
+  EPIGRAF_DEFINE(m, bias_act_double_bwd);
 }
 
 // ---- upfirdn2d
@@ -217,6 +220,8 @@ epigraf::UpFirDnArgs upfirdn2d(const Check& check, Pointer x, Pointer taps, Poin
   args.y = check.pointer("y", y, size, outputs);
   return args;
 }
+
+void bind_upfirdn2d(py::module_& m) { EPIGRAF_DEFINE(m, upfirdn2d); }
 
 // ---- layer_epilogue
 
@@ -337,11 +342,16 @@ epigraf::LayerEpilogueArgs layer_epilogue_double_bwd(
   return args;
 }
 
-// How many numbers `partials` must hold.
-i64 layer_epilogue_partials(i64 batch, i64 channels, i64 height, i64 width, bool blur, bool cuda) {
-  const i64 parts = cuda ? epigraf::base::layer_epilogue_parts_cuda(height, width, blur)
-                         : epigraf::base::layer_epilogue_blocks(height, blur);
-  return batch * parts * epigraf::base::kLayerSums * channels;
+void bind_layer_epilogue(py::module_& m) {
+  // How many numbers `partials` must hold.
+  m.def("layer_epilogue_partials", [](i64 batch, i64 channels, i64 height, i64 width, bool blur, bool cuda) {
+    const i64 parts = cuda ? epigraf::base::layer_epilogue_parts_cuda(height, width, blur)
+                           : epigraf::base::layer_epilogue_blocks(height, blur);
+    return batch * parts * epigraf::base::kLayerSums * channels;
+  });
+  EPIGRAF_DEFINE(m, layer_epilogue_fwd);
+  EPIGRAF_DEFINE(m, layer_epilogue_bwd);
+  EPIGRAF_DEFINE(m, layer_epilogue_double_bwd);
 }
 
 // ---- modulation
@@ -394,6 +404,11 @@ epigraf::ModulationArgs modulation_bwd(const Check& check, Pointer weight, Point
   args.stride_in = check.size("stride_in", stride_in);
   args.stride_tap = check.size("stride_tap", stride_tap);
   return args;
+}
+
+void bind_modulation(py::module_& m) {
+  EPIGRAF_DEFINE(m, modulation_fwd);
+  EPIGRAF_DEFINE(m, modulation_bwd);
 }
 
 // ---- decode_triplane
@@ -476,71 +491,59 @@ epigraf::DecodeTriplaneArgs decode_triplane_bwd(const Check& check, Pointer plan
   return args;
 }
 
+void bind_decode_triplane(py::module_& m) {
+  EPIGRAF_DEFINE_CPU(m, decode_triplane_fwd);
+  EPIGRAF_DEFINE_CPU(m, decode_triplane_bwd);
+}
+
 // ---- the build
 
 const char* const kLevels[] = {"base", "v3", "v4"};
 
-const char* cpu_level() { return kLevels[static_cast<int>(epigraf::cpu_level())]; }
-const char* processor_level() { return kLevels[static_cast<int>(epigraf::processor_level())]; }
-
-void set_cpu_level(std::string name) {
-  for (int level = 0; level < 3; level++)
-    if (name == kLevels[level] && epigraf::has_cpu_level(static_cast<epigraf::CpuLevel>(level)))
-      return epigraf::set_cpu_level(static_cast<epigraf::CpuLevel>(level));
-  throw std::invalid_argument("set_cpu_level: this processor or build has no level '" + name + "'");
-}
-
+void bind_build(py::module_& m) {
 #if defined(EPIGRAF_CUDA)
-constexpr const char *kCuda = EPIGRAF_CUDA, *kCudaArchs = EPIGRAF_CUDA_ARCHS;
+  m.attr("cuda_built") = true;
 #else
-constexpr const char *kCuda = nullptr, *kCudaArchs = nullptr;
+  m.attr("cuda_built") = false;
 #endif
-
+  m.def("build_info", [] {
+    py::dict info;
+    info["compiler"] = __VERSION__;
+    py::list levels;
+    for (int level = 0; level < 3; level++)
+      if (epigraf::is_built(static_cast<epigraf::CpuLevel>(level))) levels.append(kLevels[level]);
+    info["cpu_levels"] = levels;
 #if defined(_OPENMP)
-constexpr bool kOpenMP = true;
+    info["openmp"] = true;
 #else
-constexpr bool kOpenMP = false;
+    info["openmp"] = false;
 #endif
-
-PyObject* build_info(PyObject*, PyObject* const*, Py_ssize_t) {
-  std::string levels;
-  for (int level = 0; level < 3; level++)
-    if (epigraf::is_built(static_cast<epigraf::CpuLevel>(level))) levels += std::string(levels.empty() ? "" : " ") + kLevels[level];
-  return Py_BuildValue("{s:s, s:s, s:O, s:z, s:z}", "compiler", __VERSION__, "cpu_levels", levels.c_str(), "openmp",
-                       kOpenMP ? Py_True : Py_False, "cuda", kCuda, "cuda_archs", kCudaArchs);
+#if defined(EPIGRAF_CUDA)
+    info["cuda"] = EPIGRAF_CUDA;
+    info["cuda_archs"] = EPIGRAF_CUDA_ARCHS;
+#else
+    info["cuda"] = py::none();
+    info["cuda_archs"] = py::none();
+#endif
+    return info;
+  });
+  m.def("cpu_level", [] { return kLevels[static_cast<int>(epigraf::cpu_level())]; });
+  m.def("processor_level", [] { return kLevels[static_cast<int>(epigraf::processor_level())]; });
+  m.def("set_cpu_level", [](const std::string& name) {
+    for (int level = 0; level < 3; level++)
+      if (name == kLevels[level] && epigraf::has_cpu_level(static_cast<epigraf::CpuLevel>(level)))
+        return epigraf::set_cpu_level(static_cast<epigraf::CpuLevel>(level));
+    throw py::value_error("set_cpu_level: this processor or build has no level '" + name + "'");
+  });
 }
-
-PyMethodDef methods[] = {
-    python::method("build_info", build_info),
-    EPIGRAF_FUNCTION(cpu_level),
-    EPIGRAF_FUNCTION(processor_level),
-    EPIGRAF_FUNCTION(set_cpu_level),
-    EPIGRAF_FUNCTION(bias_act_parts),
-    EPIGRAF_FUNCTION(layer_epilogue_partials),
-    EPIGRAF_ON_BOTH(bias_act_fwd)
-    EPIGRAF_ON_BOTH(bias_act_bwd)
-    EPIGRAF_ON_BOTH(bias_act_double_bwd)
-    EPIGRAF_ON_BOTH(upfirdn2d)
-    EPIGRAF_ON_BOTH(layer_epilogue_fwd)
-    EPIGRAF_ON_BOTH(layer_epilogue_bwd)
-    EPIGRAF_ON_BOTH(layer_epilogue_double_bwd)
-    EPIGRAF_ON_BOTH(modulation_fwd)
-    EPIGRAF_ON_BOTH(modulation_bwd)
-    EPIGRAF_ON_CPU(decode_triplane_fwd)
-    EPIGRAF_ON_CPU(decode_triplane_bwd)
-    {nullptr, nullptr, 0, nullptr},
-};
-
-PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 
-PyMODINIT_FUNC PyInit__C() {
-  PyObject* module = PyModule_Create(&definition);
-  PyObject* acts = Py_BuildValue("(sssssssss)", "linear", "relu", "lrelu", "tanh", "sigmoid", "elu", "selu", "softplus", "swish");
-  if (module && acts && PyModule_AddObject(module, "BIAS_ACT_ACTIVATIONS", acts) == 0 &&
-      PyModule_AddObject(module, "cuda_built", PyBool_FromLong(kCuda != nullptr)) == 0)
-    return module;
-  Py_XDECREF(module);
-  return nullptr;
+PYBIND11_MODULE(_C, m) {
+  bind_build(m);
+  bind_bias_act(m);
+  bind_upfirdn2d(m);
+  bind_layer_epilogue(m);
+  bind_modulation(m);
+  bind_decode_triplane(m);
 }

@@ -64,6 +64,10 @@ def module() -> ModuleType | str:
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     if shutil.which(compiler[0]) is None:
         return "there is no C++ compiler"
+    try:
+        import pybind11
+    except ImportError:
+        return "pybind11 is not installed"
     files = sorted([*CSRC.glob("*.h"), *CSRC.glob("*.c*"), *EMULATION.glob("*"), Path(__file__)])
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
     folder = CSRC.parent / "build" / "emulated"
@@ -72,14 +76,15 @@ def module() -> ModuleType | str:
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
-            _build(compiler, target)
+            includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+            _build(compiler, includes, target)
     spec = importlib.util.spec_from_file_location("_C", target)
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded
 
 
-def _build(compiler: list[str], target: Path) -> None:
+def _build(compiler: list[str], includes: list[str], target: Path) -> None:
     sources = [CSRC / "bindings.cpp", CSRC / "launchers.cpp", *sorted(CSRC.glob("*.cu"))]
     with tempfile.TemporaryDirectory(dir=target.parent) as name:
         folder = Path(name)
@@ -92,7 +97,7 @@ def _build(compiler: list[str], target: Path) -> None:
                 source.write_text(text)
                 flags = [*FLAGS, *CUDA, "-include", "cuda_runtime.h"]
             elif source.stem == "bindings":
-                flags += [*CUDA, f"-I{sysconfig.get_path('include')}"]
+                flags += [*CUDA, *includes]
             out = folder / f"{source.stem}.o"
             subprocess.run([*compiler, *flags, "-c", str(source), "-o", str(out)], check=True)
             return out

@@ -64,7 +64,7 @@ def cpu_level() -> tuple[str, str | None] | None:
     if isinstance(module, str):
         return None
     best = module.processor_level()
-    return module.cpu_level(), None if best in module.build_info()["cpu_levels"].split() else best
+    return module.cpu_level(), None if best in module.build_info()["cpu_levels"] else best
 
 
 def _why() -> str:

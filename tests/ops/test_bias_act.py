@@ -292,12 +292,6 @@ def test_without_a_clamp_linear_saves_nothing(bias_act, backend):
         ({"channels": 4}, "count must be a multiple of channels * inner, got 6, 4 and 1"),
         ({"inner": 1 << 48}, "count must be a multiple of channels * inner"),
         ({"threads": 0}, "threads must be at least 1"),
-        ({"x": -4}, "argument 1 must be an address, got -4"),
-        ({"dtype": 1 << 32}, "argument 4 must be a number of 32 bits, got 4294967296"),
-        ({"count": 1 << 63}, "argument 8 must be a number of 64 bits, got 9223372036854775808"),
-        ({"act": 1.0}, "argument 5 must be a whole number, got 1.0"),
-        ({"gain": "1"}, "argument 6 must be a number, got '1'"),
-        ({"more": 1}, "takes 11 arguments, got 12"),
     ],
 )
 def test_binding_refuses_what_cannot_be_right(change, message):
@@ -311,8 +305,7 @@ def test_binding_refuses_what_cannot_be_right(change, message):
     arguments |= {"clamp": 1.5, "count": 6, "channels": 3, "inner": 1, "threads": 1}
     _C.bias_act_fwd_cpu(*arguments.values())
     assert_close(y, torch.full((2, 3), 1.5), "y")
-    error = TypeError if "takes" in message or "whole" in message or "a number, " in message else ValueError
-    with pytest.raises(error, match=f"bias_act_fwd:? {re.escape(message)}"):
+    with pytest.raises(ValueError, match=re.escape(f"bias_act_fwd: {message}")):
         _C.bias_act_fwd_cpu(*{**arguments, **change}.values())
 
 

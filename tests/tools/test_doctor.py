@@ -68,7 +68,7 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_extension_from_another_machine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     report = doctor.report()
-    built = SimpleNamespace(cpu_level=lambda: "base", build_info=lambda: {"cpu_levels": "base v4"})
+    built = SimpleNamespace(cpu_level=lambda: "base", build_info=lambda: {"cpu_levels": ["base", "v4"]})
     monkeypatch.setattr(native, "extension", lambda: built)
     for best, said in (("v3", ", extension for base, and this processor has v3: pip install"), ("base", "for base\n")):
         built.processor_level = lambda best=best: best
