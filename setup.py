@@ -33,7 +33,7 @@ TOOLS = [
     "matplotlib>=3.8",
 ]
 VIEWER = ["viser>=1.1"]
-BENCHMARKS = ["matplotlib>=3.8", "pytest-benchmark>=5", "ninja>=1.11"]  # they build the extension anew
+BENCHMARKS = ["matplotlib>=3.8", "pytest-benchmark>=5", "ninja>=1.11", "setuptools>=77"]  # to build the extension
 
 
 def version() -> str:

@@ -207,6 +207,7 @@ def test_a_gpu_that_torch_has_no_code_for_ends_before_the_first_kernel(monkeypat
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90"])
+    monkeypatch.setattr(torch, "__version__", f"{machine.TESTED}+cu130")
     monkeypatch.setattr(machine, "look", lambda: machine.Machine((machine.Gpu("Tesla V100", 70),), "580.65"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
     with pytest.raises(UserError, match=rf"no code for cuda, Tesla V100 \(sm_70\): install torch=={machine.CUDA12}"):
