@@ -75,6 +75,7 @@ def running() -> Iterator[None]:
         number = interrupts.number or (signal.SIGINT if isinstance(error, KeyboardInterrupt) else 0)
         if number:  # whatever came after a signal came of it
             print(_last_word(number), file=sys.stderr)
+            exec("")  # forgets a KeyboardInterrupt that has left another exec, for which Python would end by SIGINT
             sys.exit(128 + number)
         if isinstance(error, BrokenPipeError):  # who reads our output, as `head`, has left
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

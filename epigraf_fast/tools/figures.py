@@ -26,6 +26,7 @@ from ..models.discriminator import Discriminator
 from ..training.checkpoint import find_checkpoint, load_checkpoint
 from ..training.identify import what_else
 from ..training.log import read_stats
+from ..training.pretrained import find_generator
 from ..training.schedule import patch_beta, patch_min_scale
 from . import plotting
 from .arguments import Overwrite, about, check_effect, default, filled, parse, real, whole
@@ -35,6 +36,7 @@ MAX_DENSITY = 5.0  # what Fig. 3 clamps densities to
 FILTERS = 5  # random filters of a layer in Fig. 7
 SCALES, WINDOW = 512, 51  # patch scales in Fig. 7, and how many of them are averaged
 LAYERS = 4
+GROUPS = {"img_per_sec": "images a second", "time": "seconds for 1000 images"}  # of a run's numbers, their axes
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the annealing, in Fig. 3
 
 
@@ -71,7 +73,15 @@ def modulation(discriminator: Discriminator, scales: Tensor) -> dict[str, Tensor
 
 
 def load_discriminator(path: Path) -> tuple[Config, Discriminator]:
-    """Settings and discriminator of a checkpoint, or of the newest one of a run."""
+    """Settings and discriminator of a checkpoint, or of the newest one of a run.
+
+    Raises:
+        UserError: There is none, or a generator alone.
+    """
+    if find_generator(path).suffix == ".safetensors":
+        raise UserError(
+            f"{path} is a generator alone: D, which this figure draws, is not in it; give a run's checkpoint"
+        )
     file = find_checkpoint("auto" if path.is_dir() else str(path), path)
     if file is None:
         other = what_else(path)
@@ -198,7 +208,7 @@ def draw_curves(run_dir: Path) -> Any:
         for name in sorted(names):
             points = [(line["cur_nimg"] / 1000, line[name]) for line in lines if name in line]
             axis.plot(*zip(*points, strict=True), label=name.rpartition("/")[2], marker="." if len(points) < 30 else "")
-        axis.set_ylabel(group.replace("_", " "))
+        axis.set_ylabel(GROUPS.get(group, group.replace("_", " ")))
         axis.legend(loc="upper right")
     axes[-1, 0].set_xlabel("thousands of images")
     return figure

@@ -11,12 +11,13 @@ angles and the PSNR. What the image does not show is the generator's guess.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -39,9 +40,13 @@ from .render import ENCODERS, FFMPEG, save_picture, video
 POOL = 64  # random objects, of which the best become starts
 CAMERAS = 6  # each of them is seen from, where the camera is sought
 STARTS = {True: 4, False: 8}  # by whether the camera is known
-ALONE = {True: 0.25, False: 0.4}  # share of the steps after which only the best start goes on
-STATISTICS = 256  # objects that tell how style vectors spread
-POSE_EVERY, POSE_STEP = 4, 0.2  # steps between two looks beside a camera, and how far to look at first, radians
+STATISTICS = 2048  # objects that tell how style vectors spread
+TOGETHER = {True: 0.15, False: 0.3}  # share of the steps after which one start is left
+SHARED = 0.8  # share after which layers go ways of their own
+RATE = 0.15  # of Adam
+PENALTY, OWN_PENALTY = 1e-5, 1e-2  # of places, and of what layers have of their own
+POSE_EVERY, POSE_STEP = 2, 0.2  # steps between two looks beside a camera, and how far to look at first, radians
+POSE_UNIT, POSE_DIFFERENCE = 0.03, 2e-4  # radians: of a camera as a variable, and of its finite differences
 AROUND = ((1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0))
 FRAMES, FPS = 48, 24  # of the turntable
 SIDES = (-0.7, -0.35, 0.35, 0.7)  # radians of yaw beside the found camera, in the .png
@@ -70,6 +75,12 @@ def difference(images: Tensor, target: Tensor) -> Tensor:
     return total
 
 
+def coarse(image: Tensor) -> Tensor:
+    """Of [3, R, R] what the first steps look at: half the size, of large images 64; small ones stay."""
+    size = image.shape[-1]
+    return F.avg_pool2d(image, max(2, size // 64)) if size >= 32 else image
+
+
 def psnr(image: Tensor, target: Tensor) -> float:
     """In dB, of images in [-1, 1]."""
     error = float((image.clamp(-1, 1) - target).square().mean()) / 4
@@ -91,81 +102,174 @@ def fit(
     steps: int,
     *,
     seed: int = 0,
-    progress: Callable[[Any, str], Any] = lambda items, what: items,
     show: Callable[[int, Tensor], None] = lambda step, image: None,
 ) -> Fit:
-    """Minimizes `difference` by Adam, over style vectors that start as some seed's.
+    """Minimizes `difference` over style vectors, from the best of some seeds': by Adam for several of them, on coarse
+    images, then by L-BFGS for the one that is left.
 
-    w is sought in units of its spread over seeds, one for all layers and, more slowly, a part of each layer's own. The
-    renderer has no gradient to its camera: a camera that is sought moves where a look beside it is better.
+    w is sought in principal components of its spread over seeds, in units of their standard deviations: first one w for
+    all layers, which is what an object of the generator has, at last a part of each layer's own, which costs more. The
+    renderer has no gradient to its camera. A camera that is sought moves where a look beside it is better, then along
+    finite differences.
 
     Args:
         target: [3, R, R] in [-1, 1].
         angles: Of the camera, [3]; None: it is sought.
-        show: Is given every step, and the best image [3, R, R] at that time.
+        steps: Evaluations of the loss, at most.
+        show: Is given every step, and the best image [3, R, R] until then.
     """
-    device, size = target.device, target.shape[-1]
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
-        ws = generator.ws(*latents_of_seeds(generator, range(STATISTICS)))[:, 0]
-        mean, spread = ws.mean(dim=0), ws.std(dim=0) + 1e-8
-        pool = ws[torch.randperm(STATISTICS)[:POOL]]
-        count = POOL * CAMERAS
-        cameras = random_cameras(generator.camera, generator.mean_camera_pose, count).to(device)
-    known = angles is not None
-    cameras = angles.to(device).expand(POOL, 1, -1) if known else cameras.unflatten(0, (POOL, CAMERAS))
+    search = _Search(generator, target, angles, steps, show)
+    with contextlib.suppress(_Spent), Progress(what="steps", total=steps) as search.bar:
+        place, camera = search.by_adam(*search.starts(seed))
+        own = place.new_zeros(generator.mapping.num_ws, len(place))
+        place, camera = search.by_lbfgs(round(SHARED * steps), place, camera)
+        search.by_lbfgs(steps, place, camera, own)
+    return search.best
 
-    def drawn(ws: Tensor, cameras: Tensor, planes: Tensor | None = None) -> Tensor:
-        planes = generator.synthesis(ws, noise_mode="const") if planes is None else planes
-        return generator.render(planes, cameras, size, ws=ws, stochastic=False).rgb
 
-    def repeated(w: Tensor) -> Tensor:
-        return w[:, None].expand(-1, generator.mapping.num_ws, -1)
+class _Spent(Exception):
+    """All steps are done."""
 
-    losses = torch.empty(cameras.shape[:2], device=device)
-    with torch.no_grad():
-        for number in progress(range(POOL), "starts"):
-            ws, several = repeated(pool[number : number + 1]), cameras.shape[1]
-            planes = generator.synthesis(ws, noise_mode="const").expand(several, -1, -1, -1)
-            losses[number] = difference(drawn(ws.expand(several, -1, -1), cameras[number], planes), target)
-    nearest, which = losses.min(dim=1)
-    best = nearest.topk(STARTS[known], largest=False).indices
-    place, cameras = ((pool[best] - mean) / spread).clone().requires_grad_(), cameras[best, which[best]].clone()
-    own = torch.zeros(len(best), *ws.shape[1:], device=device, requires_grad=True)
-    reach, kept = [POSE_STEP] * len(best), list(range(len(best)))
-    optimizer = torch.optim.Adam([{"params": [place], "lr": 1.0}, {"params": [own], "lr": 0.2}], betas=(0.9, 0.99))
-    rates = [group["lr"] for group in optimizer.param_groups]
-    result: Fit | None = None
-    for step in progress(range(steps), "steps"):
-        share = step / steps
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = 0.08 * rate * min(1, 20 * share + 0.1) * (1 + math.cos(math.pi * share)) / 2
-        styles = mean + spread * (place[kept, None] + own[kept])
-        planes = generator.synthesis(styles, noise_mode="const")
-        images = drawn(styles, cameras[kept], planes)
-        losses = difference(images, target)
-        penalty = 1e-4 * place[kept].square().mean(dim=1) + 1e-2 * own[kept].square().mean(dim=(1, 2))
-        optimizer.zero_grad(set_to_none=True)
-        (losses + penalty).sum().backward()
-        first = int(losses.argmin())
-        if result is None or losses[first] < result.loss:
-            result = Fit(styles[first].detach().clone(), cameras[kept[first]].clone(), float(losses[first].detach()))
-        show(step, images[first].detach())
-        if not known and step % POSE_EVERY == 0:
+
+class _Search:
+    """What `fit` does, part by part; a place [w_dim] is a w in units of its spread."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        target: Tensor,
+        angles: Tensor | None,
+        steps: int,
+        show: Callable[[int, Tensor], None],
+    ) -> None:
+        self.generator, self.target, self.angles, self.steps, self.show = generator, target, angles, steps, show
+        self.step, self.bar = 0, Progress()
+        self.best: Fit | None = None
+        with torch.no_grad():
+            self.samples = generator.ws(*latents_of_seeds(generator, range(STATISTICS)))[:, 0]
+            self.mean = self.samples.mean(dim=0)
+            variance, axes = torch.linalg.eigh(torch.cov(self.samples.T).double())
+            spread = variance.clamp(min=1e-6 * float(variance.max()) + 1e-12).sqrt()
+            self.axes = (axes * spread).T.to(self.mean)  # [w_dim, w_dim]: place @ axes is w - mean
+            self.inverse = (axes / spread).to(self.mean)
+
+    def styles(self, place: Tensor, own: Tensor | None = None) -> Tensor:
+        """Style vectors [B, num_ws, w_dim] of places [B, w_dim], and of one object's own parts [num_ws, w_dim]."""
+        every = place[:, None].expand(-1, self.generator.mapping.num_ws, -1)
+        return self.mean + (every if own is None else every + own) @ self.axes
+
+    def drawn(self, styles: Tensor, planes: Tensor, cameras: Tensor, size: int) -> Tensor:
+        return self.generator.render(planes, cameras, size, ws=styles, stochastic=False).rgb
+
+    def planes(self, styles: Tensor) -> Tensor:
+        return self.generator.synthesis(styles, noise_mode="const")
+
+    def tell(self, image: Tensor, loss: float, styles: Tensor, camera: Tensor) -> None:
+        """One step more; losses at another size are infinite. Raises `_Spent` behind the last."""
+        if self.best is None or loss <= self.best.loss:
+            self.best = Fit(styles.detach().clone(), camera.clone(), loss)
+            self.image = F.interpolate(image.detach()[None], self.target.shape[-2:])[0]
+        self.show(self.step, self.image)
+        self.step += 1
+        self.bar.update()
+        if self.step == self.steps:
+            raise _Spent
+
+    @torch.no_grad()
+    def starts(self, seed: int) -> tuple[Tensor, Tensor]:
+        """Places [S, w_dim] and cameras [S, 3] of the best of random objects, seen from random cameras."""
+        known, device = self.angles is not None, self.target.device
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            pool = self.samples[torch.randperm(STATISTICS)[:POOL].to(device)]
+            if not known:
+                generator = self.generator
+                cameras = random_cameras(generator.camera, generator.mean_camera_pose, POOL * CAMERAS)
+        cameras = self.angles.expand(POOL, 1, -1) if known else cameras.unflatten(0, (POOL, CAMERAS))
+        cameras, places, losses = cameras.to(device), (pool - self.mean) @ self.inverse, []
+        target = coarse(self.target)
+        for place, several in zip(Progress(places, "starts"), cameras, strict=True):
+            styles = self.styles(place[None])
+            same = (part.expand(len(several), *part.shape[1:]) for part in (styles, self.planes(styles)))
+            losses.append(difference(self.drawn(*same, several, target.shape[-1]), target))
+        nearest, which = torch.stack(losses).min(dim=1)
+        best = nearest.topk(STARTS[known], largest=False).indices
+        return places[best], cameras[best, which[best]].clone()
+
+    def by_adam(self, places: Tensor, cameras: Tensor) -> tuple[Tensor, Tensor]:
+        """The best start's place [w_dim] and camera [3]; the worse half of the starts is given up again and again."""
+        target, first = coarse(self.target), round(TOGETHER[self.angles is not None] * self.steps)
+        size, rounds = target.shape[-1], int(math.log2(len(places))) + 1
+        places, reach = places.clone().requires_grad_(), [POSE_STEP] * len(places)
+        optimizer, kept = torch.optim.Adam([places], betas=(0.9, 0.99)), list(range(len(places)))
+        for step in range(first):
+            optimizer.param_groups[0]["lr"] = RATE * min(1, (step + 1) / 5) * (1 - 0.5 * step / first)
+            styles = self.styles(places[kept])
+            planes = self.planes(styles)
+            images = self.drawn(styles, planes, cameras[kept], size)
+            losses = difference(images, target)
+            optimizer.zero_grad(set_to_none=True)
+            (losses + PENALTY * places[kept].square().mean(dim=1)).sum().backward()
             with torch.no_grad():
-                for row, start in enumerate(kept):
-                    beside = cameras[start] + reach[start] * cameras.new_tensor(AROUND)
-                    beside[:, 1] = beside[:, 1].clamp(0.01, math.pi - 0.01)
-                    same = (x[row : row + 1].expand(len(AROUND), *x.shape[1:]) for x in (styles, planes))
-                    found = difference(drawn(next(same), beside, next(same)), target)
-                    if found.min() < losses[row]:
-                        cameras[start] = beside[int(found.argmin())]
-                    else:  # it looks nearer next time
-                        reach[start] *= 0.6
-        optimizer.step()
-        if len(kept) > 1 and share >= ALONE[known]:
-            kept = [kept[first]]
-    return result
+                order = losses.argsort().tolist()
+                self.tell(images[order[0]], math.inf, styles[order[0]], cameras[kept[order[0]]])
+                if self.angles is None and step % POSE_EVERY == 0:
+                    for row, start in enumerate(kept):
+                        beside = cameras[start] + reach[start] * cameras.new_tensor(AROUND)
+                        beside[:, 1] = beside[:, 1].clamp(0.01, math.pi - 0.01)
+                        same = (x[row : row + 1].expand(len(AROUND), *x.shape[1:]) for x in (styles, planes))
+                        found = difference(self.drawn(*same, beside, size), target)
+                        if found.min() < losses[row]:
+                            cameras[start] = beside[int(found.argmin())]
+                        else:  # it looks nearer next time
+                            reach[start] *= 0.6
+            optimizer.step()
+            if (step + 1) * rounds // first > step * rounds // first:
+                kept = [kept[row] for row in order[: max(1, len(kept) // 2)]]
+        return places[kept[0]].detach(), cameras[kept[0]].clone()
+
+    def by_lbfgs(self, until: int, place: Tensor, camera: Tensor, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Place [w_dim] and camera [3] after some step, or where nothing changes; with `own`, each layer's own part."""
+        place, turn = place.clone().requires_grad_(), torch.zeros_like(camera[:2]).requires_grad_()
+        variables = [place] + ([turn] if self.angles is None else [])
+        if own is not None:
+            own = own.clone().requires_grad_()
+            variables.append(own)
+        size = self.target.shape[-1]
+
+        def seen() -> Tensor:
+            return camera + POSE_UNIT * F.pad(turn.detach(), (0, 1))
+
+        def evaluate() -> Tensor:
+            for variable in variables:
+                variable.grad = None
+            styles = self.styles(place[None], own)
+            planes = self.planes(styles)
+            (image,) = self.drawn(styles, planes, seen()[None], size)
+            loss = difference(image[None], self.target)[0]
+            penalty = PENALTY * place.square().mean() + (0 if own is None else OWN_PENALTY * own.square().mean())
+            (loss + penalty).backward()
+            if self.angles is None:
+                with torch.no_grad():
+                    beside = seen() + POSE_DIFFERENCE * camera.new_tensor([[1, 0, 0], [0, 1, 0]])
+                    same = (x.expand(2, *x.shape[1:]) for x in (styles, planes))
+                    found = difference(self.drawn(*same, beside, size), self.target)
+                    turn.grad = (found - loss) * (POSE_UNIT / POSE_DIFFERENCE)
+            self.tell(image, float(loss.detach()), styles[0], seen())
+            return (loss + penalty).detach()
+
+        if self.step < until:
+            optimizer = torch.optim.LBFGS(
+                variables,
+                max_iter=self.steps,
+                max_eval=until - self.step,
+                history_size=50,
+                tolerance_grad=1e-9,
+                tolerance_change=1e-12,
+                line_search_fn="strong_wolfe",
+            )
+            optimizer.step(evaluate)
+        return place.detach(), seen()
 
 
 @torch.no_grad()
@@ -209,7 +313,7 @@ class Options:
     """Of the picture's camera, radians; with --pitch."""
     pitch: Annotated[float | None, real(0, math.pi), default("estimated")] = None
     """Of the picture's camera, radians from straight above; with --yaw."""
-    steps: Annotated[int, whole(4, 100_000)] = 300
+    steps: Annotated[int, whole(4, 100_000)] = 400
     """Steps of the search."""
     seed: Annotated[int, whole(0, 2**31 - 1)] = 0
     """Of the cameras and objects that it starts from."""
@@ -244,7 +348,7 @@ def run(options: Options) -> None:
         if videos and step % every == 0:
             shown.append(_beside(target, image))
 
-    found = fit(generator, target, known, options.steps, seed=options.seed, progress=Progress, show=show)
+    found = fit(generator, target, known, options.steps, seed=options.seed, show=show)
     (image,) = views(generator, found, found.angles[None], size)
     result = {
         "psnr": psnr(image, target),

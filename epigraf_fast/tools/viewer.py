@@ -52,7 +52,7 @@ def angles_of(position: np.ndarray, target: np.ndarray) -> Tensor:
     return torch.tensor([yaw, pitch, 0.0])
 
 
-def fov_of(page_fov: float, distance: float, radius: float, widest: float) -> float:
+def fov_of(page_fov: float, distance: float, radius: float, widest: float, aspect: float = 1.0) -> float:
     """Degrees that the renderer, at its own distance, needs to show what the page's camera frames.
 
     Zooming in by coming closer becomes a narrower view, since the generator knows one distance only; it is never wider
@@ -61,8 +61,9 @@ def fov_of(page_fov: float, distance: float, radius: float, widest: float) -> fl
     Args:
         page_fov: Vertical, radians.
         distance: Of the page's camera from its target.
+        aspect: Of the page, width over height; the picture of a narrow one is as wide as the page, and shows as much.
     """
-    half = math.tan(page_fov / 2) * distance / radius
+    half = math.tan(page_fov / 2) * min(1.0, aspect) * distance / radius
     return max(0.5, min(math.degrees(2 * math.atan(half)), widest))
 
 
@@ -207,7 +208,7 @@ class Viewer:
         camera, own = client.camera, self.config.camera
         distance = float(np.linalg.norm(camera.position - camera.look_at))
         angles = angles_of(camera.position, camera.look_at)
-        fov = fov_of(camera.fov, distance, own.radius, own.fov)
+        fov = fov_of(camera.fov, distance, own.radius, own.fov, float(camera.aspect))
         with self.changed:
             view = self.views.get(client.client_id)
             asked = 1 if view is None else view.asked + 1

@@ -316,6 +316,23 @@ def test_a_signal_leaves_nothing_behind(body: str, number: signal.Signals, tmp_p
     assert [name for name in tree(tmp_path) if name != "a"] == []
 
 
+def test_a_signal_inside_of_exec_has_its_own_exit_code(tmp_path: Path) -> None:
+    """With `python -m`, and `exec` as libraries call it while they are imported, Python would end by SIGINT."""
+    lines = ["import time", "from epigraf_fast.tools import command", "with command.running():"]
+    lines += ["    exec('print(\\'ready\\', flush=True)\\nwhile True: time.sleep(0.01)')"]
+    (tmp_path / "program.py").write_text("\n".join(lines))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "program", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert end(process) == (143, "terminated\n")
+
+
 def test_a_second_one_ends_at_once(tmp_path: Path) -> None:
     process = start(tmp_path, BODIES["swallows"])
     process.send_signal(signal.SIGINT)

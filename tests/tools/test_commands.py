@@ -602,9 +602,9 @@ def test_what_is_no_checkpoint_is_named(
         assert THINGS[name] in message
         assert str(things[name]) in message
     if tool == "figures":  # which draws the discriminator
-        for path in (plain_run, plain_run / "G_ema.safetensors"):
+        for path in (plain_run, plain_run / "G_ema.safetensors", "builtin"):
             message = one_error_line(module(tool).main, "modulation", path, "--out", tmp_path / "x.png")
-            assert "generator alone" in message
+            assert "is a generator alone: D, which this figure draws, is not in it" in message
     if tool == "convert":
         message = one_error_line(module(tool).main, things["renamed.pt"], "--out", tmp_path / "x")
         assert "it is no EpiGRAF snapshot" in message

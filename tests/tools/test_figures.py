@@ -117,7 +117,7 @@ def test_curves_hold_every_statistic(run: tuple[Trainer, Path]) -> None:
     figure = figures.draw_curves(run[1])
     drawn = {axis.get_ylabel(): {l.get_label(): l.get_xydata().tolist() for l in axis.lines} for axis in figure.axes}
     assert drawn == {
-        "img per sec": {"img_per_sec": [[0.008, 3.0], [0.016, 3.0]]},
+        "images a second": {"img_per_sec": [[0.008, 3.0], [0.016, 3.0]]},
         "logits": {"real": [[0.008, 0.5], [0.016, 0.5]]},
         "loss": {"G": [[0.008, 0.125], [0.016, 0.0625]]},
         "metrics": {"fd_efficientnet": [[0.008, 9.0]]},

@@ -45,6 +45,8 @@ def test_zoom_is_a_narrower_view() -> None:
     assert math.tan(math.radians(half) / 2) == pytest.approx(math.tan(fov / 2) / 2)
     assert viewer.fov_of(fov, 9.0, 2.0, 30.0) == 30.0
     assert viewer.fov_of(fov, 0.0, 2.0, 30.0) > 0
+    assert viewer.fov_of(fov, 2.0, 2.0, 30.0, aspect=0.5) == half  # a narrow page, beside whose picture a mesh would be
+    assert viewer.fov_of(fov, 2.0, 2.0, 30.0, aspect=2.0) == pytest.approx(30)
 
 
 @pytest.mark.parametrize(("aspect", "shape"), [(2.0, (4, 8)), (1.0, (4, 4)), (0.5, (8, 4))])
