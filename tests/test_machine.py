@@ -189,6 +189,7 @@ def test_make_takes_what_fits_and_what_it_is_told(computer: Computer, tmp_path: 
 )
 def test_a_gpu_that_torch_does_not_see_is_no_silent_cpu(found, words, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "__version__", f"{machine.TESTED}+cu130")
     monkeypatch.setattr(machine, "look", lambda: found)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     with pytest.raises(UserError, match=rf"this machine has .*sees no GPU: .*{words}|{words}.*sees no GPU") as caught:
