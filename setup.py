@@ -37,7 +37,8 @@ BENCHMARKS = [
     "matplotlib>=3.8",
     "pytest-benchmark>=5",
     "ninja>=1.11",
-    "pybind11>=2.12",
+    "pybind11>=2.13",
+    "setuptools>=77",
 ]  # they build the extension anew
 
 

@@ -189,6 +189,7 @@ def test_make_takes_what_fits_and_what_it_is_told(computer: Computer, tmp_path: 
 )
 def test_a_gpu_that_torch_does_not_see_is_no_silent_cpu(found, words, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "__version__", f"{machine.TESTED}+cu130")
     monkeypatch.setattr(machine, "look", lambda: found)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     with pytest.raises(UserError, match=rf"this machine has .*sees no GPU: .*{words}|{words}.*sees no GPU") as caught:
@@ -207,6 +208,7 @@ def test_a_gpu_that_torch_has_no_code_for_ends_before_the_first_kernel(monkeypat
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90"])
+    monkeypatch.setattr(torch, "__version__", f"{machine.TESTED}+cu130")
     monkeypatch.setattr(machine, "look", lambda: machine.Machine((machine.Gpu("Tesla V100", 70),), "580.65"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
     with pytest.raises(UserError, match=rf"no code for cuda, Tesla V100 \(sm_70\): install torch=={machine.CUDA12}"):
