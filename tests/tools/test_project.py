@@ -39,7 +39,7 @@ def truth(generator: Generator) -> project.Fit:
     return project.Fit(generator.ws(*project.latents_of_seeds(generator, [1003]))[0], POSE, 0.0)
 
 
-@pytest.mark.parametrize(("known", "steps"), [(True, 50), (False, 80)])
+@pytest.mark.parametrize(("known", "steps"), [(True, 50), (False, 160)])
 def test_the_look_comes_back(known: bool, steps: int, generator: Generator, truth: project.Fit) -> None:
     """From sides that the search has not seen, and with a camera that is near the true one."""
     other = truth._replace(ws=generator.ws(*project.latents_of_seeds(generator, [1004]))[0])
@@ -51,7 +51,7 @@ def test_the_look_comes_back(known: bool, steps: int, generator: Generator, trut
     )
     assert torch.equal(torch.get_rng_state(), before)
     assert min(psnrs(generator, found, truth, ASIDE)) >= 25
-    assert (found.angles - POSE).abs().max() <= (0 if known else 0.4)
+    assert (found.angles - POSE).abs().max() <= (0 if known else 0.2)
     assert [step for step, _ in seen] == list(range(len(seen)))
     assert len(seen) <= steps
     assert {image.shape[1:] for _, image in seen} == {target.shape[1:]}
