@@ -75,10 +75,18 @@ def difference(images: Tensor, target: Tensor) -> Tensor:
     return total
 
 
-def coarse(image: Tensor) -> Tensor:
-    """Of [3, R, R] what the first steps look at: half the size, of large images 64; small ones stay."""
-    size = image.shape[-1]
-    return F.avg_pool2d(image, max(2, size // 64)) if size >= 32 else image
+def coarse(size: int) -> tuple[slice, float, tuple[float, float]]:
+    """What the first steps look at of an image: every second pixel of a row, of large images about 64.
+
+    Returns:
+        Those rows and columns, and the scale and offset of the patch whose rays they are. (A rendering of half the size
+        would have other rays: the first and last pixels of any size are those of the corners.)
+    """
+    stride = max(2, size // 64) if size >= 32 else 1
+    count = 1 + (size - 1) // stride
+    first, last = (size - 1 - (count - 1) * stride) // 2, max(1, size - 1)
+    scale, offset = (count - 1) * stride / last, first / last
+    return slice(first, None, stride), scale, (offset, 1 - scale - offset)
 
 
 def psnr(image: Tensor, target: Tensor) -> float:
@@ -158,8 +166,24 @@ class _Search:
         every = place[:, None].expand(-1, self.generator.mapping.num_ws, -1)
         return self.mean + (every if own is None else every + own) @ self.axes
 
-    def drawn(self, styles: Tensor, planes: Tensor, cameras: Tensor, size: int) -> Tensor:
+    def drawn(self, styles: Tensor, planes: Tensor, cameras: Tensor) -> Tensor:
+        """Images [B, 3, R, R]."""
+        size = self.target.shape[-1]
         return self.generator.render(planes, cameras, size, ws=styles, stochastic=False).rgb
+
+    def drawn_coarsely(self, styles: Tensor, planes: Tensor, cameras: Tensor) -> Tensor:
+        """Some of their rows and columns, see `coarse`."""
+        rows, scale, offset = coarse(self.target.shape[-1])
+        patch = {
+            "patch_scale": cameras.new_full((len(cameras),), scale),
+            "patch_offset": cameras.new_tensor(offset).expand(len(cameras), 2),
+        }
+        size = len(range(self.target.shape[-1])[rows])
+        return self.generator.render(planes, cameras, size, ws=styles, stochastic=False, **patch).rgb
+
+    def coarse_target(self) -> Tensor:
+        rows, *_ = coarse(self.target.shape[-1])
+        return self.target[:, rows, rows]
 
     def planes(self, styles: Tensor) -> Tensor:
         return self.generator.synthesis(styles, noise_mode="const")
@@ -187,26 +211,26 @@ class _Search:
                 cameras = random_cameras(generator.camera, generator.mean_camera_pose, POOL * CAMERAS)
         cameras = self.angles.expand(POOL, 1, -1) if known else cameras.unflatten(0, (POOL, CAMERAS))
         cameras, places, losses = cameras.to(device), (pool - self.mean) @ self.inverse, []
-        target = coarse(self.target)
+        target = self.coarse_target()
         for place, several in zip(Progress(places, "starts"), cameras, strict=True):
             styles = self.styles(place[None])
             same = (part.expand(len(several), *part.shape[1:]) for part in (styles, self.planes(styles)))
-            losses.append(difference(self.drawn(*same, several, target.shape[-1]), target))
+            losses.append(difference(self.drawn_coarsely(*same, several), target))
         nearest, which = torch.stack(losses).min(dim=1)
         best = nearest.topk(STARTS[known], largest=False).indices
         return places[best], cameras[best, which[best]].clone()
 
     def by_adam(self, places: Tensor, cameras: Tensor) -> tuple[Tensor, Tensor]:
         """The best start's place [w_dim] and camera [3]; the worse half of the starts is given up again and again."""
-        target, first = coarse(self.target), round(TOGETHER[self.angles is not None] * self.steps)
-        size, rounds = target.shape[-1], int(math.log2(len(places))) + 1
+        target, first = self.coarse_target(), round(TOGETHER[self.angles is not None] * self.steps)
+        rounds = int(math.log2(len(places))) + 1
         places, reach = places.clone().requires_grad_(), [POSE_STEP] * len(places)
         optimizer, kept = torch.optim.Adam([places], betas=(0.9, 0.99)), list(range(len(places)))
         for step in range(first):
             optimizer.param_groups[0]["lr"] = RATE * min(1, (step + 1) / 5) * (1 - 0.5 * step / first)
             styles = self.styles(places[kept])
             planes = self.planes(styles)
-            images = self.drawn(styles, planes, cameras[kept], size)
+            images = self.drawn_coarsely(styles, planes, cameras[kept])
             losses = difference(images, target)
             optimizer.zero_grad(set_to_none=True)
             (losses + PENALTY * places[kept].square().mean(dim=1)).sum().backward()
@@ -218,7 +242,7 @@ class _Search:
                         beside = cameras[start] + reach[start] * cameras.new_tensor(AROUND)
                         beside[:, 1] = beside[:, 1].clamp(0.01, math.pi - 0.01)
                         same = (x[row : row + 1].expand(len(AROUND), *x.shape[1:]) for x in (styles, planes))
-                        found = difference(self.drawn(*same, beside, size), target)
+                        found = difference(self.drawn_coarsely(*same, beside), target)
                         if found.min() < losses[row]:
                             cameras[start] = beside[int(found.argmin())]
                         else:  # it looks nearer next time
@@ -235,7 +259,6 @@ class _Search:
         if own is not None:
             own = own.clone().requires_grad_()
             variables.append(own)
-        size = self.target.shape[-1]
 
         def seen() -> Tensor:
             return camera + POSE_UNIT * F.pad(turn.detach(), (0, 1))
@@ -245,7 +268,7 @@ class _Search:
                 variable.grad = None
             styles = self.styles(place[None], own)
             planes = self.planes(styles)
-            (image,) = self.drawn(styles, planes, seen()[None], size)
+            (image,) = self.drawn(styles, planes, seen()[None])
             loss = difference(image[None], self.target)[0]
             penalty = PENALTY * place.square().mean() + (0 if own is None else OWN_PENALTY * own.square().mean())
             (loss + penalty).backward()
@@ -253,7 +276,7 @@ class _Search:
                 with torch.no_grad():
                     beside = seen() + POSE_DIFFERENCE * camera.new_tensor([[1, 0, 0], [0, 1, 0]])
                     same = (x.expand(2, *x.shape[1:]) for x in (styles, planes))
-                    found = difference(self.drawn(*same, beside, size), self.target)
+                    found = difference(self.drawn(*same, beside), self.target)
                     turn.grad = (found - loss) * (POSE_UNIT / POSE_DIFFERENCE)
             self.tell(image, float(loss.detach()), styles[0], seen())
             return (loss + penalty).detach()
