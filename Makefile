@@ -84,8 +84,7 @@ $(READY) $(VENV)/demo: $(VENV)/constraints.txt setup.py pyproject.toml $(wildcar
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "The tested versions need Python 3.11 or newer; name one, as in: make PYTHON=python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	@# Of thousands of modules Python compiles at the first import those that it needs.
-	EPIGRAF_FAST_CUDA=$(CUDA) $(VENV)/bin/python -m pip install --no-compile -c $< -e '.[$(EXTRA)]'
+	EPIGRAF_FAST_CUDA=$(CUDA) $(VENV)/bin/python -m pip install -c $< -e '.[$(EXTRA)]'
 	@touch $@
 
 # Asked at every call, but touched only when it says something new: that is what re-installs.
