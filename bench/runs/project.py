@@ -19,7 +19,7 @@ from torch import Tensor
 
 from epigraf_fast.config import to_dict
 from epigraf_fast.models.generator import Generator
-from epigraf_fast.tools.project import Fit, fit, psnr, random_cameras, views
+from epigraf_fast.tools.project import Fit, apart, fit, on_sphere, psnr, random_cameras, views
 from epigraf_fast.tools.render import save_picture
 from epigraf_fast.training.log import tile, to_uint8
 from epigraf_fast.training.pretrained import load_generator
@@ -45,16 +45,7 @@ HELD_OUT = {
 def beside(angles: Tensor) -> Tensor:
     """Cameras [1 + V, 3]: this one [3] and the held-out ones."""
     steps = torch.tensor([(0.0, 0.0, 0.0), *((*step, 0.0) for step in HELD_OUT.values())])
-    cameras = angles.cpu() + steps
-    cameras[:, 1] = cameras[:, 1].clamp(0.01, math.pi - 0.01)
-    return cameras
-
-
-def apart(found: Tensor, true: Tensor) -> float:
-    """The angle between the directions in which two cameras [3] stand, degrees."""
-    (yaw, pitch), (other, steep) = found[:2].tolist(), true[:2].tolist()
-    cosine = math.cos(pitch) * math.cos(steep) + math.sin(pitch) * math.sin(steep) * math.cos(yaw - other)
-    return math.degrees(math.acos(max(-1.0, min(1.0, cosine))))
+    return on_sphere(angles.cpu() + steps)
 
 
 def measure(
@@ -74,7 +65,7 @@ def measure(
     row = {
         "seed": seed,
         "camera": "given" if known else "estimated",
-        "camera_error_degrees": round(apart(found.angles, pose), 2),
+        "camera_error_degrees": round(math.degrees(apart(found.angles[None].double(), pose[None].double())), 2),
         "psnr": round(same, 2),
         "held_out": {name: round(value, 2) for name, value in zip(HELD_OUT, others, strict=True)},
         "lowest": round(min(others), 2),

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tyro.conf import Positional
 
+from ..camera import cam2world_matrix
 from ..config import CameraConfig
 from ..errors import UserError
 from ..files import READ_ERRORS, reason
@@ -39,9 +40,12 @@ from .render import ENCODERS, FFMPEG, save_picture, video
 
 POOL = 64  # random objects, of which the best become starts
 CAMERAS = 6  # each of them is seen from, where the camera is sought
-STARTS = {True: 4, False: 8}  # by whether the camera is known
+STARTS = {True: 4, False: 12}  # by whether the camera is known
+LAST = {True: 1, False: 3}  # of them that L-BFGS begins with; only where the camera is sought they are far apart
+APART = 0.7  # radians between cameras that are far apart
 STATISTICS = 2048  # objects that tell how style vectors spread
-TOGETHER = {True: 0.15, False: 0.3}  # share of the steps after which one start is left
+TOGETHER = {True: 0.15, False: 0.25}  # share of the steps after which the last starts are left
+TRIED = 0.1  # share of the steps that each of several last starts has before one is left
 SHARED = 0.8  # share after which layers go ways of their own
 RATE = 0.15  # of Adam
 PENALTY, OWN_PENALTY = 1e-5, 1e-2  # of places, and of what layers have of their own
@@ -103,6 +107,19 @@ def random_cameras(camera: CameraConfig, mean: Tensor, count: int) -> Tensor:
     return mean.cpu() + beside
 
 
+def on_sphere(cameras: Tensor) -> Tensor:
+    """Cameras [..., 3] with their pitch inside [0, pi], where yaw still turns them."""
+    yaw, pitch, roll = cameras.unbind(dim=-1)
+    return torch.stack([yaw, pitch.clamp(0.01, math.pi - 0.01), roll], dim=-1)
+
+
+def apart(cameras: Tensor, others: Tensor) -> Tensor:
+    """The turns [N, M] from cameras [N, 3] to others [M, 3], radians, 0 to pi."""
+    one, other = (cam2world_matrix(angles, 1.0)[:, :3, :3] for angles in (cameras, others))
+    trace = torch.einsum("nij,mij->nm", one, other)
+    return ((trace - 1) / 2).clamp(-1, 1).acos()
+
+
 def fit(
     generator: Generator,
     target: Tensor,
@@ -113,12 +130,12 @@ def fit(
     show: Callable[[int, Tensor], None] = lambda step, image: None,
 ) -> Fit:
     """Minimizes `difference` over style vectors, from the best of some seeds': by Adam for several of them, on coarse
-    images, then by L-BFGS for the one that is left.
+    images, then by L-BFGS for the few that are left, at last for one.
 
     w is sought in principal components of its spread over seeds, in units of their standard deviations: first one w for
     all layers, which is what an object of the generator has, at last a part of each layer's own, which costs more. The
     renderer has no gradient to its camera. A camera that is sought moves where a look beside it is better, then along
-    finite differences.
+    finite differences; an object has its likes seen from elsewhere, so that starts from all sides are kept for long.
 
     Args:
         target: [3, R, R] in [-1, 1].
@@ -128,10 +145,12 @@ def fit(
     """
     search = _Search(generator, target, angles, steps, show)
     with contextlib.suppress(_Spent), Progress(what="steps", total=steps) as search.bar:
-        place, camera = search.by_adam(*search.starts(seed))
-        own = place.new_zeros(generator.mapping.num_ws, len(place))
-        place, camera = search.by_lbfgs(round(SHARED * steps), place, camera)
-        search.by_lbfgs(steps, place, camera, own)
+        starts = search.by_adam(*search.starts(seed))
+        if len(starts) > 1:
+            tried = [search.by_lbfgs(search.step + round(TRIED * steps), *start) for start in starts]
+            starts = [min(tried, key=search.loss)]
+        place, camera = search.by_lbfgs(round(SHARED * steps), *starts[0])
+        search.by_lbfgs(steps, place, camera, place.new_zeros(generator.mapping.num_ws, len(place)))
     return search.best
 
 
@@ -217,13 +236,31 @@ class _Search:
             same = (part.expand(len(several), *part.shape[1:]) for part in (styles, self.planes(styles)))
             losses.append(difference(self.drawn_coarsely(*same, several), target))
         nearest, which = torch.stack(losses).min(dim=1)
-        best = nearest.topk(STARTS[known], largest=False).indices
-        return places[best], cameras[best, which[best]].clone()
+        order, seen = nearest.argsort().tolist(), cameras[torch.arange(POOL), which]
+        best = self.first(order, seen, STARTS[known])
+        return places[best], seen[best].clone()
 
-    def by_adam(self, places: Tensor, cameras: Tensor) -> tuple[Tensor, Tensor]:
-        """The best start's place [w_dim] and camera [3]; the worse half of the starts is given up again and again."""
+    def first(self, order: list[int], cameras: Tensor, count: int) -> list[int]:
+        """The first of an order; where the camera is sought, those far apart before others."""
+        if self.angles is not None:
+            return order[:count]
+        turns, kept = apart(cameras, cameras), []
+        for row in order:
+            if not kept or turns[row, kept].min() > APART:
+                kept.append(row)
+        return [*kept, *(row for row in order if row not in kept)][:count]
+
+    @torch.no_grad()
+    def loss(self, start: tuple[Tensor, Tensor]) -> float:
+        place, camera = start
+        styles = self.styles(place[None])
+        return float(difference(self.drawn(styles, self.planes(styles), camera[None]), self.target))
+
+    def by_adam(self, places: Tensor, cameras: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The last starts' places [w_dim] and cameras [3]; the worse half of the starts is given up again and again."""
         target, first = self.coarse_target(), round(TOGETHER[self.angles is not None] * self.steps)
-        rounds = int(math.log2(len(places))) + 1
+        last = LAST[self.angles is not None]
+        rounds = math.ceil(math.log2(len(places) / last))
         places, reach = places.clone().requires_grad_(), [POSE_STEP] * len(places)
         optimizer, kept = torch.optim.Adam([places], betas=(0.9, 0.99)), list(range(len(places)))
         for step in range(first):
@@ -239,8 +276,7 @@ class _Search:
                 self.tell(images[order[0]], math.inf, styles[order[0]], cameras[kept[order[0]]])
                 if self.angles is None and step % POSE_EVERY == 0:
                     for row, start in enumerate(kept):
-                        beside = cameras[start] + reach[start] * cameras.new_tensor(AROUND)
-                        beside[:, 1] = beside[:, 1].clamp(0.01, math.pi - 0.01)
+                        beside = on_sphere(cameras[start] + reach[start] * cameras.new_tensor(AROUND))
                         same = (x[row : row + 1].expand(len(AROUND), *x.shape[1:]) for x in (styles, planes))
                         found = difference(self.drawn_coarsely(*same, beside), target)
                         if found.min() < losses[row]:
@@ -249,8 +285,8 @@ class _Search:
                             reach[start] *= 0.6
             optimizer.step()
             if (step + 1) * rounds // first > step * rounds // first:
-                kept = [kept[row] for row in order[: max(1, len(kept) // 2)]]
-        return places[kept[0]].detach(), cameras[kept[0]].clone()
+                kept = [kept[row] for row in self.first(order, cameras[kept], max(last, len(kept) // 2))]
+        return [(places[start].detach(), cameras[start].clone()) for start in kept]
 
     def by_lbfgs(self, until: int, place: Tensor, camera: Tensor, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Place [w_dim] and camera [3] after some step, or where nothing changes; with `own`, each layer's own part."""
@@ -261,7 +297,7 @@ class _Search:
             variables.append(own)
 
         def seen() -> Tensor:
-            return camera + POSE_UNIT * F.pad(turn.detach(), (0, 1))
+            return on_sphere(camera + POSE_UNIT * F.pad(turn.detach(), (0, 1)))
 
         def evaluate() -> Tensor:
             for variable in variables:

@@ -106,11 +106,34 @@ def test_the_benchmark_tells_what_a_fit_has_not_seen(
     assert "lowest of all held-out views" in capsys.readouterr().out
 
 
-def test_cameras_are_apart_by_the_angle_between_them() -> None:
-    ahead = torch.tensor([0.0, math.pi / 2, 0.0])
-    assert bench.apart(ahead, ahead) == pytest.approx(0, abs=1e-4)
-    assert bench.apart(ahead, torch.tensor([-3 * math.pi / 2, math.pi / 2, 0.0])) == pytest.approx(90)
-    assert bench.apart(ahead, torch.tensor([1.0, 0.0, 0.0])) == pytest.approx(90)
+def test_cameras_are_apart_by_the_turn_between_them() -> None:
+    ahead = (0.0, math.pi / 2, 0.0)
+    others = (ahead, (-3 * math.pi / 2, math.pi / 2, 0.0), (0.0, 0.3, 0.0), (math.pi, 0.3, 0.0))
+    cameras = torch.tensor(others, dtype=torch.float64)
+    turns = project.apart(cameras, cameras).rad2deg()
+    assert turns[0, :3].tolist() == pytest.approx([0, 90, 90 - math.degrees(0.3)], abs=1e-4)
+    # Nearly from above, both: the pictures are upside down to each other.
+    assert float(turns[2, 3]) == pytest.approx(180, abs=1e-4)
+    assert torch.equal(turns, turns.T)
+
+
+def test_starts_from_all_sides_are_kept(generator: Generator) -> None:
+    image = torch.zeros(3, SIZE, SIZE)
+    near, turned, below = (1.0, 0.2, 0.0), (1.0 + math.pi, 0.2, 0.0), (1.0, 2.9, 0.0)
+    cameras = torch.tensor([near, (1.1, 0.2, 0.0), below, (1.0, 0.3, 0.0), turned])
+    sought = project._Search(generator, image, None, 10, lambda step, image: None)
+    assert sought.first([1, 0, 3, 2, 4], cameras, 3) == [1, 2, 4]
+    assert sought.first([1, 0, 3, 2, 4], cameras, 5) == [1, 2, 4, 0, 3]  # where too few are far apart
+    known = project._Search(generator, image, POSE, 10, lambda step, image: None)
+    assert known.first([1, 0, 3, 2, 4], cameras, 3) == [1, 0, 3]
+
+
+def test_cameras_stay_on_the_sphere() -> None:
+    cameras = project.on_sphere(torch.tensor([[7.0, -0.2, 0.0], [1.0, 1.0, 0.0], [0.0, 4.0, 0.0]]))
+    assert cameras[:, 0].tolist() == [7, 1, 0]
+    assert cameras[1, 1] == 1
+    assert 0 < cameras[0, 1] < 0.02
+    assert math.pi - 0.02 < cameras[2, 1] < math.pi
 
 
 @pytest.mark.parametrize(
