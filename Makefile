@@ -41,7 +41,7 @@ test: $(READY)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 compiled: $(READY)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal tests/ops tests/test_csrc_compile.py --compiled all -m compiled $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal tests/ops tests/ptx tests/test_csrc_compile.py --compiled all -m compiled $(ARGS)
 	$(VENV)/bin/python -m bench.resources --only triton
 
 counts: $(READY)

@@ -14,17 +14,18 @@ import pytest
 
 from bench.resources import of_csrc
 
-IN_THE_SUITE = "upfirdn2d"  # of the files whose code for sm_90 is compiled: the smallest
+# Whose code an ordinary run compiles: for sm_90 that of the smallest file; for sm_70 what its tests execute.
+IN_THE_SUITE = {70: ("bias_act", "upfirdn2d"), 90: ("upfirdn2d",)}
 
 
 def sources_for(*archs: int) -> list[Any]:
-    """(file, architecture); sm_90's of one file, and under `compiled` those of all."""
+    """(file, architecture); the others are `compiled`."""
     return [
         pytest.param(
             source,
             arch,
             id=f"{source.stem}-{arch}",
-            marks=pytest.mark.compiled if arch == 90 and source.stem != IN_THE_SUITE else (),
+            marks=() if source.stem in IN_THE_SUITE.get(arch, (source.stem,)) else pytest.mark.compiled,
         )
         for source in of_csrc.sources()
         for arch in archs

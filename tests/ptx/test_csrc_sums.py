@@ -1,6 +1,7 @@
 """Sums over pixels at sizes of a step, where two kernels add up what the blocks of a third have left.
 
-That third kernel is not run, it would take minutes: random numbers stand for its partial sums.
+That third kernel is not run, it would take minutes: random numbers stand for its partial sums. An ordinary run has the
+smaller of the two sums.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ def run_sums(call: Callable[[], object]) -> tuple[Tensor, dict[str, Tensor], lis
     return parts[0], tensors, launched
 
 
+@pytest.mark.compiled
 def test_sums_of_the_epilogue_in_two_steps() -> None:
     batch, channels, size = 2, 136, (128, 256)
     x = torch.zeros(batch, *size, channels).permute(0, 3, 1, 2).requires_grad_()
