@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from epigraf_fast.camera import Patch
 from epigraf_fast.config import Config, preset
 from epigraf_fast.data import ImageDataset, make_loader
 from epigraf_fast.ops import convolution
@@ -119,7 +120,7 @@ def _in_double(trainer: Trainer) -> None:
     trainer.generator.double()
     trainer.discriminator.double()
     sample = trainer._sample_patches
-    trainer._sample_patches = lambda num: tuple(map(_double, sample(num)))
+    trainer._sample_patches = lambda num: Patch(*map(_double, sample(num)))
 
 
 @contextlib.contextmanager

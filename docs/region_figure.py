@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from epigraf_fast.camera import cam2world_matrix, camera_rays
+from epigraf_fast.camera import Patch, cam2world_matrix, camera_rays
 from epigraf_fast.config import CameraConfig
 from epigraf_fast.models.region import boxes_of, levels, region_of
 from epigraf_fast.reference.sample_triplane import PLANE_AXES
@@ -15,14 +15,14 @@ from epigraf_fast.tools.plotting import new_figure, save
 CAMERA = CameraConfig()  # FFHQ's
 RESOLUTION = 512
 ANGLES = torch.tensor([[0.35, 1.45, 0.0]], dtype=torch.float64)  # yaw, pitch
-SCALE, OFFSET = torch.tensor([0.45], dtype=torch.float64), torch.tensor([[0.1, 0.4]], dtype=torch.float64)
+PATCH = Patch(torch.tensor([0.45], dtype=torch.float64), torch.tensor([[0.1, 0.4]], dtype=torch.float64))
 BOX, BUCKET, RIM = "tab:red", "tab:orange", "tab:blue"
 
 
 def samples(pixels: int, depths: int) -> torch.Tensor:
     """Points of the patch's rays [rays, depths, 3], in half sizes of the cube."""
     matrix = cam2world_matrix(ANGLES, CAMERA.radius)
-    origins, directions = camera_rays(matrix, CAMERA.fov, pixels, SCALE, OFFSET)
+    origins, directions = camera_rays(matrix, CAMERA.fov, pixels, PATCH)
     t = torch.linspace(CAMERA.ray_start, CAMERA.ray_end, depths, dtype=torch.float64)
     return (origins[0, :, None] + t[:, None] * directions[0, :, None]) / CAMERA.cube_scale
 
@@ -35,7 +35,7 @@ def rectangle(axes, first, size, **style) -> None:
 
 
 def main() -> None:
-    box = boxes_of(CAMERA, RESOLUTION, ANGLES, SCALE, OFFSET)
+    box = boxes_of(CAMERA, RESOLUTION, ANGLES, PATCH)
     region = region_of(box, RESOLUTION)
     first, last = box[0, :2].tolist(), box[0, 2:].tolist()
     figure = new_figure(13, 7)

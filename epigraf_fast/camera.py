@@ -9,6 +9,8 @@ Angles are in radians, the field of view in degrees.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +18,22 @@ from torch import Tensor
 PRIORS = ("custom", "uniform", "normal", "truncated_gaussian", "spherical_uniform")
 BOX_MARGIN = 1e-5  # of the cube's half size, what `patch_boxes` adds around the samples
 POLE_MARGIN = 1e-5  # pitch stays this far from the poles, where "left" is undefined
+
+
+class Patch(NamedTuple):
+    """Where patches lie, one in each of B images, in parts of the image's side."""
+
+    scale: Tensor  # [B] in (0, 1], the side of the patch
+    offset: Tensor  # [B, 2] (x, y), each in [0, 1 - scale], its lower left corner; y is measured from the bottom
+
+    @classmethod
+    def whole(cls, like: Tensor) -> Patch:
+        """The whole images, as many as `like` has rows, in its dtype and on its device."""
+        return cls(like.new_ones(len(like)), like.new_zeros(len(like), 2))
+
+    def split(self, size: int) -> Iterator[Patch]:
+        """Micro-batches."""
+        return map(Patch, self.scale.split(size), self.offset.split(size))
 
 
 def sample_angles(
@@ -106,56 +124,50 @@ def cam2world_matrix(angles: Tensor, radius: float | Tensor) -> Tensor:
 
 def pixel_grid(
     resolution: int,
-    patch_scale: Tensor | None = None,
-    patch_offset: Tensor | None = None,
+    patch: Patch | None = None,
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Tensor:
     """Image-plane coordinates of the pixels, corner-aligned: x from -1 to 1 rightwards, y from 1 to -1 downwards.
 
-    A patch of scale s and offset (ox, oy) sees x' = (x + 1) s - 1 + 2 ox and y' = (y + 1) s - 1 + 2 oy, so `offset_y`
-    is measured from the bottom of the image.
+    A patch of scale s and offset (ox, oy) sees x' = (x + 1) s - 1 + 2 ox and y' = (y + 1) s - 1 + 2 oy.
 
     Args:
         resolution: Pixels along each side of the image or patch.
-        patch_scale: [B] in (0, 1], or None for the whole image.
-        patch_offset: [B, 2] (x, y), each in [0, 1 - scale].
+        patch: None for the whole image.
 
     Returns:
         [B, resolution * resolution, 2] (B = 1 without a patch), row by row from the top.
     """
-    if patch_scale is not None:
-        dtype, device = patch_scale.dtype, patch_scale.device
+    if patch is not None:
+        dtype, device = patch.scale.dtype, patch.scale.device
     axis = torch.linspace(-1, 1, resolution, dtype=dtype, device=device)
     y, x = torch.meshgrid(axis.flip(0), axis, indexing="ij")
     grid = torch.stack([x, y], dim=-1).reshape(1, -1, 2)  # [1, R, 2]
-    if patch_scale is not None:
-        grid = (grid + 1) * patch_scale[:, None, None] - 1 + 2 * patch_offset[:, None, :]
+    if patch is not None:
+        grid = (grid + 1) * patch.scale[:, None, None] - 1 + 2 * patch.offset[:, None, :]
     return grid
 
 
-def extract_patches(images: Tensor, patch_scale: Tensor, patch_offset: Tensor, resolution: int) -> Tensor:
+def extract_patches(images: Tensor, patch: Patch, resolution: int) -> Tensor:
     """Resamples images at the pixel grids of patches, bilinear and corner-aligned.
 
     Args:
         images: [B, 3, R, R].
-        patch_scale, patch_offset: [B], [B, 2], offset y from the bottom.
         resolution: r.
 
     Returns:
         [B, 3, r, r].
     """
-    grid = pixel_grid(resolution, patch_scale, patch_offset).unflatten(1, (resolution, resolution))
+    grid = pixel_grid(resolution, patch).unflatten(1, (resolution, resolution))
     grid = torch.stack([grid[..., 0], -grid[..., 1]], dim=-1)  # image rows run downwards
     return torch.nn.functional.grid_sample(
         images, grid.to(images.dtype), mode="bilinear", padding_mode="border", align_corners=True
     )
 
 
-def paste_patches(
-    patches: Tensor, images: Tensor, patch_scale: Tensor, patch_offset: Tensor, resolution: int
-) -> Tensor:
+def paste_patches(patches: Tensor, images: Tensor, patch: Patch, resolution: int) -> Tensor:
     """Images, upsampled, with patches at their places: the inverse of `extract_patches` inside of a patch.
 
     A pixel of the result at (x', y') lies at (x, y) = ((x', y') + 1 - 2 offset) / scale - 1 of the patch, and shows it
@@ -164,14 +176,13 @@ def paste_patches(
     Args:
         patches: [B, C, r, r].
         images: [B, C, any, any].
-        patch_scale, patch_offset: [B], [B, 2], offset y from the bottom.
         resolution: R.
 
     Returns:
         [B, C, R, R].
     """
-    grid = pixel_grid(resolution, dtype=patch_scale.dtype, device=patch_scale.device)
-    grid = (grid + 1 - 2 * patch_offset[:, None, :]) / patch_scale[:, None, None] - 1
+    grid = pixel_grid(resolution, dtype=patch.scale.dtype, device=patch.scale.device)
+    grid = (grid + 1 - 2 * patch.offset[:, None, :]) / patch.scale[:, None, None] - 1
     grid = grid.unflatten(1, (resolution, resolution))
     inside = (grid.abs() <= 1 + 1e-5).all(dim=-1)[:, None]  # the last pixel of a patch is hit but for rounding
     grid = torch.stack([grid[..., 0], -grid[..., 1]], dim=-1)  # image rows run downwards
@@ -186,8 +197,7 @@ def camera_rays(
     cam2world: Tensor,
     fov: float | Tensor,
     resolution: int,
-    patch_scale: Tensor | None = None,
-    patch_offset: Tensor | None = None,
+    patch: Patch | None = None,
 ) -> tuple[Tensor, Tensor]:
     """World-space rays of the pixels of an image or of a patch of it.
 
@@ -197,14 +207,13 @@ def camera_rays(
         cam2world: [B, 4, 4].
         fov: Field of view in degrees, a number or [B].
         resolution: Pixels along each side.
-        patch_scale: [B] or None.
-        patch_offset: [B, 2] or None.
+        patch: None for the whole image.
 
     Returns:
         ray_origins [B, R, 3] and unit ray_directions [B, R, 3], R = resolution^2, row by row from the top.
     """
     batch = len(cam2world)
-    grid = pixel_grid(resolution, patch_scale, patch_offset, dtype=cam2world.dtype, device=cam2world.device)
+    grid = pixel_grid(resolution, patch, dtype=cam2world.dtype, device=cam2world.device)
     grid = grid.to(cam2world.dtype).expand(batch, -1, -1)
     if isinstance(fov, Tensor):
         depth = -1 / torch.tan(torch.deg2rad(fov.to(grid)) / 2)
@@ -227,8 +236,7 @@ def patch_boxes(
     ray_end: float,
     cube_scale: float,
     plane_resolution: int,
-    patch_scale: Tensor | None = None,
-    patch_offset: Tensor | None = None,
+    patch: Patch | None = None,
 ) -> Tensor:
     """The texels of the tri-planes that the rays of a patch, or of a whole image, can touch.
 
@@ -243,14 +251,13 @@ def patch_boxes(
         ray_start, ray_end: Along unit rays, world units.
         cube_scale: Half size of the cube that the planes span, world units.
         plane_resolution: Texels along each side of a plane.
-        patch_scale, patch_offset: [B], [B, 2], or None for the whole image.
+        patch: None for the whole image.
 
     Returns:
         [B, 4] int64 on the device of cam2world: first row, first column, and the row and column after the last.
     """
     matrix = cam2world.double()
-    scale = matrix.new_ones(len(matrix)) if patch_scale is None else patch_scale.to(matrix)
-    offset = matrix.new_zeros(len(matrix), 2) if patch_offset is None else patch_offset.to(matrix)
+    scale, offset = (x.to(matrix) for x in (Patch.whole(matrix) if patch is None else patch))
     low = 2 * offset - 1  # [B, 2], the corners in the image plane
     high = low + 2 * scale[:, None]
     nearest = torch.maximum(low, torch.minimum(high, torch.zeros_like(low)))  # to the optical axis

@@ -11,6 +11,7 @@ import torch
 from checks import SIGMAS, assert_close, assert_finite, draw_uniform
 from epigraf_fast.camera import (
     POLE_MARGIN,
+    Patch,
     cam2world_matrix,
     camera_rays,
     extract_patches,
@@ -209,14 +210,14 @@ def test_pixel_grid_by_hand():
         "exact",
     )
     # Half the size: offset (0, 0) is the bottom left quarter, (1/2, 1/4) right and half-way up.
-    grid = pixel_grid(2, as_tensor([0.5, 0.5]), as_tensor([[0, 0], [0.5, 0.25]]))
+    grid = pixel_grid(2, Patch(as_tensor([0.5, 0.5]), as_tensor([[0, 0], [0.5, 0.25]])))
     assert_close(grid[0], [[-1, 0], [0, 0], [-1, -1], [0, -1]], "bottom left", "exact")
     assert_close(grid[1], [[0, 0.5], [1, 0.5], [0, -0.5], [1, -0.5]], "right", "exact")
     assert grid.dtype == torch.float64
     # Three of four steps: from -1 to 1/2; thirds are exact to the dtype of the patch.
-    grid = pixel_grid(4, as_tensor([0.75]), as_tensor([[0, 0]]))
+    grid = pixel_grid(4, Patch(as_tensor([0.75]), as_tensor([[0, 0]])))
     assert_close(grid[0, :4, 0], [-1, -0.5, 0, 0.5], "three quarters")
-    grid = pixel_grid(4, as_tensor([1.0]), as_tensor([[0, 0]]))
+    grid = pixel_grid(4, Patch(as_tensor([1.0]), as_tensor([[0, 0]])))
     assert_close(grid[0, :4, 0], [-1, -1 / 3, 1 / 3, 1], "all")
 
 
@@ -265,7 +266,7 @@ def test_patches_are_crops_of_the_image(resolution, patch):
         [[col / (resolution - 1), (resolution - patch - row) / (resolution - 1)] for row, col in corners]
     )
     whole = camera_rays(matrix[:1], 30.0, resolution)[1].view(resolution, resolution, 3)
-    origins, directions = camera_rays(matrix, 30.0, patch, scale, offset)
+    origins, directions = camera_rays(matrix, 30.0, patch, Patch(scale, offset))
     assert_close(origins, matrix[:, None, :3, 3].expand(-1, patch * patch, 3), "origins", "exact")
     for i, (row, col) in enumerate(corners):
         crop = whole[row : row + patch, col : col + patch].reshape(-1, 3)
@@ -273,8 +274,7 @@ def test_patches_are_crops_of_the_image(resolution, patch):
 
 
 def test_whole_patch_is_the_image():
-    one, zero = torch.ones(2), torch.zeros(2, 2)
-    assert_close(pixel_grid(4, one, zero), pixel_grid(4).expand(2, -1, -1), "grid")
+    assert_close(pixel_grid(4, Patch.whole(torch.empty(2))), pixel_grid(4).expand(2, -1, -1), "grid")
 
 
 @pytest.mark.parametrize(("resolution", "patch"), [(5, 3), (8, 2), (4, 4)])
@@ -285,27 +285,28 @@ def test_pasted_patches_lie_where_they_were_cut(resolution, patch):
     offset = as_tensor(
         [[col / (resolution - 1), (resolution - patch - row) / (resolution - 1)] for row, col in corners]
     )
+    place = Patch(scale, offset)
     images = draw_uniform(len(corners), 3, resolution, resolution)
     patches = draw_uniform(len(corners), 3, patch, patch, seed=1)
     expected = images.clone()
     for i, (row, col) in enumerate(corners):
         expected[i, :, row : row + patch, col : col + patch] = patches[i]
-    assert_close(paste_patches(patches, images, scale, offset, resolution), expected, "pasted")
-    own = extract_patches(images, scale, offset, patch)
-    assert_close(paste_patches(own, images, scale, offset, resolution), images, "its own patch")
+    assert_close(paste_patches(patches, images, place, resolution), expected, "pasted")
+    own = extract_patches(images, place, patch)
+    assert_close(paste_patches(own, images, place, resolution), images, "its own patch")
     # The same in the precision that training has, where a border pixel is only nearly at 1.
-    single = paste_patches(patches.float(), images.float(), scale.float(), offset.float(), resolution)
+    single = paste_patches(patches.float(), images.float(), Patch(scale.float(), offset.float()), resolution)
     assert_close(single, expected.float(), "in fp32")
 
 
 def test_a_pasted_patch_is_resampled_and_the_image_is_upsampled():
     """A ramp stays a ramp, whatever the scale; the gradient of what is covered is that of the patch alone."""
-    scale, offset = as_tensor([0.5, 1.0, 0.3]), as_tensor([[0.25, 0.5], [0, 0], [0.1, 0.6]])
+    patch = Patch(as_tensor([0.5, 1.0, 0.3]), as_tensor([[0.25, 0.5], [0, 0], [0.1, 0.6]]))
     ramp = pixel_grid(9, dtype=torch.float64).unflatten(1, (9, 9)).permute(0, 3, 1, 2).expand(3, 2, 9, 9)
     low = pixel_grid(3, dtype=torch.float64).unflatten(1, (3, 3)).permute(0, 3, 1, 2).expand(3, 2, 3, 3).clone()
-    patches = extract_patches(ramp, scale, offset, 5).requires_grad_(True)
+    patches = extract_patches(ramp, patch, 5).requires_grad_(True)
     low.requires_grad_(True)
-    pasted = paste_patches(patches, low, scale, offset, 9)
+    pasted = paste_patches(patches, low, patch, 9)
     assert_close(pasted, ramp, "ramp")
     pasted.sum().backward()
     total = patches.grad.sum(dim=(1, 2, 3)) + low.grad.sum(dim=(1, 2, 3))
@@ -315,10 +316,10 @@ def test_a_pasted_patch_is_resampled_and_the_image_is_upsampled():
 
 def test_rays_have_the_dtype_of_the_camera():
     matrix = cam2world_matrix(random_angles(2), 1.0)
-    scale, offset = torch.full((2,), 0.5), torch.zeros(2, 2)
+    patch = torch.full((2,), 0.5), torch.zeros(2, 2)
     for dtype in (torch.float32, torch.float64):
         for of_patch in (torch.float32, torch.float64):
-            for rays in camera_rays(matrix.to(dtype), 30.0, 4, scale.to(of_patch), offset.to(of_patch)):
+            for rays in camera_rays(matrix.to(dtype), 30.0, 4, Patch(*(x.to(of_patch) for x in patch))):
                 assert rays.dtype == dtype
 
 

@@ -9,20 +9,20 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from epigraf_fast.camera import PRIORS, cam2world_matrix, camera_rays, patch_boxes, sample_angles
+from epigraf_fast.camera import PRIORS, Patch, cam2world_matrix, camera_rays, patch_boxes, sample_angles
 from epigraf_fast.reference.sample_triplane import PlaneRegion, sample_triplane
 
 SAMPLES = 9  # along a ray, its ends among them
 PIXELS = 5  # along each side of a patch, its corners among them
 
 
-def look(angles, fov, radius, ray_start, ray_end, cube_scale, resolution, scale, offset, grow=0):
+def look(angles, fov, radius, ray_start, ray_end, cube_scale, resolution, patch, grow=0):
     """Reads a box, grown or shrunk by some texels, at every sample of a patch: raises where one asks for more."""
     matrix = cam2world_matrix(angles, radius)
-    box = patch_boxes(matrix, fov, ray_start, ray_end, cube_scale, resolution, scale, offset)
+    box = patch_boxes(matrix, fov, ray_start, ray_end, cube_scale, resolution, patch)
     assert ((box >= 0) & (box <= resolution)).all()
     assert (box[:, 2:] > box[:, :2]).all()
-    origins, directions = camera_rays(matrix, fov, PIXELS, scale, offset)
+    origins, directions = camera_rays(matrix, fov, PIXELS, patch)
     t = torch.linspace(ray_start, ray_end, SAMPLES, dtype=origins.dtype)
     points = (origins[:, :, None] + t[:, None] * directions[:, :, None]).flatten(1, 2) / cube_scale
     first, last = box[:, :2] - grow, box[:, 2:] + grow
@@ -56,19 +56,17 @@ def test_no_sample_reads_beside_the_box(prior, seed, fov, radius, near, depth, c
         torch.manual_seed(seed)
         angles = sample_angles(1, prior, yaw_spread=math.pi, pitch_spread=math.pi / 2)
     dtype = torch.float64 if double else torch.float32
-    patch = torch.tensor([scale], dtype=dtype)
-    offset = torch.tensor([[x, y]], dtype=dtype) * (1 - patch)
-    look(
-        angles.to(dtype), fov, radius, near * radius, (near + depth) * radius, cube * radius, resolution, patch, offset
-    )
+    side = torch.tensor([scale], dtype=dtype)
+    patch = Patch(side, torch.tensor([[x, y]], dtype=dtype) * (1 - side))
+    look(angles.to(dtype), fov, radius, near * radius, (near + depth) * radius, cube * radius, resolution, patch)
 
 
 def test_a_box_that_is_too_small_is_noticed():
     """And those of the presets are not larger than they need be: a texel less on every side is too little."""
-    scale, offset = torch.tensor([0.4]), torch.tensor([[0.2, 0.5]])
+    patch = Patch(torch.tensor([0.4]), torch.tensor([[0.2, 0.5]]))
     angles = torch.tensor([[0.3, 1.4, 0.0]])
     camera = 12.0, 1.0, 0.88, 1.12, 0.2, 256
-    box = look(angles, *camera, scale, offset)
+    box = look(angles, *camera, patch)
     assert (box[:, 2:] - box[:, :2]).amax() < 256
     with pytest.raises(ValueError, match="points must keep to the region"):
-        look(angles, *camera, scale, offset, grow=-3)
+        look(angles, *camera, patch, grow=-3)

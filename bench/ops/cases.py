@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from epigraf_fast import ops
-from epigraf_fast.camera import cam2world_matrix, camera_rays
+from epigraf_fast.camera import Patch, cam2world_matrix, camera_rays
 from epigraf_fast.config import CameraConfig, RendererConfig
 from epigraf_fast.models.decoder import Decoder
 from epigraf_fast.models.layers import LOW_PASS
@@ -217,8 +217,8 @@ def rays(batch: int, patch: int, scale: float, device: torch.device) -> tuple[Te
     angles = _normal(device, 1, batch, 3) * torch.tensor([0.3, 0.15, 0.0], device=device)
     angles = angles + torch.tensor([math.pi / 2, math.pi / 2, 0.0], device=device)
     offset = _uniform(device, 2, batch, 2) * (1 - scale)
-    scales = torch.full((batch,), scale, device=device)
-    origins, directions = camera_rays(cam2world_matrix(angles, camera.radius), camera.fov, patch, scales, offset)
+    where = Patch(torch.full((batch,), scale, device=device), offset)
+    origins, directions = camera_rays(cam2world_matrix(angles, camera.radius), camera.fov, patch, where)
     return origins.contiguous(), directions.contiguous()
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from epigraf_fast.camera import Patch
 from epigraf_fast.config import PRESETS, Config, preset
 from epigraf_fast.training.distributed import buckets_of
 from epigraf_fast.training.memory import meta_networks
@@ -69,15 +70,14 @@ def phases(config: Config, images: int = 4) -> list[Phase]:
             torch.empty(images, 3),
             torch.empty(images, 0),
             resolution=size,
-            patch_scale=torch.empty(images),
-            patch_offset=torch.empty(images, 2),
+            patch=Patch(torch.empty(images), torch.empty(images, 2)),
             region=False,
         ).rgb
 
     def judge(patches: torch.Tensor) -> torch.Tensor:
         num = len(patches)
-        place = torch.empty(num), torch.empty(num, 2), torch.empty(num, 0), torch.empty(num, 3)
-        return discriminator(patches, *place)
+        patch = Patch(torch.empty(num), torch.empty(num, 2))
+        return discriminator(patches, patch, torch.empty(num, 0), torch.empty(num, 3))
 
     def counted(function: Any, *inputs: Any) -> tuple[float, Any]:
         with FlopCounterMode(display=False) as counter:

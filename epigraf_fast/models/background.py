@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..camera import cam2world_matrix, camera_rays, extract_patches
+from ..camera import Patch, cam2world_matrix, camera_rays, extract_patches
 from ..config import CameraConfig
 from .layers import FullyConnected, ScalarEncoder
 
@@ -118,17 +118,16 @@ class PlaneBackground(nn.Module):
         ws: Tensor | None,
         angles: Tensor,
         resolution: int,
-        patch_scale: Tensor | None = None,
-        patch_offset: Tensor | None = None,
+        patch: Patch | None = None,
         **unused: Any,
     ) -> tuple[Tensor, None]:
         """The picture [B, 3, H, W], resized to the image (bilinear, corner-aligned) and cut by the patch: [B, R, 3]."""
         size = self.image_resolution
         image = nn.functional.interpolate(picture, (size, size), mode="bilinear", align_corners=True)
-        if patch_scale is None and resolution != size:
-            patch_scale, patch_offset = image.new_ones(len(image)), image.new_zeros(len(image), 2)
-        if patch_scale is not None:
-            image = extract_patches(image, patch_scale, patch_offset, resolution)
+        if patch is None and resolution != size:
+            patch = Patch.whole(image)
+        if patch is not None:
+            image = extract_patches(image, patch, resolution)
         return image.flatten(2).transpose(1, 2), None
 
 
@@ -191,8 +190,7 @@ class SphereBackground(nn.Module):
         ws: Tensor | None,
         angles: Tensor,
         resolution: int,
-        patch_scale: Tensor | None = None,
-        patch_offset: Tensor | None = None,
+        patch: Patch | None = None,
         *,
         fov: float | Tensor | None = None,
         stochastic: bool = False,
@@ -210,7 +208,7 @@ class SphereBackground(nn.Module):
             raise ValueError("SphereBackground: ws must be given (because it is modulated by them), got None")
         radius, fov = self.camera.radius, self.camera.fov if fov is None else fov
         matrix = cam2world_matrix(angles, radius)
-        origins, directions = camera_rays(matrix, fov, resolution, patch_scale, patch_offset)
+        origins, directions = camera_rays(matrix, fov, resolution, patch)
         origins, ws = origins / radius, ws[:, -self.num_ws :]
         if stochastic and jitter is None:
             jitter = torch.rand(*origins.shape[:2], self.samples, dtype=origins.dtype, device=origins.device)

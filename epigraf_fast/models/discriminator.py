@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..camera import Patch
 from ..config import DiscriminatorConfig
 from .layers import CLAMP, Affines, Conv2d, FullyConnected, ScalarEncoder, camera_numbers, channels_at
 from .mapping import Mapping
@@ -181,20 +182,19 @@ class Discriminator(nn.Module):
         self.out = FullyConnected(width, width if head_dim else 1)
         self.head = Mapping(0, head_dim, width, backend=backend) if head_dim else None
 
-    def modulation(self, patch_scale: Tensor, patch_offset: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Of a modulated D: the encoding [B, n] of patches of scale [B] and offset [B, 2], and sigma of every block.
+    def modulation(self, patch: Patch) -> tuple[Tensor, list[Tensor]]:
+        """Of a modulated D: the encoding [B, n] of where patches lie, and sigma of every block.
 
         Each sigma is [B, c_in or c_out] and in (0, 2); that of the largest resolution comes first.
         """
-        numbers = torch.cat([patch_scale[:, None], patch_offset], dim=1)[:, : self.patch_numbers]
+        numbers = torch.cat([patch.scale[:, None], patch.offset], dim=1)[:, : self.patch_numbers]
         encoded = self.patch_encoder(numbers)
         return encoded, self.affines(self.hypernetwork(None, encoded), modulation_of)
 
     def forward(
         self,
         patches: Tensor,
-        patch_scale: Tensor,
-        patch_offset: Tensor,
+        patch: Patch,
         label: Tensor | None = None,
         angles: Tensor | None = None,
         *,
@@ -205,7 +205,7 @@ class Discriminator(nn.Module):
         Args:
             patches: [B, 3, r, r]; with global context [B, 6, r, r], the whole image last ("concat"), or the whole image
                 with the patch in it, [B, 3, R, R] ("paste").
-            patch_scale, patch_offset: [B], [B, 2].
+            patch: Where they lie.
             label: [B, L], if the data set has labels.
             angles: [B, 3], with camera conditioning.
             parts: Of the batch, equally large and one after the other, that do not see each other, as in calls of their
@@ -217,7 +217,7 @@ class Discriminator(nn.Module):
         condition = [label] if self.label_dim else []
         sigmas = [None] * len(self.resolutions)
         if self.affines is not None:
-            encoded, sigmas = self.modulation(patch_scale, patch_offset)
+            encoded, sigmas = self.modulation(patch)
             condition.append(encoded)
         if self.config.camera_conditioning:
             features = self.camera_encoder(camera_numbers(angles))
@@ -257,8 +257,7 @@ class ScaleDiscriminators(nn.Module):
     def forward(
         self,
         patches: Tensor,
-        patch_scale: Tensor,
-        patch_offset: Tensor,
+        patch: Patch,
         label: Tensor | None = None,
         angles: Tensor | None = None,
         *,
@@ -266,10 +265,10 @@ class ScaleDiscriminators(nn.Module):
     ) -> Tensor:
         """As `Discriminator`; a scale between two of the support belongs to the nearest."""
         if parts > 1:  # which have different numbers of patches at a scale
-            given = (patches, patch_scale, patch_offset, label, angles)
-            chunks = zip(*((None,) * parts if x is None else x.chunk(parts) for x in given), strict=True)
+            given, size = (patches, patch, label, angles), len(patches) // parts
+            chunks = zip(*((None,) * parts if x is None else x.split(size) for x in given), strict=True)
             return torch.cat([self(*chunk) for chunk in chunks])
-        nearest = [min(range(len(self.scales)), key=lambda k: abs(s - self.scales[k])) for s in patch_scale.tolist()]
+        nearest = [min(range(len(self.scales)), key=lambda k: abs(s - self.scales[k])) for s in patch.scale.tolist()]
         logits, places = [], []
         for k, discriminator in enumerate(self.discriminators):
             mine = [i for i, which in enumerate(nearest) if which == k]
@@ -277,7 +276,7 @@ class ScaleDiscriminators(nn.Module):
                 index = _index(mine, patches.device)
                 own, *condition = (None if x is None else x[index] for x in (patches, label, angles))
                 # Without modulation nothing looks at the patch's place.
-                logits.append(discriminator(own, patch_scale, patch_offset, *condition))
+                logits.append(discriminator(own, patch, *condition))
                 places += mine
         order = sorted(range(len(places)), key=places.__getitem__)
         return torch.cat(logits)[_index(order, patches.device)]

@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..camera import Patch
 from ..config import CameraConfig, GeneratorConfig, RendererConfig
 from ..ops import PlaneRegion
 from .background import PlaneBackground, SphereBackground
@@ -141,8 +142,7 @@ class Generator(nn.Module):
         planes: Tensor,
         angles: Tensor,
         resolution: int,
-        patch_scale: Tensor | None = None,
-        patch_offset: Tensor | None = None,
+        patch: Patch | None = None,
         *,
         ws: Tensor | None = None,
         layer: str = "both",
@@ -161,7 +161,6 @@ class Generator(nn.Module):
         """
         if layer not in LAYERS:
             raise ValueError(f"Generator: layer must be one of {', '.join(LAYERS)}, got {layer!r}")
-        patch = (resolution, patch_scale, patch_offset)
         if self.background is None and layer == "background":
             raise ValueError('Generator: layer must be both (because there is no background), got "background"')
         if self.background is not None and layer != "foreground":
@@ -170,7 +169,8 @@ class Generator(nn.Module):
                 planes[:, self.plane_channels :],
                 ws,
                 angles,
-                *patch,
+                resolution,
+                patch,
                 fov=fov,
                 stochastic=self.training if stochastic is None else stochastic,
                 jitter=background_jitter,
@@ -183,9 +183,8 @@ class Generator(nn.Module):
             render_options["background"] = rgb
         if planes.shape[1] > self.plane_channels:
             planes = planes[:, : self.plane_channels].contiguous(memory_format=torch.channels_last)
-        return render_planes(
-            self.renderer, self.decoder, self.camera, planes, angles, *patch, fov=fov, **render_options
-        )
+        view = (angles, resolution, patch)
+        return render_planes(self.renderer, self.decoder, self.camera, planes, *view, fov=fov, **render_options)
 
     @property
     def takes_region(self) -> bool:
@@ -196,8 +195,7 @@ class Generator(nn.Module):
         self,
         ws: Tensor,
         angles: Tensor,
-        patch_scale: Tensor | None = None,
-        patch_offset: Tensor | None = None,
+        patch: Patch | None = None,
         *,
         fov: float | Tensor | None = None,
         noise_mode: str = "random",
@@ -212,7 +210,7 @@ class Generator(nn.Module):
         plan = None
         if self.takes_region:
             resolution = self.synthesis.resolutions[-1]
-            plan = plan_of_views(self.camera, resolution, angles, patch_scale, patch_offset, fov, ws.device)
+            plan = plan_of_views(self.camera, resolution, angles, patch, fov, ws.device)
         if plan is None:
             return self.synthesis(ws, noise_mode), None
         return self.synthesis.in_region(ws, plan, noise_mode)
@@ -224,8 +222,7 @@ class Generator(nn.Module):
         label: Tensor | None = None,
         *,
         resolution: int,
-        patch_scale: Tensor | None = None,
-        patch_offset: Tensor | None = None,
+        patch: Patch | None = None,
         conditioning_angles: Tensor | None = None,
         noise_mode: str = "random",
         truncation_psi: float = 1.0,
@@ -258,14 +255,14 @@ class Generator(nn.Module):
             region = False
         if region is True:
             fov = render_options.get("fov")
-            planes, place = self.paint(ws, angles, patch_scale, patch_offset, fov=fov, noise_mode=noise_mode)
+            planes, place = self.paint(ws, angles, patch, fov=fov, noise_mode=noise_mode)
         elif region:
             planes, place = self.synthesis.in_region(ws, region, noise_mode)
         else:
             planes, place = self.synthesis(ws, noise_mode), None
         if place is not None:
             render_options["region"] = place
-        images = self.render(planes, angles, resolution, patch_scale, patch_offset, ws=ws, **render_options)
+        images = self.render(planes, angles, resolution, patch, ws=ws, **render_options)
         if not with_context:
             return images
         whole = self.render(planes, angles, resolution, ws=ws, **render_options)

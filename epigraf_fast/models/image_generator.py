@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..camera import extract_patches
+from ..camera import Patch, extract_patches
 from ..config import CameraConfig, GeneratorConfig, RendererConfig
 from .generator import Generator
 from .mapping import StyleMapping
@@ -75,8 +75,7 @@ class ImageGenerator(nn.Module):
         planes: Tensor,
         angles: Tensor,
         resolution: int,
-        patch_scale: Tensor | None = None,
-        patch_offset: Tensor | None = None,
+        patch: Patch | None = None,
         **render_options: bool | float | Tensor | None,
     ) -> Images:
         """Cuts patches from the images [B, 3, R, R] that the synthesis network gave; depth is 0, opacity 1.
@@ -84,11 +83,9 @@ class ImageGenerator(nn.Module):
         Without a patch the image is resampled where the resolution is another (bilinear, corner-aligned). Cameras and
         render options do nothing.
         """
-        if patch_scale is None and resolution != planes.shape[2]:
-            patch_scale, patch_offset = planes.new_ones(len(planes)), planes.new_zeros(len(planes), 2)
-        rgb = planes
-        if patch_scale is not None:
-            rgb = extract_patches(planes, patch_scale, patch_offset, resolution)
+        if patch is None and resolution != planes.shape[2]:
+            patch = Patch.whole(planes)
+        rgb = planes if patch is None else extract_patches(planes, patch, resolution)
         return Images(rgb, torch.zeros_like(rgb[:, :1]), torch.ones_like(rgb[:, :1]))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..camera import Patch
 from ..config import CameraConfig, RendererConfig
 from .decoder import Decoder
 from .renderer import Images, Renderer, render_planes
@@ -46,8 +47,7 @@ class RawPlanes(nn.Module):
         self,
         angles: Tensor,
         resolution: int,
-        patch_scale: Tensor | None = None,
-        patch_offset: Tensor | None = None,
+        patch: Patch | None = None,
         *,
         scenes: Tensor | None = None,
         **render_options: bool | float | Tensor | None,
@@ -71,7 +71,6 @@ class RawPlanes(nn.Module):
             planes,
             angles,
             resolution,
-            patch_scale,
-            patch_offset,
+            patch,
             **render_options,
         )

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..camera import cam2world_matrix, patch_boxes
+from ..camera import Patch, cam2world_matrix, patch_boxes
 from ..config import CameraConfig
 from ..ops import PlaneRegion
 
@@ -57,8 +57,7 @@ def boxes_of(
     camera: CameraConfig,
     resolution: int,
     angles: Tensor,
-    patch_scale: Tensor | None = None,
-    patch_offset: Tensor | None = None,
+    patch: Patch | None = None,
     fov: float | Tensor | None = None,
 ) -> Tensor:
     """`patch_boxes` of cameras [B, 3] and patches, in float64 on the CPU; a GPU that they lie on is waited for.
@@ -67,12 +66,11 @@ def boxes_of(
         resolution: Of the planes.
         fov: Degrees, a number or [B]; default: the camera's.
     """
-    angles, patch_scale, patch_offset, fov = (
-        x.detach().cpu() if isinstance(x, Tensor) else x for x in (angles, patch_scale, patch_offset, fov)
-    )
+    angles, fov = (x.detach().cpu() if isinstance(x, Tensor) else x for x in (angles, fov))
+    patch = None if patch is None else Patch(*(x.detach().cpu() for x in patch))
     rays = camera.fov if fov is None else fov, camera.ray_start, camera.ray_end, camera.cube_scale
     matrix = cam2world_matrix(angles.double(), camera.radius)
-    return patch_boxes(matrix, *rays, resolution, patch_scale, patch_offset)
+    return patch_boxes(matrix, *rays, resolution, patch)
 
 
 def bucket(extent: int, resolution: int, buckets: int = BUCKETS) -> int:
@@ -155,8 +153,7 @@ def plan_of_views(
     camera: CameraConfig,
     resolution: int,
     angles: Tensor,
-    patch_scale: Tensor | None = None,
-    patch_offset: Tensor | None = None,
+    patch: Patch | None = None,
     fov: float | Tensor | None = None,
     device: torch.device | str | None = None,
 ) -> Plan | None:
@@ -164,7 +161,7 @@ def plan_of_views(
 
     Arguments are those of `boxes_of`; the plan goes to the device.
     """
-    boxes = boxes_of(camera, resolution, angles, patch_scale, patch_offset, fov)
+    boxes = boxes_of(camera, resolution, angles, patch, fov)
     if computed_share(size_of(boxes, resolution), resolution) > PAYS_BELOW:
         return None
     return plan(region_of(boxes, resolution), resolution, device)

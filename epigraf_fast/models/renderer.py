@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..camera import cam2world_matrix, camera_rays
+from ..camera import Patch, cam2world_matrix, camera_rays
 from ..config import CameraConfig, RendererConfig
 from ..ops.checks import assert_in_region, is_debugging
 from .decoder import Decoder
@@ -171,8 +171,7 @@ def render_planes(
     planes: Tensor,
     angles: Tensor,
     resolution: int,
-    patch_scale: Tensor | None = None,
-    patch_offset: Tensor | None = None,
+    patch: Patch | None = None,
     *,
     fov: float | Tensor | None = None,
     **render_options: bool | float | Tensor | ops.PlaneRegion | None,
@@ -184,12 +183,12 @@ def render_planes(
     Args:
         planes: [B, 3*C, H, W].
         angles: [B, 3] radians.
-        patch_scale, patch_offset: [B], [B, 2], or None for the whole image.
+        patch: None for the whole image.
         fov: Degrees, a number or [B]; default: the camera's.
         render_options: See `Renderer.forward`.
     """
     fov = camera.fov if fov is None else fov
-    rays = camera_rays(cam2world_matrix(angles, camera.radius), fov, resolution, patch_scale, patch_offset)
+    rays = camera_rays(cam2world_matrix(angles, camera.radius), fov, resolution, patch)
     num_rays = resolution**2
     chunk = num_rays
     if not torch.is_grad_enabled() and not renderer.training:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tyro.conf import Positional
 
+from ..camera import Patch
 from ..config import Config, PatchConfig
 from ..errors import UserError
 from ..models.discriminator import Discriminator
@@ -66,9 +67,9 @@ def modulation(discriminator: Discriminator, scales: Tensor) -> dict[str, Tensor
     """
     if discriminator.config.modulate == "none":
         raise UserError("the discriminator of this run is not modulated: there is nothing to draw")
-    offset = ((1 - scales) / 2)[:, None].expand(-1, 2)
+    middle = Patch(scales, ((1 - scales) / 2)[:, None].expand(-1, 2))
     with torch.no_grad():
-        _, sigmas = discriminator.modulation(scales, offset)
+        _, sigmas = discriminator.modulation(middle)
     return {f"layer {2 * (number + 1)}": sigma for number, sigma in enumerate(sigmas)}
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tyro.conf import Positional
 
-from ..camera import cam2world_matrix
+from ..camera import Patch, cam2world_matrix
 from ..config import CameraConfig
 from ..errors import UserError
 from ..files import READ_ERRORS, reason
@@ -193,12 +193,10 @@ class _Search:
     def drawn_coarsely(self, styles: Tensor, planes: Tensor, cameras: Tensor) -> Tensor:
         """Some of their rows and columns, see `coarse`."""
         rows, scale, offset = coarse(self.target.shape[-1])
-        patch = {
-            "patch_scale": cameras.new_full((len(cameras),), scale),
-            "patch_offset": cameras.new_tensor(offset).expand(len(cameras), 2),
-        }
+        count = len(cameras)
+        patch = Patch(cameras.new_full((count,), scale), cameras.new_tensor(offset).expand(count, 2))
         size = len(range(self.target.shape[-1])[rows])
-        return self.generator.render(planes, cameras, size, ws=styles, stochastic=False, **patch).rgb
+        return self.generator.render(planes, cameras, size, patch, ws=styles, stochastic=False).rgb
 
     def coarse_target(self) -> Tensor:
         rows, *_ = coarse(self.target.shape[-1])

@@ -8,6 +8,7 @@ import sys
 import torch
 from torch import Tensor, nn
 
+from ..camera import Patch
 from ..config import Config
 from ..models.discriminator import Discriminator, ScaleDiscriminators
 from ..models.generator import Generator
@@ -66,21 +67,20 @@ def step_bytes(
     num, region = config.micro, largest_plan(config, angles, "meta")
     with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         label = torch.empty(num, generator.label_dim)
-        angles, scale, offset = torch.empty(num, 3), torch.empty(num), torch.empty(num, 2)
+        angles, patch = torch.empty(num, 3), Patch(torch.empty(num), torch.empty(num, 2))
         patches = generator(
             torch.empty(num, generator.z_dim),
             angles,
             label,
             resolution=config.patch.resolution,
-            patch_scale=scale,
-            patch_offset=offset,
+            patch=patch,
             density_noise_std=1.0,
             with_context=config.discriminator.global_context != "none",
             region=False if region is None else region,
         ).rgb
         if config.discriminator.global_context != "none":
-            patches = with_context(patches, scale, offset, config)
+            patches = with_context(patches, patch, config)
         if isinstance(discriminator, ScaleDiscriminators):  # which reads the scales
             discriminator = discriminator.discriminators[0]
-        discriminator(patches, scale, offset, label, angles)
+        discriminator(patches, patch, label, angles)
     return fixed, sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..camera import extract_patches, paste_patches
+from ..camera import Patch, extract_patches, paste_patches
 from ..config import Config, PatchConfig
 from .schedule import patch_beta, patch_min_scale
 
@@ -35,7 +35,7 @@ def sample_patches(
     scale_draw: Tensor | None = None,
     offset_draw: Tensor | None = None,
     importance: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Patch:
     """Draws scale and offset of patches; the samples of one group share a draw.
 
     With r the patch's and R the image's resolution:
@@ -55,7 +55,7 @@ def sample_patches(
             to the map's mean over the patch.
 
     Returns:
-        patch_scale [num] in [r/R, 1], patch_offset [num, 2].
+        `num` patches, scales in [r/R, 1].
     """
     group = min(group, num)
     draws = num // group
@@ -75,11 +75,11 @@ def sample_patches(
     v = torch.rand(draws, 2, device=device) if offset_draw is None else offset_draw
     offset = v * (1 - scale.to(v.device, non_blocking=True))[:, None]
     if config.groups == "strided":
-        return scale.repeat(group), offset.repeat(group, 1)
-    return scale.repeat_interleave(group), offset.repeat_interleave(group, dim=0)
+        return Patch(scale.repeat(group), offset.repeat(group, 1))
+    return Patch(scale.repeat_interleave(group), offset.repeat_interleave(group, dim=0))
 
 
-def with_context(patches: Tensor, patch_scale: Tensor, patch_offset: Tensor, config: Config) -> Tensor:
+def with_context(patches: Tensor, patch: Patch, config: Config) -> Tensor:
     """What D is shown of patches [B, 6, r, r], the whole image last, by `discriminator.global_context`.
 
     Returns:
@@ -87,8 +87,7 @@ def with_context(patches: Tensor, patch_scale: Tensor, patch_offset: Tensor, con
     """
     if config.discriminator.global_context == "concat":
         return patches
-    patch, whole = patches.chunk(2, dim=1)
-    return paste_patches(patch, whole, patch_scale, patch_offset, config.resolution)
+    return paste_patches(*patches.chunk(2, dim=1), patch, config.resolution)
 
 
 def importance_map(images: Tensor) -> Tensor:
@@ -109,7 +108,7 @@ def _important(importance: Tensor, scale: Tensor, candidates: int) -> Tensor:
     scales = scale.to(importance.device)[:, None].expand(-1, candidates)
     offsets = (v * (1 - scales)[..., None]).flatten(0, 1)
     maps = importance.expand(draws * candidates, 1, *importance.shape)
-    means = extract_patches(maps, scales.flatten(), offsets, IMPORTANCE_GRID).mean(dim=(1, 2, 3))
+    means = extract_patches(maps, Patch(scales.flatten(), offsets), IMPORTANCE_GRID).mean(dim=(1, 2, 3))
     chances = means.view(draws, candidates).cumsum(dim=1)
     u = torch.rand(draws, 1, device=importance.device) * chances[:, -1:]
     chosen = (chances <= u).sum(dim=1).clamp(max=candidates - 1)

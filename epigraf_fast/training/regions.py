@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..camera import Patch
 from ..config import Config
 from ..models.region import FEW_BUCKETS, WHOLE_BELOW, Plan, Region, boxes_of, computed_share, plan, region_of, size_of
 from .patches import patch_progress, sample_patches
@@ -88,9 +89,9 @@ def expected_sizes(config: Config, angles: Tensor, cur_nimg: int, share: int, mi
                 poses = angles[torch.randint(len(angles), (share,))]
             else:
                 poses = prior_angles(config.camera, share)
-            patches = sample_patches(config.patches, config.resolution, progress, share // group, 1)
-            patches = (x.repeat_interleave(group, dim=0) for x in patches)
-            boxes = boxes_of(config.camera, resolution, poses, *patches)
+            drawn = sample_patches(config.patches, config.resolution, progress, share // group, 1)
+            patch = Patch(*(x.repeat_interleave(group, dim=0) for x in drawn))
+            boxes = boxes_of(config.camera, resolution, poses, patch)
             boxes = boxes[arrange(boxes, share, group, micro, config.patch.groups)]
             found += sizes_of(boxes, resolution, micro, config.cuda_graphs)
     return found

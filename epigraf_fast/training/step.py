@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..camera import extract_patches
+from ..camera import Patch, extract_patches
 from ..config import Config
 from ..data import ImageDataset
 from ..errors import UserError
@@ -55,14 +55,13 @@ class Fakes(NamedTuple):
     label: Tensor
     angles: Tensor
     conditioning_angles: Tensor
-    patch_scale: Tensor  # [B]; on the CPU for scale-specific discriminators
-    patch_offset: Tensor  # [B, 2]
+    patch: Patch  # its scale on the CPU for scale-specific discriminators
     plans: tuple[Plan | None, ...]  # None: whole planes
 
     def split(self, size: int) -> Iterator[Fakes]:
         """Micro-batches."""
-        *tensors, plans = self
-        parts = zip(*(x.split(size) for x in tensors), strict=True)
+        *batches, plans = self
+        parts = zip(*(x.split(size) for x in batches), strict=True)
         return (Fakes(*part, (plan,)) for part, plan in zip(parts, plans, strict=True))
 
 
@@ -325,10 +324,10 @@ class Trainer:
         return [p.grad for p in parameters], self.recorded
 
     def _generator_phase(self, fakes: Fakes) -> None:
-        patches, scale, offset = self._generate(fakes, update_w_avg=self.fakes is not None)
+        patches, patch = self._generate(fakes, update_w_avg=self.fakes is not None)
         if self.fakes is not None:
             self.fakes[self.begun : self.begun + len(patches)] = patches.detach()
-        logits = self._judge(patches, scale, offset, fakes.label, fakes.angles)
+        logits = self._judge(patches, patch, fakes.label, fakes.angles)
         loss = generator_loss(logits)
         self._backward(loss)
         self._record("loss/G", loss)
@@ -352,15 +351,14 @@ class Trainer:
     def _discriminator_phase(self, fakes: Fakes, real: Samples) -> None:
         if self.fakes is None:
             with torch.no_grad():
-                patches, scale, offset = self._generate(fakes, update_w_avg=True)
+                patches, patch = self._generate(fakes, update_w_avg=True)
         else:
-            patches, scale, offset = self.fakes[self.begun :][: self.micro], fakes.patch_scale, fakes.patch_offset
+            patches, patch = self.fakes[self.begun :][: self.micro], fakes.patch
         # In one call, whose launches and whose work on the weights are needed once.
-        real_patches, real_scale, real_offset = self._cut(real)
+        real_patches, real_patch = self._cut(real)
         logits = self._judge(
             torch.cat([patches, real_patches]),
-            torch.cat([scale, real_scale]),
-            torch.cat([offset, real_offset]),
+            Patch(*map(torch.cat, zip(patch, real_patch, strict=True))),
             torch.cat([fakes.label, real.label]),
             torch.cat([fakes.angles, real.angles]),
             parts=2,
@@ -375,9 +373,9 @@ class Trainer:
         self._observe(real_logits)
 
     def _regularization_phase(self, real: Samples) -> None:
-        patches, scale, offset = self._cut(real)
+        patches, patch = self._cut(real)
         patches.requires_grad_(True)
-        logits = self._judge(patches, scale, offset, real.label, real.angles)
+        logits = self._judge(patches, patch, real.label, real.angles)
         penalty = r1_penalty(logits, patches)
         optim = self.config.optim
         self._backward(penalty.mean() * (optim.r1_gamma / 2 * optim.r1_interval))
@@ -405,10 +403,10 @@ class Trainer:
         loss = loss if self.micro == self.share else loss * (self.micro / self.share)
         (loss if self.scale is None else loss * self.scale).backward()
 
-    def _generate(self, fakes: Fakes, update_w_avg: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """Fake patches as D sees them, their scale and offset."""
-        scale, offset, (plan,) = fakes.patch_scale, fakes.patch_offset, fakes.plans
-        placed = scale.to(self.device, non_blocking=True)
+    def _generate(self, fakes: Fakes, update_w_avg: bool = False) -> tuple[Tensor, Patch]:
+        """Fake patches as D sees them, and where they lie."""
+        patch, (plan,) = fakes.patch, fakes.plans
+        placed = self._placed(patch)
         context = self.config.discriminator.global_context
         if plan is not None:
             self._record("planes/share", torch.full([], plan.share, device=self.device))
@@ -417,8 +415,7 @@ class Trainer:
             fakes.angles,
             fakes.label,
             resolution=self.config.patch.resolution,
-            patch_scale=placed,
-            patch_offset=offset,
+            patch=placed,
             conditioning_angles=fakes.conditioning_angles,
             density_noise_std=self.now.density_noise_std,
             update_w_avg=update_w_avg,
@@ -427,26 +424,28 @@ class Trainer:
             region=False if plan is None else plan,
         ).rgb
         if context != "none":
-            patches = with_context(patches, placed, offset, self.config)
-        return patches, scale, offset
+            patches = with_context(patches, placed, self.config)
+        return patches, patch
 
-    def _cut(self, real: Samples) -> tuple[Tensor, Tensor, Tensor]:
-        """Real patches as D sees them, their scale and offset."""
-        scale, offset = self._sample_patches(len(real.content))
-        placed, resolution = scale.to(self.device, non_blocking=True), self.config.patch.resolution
-        patches = extract_patches(real.content, placed, offset, resolution)
+    def _cut(self, real: Samples) -> tuple[Tensor, Patch]:
+        """Real patches as D sees them, and where they lie."""
+        patch = self._sample_patches(len(real.content))
+        placed, resolution = self._placed(patch), self.config.patch.resolution
+        patches = extract_patches(real.content, placed, resolution)
         if self.config.discriminator.global_context != "none":
-            whole = extract_patches(real.content, torch.ones_like(placed), torch.zeros_like(offset), resolution)
-            patches = with_context(torch.cat([patches, whole], dim=1), placed, offset, self.config)
-        return patches, scale, offset
+            whole = extract_patches(real.content, Patch.whole(placed.scale), resolution)
+            patches = with_context(torch.cat([patches, whole], dim=1), placed, self.config)
+        return patches, patch
 
-    def _judge(
-        self, patches: Tensor, scale: Tensor, offset: Tensor, label: Tensor, angles: Tensor, parts: int = 1
-    ) -> Tensor:
+    def _placed(self, patch: Patch) -> Patch:
+        """Where offsets are always: on the device."""
+        return patch._replace(scale=patch.scale.to(self.device, non_blocking=True))
+
+    def _judge(self, patches: Tensor, patch: Patch, label: Tensor, angles: Tensor, parts: int = 1) -> Tensor:
         patches = blur(patches, self.now.blur_sigma, self.now.blur_radius)
         if self.augment is not None:
             patches = self.augment(patches, self.augment_p)
-        return self.discriminator(patches, scale, offset, label, angles, parts=parts)
+        return self.discriminator(patches, patch, label, angles, parts=parts)
 
     def _draw_fakes(self, num: int) -> Samples:
         """On the device but for `angles`, which the host has to know: see `_with_patches`."""
@@ -467,34 +466,33 @@ class Trainer:
         """
         config, num = self.config, len(fakes.content)
         group = min(config.discriminator.minibatch_std_group, self.micro)
-        scale, offset = (x.repeat_interleave(group, dim=0) for x in self._draw_patches(num // group))
+        patch = Patch(*(x.repeat_interleave(group, dim=0) for x in self._draw_patches(num // group)))
         boxes, resolution = None, config.generator.plane_resolution
         if config.generator.backbone == "triplane":
-            boxes = boxes_of(config.camera, resolution, fakes.angles, scale, offset)
+            boxes = boxes_of(config.camera, resolution, fakes.angles, patch)
         order = arrange(boxes, num, group, self.micro, config.patch.groups)
         plans: tuple[Plan | None, ...] = (None,) * (num // self.micro)
         if is_on(config):
             one_size = self.graphs is not None
             plans = plans_of(boxes[order], resolution, self.micro, self.device, one_size=one_size)
-        placed, scale = self._place(order), scale[order]
+        placed, (scale, offset) = self._place(order), (x[order] for x in patch)
         return Fakes(
             fakes.content[placed],
             fakes.label[placed],
             self._place(fakes.angles[order]),
             fakes.conditioning_angles[placed],
-            scale if config.discriminator.scales > 1 else self._place(scale),
-            self._place(offset[order]),
+            Patch(scale if config.discriminator.scales > 1 else self._place(scale), self._place(offset)),
             plans,
         )
 
-    def _draw_patches(self, num: int) -> tuple[Tensor, Tensor]:
-        """Scale and offset of independent patches, on the CPU."""
+    def _draw_patches(self, num: int) -> Patch:
+        """Independent patches, on the CPU."""
         config = self.config
         progress = patch_progress(config.patches, config.resolution, self.cur_nimg, config.batch)
         return sample_patches(config.patches, config.resolution, progress, num, 1, importance=self.importance)
 
-    def _sample_patches(self, num: int) -> tuple[Tensor, Tensor]:
-        """Scale and offset for the real images of a micro-batch."""
+    def _sample_patches(self, num: int) -> Patch:
+        """Patches of the real images of a micro-batch."""
         config, scale_draw, progress = self.config, None, self.now.patch
         group = config.discriminator.minibatch_std_group
         if config.discriminator.scales > 1:  # on the CPU, where the scales say who judges what

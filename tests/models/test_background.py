@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from checks import assert_close, assert_finite, draw, draw_uniform
-from epigraf_fast.camera import cam2world_matrix, camera_rays, extract_patches
+from epigraf_fast.camera import Patch, cam2world_matrix, camera_rays, extract_patches
 from epigraf_fast.config import CameraConfig, preset
 from epigraf_fast.models.background import (
     ModulatedLinear,
@@ -224,11 +224,11 @@ def test_plane_is_resized_then_cut() -> None:
     whole, depth = plane(picture, None, ANGLES, 11)
     assert depth is None
     assert_close(whole.transpose(1, 2).unflatten(2, (11, 11)), image, "whole")
-    scale, offset = torch.tensor([0.5, 0.7]).double(), torch.tensor([[0.3, 0.1], [0.0, 0.25]]).double()
-    patch, _ = plane(picture, None, ANGLES, 4, scale, offset)
-    assert_close(patch.transpose(1, 2).unflatten(2, (4, 4)), extract_patches(image, scale, offset, 4), "patch")
+    cut = Patch(torch.tensor([0.5, 0.7]).double(), torch.tensor([[0.3, 0.1], [0.0, 0.25]]).double())
+    patch, _ = plane(picture, None, ANGLES, 4, cut)
+    assert_close(patch.transpose(1, 2).unflatten(2, (4, 4)), extract_patches(image, cut, 4), "patch")
     small, _ = plane(picture, None, ANGLES, 6)
-    ones = extract_patches(image, torch.ones(2).double(), torch.zeros(2, 2).double(), 6)
+    ones = extract_patches(image, Patch.whole(image), 6)
     assert_close(small.transpose(1, 2).unflatten(2, (6, 6)), ones, "another size")
 
 
@@ -325,7 +325,7 @@ def test_a_patch_is_the_crop_of_the_full_image(tiny_generator, kind: str) -> Non
     whole = generator(z, ANGLES, resolution=9, noise_mode="const").rgb
     scale = torch.full((2,), 3 / 8).double()
     offset = torch.tensor([[2 / 8, (9 - 4 - 1) / 8]] * 2).double()
-    patch = generator(z, ANGLES, resolution=4, patch_scale=scale, patch_offset=offset, noise_mode="const").rgb
+    patch = generator(z, ANGLES, resolution=4, patch=Patch(scale, offset), noise_mode="const").rgb
     assert_close(patch, whole[:, :, 1:5, 2:6], "crop")
 
 

@@ -9,6 +9,7 @@ import torch
 from emulated import emulate
 
 from checks import assert_close, assert_error_within_reference, assert_finite, draw, gradgradcheck
+from epigraf_fast.camera import Patch
 from epigraf_fast.config import DiscriminatorConfig, preset
 from epigraf_fast.models.discriminator import (
     Discriminator,
@@ -22,8 +23,10 @@ from epigraf_fast.training.losses import r1_penalty
 from epigraf_fast.training.memory import meta_networks, parameter_count
 
 ANGLES = torch.tensor([[0.4, 1.2, 0.0], [-2.0, 2.0, 0.0], [3.0, 0.7, 0.0], [0.0, 1.6, 0.0]], dtype=torch.float64)
-SCALE = torch.tensor([0.5, 0.75, 0.6, 1.0], dtype=torch.float64)
-OFFSET = torch.tensor([[0.1, 0.5], [0.25, 0.0], [0.2, 0.3], [0.0, 0.0]], dtype=torch.float64)
+PATCH = Patch(
+    torch.tensor([0.5, 0.75, 0.6, 1.0], dtype=torch.float64),
+    torch.tensor([[0.1, 0.5], [0.25, 0.0], [0.2, 0.3], [0.0, 0.0]], dtype=torch.float64),
+)
 PATCHES = draw(4, 3, 8, 8, seed=1)
 PLAIN, PLAIN_256 = 27_482_880, 27_436_800
 
@@ -54,8 +57,7 @@ def test_published_blocks():
     for res in discriminator.resolutions:
         block = getattr(discriminator, f"b{res}")
         block.register_forward_hook(lambda _, __, y: shapes.append(list(y.shape[1:])))
-    batch = torch.empty(4, device="meta")
-    discriminator(torch.empty(4, 3, 64, 64, device="meta"), batch, torch.empty(4, 2, device="meta"))
+    discriminator(torch.empty(4, 3, 64, 64, device="meta"), Patch.whole(torch.empty(4, device="meta")))
     # Three leading blocks, 32 -> 64 -> 128 -> 256 at 64x64; then down to 4x4.
     leading = [[64, 64, 64], [128, 64, 64], [256, 64, 64]]
     assert shapes == [*leading, [512, 32, 32], [512, 16, 16], [512, 8, 8], [512, 4, 4]]
@@ -70,11 +72,11 @@ def test_leading_blocks_keep_the_size(tiny_discriminator, resolution, patch):
     sizes = []
     for res in discriminator.resolutions:
         getattr(discriminator, f"b{res}").register_forward_hook(lambda _, __, y: sizes.append(y.shape[-1]))
-    discriminator(draw(4, 3, patch, patch), SCALE, OFFSET)
+    discriminator(draw(4, 3, patch, patch), PATCH)
     leading = int(math.log2(resolution // patch))
     assert sizes == [patch] * leading + [patch // 2**i for i in range(1, int(math.log2(patch)) - 1)]
     with pytest.raises(ValueError, match=rf"patches must have shape \['B', 3, {patch}, {patch}\], got \[4, 3, 4, 4\]"):
-        discriminator(draw(4, 3, 4, 4), SCALE, OFFSET)
+        discriminator(draw(4, 3, 4, 4), PATCH)
 
 
 @pytest.mark.parametrize("resolution", [32, 64])  # width 512 throughout
@@ -84,7 +86,7 @@ def test_initial_code_and_logits_are_of_order_one(resolution):
     discriminator = Discriminator(config, resolution, 16)
     codes = []
     discriminator.hypernetwork.register_forward_hook(lambda _, __, y: codes.append(y))
-    arguments = SCALE.float(), OFFSET.float(), None, ANGLES.float()
+    arguments = Patch(*(x.float() for x in PATCH)), None, ANGLES.float()
     with torch.no_grad():
         logits = discriminator(draw(4, 3, 16, 16, dtype=torch.float32), *arguments)
     assert tuple(logits.shape) == (4,)
@@ -169,8 +171,8 @@ def test_clamps_are_those_of_the_settings(tiny_discriminator):
         assert discriminator.b16.from_rgb.clamp == discriminator.conv.clamp == expected
     clamped, free = (tiny_discriminator(clamp=clamp).eval() for clamp in (256.0, 0.0))
     small, large = PATCHES, 1e5 * PATCHES
-    assert_close(free(small, SCALE, OFFSET), clamped(small, SCALE, OFFSET), "logits that no clamp reaches", "exact")
-    assert (free(large, SCALE, OFFSET) - clamped(large, SCALE, OFFSET)).abs().min() > 10
+    assert_close(free(small, PATCH), clamped(small, PATCH), "logits that no clamp reaches", "exact")
+    assert (free(large, PATCH) - clamped(large, PATCH)).abs().min() > 10
 
 
 @pytest.mark.parametrize("modulate", ["input", "output"])
@@ -183,7 +185,7 @@ def test_every_block_is_modulated_by_the_code(tiny_discriminator, modulate):
         getattr(getattr(discriminator, f"b{res}"), conv).register_forward_hook(
             lambda _, __, kwargs, ___, res=res, name=name: scales.update({res: kwargs[name]}), with_kwargs=True
         )
-    discriminator(PATCHES, SCALE, OFFSET)
+    discriminator(PATCHES, PATCH)
     assert sorted(scales) == [8, 16, 32]  # both leading blocks, and the last
     for res, sigma in scales.items():
         block = getattr(discriminator, f"b{res}")
@@ -199,13 +201,13 @@ def test_every_block_is_modulated_by_the_code(tiny_discriminator, modulate):
 def test_patch_parameters_change_the_logits(tiny_discriminator):
     for modulate in ("input", "output"):
         discriminator = tiny_discriminator(modulate=modulate)
-        logits = discriminator(PATCHES, SCALE, OFFSET)
+        logits = discriminator(PATCHES, PATCH)
         for what, other in (
-            ("scale", (SCALE / 2, OFFSET)),
-            ("offset x", (SCALE, OFFSET + torch.tensor([0.1, 0.0]).double())),
-            ("offset y", (SCALE, OFFSET + torch.tensor([0.0, 0.1]).double())),
+            ("scale", PATCH._replace(scale=PATCH.scale / 2)),
+            ("offset x", PATCH._replace(offset=PATCH.offset + torch.tensor([0.1, 0.0]).double())),
+            ("offset y", PATCH._replace(offset=PATCH.offset + torch.tensor([0.0, 0.1]).double())),
         ):
-            assert (discriminator(PATCHES, *other) - logits).abs().min() > 1e-6, f"{modulate}: {what}"
+            assert (discriminator(PATCHES, other) - logits).abs().min() > 1e-6, f"{modulate}: {what}"
 
 
 def test_head_is_a_projection(tiny_discriminator):
@@ -216,7 +218,7 @@ def test_head_is_a_projection(tiny_discriminator):
     discriminator.head.register_forward_hook(lambda _, args, y: seen.update(condition=args[1], cmap=y))
     discriminator.hypernetwork.register_forward_hook(lambda _, args, __: seen.update(patch=args[1]))
     label = torch.eye(3, dtype=torch.float64)[[0, 2, 1, 0]]
-    logits = discriminator(PATCHES, SCALE, OFFSET, label, ANGLES)
+    logits = discriminator(PATCHES, PATCH, label, ANGLES)
     assert seen["out"].shape == seen["cmap"].shape == (4, 8)
     assert_close(logits, (seen["out"] * seen["cmap"]).sum(dim=1) / 8**0.5, "logits")
     patch_dim = 3 * (20 + 4)
@@ -228,16 +230,16 @@ def test_head_is_a_projection(tiny_discriminator):
     phases = numbers[:, :, None] * math.pi * 2.0 ** torch.arange(6)
     expected = torch.cat([phases.sin(), phases.cos()], dim=2).flatten(1)
     assert_close(camera, expected, "camera", torch.float32)
-    encoded = discriminator.patch_encoder(torch.cat([SCALE[:, None], OFFSET], dim=1))
+    encoded = discriminator.patch_encoder(torch.cat([PATCH.scale[:, None], PATCH.offset], dim=1))
     assert_close(seen["patch"], encoded, "scale, offset x, offset y")
 
 
 def test_conditions_change_the_logits(tiny_discriminator):
     discriminator = tiny_discriminator(label_dim=3, camera_conditioning=True).eval()
     label = torch.eye(3, dtype=torch.float64)[[0, 2, 1, 0]]
-    logits = discriminator(PATCHES, SCALE, OFFSET, label, ANGLES)
-    assert (discriminator(PATCHES, SCALE, OFFSET, label.roll(1, 1), ANGLES) - logits).abs().min() > 1e-6
-    assert (discriminator(PATCHES, SCALE, OFFSET, label, ANGLES + 0.1) - logits).abs().min() > 1e-6
+    logits = discriminator(PATCHES, PATCH, label, ANGLES)
+    assert (discriminator(PATCHES, PATCH, label.roll(1, 1), ANGLES) - logits).abs().min() > 1e-6
+    assert (discriminator(PATCHES, PATCH, label, ANGLES + 0.1) - logits).abs().min() > 1e-6
 
 
 def test_camera_dropout_in_training_only(tiny_discriminator):
@@ -248,7 +250,7 @@ def test_camera_dropout_in_training_only(tiny_discriminator):
     def camera(training):
         discriminator.train(training)
         with torch.no_grad():
-            discriminator(PATCHES, SCALE, OFFSET, None, ANGLES)
+            discriminator(PATCHES, PATCH, None, ANGLES)
         return conditions.pop()
 
     full = camera(False)
@@ -269,15 +271,15 @@ def test_the_standard_discriminator(tiny_discriminator):
     assert not hasattr(plain, "hypernetwork")
     assert not hasattr(plain, "patch_encoder")
     assert not [name for name, _ in plain.named_parameters() if "affine" in name]
-    logits = plain(PATCHES, SCALE, OFFSET)
+    logits = plain(PATCHES, PATCH)
     assert tuple(logits.shape) == (4,)
-    assert_close(plain(PATCHES, SCALE / 2, OFFSET + 0.1), logits, "the patch is not seen", "exact")
+    assert_close(plain(PATCHES, Patch(PATCH.scale / 2, PATCH.offset + 0.1)), logits, "the patch is not seen", "exact")
 
     labelled = tiny_discriminator(modulate="none", label_dim=3)
     assert labelled.out.weight.shape[0] == 8
     assert tuple(labelled.head.embed.weight.shape) == (8, 3)
     label = torch.eye(3, dtype=torch.float64)[[0, 2, 1, 0]]
-    different = labelled(PATCHES, SCALE, OFFSET, label) - labelled(PATCHES, SCALE, OFFSET, label.roll(1, 1))
+    different = labelled(PATCHES, PATCH, label) - labelled(PATCHES, PATCH, label.roll(1, 1))
     assert different.abs().min() > 1e-6
     posed = tiny_discriminator(modulate="none", camera_conditioning=True)
     assert tuple(posed.head.embed.weight.shape) == (8, 24)
@@ -287,7 +289,7 @@ def test_epilogue_equals_the_formula(tiny_discriminator):
     discriminator = tiny_discriminator(modulate="none")
     features = []
     discriminator.b8.register_forward_hook(lambda _, __, y: features.append(y))
-    logits = discriminator(PATCHES, SCALE, OFFSET)
+    logits = discriminator(PATCHES, PATCH)
     x = minibatch_std(features[0], 4)
     assert tuple(x.shape) == (4, 9, 4, 4)
     x = torch.nn.functional.conv2d(x, discriminator.conv.weight / 9.0, padding=1)  # sqrt(9 * 9)
@@ -300,10 +302,10 @@ def test_epilogue_equals_the_formula(tiny_discriminator):
 def test_groups_are_strided(tiny_discriminator):
     """A sample's logit depends on those of its minibatch-std group, and on no other."""
     discriminator = tiny_discriminator()
-    patches, scale, offset = draw(8, 3, 8, 8, seed=2), SCALE.repeat(2), OFFSET.repeat(2, 1)
-    before = discriminator(patches, scale, offset)
+    patches, patch = draw(8, 3, 8, 8, seed=2), Patch(PATCH.scale.repeat(2), PATCH.offset.repeat(2, 1))
+    before = discriminator(patches, patch)
     patches[2] += 1
-    changed = (discriminator(patches, scale, offset) - before).abs() > 1e-12
+    changed = (discriminator(patches, patch) - before).abs() > 1e-12
     assert changed.tolist() == [i % 2 == 0 for i in range(8)]
 
 
@@ -317,11 +319,11 @@ def test_parts_of_a_batch_are_judged_apart(tiny_discriminator, scales):
         config = DiscriminatorConfig(channel_base=128, channel_max=8, scales=scales, minibatch_std_group=2)
         judge = ScaleDiscriminators(config, 16, 8, label_dim=2).double()
     support = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.25, 1.0, 0.25, 1.0], dtype=torch.float64)
-    inputs = [draw(8, 3, 8, 8, seed=4).requires_grad_(), support, draw(8, 2) * 0, draw(8, 2, seed=5)]
+    inputs = [draw(8, 3, 8, 8, seed=4).requires_grad_(), Patch(support, draw(8, 2) * 0), draw(8, 2, seed=5)]
     parameters = [*judge.parameters(), inputs[0]]
     results = []
     for logits in (
-        torch.cat([judge(*(x[part] for x in inputs)) for part in (slice(4), slice(4, 8))]),
+        torch.cat([judge(*part) for part in zip(*(x.split(4) for x in inputs), strict=True)]),
         judge(*inputs, parts=2),
     ):
         results.append([logits, *torch.autograd.grad(logits @ draw(8, seed=6), parameters)])
@@ -333,9 +335,10 @@ def test_parts_of_a_batch_are_judged_apart(tiny_discriminator, scales):
 def test_float64_agrees_with_float32(tiny_discriminator):
     settings = {"label_dim": 3, "camera_conditioning": True}
     label = torch.eye(3, dtype=torch.float64)[[0, 2, 1, 0]]
-    inputs = PATCHES, SCALE, OFFSET, label, ANGLES
-    expected = tiny_discriminator(**settings).eval()(*inputs)
-    actual = tiny_discriminator(dtype=torch.float32, half_blocks=2, **settings).eval()(*(x.float() for x in inputs))
+    expected = tiny_discriminator(**settings).eval()(PATCHES, PATCH, label, ANGLES)
+    patches, *place, label, angles = (x.float() for x in (PATCHES, *PATCH, label, ANGLES))
+    judge = tiny_discriminator(dtype=torch.float32, half_blocks=2, **settings).eval()
+    actual = judge(patches, Patch(*place), label, angles)
     assert expected.dtype == torch.float64
     assert actual.dtype == torch.float32
     assert_close(actual, expected, "logits", "network_fp32")
@@ -349,7 +352,7 @@ def test_second_derivatives_to_the_patches(tiny_discriminator, modulate):
     patches = draw(2, 3, 4, 4, seed=3)
 
     def logits(patches):
-        return discriminator(patches, SCALE[:2], OFFSET[:2], None, ANGLES[:2])
+        return discriminator(patches, Patch(PATCH.scale[:2], PATCH.offset[:2]), None, ANGLES[:2])
 
     gradgradcheck(logits, {"patches": patches}, f"D, modulate {modulate}")
 
@@ -361,7 +364,7 @@ def test_r1_gradient_against_differences(tiny_discriminator, assert_directional_
 
     def penalty():
         patches = PATCHES.clone().requires_grad_()
-        return r1_penalty(discriminator(patches, SCALE, OFFSET, label, ANGLES), patches).mean()
+        return r1_penalty(discriminator(patches, PATCH, label, ANGLES), patches).mean()
 
     assert penalty() > 1e-6
     # The penalty jumps where an activation changes its sign: a short step meets few of these.
@@ -372,7 +375,8 @@ def r1_gradients(discriminator, dtype):
     """The penalty's gradient to every parameter that it reaches, and the penalty."""
     patches = PATCHES.to(dtype).requires_grad_()
     label = torch.eye(3, dtype=dtype)[[0, 2, 1, 0]]
-    penalty = r1_penalty(discriminator(patches, SCALE.to(dtype), OFFSET.to(dtype), label, ANGLES.to(dtype)), patches)
+    patch = Patch(*(x.to(dtype) for x in PATCH))
+    penalty = r1_penalty(discriminator(patches, patch, label, ANGLES.to(dtype)), patches)
     parameters = dict(discriminator.named_parameters())
     gradients = torch.autograd.grad(penalty.mean(), list(parameters.values()), allow_unused=True)
     reached = {name: g for name, g in zip(parameters, gradients, strict=True) if g is not None}
@@ -421,7 +425,7 @@ def test_r1_equals_the_gradient_by_differences(tiny_discriminator):
     """|d sum(D) / d patch|^2, the gradient taken by differences in every pixel of one image."""
     discriminator = tiny_discriminator(channel_max=4)
     patches = PATCHES.clone().requires_grad_()
-    actual = r1_penalty(discriminator(patches, SCALE, OFFSET), patches)
+    actual = r1_penalty(discriminator(patches, PATCH), patches)
     step = 1e-5
     total = 0.0
     with torch.no_grad():
@@ -430,7 +434,7 @@ def test_r1_equals_the_gradient_by_differences(tiny_discriminator):
             for sign in (1, -1):
                 moved = PATCHES.clone()
                 moved[1].view(-1)[index] += sign * step
-                values.append(discriminator(moved, SCALE, OFFSET).sum().item())
+                values.append(discriminator(moved, PATCH).sum().item())
             total += ((values[0] - values[1]) / (2 * step)) ** 2
     assert_close(actual[1], torch.tensor(total), "penalty of image 1", "gradcheck")
 
@@ -438,7 +442,7 @@ def test_r1_equals_the_gradient_by_differences(tiny_discriminator):
 def test_a_training_step_reaches_every_parameter(tiny_discriminator):
     for modulate in ("input", "output", "none"):
         discriminator = tiny_discriminator(modulate=modulate, camera_conditioning=True, camera_dropout=0.0).train()
-        discriminator(PATCHES, SCALE, OFFSET, None, ANGLES).square().mean().backward()
+        discriminator(PATCHES, PATCH, None, ANGLES).square().mean().backward()
         for name, p in discriminator.named_parameters():
             assert p.grad is not None, name
             assert p.grad.abs().sum() > 0, name
@@ -463,12 +467,15 @@ def test_scale_specific_discriminators_see_their_own_groups(scales):
     assert not hasattr(judges.discriminators[0], "hypernetwork")
     support = torch.tensor(judges.scales).double()
     which = torch.tensor([1, 0, scales - 1, 1] * 2)  # 4 groups of 2, strided
-    inputs = draw(8, 3, 8, 8), support[which], draw(8, 2) * 0, draw(8, 2, seed=1), ANGLES.repeat(2, 1)
-    logits = judges(*inputs)
+    patch = Patch(support[which], draw(8, 2) * 0)
+    inputs = draw(8, 3, 8, 8), *patch, draw(8, 2, seed=1), ANGLES.repeat(2, 1)
+    logits = judges(inputs[0], patch, *inputs[3:])
     for k in range(scales):
         mine = which == k
         if mine.any():
-            assert_close(logits[mine], judges.discriminators[k](*(x[mine] for x in inputs)), f"scale {k}")
+            patches, scale, offset, *condition = (x[mine] for x in inputs)
+            expected = judges.discriminators[k](patches, Patch(scale, offset), *condition)
+            assert_close(logits[mine], expected, f"scale {k}")
     logits.sum().backward()
     for k, judge in enumerate(judges.discriminators):
         assert all((p.grad is not None) == bool((which == k).any()) for p in judge.parameters()), k
@@ -481,11 +488,11 @@ def test_scale_specific_discriminators_do_not_wait_for_the_gpu():
     config = DiscriminatorConfig(channel_base=128, channel_max=8, scales=2, minibatch_std_group=2)
     judges = ScaleDiscriminators(config, 32, 8).cuda()
     patches, scale = draw(8, 3, 8, 8, dtype=torch.float32).cuda(), torch.tensor([1.0, 0.25, 1.0, 0.25] * 2)
-    offset = torch.zeros(8, 2, device="cuda")
-    judges(patches, scale, offset).sum().backward()  # loads what is loaded once
+    patch = Patch(scale, torch.zeros(8, 2, device="cuda"))
+    judges(patches, patch).sum().backward()  # loads what is loaded once
     torch.cuda.set_sync_debug_mode("error")
     try:
-        judges(patches, scale, offset).sum().backward()
+        judges(patches, patch).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -494,19 +501,19 @@ def test_global_context_is_three_more_channels(tiny_discriminator):
     judge, plain = tiny_discriminator(global_context="concat"), tiny_discriminator()
     assert parameter_count(judge) == parameter_count(plain) + 3 * 8
     whole = draw(4, 3, 8, 8, seed=5)
-    logits = [judge(torch.cat([PATCHES, w], dim=1), SCALE, OFFSET) for w in (whole, whole.flip(0))]
+    logits = [judge(torch.cat([PATCHES, w], dim=1), PATCH) for w in (whole, whole.flip(0))]
     assert not torch.equal(*logits)
     with pytest.raises(ValueError, match=r"patches must have shape \['B', 6, 8, 8\], got \[4, 3, 8, 8\]"):
-        judge(PATCHES, SCALE, OFFSET)
+        judge(PATCHES, PATCH)
 
 
 def test_a_pasted_patch_is_judged_in_its_image(tiny_discriminator):
     """No leading blocks, so the same weights; whole images of 16 pixels come in."""
     judge, plain = tiny_discriminator(global_context="paste"), tiny_discriminator()
     assert parameter_count(judge) == parameter_count(plain)
-    assert judge(draw(4, 3, 16, 16), SCALE, OFFSET).shape == (4,)
+    assert judge(draw(4, 3, 16, 16), PATCH).shape == (4,)
     with pytest.raises(ValueError, match=r"patches must have shape \['B', 3, 16, 16\], got \[4, 3, 8, 8\]"):
-        judge(PATCHES, SCALE, OFFSET)
+        judge(PATCHES, PATCH)
 
 
 def test_a_smaller_patch_embedding(tiny_discriminator):
@@ -515,4 +522,4 @@ def test_a_smaller_patch_embedding(tiny_discriminator):
     levels = len(plain.patch_encoder.frequencies)
     assert plain.patch_encoder.dim - judge.patch_encoder.dim == 2 * levels - (levels - 1)
     assert judge.hypernetwork.embed.weight.shape[1] == 3 * judge.patch_encoder.dim
-    assert judge(PATCHES, SCALE, OFFSET).shape == (4,)
+    assert judge(PATCHES, PATCH).shape == (4,)

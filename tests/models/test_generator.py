@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from checks import assert_close, assert_finite, draw
+from epigraf_fast.camera import Patch
 from epigraf_fast.config import GeneratorConfig, RendererConfig, preset
 from epigraf_fast.models.generator import Generator
 from epigraf_fast.models.image_generator import generator_class
@@ -63,26 +64,13 @@ def test_forward_is_mapping_synthesis_and_render(tiny_generator):
     generator = tiny_generator(pose_conditioning=True, label_dim=3).eval()
     z, label = draw(2, 6, seed=1), torch.eye(3, dtype=torch.float64)[:2]
     poses = ANGLES.flip(0)
-    images = generator(
-        z,
-        ANGLES,
-        label,
-        resolution=4,
-        patch_scale=torch.full((2,), 0.5, dtype=torch.float64),
-        patch_offset=torch.tensor([[0.1, 0.2], [0.3, 0.5]], dtype=torch.float64),
-        conditioning_angles=poses,
-        noise_mode="const",
-    )
+    patch = Patch(torch.full((2,), 0.5).double(), torch.tensor([[0.1, 0.2], [0.3, 0.5]], dtype=torch.float64))
+    options = {"conditioning_angles": poses, "noise_mode": "const"}
+    images = generator(z, ANGLES, label, resolution=4, patch=patch, **options)
     numbers = poses[:, :2].sign() * (poses[:, :2].abs() % (2 * math.pi)) / (2 * math.pi)
     ws = generator.mapping(z, torch.cat([label, numbers], dim=1))  # the label comes first
     planes = generator.synthesis(ws, "const")
-    expected = generator.render(
-        planes,
-        ANGLES,
-        4,
-        torch.full((2,), 0.5, dtype=torch.float64),
-        torch.tensor([[0.1, 0.2], [0.3, 0.5]], dtype=torch.float64),
-    )
+    expected = generator.render(planes, ANGLES, 4, patch)
     for name in ("rgb", "depth", "weight_sum"):
         assert_close(getattr(images, name), getattr(expected, name), name)
     assert tuple(images.rgb.shape) == (2, 3, 4, 4)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from checks import assert_close, draw, draw_uniform
+from epigraf_fast.camera import Patch
 from epigraf_fast.config import CameraConfig, GeneratorConfig, RendererConfig
 from epigraf_fast.models import region as regions
 from epigraf_fast.models.generator import Generator
@@ -17,8 +18,10 @@ SETTINGS = {"z_dim": 8, "w_dim": 8, "plane_resolution": 64, "plane_channels": 4,
 SAMPLES = {"coarse_samples": 5, "fine_samples": 4}
 FRONT = torch.tensor([[0.0, torch.pi / 2, 0.0]], dtype=torch.float64)
 ANGLES = FRONT + torch.tensor([[0.0, 0.0, 0.0], [0.3, -0.2, 0.0], [-0.7, 0.3, 0.1]], dtype=torch.float64)
-SCALE = torch.tensor([0.2, 0.5, 0.35], dtype=torch.float64)
-OFFSET = torch.tensor([[0.1, 0.7], [0.5, 0.0], [0.3, 0.3]], dtype=torch.float64)
+PATCH = Patch(
+    torch.tensor([0.2, 0.5, 0.35], dtype=torch.float64),
+    torch.tensor([[0.1, 0.7], [0.5, 0.0], [0.3, 0.3]], dtype=torch.float64),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +42,7 @@ def build(renderer=None, backend=None, label_dim=0, **settings):
 
 def images_and_gradients(network, region, **options):
     z = draw(3, 8, seed=1).requires_grad_(True)
-    arguments = {"resolution": 6, "patch_scale": SCALE, "patch_offset": OFFSET, "noise_mode": "const", **options}
+    arguments = {"resolution": 6, "patch": PATCH, "noise_mode": "const", **options}
     images = network(z, ANGLES, region=region, **arguments)
     inputs = {"z": z, **dict(network.named_parameters())}
     outputs = [x for x in images if x.requires_grad]
@@ -99,11 +102,11 @@ def test_with_what_else_a_generator_may_have(settings):
 
 def test_lenses_and_whole_images():
     compare(build(), fov=torch.tensor([8.0, 12.0, 4.0], dtype=torch.float64))
-    compare(build(), patch_scale=None, patch_offset=None, fov=6.0)
+    compare(build(), patch=None, fov=6.0)
 
 
 def test_a_plan_that_is_handed_in():
-    boxes = boxes_of(CAMERA, 64, ANGLES, SCALE, OFFSET)
+    boxes = boxes_of(CAMERA, 64, ANGLES, PATCH)
     compare(build(), plan(region_of(boxes, 64, (64, 56)), 64, "cpu"))
 
 
@@ -128,7 +131,7 @@ def test_the_reference_finds_no_tap_outside(prior):
         angles = FRONT + (u - 0.5) * spread
         scale = 0.1 + 0.9 * draw_uniform(3, seed=100 + seed)
         offset = draw_uniform(3, 2, seed=200 + seed) * (1 - scale)[:, None]
-        options = {"patch_scale": scale, "patch_offset": offset, "noise_mode": "none"}
+        options = {"patch": Patch(scale, offset), "noise_mode": "none"}
         with torch.no_grad():
             network(draw(3, 8), angles, resolution=5, region=True, **options)
 
@@ -145,7 +148,7 @@ def test_whole_planes_where_a_part_saves_little(monkeypatch):
     planes, place = network.paint(draw(3, network.mapping.num_ws, 8), ANGLES, fov=30.0, noise_mode="none")
     assert place is None
     assert planes.shape[2:] == (64, 64)
-    planes, place = network.paint(draw(3, network.mapping.num_ws, 8), ANGLES, SCALE, OFFSET, noise_mode="none")
+    planes, place = network.paint(draw(3, network.mapping.num_ws, 8), ANGLES, PATCH, noise_mode="none")
     assert planes.shape[2] * planes.shape[3] < 0.9 * 64**2
     assert place.whole == (64, 64)
     monkeypatch.setattr(regions, "PAYS_BELOW", 0.1)
@@ -158,9 +161,9 @@ def test_in_debug_mode_the_renderer_looks(backend, samples, monkeypatch):
     """With every backend; those that count a texel that is not stored as zero would not say a word."""
     network = build(backend=backend)
     network.renderer.config = RendererConfig(**{**SAMPLES, **samples})
-    boxes = boxes_of(CAMERA, 64, ANGLES, SCALE, OFFSET)
+    boxes = boxes_of(CAMERA, 64, ANGLES, PATCH)
     small = plan(region_of(torch.cat([boxes[:, :2], boxes[:, :2] + 1], dim=1), 64), 64, "cpu")
-    options = {"resolution": 6, "patch_scale": SCALE, "patch_offset": OFFSET}
+    options = {"resolution": 6, "patch": PATCH}
     if backend is None:
         network(draw(3, 8), ANGLES, region=small, **options)
     monkeypatch.setenv("EPIGRAF_FAST_DEBUG", "1")
@@ -171,7 +174,7 @@ def test_in_debug_mode_the_renderer_looks(backend, samples, monkeypatch):
 
 def test_a_box_too_small_is_noticed():
     network = build(backend="reference")
-    boxes = boxes_of(CAMERA, 64, ANGLES, SCALE, OFFSET)
+    boxes = boxes_of(CAMERA, 64, ANGLES, PATCH)
     small = region_of(torch.cat([boxes[:, :2], boxes[:, :2] + 1], dim=1), 64)
     with pytest.raises(ValueError, match="points must keep to the region"):
-        network(draw(3, 8), ANGLES, resolution=6, patch_scale=SCALE, patch_offset=OFFSET, region=plan(small, 64, "cpu"))
+        network(draw(3, 8), ANGLES, resolution=6, patch=PATCH, region=plan(small, 64, "cpu"))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from checks import assert_close, draw
-from epigraf_fast.camera import extract_patches
+from epigraf_fast.camera import Patch, extract_patches
 from epigraf_fast.config import CameraConfig, GeneratorConfig, RendererConfig
 from epigraf_fast.models.generator import Generator
 from epigraf_fast.models.image_generator import ImageGenerator, generator_class
@@ -50,12 +50,12 @@ def test_images_are_those_of_the_synthesis_network() -> None:
 def test_patches_are_cut_from_the_image() -> None:
     generator, z = make(), draw(2, 6)
     image = generator(z, ANGLES, resolution=16, noise_mode="const").rgb
-    scale, offset = torch.tensor([0.5, 0.7]).double(), torch.tensor([[0.3, 0.1], [0.0, 0.25]]).double()
-    options = {"patch_scale": scale, "patch_offset": offset}
+    cut = Patch(torch.tensor([0.5, 0.7]).double(), torch.tensor([[0.3, 0.1], [0.0, 0.25]]).double())
+    options = {"patch": cut}
     patch = generator(z, ANGLES, resolution=8, noise_mode="const", **options).rgb
-    assert_close(patch, extract_patches(image, scale, offset, 8), "patch")
+    assert_close(patch, extract_patches(image, cut, 8), "patch")
     small = generator(z, ANGLES, resolution=8, noise_mode="const").rgb
-    assert_close(small, extract_patches(image, torch.ones(2).double(), torch.zeros(2, 2).double(), 8), "preview")
+    assert_close(small, extract_patches(image, Patch.whole(image), 8), "preview")
 
 
 def test_conditions() -> None:

@@ -16,6 +16,7 @@ from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from epigraf_fast.camera import Patch
 from epigraf_fast.config import AugmentConfig, preset
 from epigraf_fast.models.augment import Augment
 from epigraf_fast.models.discriminator import Discriminator
@@ -130,8 +131,8 @@ def test_no_copy_for_a_layout(elsewhere):
     synthesis = Synthesis(512, 128, 96, half_blocks=2, half_on=("cpu",), backend="cpu")
     discriminator, augment = discriminator_of(128, 2), Augment(AugmentConfig(), backend="cpu")
     batch = 4
-    # Scale, offset, label, and the camera's angles.
-    where = torch.rand(2 * batch), torch.rand(2 * batch, 2), torch.zeros(2 * batch, 0), torch.rand(2 * batch, 3)
+    patch = Patch(torch.rand(2 * batch), torch.rand(2 * batch, 2))
+    label, angles = torch.zeros(2 * batch, 0), torch.rand(2 * batch, 3)
     p = torch.full([], 0.5)
     ws, patches = torch.randn(batch, synthesis.num_ws, 512), torch.randn(batch, 3, 64, 64)
     with Copies() as copies:
@@ -139,10 +140,10 @@ def test_no_copy_for_a_layout(elsewhere):
         planes.backward(torch.empty_like(planes))
         assert copies.found == [], "planes"
         both = torch.cat([patches, patches]).requires_grad_()  # what the G phase asks of D, and the D phase
-        logits = discriminator(augment(both, p), *where, parts=2)
+        logits = discriminator(augment(both, p), patch, label, angles, parts=2)
         discriminator_loss(*logits.chunk(2)).backward()
         assert copies.found == [], "G and D"
         reals = patches.clone().requires_grad_()
-        logits = discriminator(augment(reals, p), *(x[:batch] for x in where))
+        logits = discriminator(augment(reals, p), *(next(iter(x.split(batch))) for x in (patch, label, angles)))
         r1_penalty(logits, reals).mean().backward()
         assert copies.found == [], "R1"

@@ -10,7 +10,7 @@ import torch
 
 from checks import assert_close, draw, draw_uniform
 from epigraf_fast import ops
-from epigraf_fast.camera import cam2world_matrix, camera_rays
+from epigraf_fast.camera import Patch, cam2world_matrix, camera_rays
 from epigraf_fast.config import CameraConfig, RendererConfig
 from epigraf_fast.models import renderer as renderer_module
 from epigraf_fast.models.decoder import Decoder
@@ -242,7 +242,7 @@ def test_a_patch_is_the_crop_of_the_full_image(dtype):
     scale = torch.full((2,), (r - 1) / (full - 1), dtype=dtype)
     offset = torch.stack([columns, full - r - rows], dim=1).to(dtype) / (full - 1)
     with torch.no_grad():
-        whole, patch = model(angles, full), model(angles, r, scale, offset)
+        whole, patch = model(angles, full), model(angles, r, Patch(scale, offset))
     for name, image in whole._asdict().items():
         crops = [
             image[i, :, row : row + r, col : col + r]

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.ops import published
 from checks import assert_close, assert_error_within_reference, draw, draw_uniform
-from epigraf_fast.camera import cam2world_matrix, camera_rays
+from epigraf_fast.camera import Patch, cam2world_matrix, camera_rays
 from epigraf_fast.config import CameraConfig, RendererConfig, preset
 from epigraf_fast.models import renderer as renderer_module
 from epigraf_fast.models.decoder import Decoder
@@ -99,7 +99,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "fov of each": ({}, {"fov": torch.tensor([20.0, 29.0])}, {}),
     "patches": (
         {"white_background": True},
-        {"patch_scale": torch.tensor([0.3, 0.7]), "patch_offset": torch.tensor([[0.1, 0.6], [0.25, 0.0]])},
+        {"patch": Patch(torch.tensor([0.3, 0.7]), torch.tensor([[0.1, 0.6], [0.25, 0.0]]))},
         {},
     ),
     "ReLU": ({"density_activation": "relu", "last_interval": 0.2}, {}, {"density_noise_std": 0.7}),
@@ -396,8 +396,8 @@ def test_nothing_waits_for_the_gpu() -> None:
     """Rays, rendering and backward, for cameras, patches and fields of view of their own."""
     model = scene(SMALL, "triton", device="cuda")
     angles, fov = ANGLES.float().cuda(), torch.tensor([20.0, 29.0], device="cuda")
-    scale, offset = torch.tensor([0.3, 0.7], device="cuda"), torch.zeros(2, 2, device="cuda")
-    for options in ({}, {"fov": fov}, {"patch_scale": scale, "patch_offset": offset}):
+    patch = Patch(torch.tensor([0.3, 0.7], device="cuda"), torch.zeros(2, 2, device="cuda"))
+    for options in ({}, {"fov": fov}, {"patch": patch}):
         model(angles, SIDE, density_noise_std=0.5, **options).rgb.sum().backward()  # compiles
         torch.cuda.set_sync_debug_mode("error")
         try:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from epigraf_fast.camera import extract_patches
+from epigraf_fast.camera import Patch, extract_patches
 from epigraf_fast.config import Config, RendererConfig, with_data_camera
 from epigraf_fast.data import ImageDataset
 from epigraf_fast.models.raw_planes import RawPlanes
@@ -51,8 +51,9 @@ def held_out_psnr(camera_change):
         view = torch.randint(len(images), (BATCH,))
         scale = smallest + (1 - smallest) * torch.rand(BATCH)
         offset = torch.rand(BATCH, 2) * (1 - scale)[:, None]
-        target = extract_patches(images[view], scale, offset, PATCH)
-        loss = (model(angles[view], PATCH, scale, offset).rgb - target).square().mean()
+        patch = Patch(scale, offset)
+        target = extract_patches(images[view], patch, PATCH)
+        loss = (model(angles[view], PATCH, patch).rgb - target).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from checks import assert_close
+from epigraf_fast.camera import Patch
 from epigraf_fast.config import Config, PatchConfig
 from epigraf_fast.tools import figures
 from epigraf_fast.training.checkpoint import save_checkpoint
@@ -67,7 +68,10 @@ def test_modulation_is_what_the_blocks_see(run: tuple[Trainer, Path]) -> None:
         block = getattr(trainer.discriminator, f"b{res}")
         block.register_forward_pre_hook(lambda _, args, res=res: seen.update({res: args[1]}))
     trainer.discriminator(
-        torch.zeros(2, 3, 8, 8), scales, torch.tensor([[0.25, 0.25], [0, 0]]), torch.zeros(2, 3), torch.zeros(2, 3)
+        torch.zeros(2, 3, 8, 8),
+        Patch(scales, torch.tensor([[0.25, 0.25], [0, 0]])),
+        torch.zeros(2, 3),
+        torch.zeros(2, 3),
     )
     assert_close(sigmas["layer 2"], seen[16].detach(), "first block")
     assert_close(sigmas["layer 4"], seen[8].detach(), "second block")
@@ -78,7 +82,7 @@ def test_modulation_without_position(tiny_config: TinyConfig) -> None:
     config = tiny_config(discriminator={"patch_position": False})
     judge = build_discriminator(config, 3, "cpu")
     scales = torch.tensor([0.5, 1.0])
-    _, elsewhere = judge.modulation(scales, torch.rand(2, 2))
+    _, elsewhere = judge.modulation(Patch(scales, torch.rand(2, 2)))
     for sigma, same in zip(figures.modulation(judge, scales).values(), elsewhere, strict=True):
         assert_close(sigma, same.detach(), "sigma", "exact")
 

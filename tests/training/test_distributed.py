@@ -15,6 +15,7 @@ from in_part import IN_PART
 
 from checks import assert_close
 from command_lines import flags
+from epigraf_fast.camera import Patch
 from epigraf_fast.config import Config, DiscriminatorConfig, check
 from epigraf_fast.data import ImageDataset, make_loader
 from epigraf_fast.errors import UserError
@@ -98,8 +99,9 @@ class Alternating(Trainer):
         shares = [Samples(*map(torch.cat, zip(*parts[rank::2], strict=True))) for rank in range(2)]
         placed = [self.under(rank, super(Alternating, self)._with_patches, share) for rank, share in enumerate(shares)]
         in_turn = [part for pair in zip(*(x.split(self.micro) for x in placed), strict=True) for part in pair]
-        *tensors, plans = zip(*in_turn, strict=True)
-        return Fakes(*map(torch.cat, tensors), tuple(itertools.chain(*plans)))
+        *tensors, patches, plans = zip(*in_turn, strict=True)
+        patch = Patch(*map(torch.cat, zip(*patches, strict=True)))
+        return Fakes(*map(torch.cat, tensors), patch, tuple(itertools.chain(*plans)))
 
     def in_turn(self, name: str) -> None:
         original, ranks = getattr(self, name), itertools.cycle((0, 1))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from checks import SIGMAS, assert_close, draw, draw_uniform
-from epigraf_fast.camera import extract_patches
+from epigraf_fast.camera import Patch, extract_patches
 from epigraf_fast.config import PatchConfig
 from epigraf_fast.models.discriminator import minibatch_std
 from epigraf_fast.training.patches import importance_map, patch_progress, sample_patches
@@ -180,30 +180,30 @@ def test_patches_are_crops_where_pixels_coincide() -> None:
         scale = torch.tensor([(small - 1) / (side - 1)])
         offset = torch.tensor([[column / (side - 1), (side - small - row) / (side - 1)]])
         crop = images[:, :, row : row + small, column : column + small]
-        assert_close(extract_patches(images, scale, offset, small), crop, f"row {row}, column {column}")
+        assert_close(extract_patches(images, Patch(scale, offset), small), crop, f"row {row}, column {column}")
 
 
 def test_whole_image_at_its_resolution_is_the_image() -> None:
     images = draw(2, 3, 8, 8, dtype=torch.float32)
-    assert_close(extract_patches(images, torch.ones(2), torch.zeros(2, 2), 8), images, "whole images")
+    assert_close(extract_patches(images, Patch.whole(images), 8), images, "whole images")
 
 
 def test_patches_are_bilinear() -> None:
     """4 columns of values 0..3: s = 0.5 from 0.25 on covers 0.75 to 2.25; rows of 0, 10, 20, 30 from the top, offset_y
     0.5: the upper half, from 0 to 15."""
     image = torch.arange(4.0)[None, :] + 10 * torch.arange(4.0)[:, None]
-    patch = extract_patches(image.expand(1, 3, 4, 4), torch.tensor([0.5]), torch.tensor([[0.25, 0.5]]), 3)
+    patch = extract_patches(image.expand(1, 3, 4, 4), Patch(torch.tensor([0.5]), torch.tensor([[0.25, 0.5]])), 3)
     expected = torch.tensor([0.75, 1.5, 2.25])[None, :] + torch.tensor([0.0, 7.5, 15.0])[:, None]
     assert_close(patch, expected.expand(1, 3, 3, 3), "patch")
 
 
 def test_every_sample_has_its_own_patch() -> None:
     images = draw(2, 3, 8, 8, dtype=torch.float32)
-    scale, offset = torch.tensor([0.5, 0.7]), torch.tensor([[0.1, 0.5], [0.3, 0.0]])
-    together = extract_patches(images, scale, offset, 4)
+    patch = Patch(torch.tensor([0.5, 0.7]), torch.tensor([[0.1, 0.5], [0.3, 0.0]]))
+    together = extract_patches(images, patch, 4)
     for i in range(2):
         one = slice(i, i + 1)
-        assert torch.equal(extract_patches(images[one], scale[one], offset[one], 4), together[one])
+        assert torch.equal(extract_patches(images[one], Patch(*(x[one] for x in patch)), 4), together[one])
 
 
 # Importance

@@ -136,10 +136,10 @@ def test_patches_are_shared_by_groups(tiny_config: TinyConfig, tiny_trainer: Tin
     trainer, _ = tiny_trainer(config)
     fakes = trainer._with_patches(trainer._draw_fakes(16))
     for part in fakes.split(8):
-        scales = part.patch_scale.view(4, 2)
+        scales = part.patch.scale.view(4, 2)
         assert (scales == scales[0]).all()
         assert scales[0, 0] != scales[0, 1]
-        assert (part.patch_offset.view(4, 2, 2) == part.patch_offset[:2]).all()
+        assert (part.patch.offset.view(4, 2, 2) == part.patch.offset[:2]).all()
 
 
 def test_poses_labels_and_latents_stay_together(tiny_config: TinyConfig, tiny_trainer: TinyTrainer) -> None:

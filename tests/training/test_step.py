@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from checks import TOLERANCES, assert_close, draw
 from compiled import on_each_device
+from epigraf_fast.camera import Patch
 from epigraf_fast.config import Config
 from epigraf_fast.data import ImageDataset
 from epigraf_fast.errors import UserError
@@ -107,10 +108,10 @@ def test_the_mapping_sees_swapped_poses_and_all_else_the_true_ones(
     rolled = drawn.roll(1, dims=0)
     for pose, place in zip(seen, places, strict=True):
         assert any(torch.equal(pose, rolled[i]) for i in place)
-    g_phase, d_phase, r1_phase = (args[4] for args, _ in judged)
+    g_phase, d_phase, r1_phase = (args[3] for args, _ in judged)
     assert torch.equal(torch.cat([g_phase, d_phase]), torch.cat([true, angles]))
     assert torch.equal(r1_phase, angles)
-    g_phase, d_phase, r1_phase = (args[3] for args, _ in judged)
+    g_phase, d_phase, r1_phase = (args[2] for args, _ in judged)
     fake_labels = torch.cat([args[2] for args, _ in generated])
     assert torch.equal(torch.cat([g_phase, d_phase]), torch.cat([fake_labels, labels]))
     assert torch.equal(r1_phase, labels)
@@ -166,7 +167,7 @@ def test_every_phase_draws_its_own(tiny_config: TinyConfig, tiny_trainer: TinyTr
     with calls_of(trainer.generator) as generated, calls_of(trainer.discriminator) as judged:
         trainer.iteration(*next(batches))
     assert not torch.equal(generated[0][0][0], generated[1][0][0])
-    scales = [scale for args, _ in judged for scale in args[1].split(8)]  # G, D fake, D real, D regularization
+    scales = [scale for args, _ in judged for scale in args[1].scale.split(8)]  # G, D fake, D real, D regularization
     assert len({tuple(scale.tolist()) for scale in scales}) == 4
     for scale in scales:
         assert scale.tolist() == scale[:2].repeat(4).tolist()  # strided groups of 4
@@ -295,7 +296,8 @@ def test_fakes_of_the_g_phase_serve_d(
     assert trainer.generator.mapping.w_avg.any()
     assert len(judged) == 4
     for of_g, of_d in zip(judged[:2], judged[2:], strict=True):
-        for name, a, b in zip(("patches", "scale", "offset", "label", "angles"), of_g, of_d, strict=True):
+        flat = ((patches, *patch, *condition) for patches, patch, *condition in (of_g, of_d))
+        for name, a, b in zip(("patches", "scale", "offset", "label", "angles"), *flat, strict=True):
             assert torch.equal(a, b[: len(a)]), name
             assert b.requires_grad is False
     assert not torch.equal(judged[0][0], judged[1][0])
@@ -325,7 +327,9 @@ def test_gradients_do_not_depend_on_the_micro_batch(
         trainer, batches = tiny_trainer(config)
         trainer.generator.eval()  # evenly spaced samples; and the noise of the synthesis network starts at strength 0
         for name in ("_sample_patches", "_draw_patches"):
-            monkeypatch.setattr(trainer, name, lambda num: (torch.full((num,), 0.75), torch.tensor([[0.1, 0.2]] * num)))
+            monkeypatch.setattr(
+                trainer, name, lambda num: Patch(torch.full((num,), 0.75), torch.tensor([[0.1, 0.2]] * num))
+            )
         record = Recorder(trainer, monkeypatch, step=False)
         trainer.iteration(*next(batches))
         results[micro] = record.steps, trainer.statistics()
