@@ -22,7 +22,7 @@ from epigraf_fast.camera import Patch, cam2world_matrix, camera_rays
 from epigraf_fast.config import CameraConfig, RendererConfig
 from epigraf_fast.models.decoder import Decoder
 from epigraf_fast.models.layers import LOW_PASS
-from epigraf_fast.models.renderer import Renderer
+from epigraf_fast.models.renderer import Draws, Renderer
 from epigraf_fast.models.synthesis import Synthesis
 from epigraf_fast.ops import backends
 
@@ -545,7 +545,9 @@ def _renderer(shapes: Size, batch: int, dtype: str) -> Iterator[Case]:
         inputs = dict(inputs)
         planes, w0, b0, w1, b1 = (inputs.pop(name) for name in ("planes", "w0", "b0", "w1", "b1"))
         module, decoder = renderer(backend, w0.device)
-        rays = {**inputs, "density_noise_std": 0.5}
+        # What is left out to measure is drawn.
+        draws = Draws(*(inputs.pop(name, None) for name in ("jitter", "u", "coarse_noise", "fine_noise")))
+        rays = {**inputs, "draws": draws, "density_noise_std": 0.5}
         if backend in BASELINES:
             render = _baseline(published.render, backend)
             return (render(module, planes, (w0, b0, w1, b1), **rays).rgb,)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from epigraf_fast import ops
 from epigraf_fast.models.decoder import Decoder
-from epigraf_fast.models.renderer import Renderer, Rendering
+from epigraf_fast.models.renderer import FRESH, Draws, Renderer, Rendering
 from epigraf_fast.models.synthesis import Synthesis
 from epigraf_fast.ops import backends
 
@@ -104,20 +104,17 @@ def render(
     *,
     stochastic: bool | None = None,
     density_noise_std: float | Tensor = 0.0,
-    jitter: Tensor | None = None,
-    u: Tensor | None = None,
-    coarse_noise: Tensor | None = None,
-    fine_noise: Tensor | None = None,
-    seed: Tensor | None = None,
+    draws: Draws = FRESH,
 ) -> Rendering:
     """`Renderer.forward` by eager torch: decode, integrate, draw, decode, concatenate, sort, gather, integrate.
 
     Args:
         renderer: Holds the settings.
         network: The decoder's w0, b0, w1, b1.
-        seed: Not used: torch's generator draws.
+        draws: The seed is not used: torch's generator draws.
     """
     config, shape, device = renderer.config, ray_origins.shape[:2], ray_origins.device
+    jitter, u, coarse_noise, fine_noise, _ = draws
     stochastic = renderer.training if stochastic is None else stochastic
     options = {
         "activation": config.density_activation,

@@ -17,7 +17,7 @@ from .feature_decoder import FeatureDecoder
 from .layers import camera_numbers
 from .mapping import StyleMapping, mix_styles
 from .region import Plan, plan_of_views
-from .renderer import Images, Renderer, render_planes
+from .renderer import Draws, Images, Renderer, render_planes
 from .synthesis import Synthesis
 
 LAYERS = ("both", "foreground", "background")
@@ -148,7 +148,7 @@ class Generator(nn.Module):
         layer: str = "both",
         background_jitter: Tensor | None = None,
         fov: float | Tensor | None = None,
-        **render_options: bool | float | Tensor | PlaneRegion | None,
+        **render_options: bool | float | Tensor | Draws | PlaneRegion | None,
     ) -> Images:
         """Renders planes [B, 3*C, H, W] as full images or patches of resolution^2 pixels; see `render_planes`.
 
@@ -231,7 +231,7 @@ class Generator(nn.Module):
         style_mixing: float = 0.0,
         with_context: bool = False,
         region: Plan | bool = False,
-        **render_options: bool | float | Tensor | None,
+        **render_options: bool | float | Tensor | Draws | None,
     ) -> Images:
         """Images or patches [B, 3, resolution, resolution] of latent codes.
 

@@ -9,7 +9,7 @@ from ..camera import Patch, extract_patches
 from ..config import CameraConfig, GeneratorConfig, RendererConfig
 from .generator import Generator
 from .mapping import StyleMapping
-from .renderer import Images
+from .renderer import Draws, Images
 from .synthesis import Synthesis
 
 
@@ -76,7 +76,7 @@ class ImageGenerator(nn.Module):
         angles: Tensor,
         resolution: int,
         patch: Patch | None = None,
-        **render_options: bool | float | Tensor | None,
+        **render_options: bool | float | Tensor | Draws | None,
     ) -> Images:
         """Cuts patches from the images [B, 3, R, R] that the synthesis network gave; depth is 0, opacity 1.
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..camera import Patch
 from ..config import CameraConfig, RendererConfig
 from .decoder import Decoder
-from .renderer import Images, Renderer, render_planes
+from .renderer import Draws, Images, Renderer, render_planes
 
 
 class RawPlanes(nn.Module):
@@ -50,7 +50,7 @@ class RawPlanes(nn.Module):
         patch: Patch | None = None,
         *,
         scenes: Tensor | None = None,
-        **render_options: bool | float | Tensor | None,
+        **render_options: bool | float | Tensor | Draws | None,
     ) -> Images:
         """Images or patches [B, 3, resolution, resolution].
 

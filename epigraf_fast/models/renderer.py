@@ -33,6 +33,25 @@ class Images(NamedTuple):
     weight_sum: Tensor  # [B, 1, H, W] opacity
 
 
+class Draws(NamedTuple):
+    """Random numbers for B images of R rays, each of S coarse and K importance samples; what is None is drawn."""
+
+    jitter: Tensor | None = None  # [B, R, S] in [0, 1), places of the coarse samples in their strata
+    u: Tensor | None = None  # [B, R, K] in [0, 1), of the importance samples
+    coarse_noise: Tensor | None = None  # [B, R, S] standard normal, on the density that importance samples follow
+    fine_noise: Tensor | None = None  # [B, R, S + K] standard normal, on the density that is integrated
+    seed: Tensor | None = None  # [1] int64 on the device, what backend triton draws from; None: a fresh one
+
+    def of_rays(self, rays: slice) -> Draws:
+        """Those of some rays, with a seed of their own."""
+        *given, seed = self
+        seed = seed + rays.start if rays.start and seed is not None else seed
+        return Draws(*(None if x is None else x[:, rays] for x in given), seed)
+
+
+FRESH = Draws()
+
+
 class Renderer(nn.Module):
     """Coarse samples, importance samples, and one integration over both.
 
@@ -66,11 +85,7 @@ class Renderer(nn.Module):
         region: ops.PlaneRegion | None = None,
         stochastic: bool | None = None,
         density_noise_std: float | Tensor = 0.0,
-        jitter: Tensor | None = None,
-        u: Tensor | None = None,
-        coarse_noise: Tensor | None = None,
-        fine_noise: Tensor | None = None,
-        seed: Tensor | None = None,
+        draws: Draws = FRESH,
         background: Tensor | None = None,
     ) -> Rendering:
         """Renders rays.
@@ -84,13 +99,11 @@ class Renderer(nn.Module):
             stochastic: Jitter and random importance samples; default: in training mode. False takes the evenly spaced
                 coarse depths and u = k / (K - 1).
             density_noise_std: Of the noise on raw densities, 0 for none; a tensor always adds noise.
-            jitter: [B, R, S] in [0, 1) in place of fresh draws.
-            u: [B, R, K] in [0, 1) in place of fresh draws.
-            coarse_noise, fine_noise: Standard normal [B, R, S], [B, R, S + K], in place of fresh draws.
-            seed: [1] int64 on the device, what fresh draws of backend triton come from; default: torch's generator.
+            draws: In place of fresh ones.
             background: [B, R, 3], what the rays see behind the planes.
         """
         config, (batch, rays), device = self.config, ray_origins.shape[:2], ray_origins.device
+        jitter, u, coarse_noise, fine_noise, seed = draws
         stochastic = self.training if stochastic is None else stochastic
         noisy = isinstance(density_noise_std, Tensor) or density_noise_std > 0
         triton = ops.backends.resolve("composite", self.backend, device.type) == "triton"
@@ -99,7 +112,7 @@ class Renderer(nn.Module):
         draws_noise = noisy and (coarse_noise is None or fine_noise is None)
         if (triton or importance) and seed is None and (draws_samples or draws_noise):
             seed = ops.draw_seed(device)  # one for all
-        draws = {"seed": seed if importance or not triton else None, "backend": self.backend}
+        source = {"seed": seed if importance or not triton else None, "backend": self.backend}
         density = {
             "activation": config.density_activation,
             "softplus_beta": config.softplus_beta,
@@ -116,7 +129,7 @@ class Renderer(nn.Module):
             jitter=jitter if stochastic else None,
             dtype=ray_origins.dtype,
             device=device,
-            **draws,
+            **source,
         )
 
         def resample(coarse: Tensor) -> Tensor:
@@ -133,7 +146,7 @@ class Renderer(nn.Module):
                 sorted=triton,  # its composite merges two sets, each sorted; the others sort both together
                 t_sorted=True,
                 **density,
-                **draws,
+                **source,
             )
 
         samples = planes, ray_origins, ray_directions, t
@@ -174,6 +187,7 @@ def render_planes(
     patch: Patch | None = None,
     *,
     fov: float | Tensor | None = None,
+    draws: Draws = FRESH,
     **render_options: bool | float | Tensor | ops.PlaneRegion | None,
 ) -> Images:
     """Renders planes from cameras, as full images or patches of resolution^2 pixels.
@@ -185,7 +199,7 @@ def render_planes(
         angles: [B, 3] radians.
         patch: None for the whole image.
         fov: Degrees, a number or [B]; default: the camera's.
-        render_options: See `Renderer.forward`.
+        draws, render_options: See `Renderer.forward`.
     """
     fov = camera.fov if fov is None else fov
     rays = camera_rays(cam2world_matrix(angles, camera.radius), fov, resolution, patch)
@@ -197,10 +211,9 @@ def render_planes(
     parts = []
     for first in range(0, num_rays, chunk):
         part = slice(first, first + chunk)
-        # Draws that were handed in are per ray, and are cut with the rays; a seed serves one chunk.
-        options = {k: v[:, part] if isinstance(v, Tensor) and v.ndim == 3 else v for k, v in render_options.items()}
-        if first and options.get("seed") is not None:
-            options["seed"] = options["seed"] + first
+        options = {**render_options, "draws": draws.of_rays(part)}
+        if options.get("background") is not None:
+            options["background"] = options["background"][:, part]
         parts.append(renderer(planes, decoder, rays[0][:, part], rays[1][:, part], **options))
     whole = Rendering(*(torch.cat(x, dim=1) for x in zip(*parts, strict=True))) if len(parts) > 1 else parts[0]
     size = (resolution, resolution)

@@ -15,7 +15,7 @@ from epigraf_fast.config import CameraConfig, RendererConfig
 from epigraf_fast.models import renderer as renderer_module
 from epigraf_fast.models.decoder import Decoder
 from epigraf_fast.models.raw_planes import RawPlanes
-from epigraf_fast.models.renderer import Renderer, render_planes
+from epigraf_fast.models.renderer import Draws, Renderer, render_planes
 
 CAMERA = CameraConfig(fov=30.0, radius=8.0, ray_start=6.0, ray_end=10.0, cube_scale=3.8)
 SMALL = RendererConfig(coarse_samples=6, fine_samples=5, density_shift=0.3)
@@ -136,12 +136,13 @@ def test_draws_handed_in_replace_those_drawn(std):
     if std:
         draws["fine_noise"] = torch.randn(2, 16, 11, dtype=torch.float64)
     state = torch.get_rng_state()
-    result = renderer(planes, decoder, *rays, stochastic=True, density_noise_std=std, **draws)
+    result = renderer(planes, decoder, *rays, stochastic=True, density_noise_std=std, draws=Draws(**draws))
     assert torch.equal(torch.get_rng_state(), state), "something was drawn all the same"
     assert_close(result.rgb, expected.rgb, "rgb", "exact")
     assert_close(result.depth, expected.depth, "depth", "exact")
     for name, value in draws.items():
-        other = renderer(planes, decoder, *rays, stochastic=True, density_noise_std=std, **{**draws, name: value / 2})
+        changed = Draws(**{**draws, name: value / 2})
+        other = renderer(planes, decoder, *rays, stochastic=True, density_noise_std=std, draws=changed)
         assert not torch.equal(other.rgb, expected.rgb), f"{name} has no effect"
 
 
@@ -154,8 +155,7 @@ def test_density_noise_is_added_to_the_raw_density():
         constant((1.0, 1.0, 1.0), -1.0),
         *rays,
         density_noise_std=0.5,
-        coarse_noise=n[..., :6],
-        fine_noise=n,
+        draws=Draws(coarse_noise=n[..., :6], fine_noise=n),
     )
     density = torch.nn.functional.softplus(-1 + 0.5 * n[..., 0] + 0.3)
     assert_close(result.weight_sum, 1 - torch.exp(-4.5 * density), "opacity", "hand")
@@ -221,10 +221,12 @@ def test_chunks_share_the_draws_handed_in(monkeypatch):
     options = {
         "stochastic": True,
         "density_noise_std": torch.tensor(0.5, dtype=torch.float64),
-        "jitter": draw_uniform(2, 25, 6, seed=1),
-        "u": draw_uniform(2, 25, 5, seed=2),
-        "coarse_noise": draw(2, 25, 6, seed=3),
-        "fine_noise": draw(2, 25, 11, seed=4),
+        "draws": Draws(
+            jitter=draw_uniform(2, 25, 6, seed=1),
+            u=draw_uniform(2, 25, 5, seed=2),
+            coarse_noise=draw(2, 25, 6, seed=3),
+            fine_noise=draw(2, 25, 11, seed=4),
+        ),
     }
     expected = model(ANGLES, 5, **options)
     monkeypatch.setattr(renderer_module, "EVALUATION_CHUNK", 100)

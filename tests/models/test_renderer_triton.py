@@ -25,7 +25,7 @@ from epigraf_fast.config import CameraConfig, RendererConfig, preset
 from epigraf_fast.models import renderer as renderer_module
 from epigraf_fast.models.decoder import Decoder
 from epigraf_fast.models.raw_planes import RawPlanes
-from epigraf_fast.models.renderer import Renderer, Rendering
+from epigraf_fast.models.renderer import Draws, Renderer, Rendering
 from epigraf_fast.ops import backends, library
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
@@ -51,15 +51,15 @@ def scene(config: RendererConfig, backend: str, dtype: torch.dtype = torch.float
     return model.to(device=device, dtype=dtype)
 
 
-def draws(config: RendererConfig, dtype: torch.dtype, device: str, rays: int = SIDE**2) -> dict[str, Tensor]:
+def draws(config: RendererConfig, dtype: torch.dtype, device: str, rays: int = SIDE**2) -> Draws:
     coarse, fine = config.coarse_samples, config.fine_samples
-    numbers = {
-        "jitter": draw_uniform(2, rays, coarse, seed=1),
-        "u": draw_uniform(2, rays, fine, seed=2),
-        "coarse_noise": draw(2, rays, coarse, seed=3),
-        "fine_noise": draw(2, rays, coarse + fine, seed=4),
-    }
-    return {name: x.float().to(device=device, dtype=dtype) for name, x in numbers.items()}  # exact in fp32
+    numbers = (
+        draw_uniform(2, rays, coarse, seed=1),
+        draw_uniform(2, rays, fine, seed=2),
+        draw(2, rays, coarse, seed=3),
+        draw(2, rays, coarse + fine, seed=4),
+    )
+    return Draws(*(x.float().to(device=device, dtype=dtype) for x in numbers))  # exact in fp32
 
 
 def results(
@@ -80,8 +80,8 @@ def results(
     rays = camera_rays(cam2world_matrix(angles, CAMERA.radius), view.pop("fov"), SIDE, **view)
     given = draws(config, dtype, device)
     if options.get("stochastic") is False:
-        del given["u"]
-    outputs = model.renderer(model.planes, model.decoder, *rays, **given, **options)
+        given = given._replace(u=None)
+    outputs = model.renderer(model.planes, model.decoder, *rays, draws=given, **options)
     total = sum((y * draw(*y.shape, seed=20 + i).to(y)).sum() for i, y in enumerate(outputs))
     total.backward()
     gradients = {f"gradient to {name}": p.grad for name, p in model.named_parameters()}
@@ -153,17 +153,17 @@ def test_a_seed_decides_every_draw(device: str, poisoned: None) -> None:
     angles, side = ANGLES.float().to(device), 2
     seeds = [torch.tensor([n], device=device) for n in (5, 6, 5 + 2**40)]
     options = {"density_noise_std": 0.5}
-    one, two, three = (model(angles, side, seed=seed, **options).rgb for seed in seeds)
-    assert_close(model(angles, side, seed=seeds[0], **options).rgb, one, "again", "exact")
+    one, two, three = (model(angles, side, draws=Draws(seed=seed), **options).rgb for seed in seeds)
+    assert_close(model(angles, side, draws=Draws(seed=seeds[0]), **options).rgb, one, "again", "exact")
     assert not torch.equal(one, two)
     assert not torch.equal(one, three)
     assert not torch.equal(model(angles, side, **options).rgb, model(angles, side, **options).rgb)
     given = draws(SMALL, torch.float32, device, rays=side**2)
-    for name in given:  # the other three from the seed: it matters to each
-        kept = {name: given[name]}
-        assert not torch.equal(model(angles, side, seed=seeds[0], **kept, **options).rgb, one), name
-    del given["fine_noise"]
-    first, second = (model(angles, side, seed=seed, **given, **options).rgb for seed in seeds[:2])
+    for name in given._fields[:4]:  # the other three from the seed: it matters to each
+        kept = Draws(seed=seeds[0])._replace(**{name: getattr(given, name)})
+        assert not torch.equal(model(angles, side, draws=kept, **options).rgb, one), name
+    given = given._replace(fine_noise=None)
+    first, second = (model(angles, side, draws=given._replace(seed=seed), **options).rgb for seed in seeds[:2])
     assert not torch.equal(first, second), "noise of the last integration"
 
 
@@ -176,7 +176,7 @@ def test_chunks_draw_numbers_of_their_own(device: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(renderer_module, "EVALUATION_CHUNK", 2 * 13)
     seed = torch.tensor([3], device=device)
     with torch.no_grad():
-        depth = model(ANGLES.float().to(device), 2, stochastic=True, seed=seed).depth
+        depth = model(ANGLES.float().to(device), 2, stochastic=True, draws=Draws(seed=seed)).depth
     assert len(depth[0].unique()) == 4
 
 
@@ -253,7 +253,8 @@ def test_five_launches_forward_and_three_backward(stochastic: bool, std: float |
     network = list(decoder.parameters())
     with recorded_launches() as launches:
         with TorchOps() as forward:
-            result = renderer(inputs[0], decoder, *inputs[1:], stochastic=stochastic, density_noise_std=std, seed=seed)
+            options = {"stochastic": stochastic, "density_noise_std": std, "draws": Draws(seed=seed)}
+            result = renderer(inputs[0], decoder, *inputs[1:], **options)
         assert launches == FORWARD
         grad_rgb, grad_depth = torch.empty_like(result.rgb), torch.empty_like(result.depth)
         launches.clear()
@@ -338,9 +339,9 @@ def test_the_published_sequence_is_the_reference(settings: dict[str, Any], std: 
         rays = camera_rays(cam2world_matrix(ANGLES, CAMERA.radius), CAMERA.fov, SIDE)
         inputs = model.planes, model.decoder, *rays
         if as_published:
-            result = published_render(model.renderer, *inputs, density_noise_std=std, **given)
+            result = published_render(model.renderer, *inputs, density_noise_std=std, draws=given)
         else:
-            result = model.renderer(*inputs, density_noise_std=std, **given)
+            result = model.renderer(*inputs, density_noise_std=std, draws=given)
         sum((y * draw(*y.shape, seed=i)).sum() for i, y in enumerate(result)).backward()
         both.append({**result._asdict(), **{name: p.grad for name, p in model.named_parameters()}})
     for name, expected in both[0].items():
@@ -362,7 +363,7 @@ def test_in_a_cuda_graph() -> None:
     weights = draw(2, 3, SIDE, SIDE, dtype=torch.float32).cuda()
 
     def step() -> tuple[Tensor, ...]:
-        images = model(angles, SIDE, seed=seed, density_noise_std=std)
+        images = model(angles, SIDE, draws=Draws(seed=seed), density_noise_std=std)
         loss = (images.rgb * weights).sum() + images.depth.sum()
         return images.rgb, *torch.autograd.grad(loss, parameters)
 

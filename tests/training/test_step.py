@@ -25,7 +25,7 @@ from epigraf_fast.camera import Patch
 from epigraf_fast.config import Config
 from epigraf_fast.data import ImageDataset
 from epigraf_fast.errors import UserError
-from epigraf_fast.models.renderer import Renderer
+from epigraf_fast.models.renderer import Draws, Renderer
 from epigraf_fast.ops import backends, native
 from epigraf_fast.training import step
 from epigraf_fast.training.losses import blur
@@ -770,10 +770,12 @@ def test_ten_steps_on_triton_have_the_losses_of_the_reference(
 
     def with_draws(self: Renderer, planes: Tensor, decoder: nn.Module, *rays: Tensor, **options: Any) -> Any:
         shape, coarse, fine = rays[0].shape[:2], self.config.coarse_samples, self.config.fine_samples
-        options["jitter"] = torch.rand(*shape, coarse, device=device)
-        options["coarse_noise"] = torch.randn(*shape, coarse, device=device)
-        options["u"] = torch.rand(*shape, fine, device=device)
-        options["fine_noise"] = torch.randn(*shape, coarse + fine, device=device)
+        options["draws"] = Draws(
+            jitter=torch.rand(*shape, coarse, device=device),
+            coarse_noise=torch.randn(*shape, coarse, device=device),
+            u=torch.rand(*shape, fine, device=device),
+            fine_noise=torch.randn(*shape, coarse + fine, device=device),
+        )
         return render(self, planes, decoder, *rays, **options)
 
     monkeypatch.setattr(Renderer, "forward", with_draws)
