@@ -243,6 +243,12 @@ def _network(shapes: Size, dtype: torch.dtype, device: torch.device) -> Inputs:
     }
 
 
+def _with_network(inputs: Inputs) -> tuple[ops.Network, Inputs]:
+    """The network's tensors as the ops take them, and the other inputs."""
+    rest = dict(inputs)
+    return ops.Network(*(rest.pop(name) for name in ops.Network._fields)), rest
+
+
 def _sample_triplane(shapes: Size, batch: int, dtype: str) -> Iterator[Case]:
     kind = DTYPES[dtype]
     points = batch * shapes.patch**2 * shapes.samples
@@ -287,7 +293,9 @@ def _decode_triplane(shapes: Size, batch: int, dtype: str) -> Iterator[Case]:
 
     def call(inputs: Inputs, backend: str) -> tuple[Tensor, ...]:
         options = {} if backend in BASELINES else {"precision": dtype}
-        return (_op("decode_triplane", backend)(**inputs, cube_scale=CameraConfig().cube_scale, **options),)
+        network, inputs = _with_network(inputs)
+        scale = CameraConfig().cube_scale
+        return (_op("decode_triplane", backend)(**inputs, network=network, cube_scale=scale, **options),)
 
     for scale in PATCH_SCALES:
 
@@ -301,7 +309,7 @@ def _decode_triplane(shapes: Size, batch: int, dtype: str) -> Iterator[Case]:
                 **_network(shapes, kind, device),
             }
 
-        network = ("w0", "b0", "w1", "b1")
+        network = ops.Network._fields
         name = f"batch={batch} scale={scale}"
         yield Case(
             "decode_triplane", name, dtype, build, call, ("planes", *network), frozenset(network), 1, work, batch
@@ -542,17 +550,17 @@ def _renderer(shapes: Size, batch: int, dtype: str) -> Iterator[Case]:
         return modules[backend, device]
 
     def call(inputs: Inputs, backend: str) -> tuple[Tensor, ...]:
-        inputs = dict(inputs)
-        planes, w0, b0, w1, b1 = (inputs.pop(name) for name in ("planes", "w0", "b0", "w1", "b1"))
-        module, decoder = renderer(backend, w0.device)
+        network, inputs = _with_network(inputs)
+        planes = inputs.pop("planes")
+        module, decoder = renderer(backend, planes.device)
         # What is left out to measure is drawn.
         draws = Draws(*(inputs.pop(name, None) for name in ("jitter", "u", "coarse_noise", "fine_noise")))
         rays = {**inputs, "draws": draws, "density_noise_std": 0.5}
         if backend in BASELINES:
             render = _baseline(published.render, backend)
-            return (render(module, planes, (w0, b0, w1, b1), **rays).rgb,)
+            return (render(module, planes, network, **rays).rgb,)
         # The effective weights are inputs, so that gradients to them are seen.
-        decoder.fc0.effective, decoder.fc1.effective = lambda: (w0, b0), lambda: (w1, b1)
+        decoder.network = lambda: network
         return (module(planes, decoder, **rays).rgb,)
 
     for scale in PATCH_SCALES:
@@ -576,7 +584,7 @@ def _renderer(shapes: Size, batch: int, dtype: str) -> Iterator[Case]:
                 **_network(shapes, torch.float32, device),
             }
 
-        network = ("w0", "b0", "w1", "b1")
+        network = ops.Network._fields
         name = f"batch={batch} scale={scale}"
         yield Case(
             "renderer",

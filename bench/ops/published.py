@@ -44,15 +44,12 @@ def decode_triplane_rays(
     ray_origins: Tensor,
     ray_directions: Tensor,
     t: Tensor,
-    w0: Tensor,
-    b0: Tensor,
-    w1: Tensor,
-    b1: Tensor,
+    network: ops.Network,
     cube_scale: float = 1.0,
 ) -> Tensor:
     """Raw colour and density [B, R, S, out] of points on rays; every feature and hidden unit goes through memory."""
     points = ray_origins[:, :, None] + t[..., None] * ray_directions[:, :, None]
-    features = sample_triplane(planes, (points / cube_scale).flatten(1, 2))
+    features, (w0, b0, w1, b1) = sample_triplane(planes, (points / cube_scale).flatten(1, 2)), network
     hidden = F.leaky_relu(F.linear(features, w0, b0), 0.2) * 2**0.5
     return F.linear(hidden, w1, b1).unflatten(1, t.shape[1:])
 
@@ -98,7 +95,7 @@ def stratified_t(ray_start: float, ray_end: float, jitter: Tensor) -> Tensor:
 def render(
     renderer: Renderer,
     planes: Tensor,
-    network: tuple[Tensor, Tensor, Tensor, Tensor],
+    network: ops.Network,
     ray_origins: Tensor,
     ray_directions: Tensor,
     *,
@@ -110,7 +107,6 @@ def render(
 
     Args:
         renderer: Holds the settings.
-        network: The decoder's w0, b0, w1, b1.
         draws: The seed is not used: torch's generator draws.
     """
     config, shape, device = renderer.config, ray_origins.shape[:2], ray_origins.device
@@ -124,7 +120,7 @@ def render(
     }
 
     def decode(t: Tensor) -> Tensor:
-        return decode_triplane_rays(planes, ray_origins, ray_directions, t, *network, renderer.cube_scale)
+        return decode_triplane_rays(planes, ray_origins, ray_directions, t, network, renderer.cube_scale)
 
     def noisy(raw_density: Tensor, draw: Tensor | None) -> Tensor:
         if not isinstance(density_noise_std, Tensor) and density_noise_std == 0:
@@ -166,8 +162,7 @@ class PublishedRenderer(Renderer):
     def forward(
         self, planes: Tensor, decoder: Decoder, ray_origins: Tensor, ray_directions: Tensor, **options: Any
     ) -> Rendering:
-        network = (*decoder.fc0.effective(), *decoder.fc1.effective())
-        return render(self, planes, network, ray_origins, ray_directions, **options)
+        return render(self, planes, decoder.network(), ray_origins, ray_directions, **options)
 
 
 def modulated_conv2d(

@@ -37,7 +37,7 @@ def tune(
     rows = []
     for precision in PRECISIONS:
         found = tuning.tune_decode_triplane(
-            *rays, *network, config.camera.cube_scale, precision=precision, deterministic=False, timer=timer
+            *rays, network, config.camera.cube_scale, precision=precision, deterministic=False, timer=timer
         )
         rows += [{"precision": precision, **row} for row in found]
     return rows

@@ -49,8 +49,7 @@ class Decoder(nn.Module):
             ray_origins,
             ray_directions,
             t,
-            *self.fc0.effective(),
-            *self.fc1.effective(),
+            self.network(),
             cube_scale,
             region=region,
             **self.options,
@@ -76,9 +75,8 @@ class Decoder(nn.Module):
             ray_origins,
             ray_directions,
             t,
+            self.network(),
             resample,
-            *self.fc0.effective(),
-            *self.fc1.effective(),
             cube_scale,
             region=region,
             **self.options,
@@ -86,6 +84,8 @@ class Decoder(nn.Module):
 
     def at_points(self, planes: Tensor, points: Tensor, cube_scale: float) -> Tensor:
         """Points [B, N, 3] in world units -> [B, N, colours + 1], raw density last (what a mesh is extracted from)."""
-        return ops.decode_triplane(
-            planes, points / cube_scale, *self.fc0.effective(), *self.fc1.effective(), **self.options
-        )
+        return ops.decode_triplane(planes, points / cube_scale, self.network(), **self.options)
+
+    def network(self) -> ops.Network:
+        """Weights and biases, the equalized learning rates folded in."""
+        return ops.Network(*self.fc0.effective(), *self.fc1.effective())

@@ -13,7 +13,7 @@ planes are [B, 3*C, H, W]; points [B, N, 3]; t, a distance along a unit ray in w
 from .bias_act import bias_act
 from .composite import Composite, composite
 from .cut import cut
-from .decode_triplane import decode_triplane, decode_triplane_coarse_to_fine, decode_triplane_rays
+from .decode_triplane import Network, decode_triplane, decode_triplane_coarse_to_fine, decode_triplane_rays
 from .draws import draw_seed
 from .layer_epilogue import layer_epilogue
 from .modulated_conv2d import conv2d_resample, modulated_conv2d, modulated_layer
@@ -25,6 +25,7 @@ from .upfirdn2d import upfirdn2d
 __all__ = [
     "Composite",
     "Modulation",
+    "Network",
     "OfWeight",
     "PlaneRegion",
     "bias_act",

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..reference.decode_triplane import Network
 from ..reference.sample_triplane import PlaneRegion, reads_outside
 from . import library
 
@@ -243,28 +244,29 @@ def check_triton_planes(op: str, planes: Tensor) -> None:
         )
 
 
-def check_network(op: str, planes: Tensor, w0: Tensor, b0: Tensor, w1: Tensor, b1: Tensor) -> None:
+def check_network(op: str, planes: Tensor, network: Network) -> None:
     """Planes and a decoder's network fit."""
     check_planes(op, planes)
-    check_shape(op, "w0", w0, ("hidden", planes.shape[1] // 3))
-    check_shape(op, "b0", b0, (w0.shape[0],))
-    check_shape(op, "w1", w1, ("out", w0.shape[0]))
-    check_shape(op, "b1", b1, (w1.shape[0],))
+    w0, b0, w1, b1 = network
+    check_shape(op, "network.w0", w0, ("hidden", planes.shape[1] // 3))
+    check_shape(op, "network.b0", b0, (w0.shape[0],))
+    check_shape(op, "network.w1", w1, ("out", w0.shape[0]))
+    check_shape(op, "network.b1", b1, (w1.shape[0],))
 
 
-def check_triton_network(op: str, planes: Tensor, network: dict[str, Tensor], points: dict[str, Tensor]) -> None:
+def check_triton_network(op: str, planes: Tensor, network: Network, points: dict[str, Tensor]) -> None:
     """What the Triton kernels ask for beyond the op: dtypes, sizes that fit registers, and no gradient to points."""
     check_triton_planes(op, planes)
     because = 'backend is "triton"'
-    for name, x in network.items():
-        check_dtype(op, name, x, TRITON_DTYPES, because)
+    for name, x in network._asdict().items():
+        check_dtype(op, f"network.{name}", x, TRITON_DTYPES, because)
     for name, x in points.items():
         check_dtype(op, name, x, (torch.float32,), because)
-    out, hidden = network["w1"].shape
+    out, hidden = network.w1.shape
     if not 16 <= hidden <= 128:
-        raise ValueError(f"{op}: w0 must have 16 to 128 rows, hidden units (because {because}), got {hidden}")
+        raise ValueError(f"{op}: network.w0 must have 16 to 128 rows, hidden units (because {because}), got {hidden}")
     if not 2 <= out <= 16:
-        raise ValueError(f"{op}: w1 must have 2 to 16 rows, outputs (because {because}), got {out}")
+        raise ValueError(f"{op}: network.w1 must have 2 to 16 rows, outputs (because {because}), got {out}")
     check_no_gradient(op, **points)
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference.decode_triplane import decode_features, points_on_rays
+from ..reference.decode_triplane import Network, decode_features, points_on_rays
 from ..reference.decode_triplane import decode_triplane as _reference
 from ..reference.decode_triplane import decode_triplane_rays as _reference_rays
 from ..reference.sample_triplane import PlaneRegion
@@ -35,7 +35,7 @@ PRECISIONS = ("fp32", "tf32", "fp16")
 
 
 def _chosen(
-    op: str, route: str, backend: str | None, planes: Tensor, network: dict[str, Tensor], points: dict[str, Tensor]
+    op: str, route: str, backend: str | None, planes: Tensor, network: Network, points: dict[str, Tensor]
 ) -> str:
     """The backend that a call gets, whose demands the arguments meet."""
     if route is library.REFERENCE:
@@ -51,10 +51,7 @@ def _chosen(
 def decode_triplane(
     planes: Tensor,
     points: Tensor,
-    w0: Tensor,
-    b0: Tensor,
-    w1: Tensor,
-    b1: Tensor,
+    network: Network,
     *,
     region: PlaneRegion | None = None,
     precision: str = "fp32",
@@ -67,8 +64,7 @@ def decode_triplane(
         planes: [B, 3*C, H, W]; channels_last is read without a copy, and fastest. triton: fp32, fp16 or bf16, C a
             multiple of 8 and at most 64.
         points: [B, N, 3], in units of the cube's half size. triton: fp32.
-        w0, b0: [hidden, C], [hidden], the equalized learning rate folded in. triton: hidden 16 to 128.
-        w1, b1: [out, hidden], [out]. triton: out 2 to 16. Planes and network may be in different dtypes.
+        network: In the dtype of the planes or another. triton: hidden 16 to 128, out 2 to 16.
         region: Where the planes lie in whole ones, see `sample_triplane`.
         precision: triton: how the factors of the network's products are rounded: "fp32", "tf32" or "fp16" (gradients in
             tf32 then). Sums are fp32. The other backends follow torch's settings.
@@ -87,22 +83,26 @@ def decode_triplane(
         ValueError, TypeError: Wrong ranks, shapes, dtypes or devices; unknown or missing backend, unknown precision.
         NotImplementedError: triton: a gradient to points, or a second derivative, is asked for.
     """
-    check_together("decode_triplane", planes=planes, points=points, w0=w0, b0=b0, w1=w1, b1=b1)
-    check_network("decode_triplane", planes, w0, b0, w1, b1)
+    check_together("decode_triplane", planes=planes, points=points, **_tensors_of("decode_triplane", network))
+    check_network("decode_triplane", planes, network)
     check_shape("decode_triplane", "points", points, (planes.shape[0], "N", 3))
     check_choice("decode_triplane", "precision", precision, PRECISIONS)
     check_region("decode_triplane", region, planes)
-    route = library.route(planes, points, w0, b0, w1, b1)
-    chosen = _chosen(
-        "decode_triplane", route, backend, planes, {"w0": w0, "b0": b0, "w1": w1, "b1": b1}, {"points": points}
-    )
+    route = library.route(planes, points, *network)
+    chosen = _chosen("decode_triplane", route, backend, planes, network, {"points": points})
     if chosen == "reference":
-        return _reference(planes, points, w0, b0, w1, b1, region)
-    rays, network = (points, None, None), (w0, b0, w1, b1)
-    return _decode(route, chosen, planes, rays, network, 1.0, region, precision, deterministic)
+        return _reference(planes, points, network, region)
+    return _decode(route, chosen, planes, (points, None, None), network, 1.0, region, precision, deterministic)
 
 
-def _is_fused(planes: Tensor, rays: tuple[Tensor | None, ...], network: tuple[Tensor, ...]) -> bool:
+def _tensors_of(op: str, network: Network) -> dict[str, Tensor]:
+    """By the names that errors give them."""
+    if not isinstance(network, Network):
+        raise TypeError(f"{op}: network must be a Network(w0, b0, w1, b1), got {type(network).__name__}")
+    return {f"network.{name}": x for name, x in network._asdict().items()}
+
+
+def _is_fused(planes: Tensor, rays: tuple[Tensor | None, ...], network: Network) -> bool:
     """Whether the extension decodes on the CPU; else torch's grid sampler does, which knows gradients to points."""
     rays = [x for x in rays if x is not None]
     if torch.is_grad_enabled() and any(x.requires_grad for x in rays):
@@ -115,7 +115,7 @@ def _decode(
     chosen: str,
     planes: Tensor,
     rays: tuple[Tensor, Tensor | None, Tensor | None],
-    network: tuple[Tensor, Tensor, Tensor, Tensor],
+    network: Network,
     cube_scale: float,
     region: PlaneRegion | None,
     precision: str,
@@ -124,17 +124,17 @@ def _decode(
     """At points, or at rays and their t, by triton, cpu or torch."""
     if chosen == "torch" and is_unordered(planes, deterministic):
         if rays[2] is None:
-            return _reference(planes, rays[0], *network, region)
-        return _reference_rays(planes, *rays, *network, cube_scale, region)
+            return _reference(planes, rays[0], network, region)
+        return _reference_rays(planes, *rays, network, cube_scale, region)
     if chosen == "triton" or (chosen == "cpu" and _is_fused(planes, rays, network)):
         first, settings = _settings(cube_scale, region, precision, deterministic, chosen)
         return library.call(route, _DecodeTriplane, planes, *rays, *network, first, settings)
     points, directions, t = rays
     if t is None:
-        return decode_features(sample_triplane_cpu(planes, points, region), *network)
+        return decode_features(sample_triplane_cpu(planes, points, region), network)
     points = points_on_rays(points, directions, t) / cube_scale
     features = sample_triplane_cpu(planes, points.flatten(1, 2), region)
-    return decode_features(features, *network).unflatten(1, t.shape[1:])
+    return decode_features(features, network).unflatten(1, t.shape[1:])
 
 
 def decode_triplane_rays(
@@ -142,10 +142,7 @@ def decode_triplane_rays(
     ray_origins: Tensor,
     ray_directions: Tensor,
     t: Tensor,
-    w0: Tensor,
-    b0: Tensor,
-    w1: Tensor,
-    b1: Tensor,
+    network: Network,
     cube_scale: float = 1.0,
     *,
     region: PlaneRegion | None = None,
@@ -159,7 +156,7 @@ def decode_triplane_rays(
         ray_origins, ray_directions: [B, R, 3], world units, directions of length one.
         t: [B, R, S], distance along the ray, world units.
         cube_scale: Half size of the cube that the planes span, world units.
-        planes, w0, b0, w1, b1, region, precision, deterministic: See `decode_triplane`.
+        planes, network, region, precision, deterministic: See `decode_triplane`.
 
     Returns:
         [B, R, S, out]: raw colour, raw density last; dtype as of `decode_triplane`.
@@ -171,10 +168,10 @@ def decode_triplane_rays(
             unknown or missing backend, unknown precision.
         NotImplementedError: triton: a gradient to rays or t, or a second derivative, is asked for.
     """
-    op, rays, network = "decode_triplane_rays", (ray_origins, ray_directions, t), (w0, b0, w1, b1)
+    op, rays = "decode_triplane_rays", (ray_origins, ray_directions, t)
     route, chosen = check_rays(op, planes, rays, network, cube_scale, region, precision, backend)
     if chosen == "reference":
-        return _reference_rays(planes, *rays, *network, cube_scale, region)
+        return _reference_rays(planes, *rays, network, cube_scale, region)
     return _decode(route, chosen, planes, rays, network, cube_scale, region, precision, deterministic)
 
 
@@ -183,11 +180,8 @@ def decode_triplane_coarse_to_fine(
     ray_origins: Tensor,
     ray_directions: Tensor,
     t: Tensor,
+    network: Network,
     resample: Callable[[Tensor], Tensor],
-    w0: Tensor,
-    b0: Tensor,
-    w1: Tensor,
-    b1: Tensor,
     cube_scale: float = 1.0,
     *,
     region: PlaneRegion | None = None,
@@ -202,7 +196,7 @@ def decode_triplane_coarse_to_fine(
     Args:
         resample: Maps the coarse result [B, R, S, out], detached, to fine t [B, R, K], dtype and device of t. It must
             not change any argument in place.
-        planes, ray_origins, ray_directions, t, w0, b0, w1, b1, cube_scale, region, precision, deterministic: See
+        planes, ray_origins, ray_directions, t, network, cube_scale, region, precision, deterministic: See
             `decode_triplane_rays`.
 
     Returns:
@@ -213,7 +207,7 @@ def decode_triplane_coarse_to_fine(
     Raises:
         As `decode_triplane_rays`; also where `resample` gives something else, or changes what it was given.
     """
-    op, rays, network = "decode_triplane_coarse_to_fine", (ray_origins, ray_directions, t), (w0, b0, w1, b1)
+    op, rays = "decode_triplane_coarse_to_fine", (ray_origins, ray_directions, t)
     route, chosen = check_rays(op, planes, rays, network, cube_scale, region, precision, backend)
     plain = route is library.PLAIN
     resample = checked_resample(op, resample, t, (planes, *rays, *network) if plain else None)
@@ -221,9 +215,9 @@ def decode_triplane_coarse_to_fine(
         first, settings = _settings(cube_scale, region, precision, deterministic, chosen)
         return _DecodeCoarseToFine.apply(planes, *rays, resample, *network, first, settings)
     options = {"region": region, "precision": precision, "deterministic": deterministic, "backend": chosen}
-    coarse = decode_triplane_rays(planes, *rays, *network, cube_scale, **options)
+    coarse = decode_triplane_rays(planes, *rays, network, cube_scale, **options)
     t_fine = resample(coarse)
-    fine = decode_triplane_rays(planes, *rays[:2], t_fine, *network, cube_scale, **options)
+    fine = decode_triplane_rays(planes, *rays[:2], t_fine, network, cube_scale, **options)
     return coarse, t_fine, fine
 
 
@@ -231,7 +225,7 @@ def check_rays(
     op: str,
     planes: Tensor,
     rays: tuple[Tensor, Tensor, Tensor],
-    network: tuple[Tensor, Tensor, Tensor, Tensor],
+    network: Network,
     cube_scale: float,
     region: PlaneRegion | None,
     precision: str,
@@ -239,16 +233,15 @@ def check_rays(
 ) -> tuple[str, str]:
     """Route and backend that a call with rays gets, its arguments checked."""
     rays = dict(zip(("ray_origins", "ray_directions", "t"), rays, strict=True))
-    network = dict(zip(("w0", "b0", "w1", "b1"), network, strict=True))
-    check_together(op, planes=planes, **rays, **network)
-    check_network(op, planes, **network)
+    check_together(op, planes=planes, **rays, **_tensors_of(op, network))
+    check_network(op, planes, network)
     check_region(op, region, planes)
     check_shape(op, "ray_origins", rays["ray_origins"], (planes.shape[0], "R", 3))
     check_shape(op, "ray_directions", rays["ray_directions"], tuple(rays["ray_origins"].shape))
     check_shape(op, "t", rays["t"], (planes.shape[0], rays["ray_origins"].shape[1], "S"))
     check_positive(op, "cube_scale", cube_scale)
     check_choice(op, "precision", precision, PRECISIONS)
-    route = library.route(planes, *rays.values(), *network.values())
+    route = library.route(planes, *rays.values(), *network)
     return route, _chosen(op, route, backend, planes, network, rays)
 
 
@@ -310,8 +303,8 @@ class _DecodeTriplane:
         *network, first, settings = args
         region = as_region(first, settings.whole)
         if t is None:
-            return _reference(planes, origins, *network, region)
-        return _reference_rays(planes, origins, directions, t, *network, settings.cube_scale, region)
+            return _reference(planes, origins, Network(*network), region)
+        return _reference_rays(planes, origins, directions, t, Network(*network), settings.cube_scale, region)
 
     @staticmethod
     def keep(ctx: Any, inputs: tuple[Any, ...], y: Tensor) -> None:

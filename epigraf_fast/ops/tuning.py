@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..reference.decode_triplane import Network
 from .checks import resolve_deterministic
 from .decode_triplane import check_rays
 
@@ -19,10 +20,7 @@ def tune_decode_triplane(
     ray_origins: Tensor,
     ray_directions: Tensor,
     t: Tensor,
-    w0: Tensor,
-    b0: Tensor,
-    w1: Tensor,
-    b1: Tensor,
+    network: Network,
     cube_scale: float = 1.0,
     *,
     precision: str = "fp32",
@@ -49,10 +47,11 @@ def tune_decode_triplane(
     if resolve_deterministic(deterministic) or (timer is None and planes.device.type != "cuda"):
         return []
     rays = ray_origins, ray_directions, t
-    check_rays("tune_decode_triplane", planes, rays, (w0, b0, w1, b1), cube_scale, None, precision, "triton")
+    check_rays("tune_decode_triplane", planes, rays, network, cube_scale, None, precision, "triton")
     from ..kernels import decode_triplane as kernels
     from ..kernels import tuning
 
+    w0, b0, w1, b1 = network
     problem = planes, w0, w1, precision, tuning.architecture(planes.device)
     inputs = [x.detach() for x in (planes, ray_origins, ray_directions, t, w0, b0, w1)]
     options = cube_scale, precision

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,34 +11,33 @@ from torch import Tensor
 from .sample_triplane import PlaneRegion, sample_triplane
 
 
-def decode_triplane(
-    planes: Tensor,
-    points: Tensor,
-    w0: Tensor,
-    b0: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    region: PlaneRegion | None = None,
-) -> Tensor:
+class Network(NamedTuple):
+    """The decoder's two layers, the equalized learning rate folded in."""
+
+    w0: Tensor  # [hidden, C]
+    b0: Tensor  # [hidden]
+    w1: Tensor  # [out, hidden]
+    b1: Tensor  # [out]
+
+
+def decode_triplane(planes: Tensor, points: Tensor, network: Network, region: PlaneRegion | None = None) -> Tensor:
     """out = w1 lrelu(w0 feature + b0) + b1, lrelu with slope 0.2 and gain sqrt(2).
 
     Args:
         planes: [B, 3*C, H, W].
         points: [B, N, 3], in units of the cube's half size.
-        w0, b0: [hidden, C], [hidden]; the equalized learning rate is already in them.
-        w1, b1: [out, hidden], [out].
         region: See `sample_triplane`.
 
     Returns:
         [B, N, out]: raw colour, then raw density last; the widest dtype of planes and network.
     """
-    return decode_features(sample_triplane(planes, points, region), w0, b0, w1, b1)
+    return decode_features(sample_triplane(planes, points, region), network)
 
 
-def decode_features(features: Tensor, w0: Tensor, b0: Tensor, w1: Tensor, b1: Tensor) -> Tensor:
+def decode_features(features: Tensor, network: Network) -> Tensor:
     """The network alone: [B, N, C] -> [B, N, out], in the widest dtype of all."""
-    dtype = functools.reduce(torch.promote_types, (x.dtype for x in (features, w0, b0, w1, b1)))
-    features, w0, b0, w1, b1 = (x.to(dtype) for x in (features, w0, b0, w1, b1))
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in (features, *network)))
+    features, w0, b0, w1, b1 = (x.to(dtype) for x in (features, *network))
     hidden = torch.nn.functional.linear(features, w0, b0)
     hidden = torch.nn.functional.leaky_relu(hidden, 0.2) * 2**0.5
     return torch.nn.functional.linear(hidden, w1, b1)
@@ -48,10 +48,7 @@ def decode_triplane_rays(
     ray_origins: Tensor,
     ray_directions: Tensor,
     t: Tensor,
-    w0: Tensor,
-    b0: Tensor,
-    w1: Tensor,
-    b1: Tensor,
+    network: Network,
     cube_scale: float = 1.0,
     region: PlaneRegion | None = None,
 ) -> Tensor:
@@ -67,7 +64,7 @@ def decode_triplane_rays(
         [B, R, S, out].
     """
     points = points_on_rays(ray_origins, ray_directions, t) / cube_scale
-    return decode_triplane(planes, points.flatten(1, 2), w0, b0, w1, b1, region).unflatten(1, t.shape[1:])
+    return decode_triplane(planes, points.flatten(1, 2), network, region).unflatten(1, t.shape[1:])
 
 
 def points_on_rays(ray_origins: Tensor, ray_directions: Tensor, t: Tensor) -> Tensor:

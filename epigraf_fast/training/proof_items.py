@@ -207,8 +207,10 @@ def check_decode_triplane(case: Case, backend: str) -> None:
     for deterministic in (False, True):
 
         def op(x: Values, name: str, deterministic: bool = deterministic) -> tuple[Tensor, ...]:
+            rays = {key: value for key, value in x.items() if key not in ops.Network._fields}
             coarse, _, fine = ops.decode_triplane_coarse_to_fine(
-                **x,
+                **rays,
+                network=ops.Network(*(x[key] for key in ops.Network._fields)),
                 resample=lambda coarse: t_fine.to(coarse.dtype if x["t"].dtype == torch.float64 else t_fine.dtype),
                 precision=mode_of(config).decoder,
                 deterministic=deterministic,
@@ -216,7 +218,7 @@ def check_decode_triplane(case: Case, backend: str) -> None:
             )
             return coarse, fine
 
-        wanted = ("planes", "w0", "b0", "w1", "b1")
+        wanted = ("planes", *ops.Network._fields)
         case.agree(op, inputs, wanted, backend, tolerance=TOLERANCE[mode_of(config).decoder])
 
 

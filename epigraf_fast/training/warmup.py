@@ -14,7 +14,7 @@ from torch import Tensor
 from ..camera import cam2world_matrix, camera_rays
 from ..config import Config
 from ..models.decoder import Decoder
-from ..ops import tuning, verdicts
+from ..ops import Network, tuning, verdicts
 from ..ops.checks import resolve_deterministic
 from .files import replacing
 from .precision import mode_of
@@ -75,10 +75,8 @@ def warm_up(trainer: Trainer, *, timer: Timer | None = None) -> Choice:
     return choose_kernels(Path(config.run_dir), trainer.device, *problem, scale, precision=precision, timer=timer)
 
 
-def micro_batch(
-    config: Config, images: int, device: torch.device
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """What the decoder is given for a micro-batch: planes, ray_origins, ray_directions, t; and w0, b0, w1, b1.
+def micro_batch(config: Config, images: int, device: torch.device) -> tuple[tuple[Tensor, ...], Network]:
+    """What the decoder is given for a micro-batch: planes, ray_origins, ray_directions, t; and its network.
 
     Points lie as those of whole images seen from the mean pose, since how they share texels decides the time. Other
     values do not, and are constants.
@@ -92,7 +90,7 @@ def micro_batch(
     t = t.expand(images, rays[0].shape[1], -1).contiguous()
     hidden, outputs = generator.decoder_hidden, 4
     sizes = (hidden, generator.plane_channels), (hidden,), (outputs, hidden), (outputs,)
-    network = tuple(torch.full(size, 0.1, device=device) for size in sizes)
+    network = Network(*(torch.full(size, 0.1, device=device) for size in sizes))
     return (planes, *rays, t), network
 
 
@@ -100,7 +98,7 @@ def choose_kernels(
     run_dir: Path,
     device: torch.device,
     rays: tuple[Tensor, ...],
-    network: tuple[Tensor, ...],
+    network: Network,
     cube_scale: float,
     *,
     precision: str = "fp32",
@@ -114,7 +112,6 @@ def choose_kernels(
 
     Args:
         rays: planes, ray_origins, ray_directions and t of a micro-batch, see `ops.decode_triplane_rays`.
-        network: w0, b0, w1 and b1.
         timer, clock: For tests; default: by CUDA events, and the host's.
     """
     if device.type != "cuda" and timer is None:
@@ -138,7 +135,7 @@ def choose_kernels(
     if choice is None:
         with waiting("timing the kernels"):
             rows = tuning.tune_decode_triplane(
-                *rays, *network, cube_scale, precision=precision, timer=timer, seconds=BUDGET, clock=clock
+                *rays, network, cube_scale, precision=precision, timer=timer, seconds=BUDGET, clock=clock
             )
         stored, choice = {"choices": tuning.export_choices(), "times": rows}, Choice(rows, fresh=True)
         verdicts.write_timings(device, key, stored, run_dir)

@@ -303,8 +303,7 @@ def saved_bytes(render: Callable[[], Any], leaves: tuple[Tensor, ...]) -> int:
 
 
 def published_render(renderer: Renderer, planes: Tensor, decoder: Decoder, *rays: Tensor, **options: Any) -> Rendering:
-    network = (*decoder.fc0.effective(), *decoder.fc1.effective())
-    return published.render(renderer, planes, network, *rays, **options)
+    return published.render(renderer, planes, decoder.network(), *rays, **options)
 
 
 @needs_triton

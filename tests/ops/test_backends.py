@@ -19,7 +19,7 @@ from epigraf_fast import ops
 from epigraf_fast.ops import backends, native
 
 ROOT = Path(__file__).resolve().parents[2]
-NET = {"w0": draw(5, 2), "b0": draw(5), "w1": draw(4, 5), "b1": draw(4)}
+NET = ops.Network(draw(5, 2), draw(5), draw(4, 5), draw(4))
 T = torch.arange(4.0).expand(1, 2, 4)
 
 # public op: (the op in the table of backends, a call that lacks the backend)
@@ -27,13 +27,11 @@ CALLS = {
     "sample_triplane": ("sample_triplane", functools.partial(ops.sample_triplane, draw(1, 6, 2, 2), draw(1, 3, 3))),
     "decode_triplane": (
         "decode_triplane",
-        functools.partial(ops.decode_triplane, draw(1, 6, 2, 2), draw(1, 3, 3), **NET),
+        functools.partial(ops.decode_triplane, draw(1, 6, 2, 2), draw(1, 3, 3), NET),
     ),
     "decode_triplane_rays": (
         "decode_triplane",
-        functools.partial(
-            ops.decode_triplane_rays, draw(1, 6, 2, 2), draw(1, 2, 3), draw(1, 2, 3), draw(1, 2, 4), **NET
-        ),
+        functools.partial(ops.decode_triplane_rays, draw(1, 6, 2, 2), draw(1, 2, 3), draw(1, 2, 3), draw(1, 2, 4), NET),
     ),
     "decode_triplane_coarse_to_fine": (
         "decode_triplane",
@@ -43,8 +41,8 @@ CALLS = {
             draw(1, 2, 3),
             draw(1, 2, 3),
             draw(1, 2, 4),
+            NET,
             lambda coarse: coarse[..., 0],
-            **NET,
         ),
     ),
     "sample_stratified": (
@@ -78,7 +76,7 @@ CALLS = {
     ),
     "layer_epilogue": ("modulated_conv2d", functools.partial(ops.layer_epilogue, draw(1, 2, 4, 4), bias=draw(2))),
 }
-NOT_OPS = {"Composite", "Modulation", "OfWeight", "PlaneRegion", "draw_seed"}  # nothing to choose a backend for
+NOT_OPS = {"Composite", "Modulation", "Network", "OfWeight", "PlaneRegion", "draw_seed"}  # they have no backends
 
 
 def test_status_covers_the_table():

@@ -30,6 +30,18 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = compiled.on_triton()
 
 
+def of_named_tensors(function):
+    """An op as a function of tensors by name, those of the network among them."""
+
+    def call(*rays, w0, b0, w1, b1, **options):
+        return function(*rays, network=ops.Network(w0, b0, w1, b1), **options)
+
+    return call
+
+
+decode_at_points, decode_on_rays = of_named_tensors(ops.decode_triplane), of_named_tensors(ops.decode_triplane_rays)
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     return request.param
@@ -37,12 +49,12 @@ def backend(request):
 
 @pytest.fixture
 def decode_triplane(backend):
-    return functools.partial(ops.decode_triplane, backend=backend)
+    return functools.partial(decode_at_points, backend=backend)
 
 
 @pytest.fixture
 def decode_triplane_rays(backend):
-    return functools.partial(ops.decode_triplane_rays, backend=backend)
+    return functools.partial(decode_on_rays, backend=backend)
 
 
 def network(channels=3, hidden=5, out=4, dtype=torch.float64):
@@ -206,13 +218,13 @@ def test_float32(decode_triplane):
 NETWORK_ERRORS = [
     ({"planes": draw(9, 3, 4)}, ValueError, "planes must have shape [B, 3*C, H, W]"),
     ({"planes": draw(2, 8, 3, 4)}, ValueError, "planes must have 3*C channels"),
-    ({"w0": draw(5, 4)}, ValueError, "w0 must have shape [hidden, 3], got [5, 4]"),
-    ({"b0": draw(4)}, ValueError, "b0 must have shape [5], got [4]"),
-    ({"w1": draw(4, 4)}, ValueError, "w1 must have shape [out, 5], got [4, 4]"),
-    ({"b1": draw(1, 4)}, ValueError, "b1 must have shape [4], got [1, 4]"),
-    ({"b1": None}, TypeError, "b1 must be a tensor, got NoneType"),
-    ({"w1": torch.zeros(4, 5, dtype=torch.int8)}, TypeError, "w1 must be floating point, got torch.int8"),
-    ({"w0": torch.zeros(5, 3, device="meta")}, ValueError, "w0 must be on cpu as planes is, got meta"),
+    ({"w0": draw(5, 4)}, ValueError, "network.w0 must have shape [hidden, 3], got [5, 4]"),
+    ({"b0": draw(4)}, ValueError, "network.b0 must have shape [5], got [4]"),
+    ({"w1": draw(4, 4)}, ValueError, "network.w1 must have shape [out, 5], got [4, 4]"),
+    ({"b1": draw(1, 4)}, ValueError, "network.b1 must have shape [4], got [1, 4]"),
+    ({"b1": None}, TypeError, "network.b1 must be a tensor, got NoneType"),
+    ({"w1": torch.zeros(4, 5, dtype=torch.int8)}, TypeError, "network.w1 must be floating point, got torch.int8"),
+    ({"w0": torch.zeros(5, 3, device="meta")}, ValueError, "network.w0 must be on cpu as planes is, got meta"),
 ]
 
 
@@ -230,7 +242,12 @@ NETWORK_ERRORS = [
 def test_errors_at_points(change, error, message):
     arguments = {"planes": draw(2, 9, 3, 4), "points": draw(2, 6, 3), **network(), **change}
     with pytest.raises(error, match=re.escape(f"decode_triplane: {message}")):
-        ops.decode_triplane(**arguments)
+        decode_at_points(**arguments)
+
+
+def test_a_network_is_named():
+    with pytest.raises(TypeError, match=r"decode_triplane: network must be a Network\(w0, b0, w1, b1\), got tuple"):
+        ops.decode_triplane(draw(2, 9, 3, 4), draw(2, 6, 3), tuple(network().values()))
 
 
 @pytest.mark.parametrize(
@@ -259,7 +276,7 @@ def test_errors_along_rays(change, error, message):
         **change,
     }
     with pytest.raises(error, match=re.escape(f"decode_triplane_rays: {message}")):
-        ops.decode_triplane_rays(**arguments)
+        decode_on_rays(**arguments)
 
 
 def ray_inputs(batch=2, rays=3, samples=5, channels=8, height=5, width=6, *, hidden=16, out=4, dtype=torch.float32):
@@ -326,7 +343,7 @@ def assert_triton_errs_no_more_than_the_reference(function, inputs, dtype=torch.
 )
 def test_fused_on_the_cpu_by_levels_and_threads(sizes, cpu_level, threads):
     inputs = {name: x.cpu() for name, x in ray_inputs(**sizes).items()}
-    decode = functools.partial(ops.decode_triplane_rays, cube_scale=0.475)
+    decode = functools.partial(decode_on_rays, cube_scale=0.475)
     kernels = functools.partial(values_and_gradients, functools.partial(decode, backend="cpu"), device="cpu")
     actual = kernels(inputs)
     assert "DecodeTriplane" in str(actual["out"].grad_fn)
@@ -342,7 +359,7 @@ def test_fused_on_the_cpu_by_levels_and_threads(sizes, cpu_level, threads):
 
 def test_fused_on_the_cpu_has_no_second_derivative(cpu_level):
     inputs = {name: x.cpu().requires_grad_(name == "planes") for name, x in ray_inputs().items()}
-    out = ops.decode_triplane_rays(**inputs, backend="cpu")
+    out = decode_on_rays(**inputs, backend="cpu")
     (gradient,) = torch.autograd.grad(out.sum(), inputs["planes"], create_graph=True)
     with pytest.raises(NotImplementedError, match=r'backend "cpu" has no second derivative; use backend="reference"'):
         torch.autograd.grad(gradient.square().sum(), inputs["planes"])
@@ -352,7 +369,7 @@ def test_fused_on_the_cpu_has_no_second_derivative(cpu_level):
 def test_fused_on_the_cpu_keeps_to_the_planes(broken, cpu_level):
     inputs = {name: x.cpu() for name, x in point_inputs().items()}
     inputs["points"][0, 3, 1] = broken
-    actual, expected = (ops.decode_triplane(**inputs, backend=backend) for backend in ("cpu", "reference"))
+    actual, expected = (decode_at_points(**inputs, backend=backend) for backend in ("cpu", "reference"))
     assert torch.equal(actual.isnan(), expected.isnan())
     assert_close(actual.nan_to_num(), expected.nan_to_num(), "out")
 
@@ -373,7 +390,7 @@ def test_fused_on_the_cpu_keeps_to_the_planes(broken, cpu_level):
     ids=str,
 )
 def test_triton_along_rays(poisoned, sizes, dtype, deterministic):
-    function = functools.partial(ops.decode_triplane_rays, cube_scale=0.475, deterministic=deterministic)
+    function = functools.partial(decode_on_rays, cube_scale=0.475, deterministic=deterministic)
     assert_triton_errs_no_more_than_the_reference(function, ray_inputs(**sizes), dtype)
 
 
@@ -382,7 +399,7 @@ def test_triton_along_rays(poisoned, sizes, dtype, deterministic):
 @pytest.mark.parametrize("points", [1, 131, 600])  # a point, tiles, and programs of the backward
 def test_triton_at_points(poisoned, points, deterministic):
     inputs = point_inputs(batch=2 if points < 600 else 1, points=points)
-    function = functools.partial(ops.decode_triplane, deterministic=deterministic)
+    function = functools.partial(decode_at_points, deterministic=deterministic)
     assert_triton_errs_no_more_than_the_reference(function, inputs)
 
 
@@ -411,7 +428,7 @@ def test_triton_gradients_have_the_same_bits_in_any_order_of_programs(poisoned, 
     inputs = ray_inputs(batch=1, rays=75, samples=2, height=2, width=2, dtype=texel)
     results = {}
     for deterministic in (False, True):
-        function = functools.partial(ops.decode_triplane_rays, deterministic=deterministic, backend="triton")
+        function = functools.partial(decode_on_rays, deterministic=deterministic, backend="triton")
         given = values_and_gradients(function, inputs)
         with programs_in_reverse():
             results[deterministic] = given, values_and_gradients(function, inputs)
@@ -429,7 +446,7 @@ def test_triton_gradients_have_the_same_bits_in_any_order_of_programs(poisoned, 
 def test_triton_gradients_have_the_same_bits_in_every_run(precision):
     inputs = ray_inputs(batch=2, rays=2048, samples=48, channels=32, hidden=64, height=16, width=16)
     function = functools.partial(
-        ops.decode_triplane_rays, precision=precision, deterministic=True, cube_scale=0.5, backend="triton"
+        decode_on_rays, precision=precision, deterministic=True, cube_scale=0.5, backend="triton"
     )
     first = values_and_gradients(function, inputs)
     for _ in range(5):
@@ -440,10 +457,10 @@ def test_triton_gradients_have_the_same_bits_in_every_run(precision):
 @needs_triton
 def test_triton_half_planes_with_a_wide_network(poisoned):
     inputs = ray_inputs(dtype=torch.float16)
-    actual = values_and_gradients(functools.partial(ops.decode_triplane_rays, backend="triton"), inputs)
+    actual = values_and_gradients(functools.partial(decode_on_rays, backend="triton"), inputs)
     expected, truth = (
         values_and_gradients(
-            functools.partial(ops.decode_triplane_rays, backend="reference"),
+            functools.partial(decode_on_rays, backend="reference"),
             {name: x.to(dtype) for name, x in inputs.items()},
         )
         for dtype in (torch.float32, torch.float64)
@@ -459,7 +476,7 @@ def test_triton_half_planes_with_a_wide_network(poisoned):
 @pytest.mark.parametrize("precision", ["tf32", "fp16"])
 def test_triton_in_lower_precision(precision):
     inputs = ray_inputs()
-    function = functools.partial(ops.decode_triplane_rays, backend="triton")
+    function = functools.partial(decode_on_rays, backend="triton")
     expected = values_and_gradients(function, inputs)
     for name, x in values_and_gradients(functools.partial(function, precision=precision), inputs).items():
         largest = expected[name].abs().max()
@@ -471,7 +488,7 @@ def test_triton_in_lower_precision(precision):
 @pytest.mark.parametrize("gradients_to", [("planes",), ("w0", "b0", "w1", "b1"), ("b1",), ("planes", "w1")], ids=str)
 def test_triton_gives_the_gradients_that_are_asked_for(poisoned, gradients_to, deterministic):
     inputs = ray_inputs()
-    function = functools.partial(ops.decode_triplane_rays, deterministic=deterministic, backend="triton")
+    function = functools.partial(decode_on_rays, deterministic=deterministic, backend="triton")
     expected = values_and_gradients(function, inputs)
     actual = values_and_gradients(function, inputs, gradients_to=gradients_to)
     for name in actual:
@@ -481,7 +498,7 @@ def test_triton_gives_the_gradients_that_are_asked_for(poisoned, gradients_to, d
 @needs_triton
 def test_triton_takes_any_layout(poisoned):
     inputs = ray_inputs()
-    function = functools.partial(ops.decode_triplane_rays, backend="triton")
+    function = functools.partial(decode_on_rays, backend="triton")
     expected = values_and_gradients(function, inputs)
     for changed, x in inputs.items():
         for layout, view in layouts(x.to(DEVICE)):
@@ -496,7 +513,7 @@ def test_triton_takes_any_layout(poisoned):
 def test_triton_far_rays_are_empty(poisoned):
     inputs = ray_inputs()
     inputs["t"] = torch.tensor([1e9, -1e30, torch.inf, 3e38, 40.0]).expand(2, 3, 5)
-    out = values_and_gradients(functools.partial(ops.decode_triplane_rays, backend="triton", cube_scale=0.2), inputs)
+    out = values_and_gradients(functools.partial(decode_on_rays, backend="triton", cube_scale=0.2), inputs)
     before = inputs["b0"].double()
     empty = torch.nn.functional.leaky_relu(before, 0.2) * 2**0.5 @ inputs["w1"].double().T + inputs["b1"].double()
     assert_close(out["out"], empty.expand(2, 3, 5, 4), "out")
@@ -508,7 +525,7 @@ def test_triton_far_rays_are_empty(poisoned):
 @needs_triton
 @pytest.mark.parametrize(("batch", "rays", "samples"), [(0, 2, 3), (2, 0, 3), (2, 2, 0)])
 def test_triton_empty(batch, rays, samples):
-    function = functools.partial(ops.decode_triplane_rays, backend="triton")
+    function = functools.partial(decode_on_rays, backend="triton")
     result = values_and_gradients(function, ray_inputs(batch, rays, samples))
     assert result["out"].shape == (batch, rays, samples, 4)
     for name, gradient in [*result.items()][1:]:
@@ -520,17 +537,17 @@ def test_triton_saves_its_inputs_alone():
     inputs = {name: x.to(DEVICE).requires_grad_(name in ("planes", "w0")) for name, x in ray_inputs().items()}
     saved = set()
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.add(x.data_ptr()), lambda x: x):
-        ops.decode_triplane_rays(**inputs, backend="triton")
+        decode_on_rays(**inputs, backend="triton")
     assert saved == {x.data_ptr() for name, x in inputs.items() if name != "b1"}
     with torch.no_grad():
-        assert ops.decode_triplane_rays(**inputs, backend="triton").grad_fn is None
+        assert decode_on_rays(**inputs, backend="triton").grad_fn is None
 
 
 @needs_triton
 @pytest.mark.parametrize("second", ["planes", "w1"])
 def test_triton_has_no_second_derivative(second):
     inputs = {name: x.to(DEVICE).requires_grad_(name in ("planes", "w1")) for name, x in ray_inputs().items()}
-    out = ops.decode_triplane_rays(**inputs, backend="triton")
+    out = decode_on_rays(**inputs, backend="triton")
     (gradient,) = torch.autograd.grad(out.sum(), inputs["planes"], create_graph=True)
     with pytest.raises(NotImplementedError, match=r'decode_triplane: .*second derivative.*backend="reference"'):
         torch.autograd.grad(gradient.square().sum(), inputs[second])
@@ -540,16 +557,20 @@ TRITON_ERRORS = [
     (
         {"w0": torch.zeros(8, 8), "b0": torch.zeros(8), "w1": torch.zeros(4, 8)},
         ValueError,
-        "w0 must have 16 to 128 rows",
+        "network.w0 must have 16 to 128 rows",
     ),
     (
         {"w1": torch.zeros(17, 16), "b1": torch.zeros(17)},
         ValueError,
-        "w1 must have 2 to 16 rows, outputs (because back",
+        "network.w1 must have 2 to 16 rows, outputs (because back",
     ),
-    ({"w1": torch.zeros(1, 16), "b1": torch.zeros(1)}, ValueError, "w1 must have 2 to 16 rows, outputs (because backe"),
+    (
+        {"w1": torch.zeros(1, 16), "b1": torch.zeros(1)},
+        ValueError,
+        "network.w1 must have 2 to 16 rows, outputs (because backe",
+    ),
     ({"planes": draw(2, 24, 3, 4)}, TypeError, "planes must be float32 or float16 or bfloat16 (because backend is"),
-    ({"b1": draw(4)}, TypeError, "b1 must be float32 or float16 or bfloat16 (because backend is"),
+    ({"b1": draw(4)}, TypeError, "network.b1 must be float32 or float16 or bfloat16 (because backend is"),
     ({"planes": torch.zeros(2, 15, 3, 4), "w0": torch.zeros(16, 5)}, ValueError, "planes must have a multiple of 8"),
     ({"precision": "fp8"}, ValueError, "precision must be one of fp32, tf32, fp16, got 'fp8'"),
 ]
@@ -572,7 +593,7 @@ def test_triton_errors_at_points(change, error, message):
     arguments = {**point_inputs(), **change}
     arguments = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
     with pytest.raises(error, match=re.escape(f"decode_triplane: {message}")):
-        ops.decode_triplane(**arguments, backend="triton")
+        decode_at_points(**arguments, backend="triton")
 
 
 @needs_triton
@@ -592,7 +613,7 @@ def test_triton_errors_along_rays(change, error, message):
     arguments = {**ray_inputs(), **change}
     arguments = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
     with pytest.raises(error, match=re.escape(f"decode_triplane_rays: {message}")):
-        ops.decode_triplane_rays(**arguments, backend="triton")
+        decode_on_rays(**arguments, backend="triton")
 
 
 def test_coarse_to_fine_is_two_calls(backend):
@@ -606,13 +627,13 @@ def test_coarse_to_fine_is_two_calls(backend):
 
     inputs["w0"].requires_grad_()
     rays = inputs["ray_origins"], inputs["ray_directions"]
-    net = [inputs[name] for name in ("w0", "b0", "w1", "b1")]
+    net = ops.Network(*(inputs[name] for name in ("w0", "b0", "w1", "b1")))
     coarse, t_fine, fine = ops.decode_triplane_coarse_to_fine(
-        inputs["planes"], *rays, inputs["t"], resample, *net, 0.7, backend=backend
+        inputs["planes"], *rays, inputs["t"], net, resample, 0.7, backend=backend
     )
     assert_close(t_fine, inputs["t"][..., :2] + 0.1, "t_fine", "exact")
     for name, actual, t in (("coarse", coarse, inputs["t"]), ("fine", fine, t_fine)):
-        expected = ops.decode_triplane_rays(inputs["planes"], *rays, t, *net, 0.7, backend=backend)
+        expected = ops.decode_triplane_rays(inputs["planes"], *rays, t, net, 0.7, backend=backend)
         assert_close(actual, expected, name, "exact")
         assert actual.requires_grad
     assert_close(asked[0], coarse, "what resample saw", "exact")
@@ -636,9 +657,9 @@ class SideBySide(torch.autograd.Function):
 @pytest.mark.parametrize("used", ["both", "side by side", "coarse", "fine"])
 def test_triton_coarse_to_fine(poisoned, used):
     def function(t_fine, backend, **inputs):
-        t, net = inputs.pop("t"), [inputs.pop(name) for name in ("w0", "b0", "w1", "b1")]
+        t, net = inputs.pop("t"), ops.Network(*(inputs.pop(name) for name in ("w0", "b0", "w1", "b1")))
         coarse, _, fine = ops.decode_triplane_coarse_to_fine(
-            *inputs.values(), t, lambda coarse: t_fine, *net, 0.475, backend=backend
+            *inputs.values(), t, net, lambda coarse: t_fine, 0.475, backend=backend
         )
         if used == "side by side":
             return SideBySide.apply(coarse, fine)
@@ -652,8 +673,8 @@ def test_triton_coarse_to_fine(poisoned, used):
 def test_triton_coarse_to_fine_has_no_second_derivative():
     inputs = {name: x.to(DEVICE) for name, x in ray_inputs().items()}
     t, planes = inputs.pop("t"), inputs["planes"].requires_grad_()
-    geometry, net = list(inputs.values())[:3], list(inputs.values())[3:]
-    coarse, _, fine = ops.decode_triplane_coarse_to_fine(*geometry, t, lambda coarse: t, *net, backend="triton")
+    geometry, net = list(inputs.values())[:3], ops.Network(*list(inputs.values())[3:])
+    coarse, _, fine = ops.decode_triplane_coarse_to_fine(*geometry, t, net, lambda coarse: t, backend="triton")
     (gradient,) = torch.autograd.grad(coarse.sum() + fine.sum(), planes, create_graph=True)
     with pytest.raises(NotImplementedError, match=r'decode_triplane: .*second derivative.*backend="reference"'):
         torch.autograd.grad(gradient.square().sum(), planes)

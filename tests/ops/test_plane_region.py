@@ -58,7 +58,7 @@ def points_in(region, size, count, dtype):
 
 def network(dtype):
     shapes = (HIDDEN, CHANNELS), (HIDDEN,), (OUT, HIDDEN), (OUT,)
-    return [draw(*shape, seed=10 + i, dtype=dtype).to(DEVICE).requires_grad_() for i, shape in enumerate(shapes)]
+    return ops.Network(*(draw(*x, seed=10 + i, dtype=dtype).to(DEVICE).requires_grad_() for i, x in enumerate(shapes)))
 
 
 def sampled(planes, points, net, **options):
@@ -66,7 +66,7 @@ def sampled(planes, points, net, **options):
 
 
 def decoded(planes, points, net, **options):
-    return ops.decode_triplane(planes, points, *net, **options)
+    return ops.decode_triplane(planes, points, net, **options)
 
 
 def rays_of(points):
@@ -77,12 +77,12 @@ def rays_of(points):
 
 
 def decoded_rays(planes, points, net, **options):
-    return ops.decode_triplane_rays(planes, *rays_of(points), *net, 0.5, **options)
+    return ops.decode_triplane_rays(planes, *rays_of(points), net, 0.5, **options)
 
 
 def decoded_twice(planes, points, net, **options):
     results = ops.decode_triplane_coarse_to_fine(
-        planes, *rays_of(points), lambda coarse: torch.full_like(coarse[..., 0], 0.25), *net, 0.5, **options
+        planes, *rays_of(points), net, lambda coarse: torch.full_like(coarse[..., 0], 0.25), 0.5, **options
     )
     return torch.cat([results[0], results[2]], dim=2)
 

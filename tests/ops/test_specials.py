@@ -249,7 +249,9 @@ def compare_decoder(backend, tensors, what, leaves=("planes", "w0", "b0", "w1", 
     for name in (backend, "reference"):
         inputs = {name: x.clone().to(DEVICE).requires_grad_(name in leaves) for name, x in tensors.items()}
         grad = inputs.pop("grad")
-        y = ops.decode_triplane_rays(**inputs, cube_scale=1.0, backend=name)
+        rays = [inputs[name] for name in ("planes", "ray_origins", "ray_directions", "t")]
+        network = ops.Network(*(inputs[name] for name in ops.Network._fields))
+        y = ops.decode_triplane_rays(*rays, network, cube_scale=1.0, backend=name)
         results.append((y, *torch.autograd.grad(y, [inputs[name] for name in leaves], grad)))
     for name, actual, expected in zip(("y", *(f"to {leaf}" for leaf in leaves)), *results, strict=True):
         assert_same_specials(actual, expected, f"{name}, {what}")

@@ -104,7 +104,7 @@ def renderer_cases(dtype: torch.dtype, backend: str, channels: int, hidden: int)
         return ops.sample_triplane(planes, given["points"].to(planes.dtype), **more)
 
     def decode(planes, *network, **more):
-        return ops.decode_triplane(planes, given["points"].to(planes.dtype), *network, **more)
+        return ops.decode_triplane(planes, given["points"].to(planes.dtype), ops.Network(*network), **more)
 
     def coarse_to_fine(planes, *network, **more):
         origins, directions, t = (x.to(planes.dtype) for x in rays)
@@ -112,7 +112,9 @@ def renderer_cases(dtype: torch.dtype, backend: str, channels: int, hidden: int)
         def resample(coarse: Tensor) -> Tensor:
             return t + 0.1 * torch.tanh(coarse[..., -1])
 
-        return ops.decode_triplane_coarse_to_fine(planes, origins, directions, t, resample, *network, 1.3, **more)
+        return ops.decode_triplane_coarse_to_fine(
+            planes, origins, directions, t, ops.Network(*network), resample, 1.3, **more
+        )
 
     return {
         f"{name}-{backend}": Case(f"{name}-{backend}", op, backend, call, inputs[:count], 1)
@@ -458,7 +460,10 @@ def test_the_table_of_ops_is_complete():
 
 def test_what_was_exported_refuses_a_gradient_that_it_has_not():
     given = rendering(CPU, 2, 5)
-    decode = functools.partial(ops.decode_triplane, backend="cpu")
+
+    def decode(planes, points, *network):
+        return ops.decode_triplane(planes, points, ops.Network(*network), backend="cpu")
+
     program = torch.export.export(Module(decode), (given["planes"], given["points"], *given["network"]))
     points = given["points"].clone().requires_grad_()
     with pytest.raises(

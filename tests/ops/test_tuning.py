@@ -44,7 +44,7 @@ def inputs():
     )
     sizes = ((64, 32), (64,), (4, 64), (4,))
     network = tuple(draw(*size, seed=5 + i, **float32) for i, size in enumerate(sizes))
-    return tuple(x.to(DEVICE) for x in rays), tuple(x.to(DEVICE) for x in network)
+    return tuple(x.to(DEVICE) for x in rays), ops.Network(*(x.to(DEVICE) for x in network))
 
 
 def last_is_fastest(launch=True):
@@ -68,23 +68,23 @@ def case(way, arch, **changes):
 def test_launches_take_the_fastest_plan(monkeypatch):
     rays, network = inputs()
     arch = tuning.architecture(rays[0].device)
-    expected = ops.decode_triplane_rays(*rays, *network, backend="reference")
-    ops_tuning.tune_decode_triplane(*rays, *network, timer=last_is_fastest())
+    expected = ops.decode_triplane_rays(*rays, network, backend="reference")
+    ops_tuning.tune_decode_triplane(*rays, network, timer=last_is_fastest())
     for way in ("fwd", "bwd"):
         plans = tuning.plans(case(way, arch))
         assert tuning.plan(case(way, arch)) == plans[-1] != plans[0]
         assert tuning.plan(case(way, arch, height=9)) == plans[0]
     asked, plan = [], tuning.plan
     monkeypatch.setattr(decode_triplane, "plan", lambda case: asked.append(plan(case)) or asked[-1])
-    assert_close(ops.decode_triplane_rays(*rays, *network, backend="triton"), expected, "out")
+    assert_close(ops.decode_triplane_rays(*rays, network, backend="triton"), expected, "out")
     assert asked == [tuning.plans(case("fwd", arch))[-1]]
 
 
 def test_a_deterministic_run_keeps_to_the_defaults(monkeypatch):
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     rays, network = inputs()
-    ops_tuning.tune_decode_triplane(*rays, *network, timer=last_is_fastest())  # as torch is told to be
-    ops_tuning.tune_decode_triplane(*rays, *network, deterministic=True, timer=last_is_fastest())
+    ops_tuning.tune_decode_triplane(*rays, network, timer=last_is_fastest())  # as torch is told to be
+    ops_tuning.tune_decode_triplane(*rays, network, deterministic=True, timer=last_is_fastest())
     assert tuning.export_choices() == []
     assert len(tuning.plans(case("bwd", 90, deterministic=True))) == 1 < len(tuning.plans(case("bwd", 90)))
 
@@ -232,7 +232,7 @@ def test_the_bench_says_that_there_is_no_gpu(tmp_path, capsys):
 def test_without_a_gpu_nothing_is_timed(tmp_path):
     rays, network = inputs()
     assert not choose_kernels(tmp_path, torch.device("cpu"), rays, network, 1.0).rows
-    ops_tuning.tune_decode_triplane(*rays, *network)
+    ops_tuning.tune_decode_triplane(*rays, network)
     assert tuning.export_choices() == []
     assert not any(tmp_path.iterdir())
 
