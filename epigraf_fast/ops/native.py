@@ -1,7 +1,8 @@
 """The compiled extension `epigraf_fast._C` as the ops see it: loaded when first needed, called with tensors.
 
-A launcher X is there as X_cpu and, where it was built with nvcc, as X_cuda. Both take the same arguments; the first
-then takes a number of threads, the second a stream.
+A launcher X is there as X_cpu and, where it was built for CUDA, as X_cuda. Both take the same arguments; the first
+then takes a number of threads, the second a stream. Where nvcc built it, kernels are in it; else NVRTC compiles them
+when they are first launched.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import nvrtc, verdicts
 from .library import constant
 from .ranges import annotate
 
@@ -33,7 +35,10 @@ def extension() -> ModuleType | str:
         return "EPIGRAF_FAST_EXTENSION=0 in the environment hides the extension"
     # torch is imported by now: the extension then takes torch's OpenMP threads and makes none of its own.
     try:
-        return importlib.import_module("epigraf_fast._C")
+        module = importlib.import_module("epigraf_fast._C")
+        if hasattr(module, "set_cuda_compiler"):
+            module.set_cuda_compiler(_machine_code)
+        return module
     except ModuleNotFoundError:
         return f"the extension is not built{_why()}: {BUILD}"
     except ImportError as error:
@@ -51,7 +56,28 @@ def lacking(backend: str) -> str | None:
         return f"the extension is built without CUDA{_why()}: EPIGRAF_FAST_CUDA=1 pip install, {nvcc}"
     if backend == "cuda" and not torch.cuda.is_available():
         return "there is no CUDA device"
+    if backend == "cuda" and hasattr(module, "set_cuda_compiler"):
+        found = _nvrtc()
+        return found if isinstance(found, str) else None
     return _unfit(**module.build_info()) if backend == "cuda" else None
+
+
+def _nvrtc() -> tuple[nvrtc.Nvrtc, int] | str:
+    """NVRTC for the current GPU, and the architecture; or why there is none."""
+    major, minor = torch.cuda.get_device_capability()
+    return nvrtc.find(10 * major + minor, torch._C._cuda_getDriverVersion() // 1000)
+
+
+def _machine_code(name: str) -> bytes:
+    """A kernel's for the current GPU, at its first launch there.
+
+    Raises:
+        RuntimeError: It does not compile, or NVRTC is missing.
+    """
+    found = _nvrtc()
+    if isinstance(found, str):
+        raise RuntimeError(found)
+    return nvrtc.machine_code(name, *found, verdicts.folder("kernels"))
 
 
 def cpu_level() -> tuple[str, str | None] | None:
