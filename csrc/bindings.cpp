@@ -556,6 +556,7 @@ void bind_driver(py::module_& m) {
       }
     });
   });
+  m.def("use_cuda_device", epigraf::driver::use_device);
   m.def("open_cuda_driver", [](const std::string& path) { epigraf::driver::open(path.c_str()); });
 }
 #endif

@@ -22,6 +22,9 @@ using Function = void*;
 // What is called of the driver; names and arguments are those of its documentation.
 struct Library {
   Result (*ctx_get_current)(Context*);
+  Result (*ctx_set_current)(Context);
+  Result (*device_get)(int*, int);
+  Result (*device_primary_ctx_retain)(Context*, int);
   Result (*module_load_data)(Module*, const void*);
   Result (*module_get_function)(Function*, Module, const char*);
   Result (*launch_kernel)(Function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**,
@@ -54,6 +57,9 @@ void open_locked(const char* path) {
   void* handle = dlopen(path, RTLD_NOW);
   if (!handle) throw std::runtime_error(std::string("the GPU's driver cannot be opened: ") + dlerror());
   find(handle, path, "cuCtxGetCurrent", library.ctx_get_current);
+  find(handle, path, "cuCtxSetCurrent", library.ctx_set_current);
+  find(handle, path, "cuDeviceGet", library.device_get);
+  find(handle, path, "cuDevicePrimaryCtxRetain", library.device_primary_ctx_retain);
   find(handle, path, "cuModuleLoadData", library.module_load_data);
   find(handle, path, "cuModuleGetFunction", library.module_get_function);
   find(handle, path, "cuLaunchKernel", library.launch_kernel);
@@ -103,6 +109,17 @@ void open(const char* path) {
 }
 
 bool is_open() { return opened; }
+
+void use_device(int index) {
+  open();
+  Context context = nullptr;
+  check(library.ctx_get_current(&context), "the current GPU");
+  if (context != nullptr) return;
+  int device = 0;
+  check(library.device_get(&device, index), "GPU " + std::to_string(index));
+  check(library.device_primary_ctx_retain(&context, device), "the context of GPU " + std::to_string(index));
+  check(library.ctx_set_current(context), "the context of GPU " + std::to_string(index));
+}
 
 void launch(const void* kernel, dim3 grid, dim3 block, cudaStream_t stream, void** arguments) {
   Function function = nullptr;

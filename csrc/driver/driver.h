@@ -21,6 +21,10 @@ void set_compiler(Compiler compiler);
 void open(const char* path = "libcuda.so.1");
 bool is_open();
 
+// For a thread that has used no GPU yet, as one of autograd's may not have: it takes the one of torch's number. Others keep
+// theirs, which is torch's.
+void use_device(int index);
+
 // `kernel` is where the host's function of the kernel's name stands; `arguments` points to each argument.
 // Throws std::runtime_error: no name, no code, or what the driver says.
 void launch(const void* kernel, dim3 grid, dim3 block, cudaStream_t stream, void** arguments);

@@ -9,14 +9,31 @@
 typedef int (*Recorder)(const char* kernel, const unsigned* sizes, void** arguments);
 
 static Recorder recorder;
-static int context, loads;
+static intptr_t context;
+static int loads;
 
 void stand_in_record(Recorder given) { recorder = given; }
 void stand_in_use_context(int number) { context = number; }
+int stand_in_context(void) { return (int)context; }
 int stand_in_loads(void) { return loads; }
 
 int cuCtxGetCurrent(void** found) {
-  *found = (void*)(intptr_t)(1 + context);
+  *found = (void*)context;
+  return 0;
+}
+
+int cuCtxSetCurrent(void* given) {
+  context = (intptr_t)given;
+  return 0;
+}
+
+int cuDeviceGet(int* device, int index) {
+  *device = index;
+  return index < 8 ? 0 : 101;
+}
+
+int cuDevicePrimaryCtxRetain(void** found, int device) {
+  *found = (void*)(intptr_t)(100 + device);
   return 0;
 }
 
@@ -48,6 +65,6 @@ int cuMemsetD8Async(uint64_t memory, unsigned char value, size_t bytes, void* st
 }
 
 int cuGetErrorString(int error, const char** words) {
-  *words = error == 200 ? "device kernel image is invalid" : error == 1 ? "invalid argument" : NULL;
+  *words = error == 101 ? "invalid device ordinal" : error == 200 ? "device kernel image is invalid" : error == 1 ? "invalid argument" : NULL;
   return 0;
 }

@@ -170,11 +170,23 @@ def test_what_fails_is_told(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_gpu_loads_for_itself(gpu: Gpu) -> None:
-    for context, compiled in ((0, 1), (1, 2), (0, 2), (1, 2)):
+    for context, compiled in ((1, 1), (2, 2), (1, 2), (2, 2)):
         gpu.stand_in.stand_in_use_context(context)
         call()
         assert len(gpu.compiled) == compiled
     assert gpu.compiled[0] == gpu.compiled[1]
+
+
+def test_a_thread_that_has_used_no_gpu_takes_the_right_one(gpu: Gpu) -> None:
+    extension = native.extension()
+    gpu.stand_in.stand_in_use_context(0)
+    extension.use_cuda_device(3)
+    assert gpu.stand_in.stand_in_context() == 103
+    extension.use_cuda_device(2)  # torch has set it
+    assert gpu.stand_in.stand_in_context() == 103
+    gpu.stand_in.stand_in_use_context(0)
+    with pytest.raises(RuntimeError, match="GPU 9: invalid device ordinal"):
+        extension.use_cuda_device(9)
 
 
 def test_a_driver_that_is_missing_or_too_old_is_told(stand_in: Path, tmp_path: Path) -> None:
