@@ -80,7 +80,7 @@ clean:
 
 $(READY): EXTRA := test
 $(VENV)/demo: EXTRA := demo
-$(READY) $(VENV)/demo: $(VENV)/constraints.txt setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
+$(READY) $(VENV)/demo: $(VENV)/constraints.txt setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/driver/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "The tested versions need Python 3.11 or newer; name one, as in: make PYTHON=python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)

@@ -110,18 +110,37 @@ def cpu_levels(compiler: list[str], native: bool) -> dict[str, list[str]]:
     return {"base": ["-O1"], best[0]: X86_LEVELS[best[0]]}
 
 
-def find_nvcc() -> str | None:
-    """nvcc, unless EPIGRAF_FAST_CUDA=0; with EPIGRAF_FAST_CUDA=1 its absence ends the build."""
+NVRTC = "nvrtc"  # in the place of nvcc
+
+
+def wanted_cuda() -> str:
+    """EPIGRAF_FAST_CUDA: 0, 1 (with nvcc, whose absence ends the build), nvrtc (without), auto (as it comes)."""
     wanted = os.environ.get("EPIGRAF_FAST_CUDA", "auto")
-    if wanted not in ("0", "1", "auto"):
-        raise SystemExit(f"epigraf_fast: EPIGRAF_FAST_CUDA must be 0, 1 or auto, got {wanted!r}")
+    if wanted not in ("0", "1", NVRTC, "auto"):
+        raise SystemExit(f"epigraf_fast: EPIGRAF_FAST_CUDA must be 0, 1, nvrtc or auto, got {wanted!r}")
+    return wanted
+
+
+def ways() -> list[str | None]:
+    """How the GPU's part may be built, the best first: by an nvcc, without one (the kernels are compiled by NVRTC when
+    they are first launched), or not at all."""
+    wanted = wanted_cuda()
     if wanted == "0":
-        return None
+        return [None]
+    nvcc = find_nvcc() if wanted in ("1", "auto") else None
+    found = [nvcc] if nvcc else []
+    if wanted == "1":
+        return found
+    return [*found, NVRTC, None] if sys.platform == "linux" else [*found, None]
+
+
+def find_nvcc() -> str | None:
+    """nvcc; with EPIGRAF_FAST_CUDA=1 its absence ends the build."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     from_pip = sorted(Path(sysconfig.get_path("purelib"), "nvidia").glob("cu*/bin"), reverse=True)
     places = [None, os.path.join(home, "bin"), *map(str, from_pip)]
     nvcc = next((found for place in places if (found := shutil.which("nvcc", path=place))), None)
-    if nvcc is None and wanted == "1":
+    if nvcc is None and wanted_cuda() == "1":
         raise SystemExit(
             f"epigraf_fast: EPIGRAF_FAST_CUDA=1, but there is no nvcc in PATH, {home}/bin (CUDA_HOME) or pip's packages"
         )
@@ -153,7 +172,7 @@ def ask_nvcc(nvcc: str) -> tuple[str, list[int]]:
 
 
 class BuildExt(build_ext):
-    """Compiles with ninja: every csrc/X.cpp for each of `cpu_levels`, every csrc/X.cu where nvcc is found.
+    """Compiles with ninja: every csrc/X.cpp for each of `cpu_levels`, every csrc/X.cu in one of `ways`.
 
     What made it do with less is kept beside the extension in `NOTE`, where `doctor` reads it.
     """
@@ -175,33 +194,34 @@ class BuildExt(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).absolute()
         target.parent.mkdir(parents=True, exist_ok=True)
-        nvcc = find_nvcc()
+        found = ways()
         cxx = shlex.split(os.environ.get("CXX", "c++"))
         if not compiles(cxx, "-std=c++17"):
             fault = self.fault = f"no C++17 compiler ({shlex.join(cxx)} does not work; CXX names another)"
             if os.environ.get("EPIGRAF_FAST_CUDA") == "1":
                 raise SystemExit(f"epigraf_fast: EPIGRAF_FAST_CUDA=1, but there is {fault}")
             raise CompileError(fault)
-        try:
-            self.run_ninja(cxx, nvcc, target)
-        except CompileError as error:
-            self.fault = f"{'nvcc' if nvcc else shlex.join(cxx)}: {self.last_words or error}"
-            if os.environ.get("EPIGRAF_FAST_CUDA") == "1":
-                raise SystemExit(f"epigraf_fast: EPIGRAF_FAST_CUDA=1, but {error}") from None
-            if nvcc is None:
-                raise
-            print(f"epigraf_fast: {error}; once more without CUDA", file=sys.stderr)
+        for way in found:
             try:
-                self.run_ninja(cxx, None, target)
-            except CompileError:
-                self.fault += f"; {shlex.join(cxx)}: {self.last_words}"
-                raise
+                self.run_ninja(cxx, way, target)
+                return
+            except CompileError as error:
+                tool = shlex.join(cxx) if way in (None, NVRTC) else "nvcc"
+                self.fault += f"{'; ' if self.fault else ''}{tool}: {self.last_words or error}"
+                self.last_words = ""
+                if wanted_cuda() == "1":
+                    raise SystemExit(f"epigraf_fast: EPIGRAF_FAST_CUDA=1, but {error}") from None
+                if way is None:
+                    raise
+                print(f"epigraf_fast: {error}; once more without {tool if tool == 'nvcc' else 'CUDA'}", file=sys.stderr)
 
-    def run_ninja(self, cxx: list[str], nvcc: str | None, target: Path) -> None:
+    def run_ninja(self, cxx: list[str], way: str | None, target: Path) -> None:
+        """Builds in one of `ways`; raises CompileError."""
         import pybind11
         from ninja import ninja_syntax
 
-        folder = Path(self.build_temp, "cuda" if nvcc else "cpu").absolute()
+        nvcc = None if way == NVRTC else way
+        folder = Path(self.build_temp, "cuda" if nvcc else way or "cpu").absolute()
         folder.mkdir(parents=True, exist_ok=True)
         openmp = ["-fopenmp"] if compiles(cxx, "-fopenmp") else []
         levels = cpu_levels(cxx, self.native)
@@ -215,6 +235,8 @@ class BuildExt(build_ext):
             nvcc_flags.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
             names = " ".join(map(str, archs))
             defines += [f'-DEPIGRAF_CUDA="{release}"', f'-DEPIGRAF_CUDA_ARCHS="{names}"']
+        elif way == NVRTC:
+            defines += ['-DEPIGRAF_CUDA="nvrtc"', '-DEPIGRAF_CUDA_ARCHS=""', "-DEPIGRAF_DRIVER"]
         with open(folder / "build.ninja", "w", encoding="utf-8") as file:
             ninja = ninja_syntax.Writer(file, width=1000)
             cxx_command = shlex.join([*cxx, *CXX_FLAGS, *openmp])
@@ -238,6 +260,14 @@ class BuildExt(build_ext):
                 else:
                     compile_("cxx", source, source.stem, "-DEPIGRAF_ISA=base", *defines, *binding)
             linker = shlex.join([*cxx, "-shared", *openmp])
+            if way == NVRTC:
+                # Kernels are known by the names of their symbols; their code as C++ is compiled, and never run.
+                host = [f"-I{(CSRC / 'driver').absolute()}", "-include", "cuda_runtime.h", "-fvisibility=default"]
+                host += ["-O1", "-w", *defines]
+                compile_("cxx", CSRC / "driver" / "driver.cpp", "driver", *host)
+                for source in sorted(CSRC.glob("*.cu")):
+                    compile_("cxx", source, f"{source.stem}.cuda", *host, "-x", "c++")
+                linker += " -ldl"
             if nvcc:
                 command = shlex.join([nvcc, *nvcc_flags, *defines])
                 ninja.rule(
@@ -274,9 +304,9 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=[*find_packages(include=["epigraf_fast*"]), "epigraf_fast.kernels"],
-    package_dir={"epigraf_fast.kernels": "kernels"},
-    package_data={"epigraf_fast": ["builtin/*"]},
+    packages=[*find_packages(include=["epigraf_fast*"]), "epigraf_fast.kernels", "epigraf_fast.csrc"],
+    package_dir={"epigraf_fast.kernels": "kernels", "epigraf_fast.csrc": "csrc"},
+    package_data={"epigraf_fast": ["builtin/*"], "epigraf_fast.csrc": ["*.cu", "*.h"]},  # which NVRTC compiles
     entry_points={"console_scripts": ["epigraf = epigraf_fast.__main__:main"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildExt},
@@ -306,7 +336,7 @@ setup(
             *VIEWER,
             *BENCHMARKS,
             "hypothesis>=6.100",
-            "nvidia-cuda-nvrtc-cu12; platform_system == 'Linux'",  # compiles csrc for the V100, which nvcc 13 cannot
+            "nvidia-cuda-nvrtc-cu12; platform_system == 'Linux'",  # torch for CUDA brings it too
             "playwright>=1.40",
             "pytest>=8",
             "pytest-xdist>=3.5",

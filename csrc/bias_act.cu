@@ -216,11 +216,11 @@ void launch_sum_parts(const BiasActArgs& args, i64 parts, cudaStream_t stream) {
   if (parts > kFewParts) {
     const Slices slices = slices_of(parts, groups);
     const dim3 grid(groups, static_cast<unsigned>(slices.count));
-    bias_act_sum_parts_kernel<S><<<grid, threads, 0, stream>>>(args, parts, 1, slices.each);
+    launch_kernel(bias_act_sum_parts_kernel<S>, grid, threads, stream, args, parts, 1, slices.each);
     stride = slices.each;
     parts = slices.count;
   }
-  bias_act_sum_parts_kernel<S><<<groups, threads, 0, stream>>>(args, parts, stride, parts);
+  launch_kernel(bias_act_sum_parts_kernel<S>, groups, threads, stream, args, parts, stride, parts);
 }
 
 template <typename T, int V, bool CURVED, Order ORDER>
@@ -234,18 +234,18 @@ void launch(const BiasActArgs& args, cudaStream_t stream) {
         const i64 parts = bias_act_parts(args.count, args.channels, 1);
         const int across = threads_across(args.channels / V);
         const dim3 grid(static_cast<unsigned>(parts), static_cast<unsigned>(ceil_div(args.channels, across * V)));
-        bias_act_rows_kernel<T, V, CURVED, ORDER><<<grid, kThreads, 0, stream>>>(args, across);
+        launch_kernel(bias_act_rows_kernel<T, V, CURVED, ORDER>, grid, kThreads, stream, args, across);
         summed = true;
       } else if (args.grad_bias) {
         const i64 warps = args.count / args.inner * ceil_div(args.inner, kPartInner);
         const auto grid = static_cast<unsigned>(ceil_div(warps * kWarp, kThreads));
-        bias_act_runs_kernel<T, V, CURVED, ORDER><<<grid, kThreads, 0, stream>>>(args);
+        launch_kernel(bias_act_runs_kernel<T, V, CURVED, ORDER>, grid, kThreads, stream, args);
         summed = true;
       }
     }
     if (!summed) {
       const auto grid = static_cast<unsigned>(minimum(ceil_div(args.count / V, kThreads), kMostBlocks));
-      bias_act_elements_kernel<T, V, CURVED, ORDER><<<grid, kThreads, 0, stream>>>(args);
+      launch_kernel(bias_act_elements_kernel<T, V, CURVED, ORDER>, grid, kThreads, stream, args);
     }
   }
   if (ORDER != kFwd && args.grad_bias && args.channels > 0) {

@@ -7,6 +7,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
+#include <stdexcept>
 #include <string>
 
 #include "bias_act.h"
@@ -14,6 +16,9 @@
 #include "layer_epilogue.h"
 #include "modulation.h"
 #include "upfirdn2d.h"
+#if defined(EPIGRAF_DRIVER)
+#include "driver/driver.h"
+#endif
 
 namespace py = pybind11;
 
@@ -537,10 +542,32 @@ void bind_build(py::module_& m) {
   });
 }
 
+#if defined(EPIGRAF_DRIVER)
+void bind_driver(py::module_& m) {
+  // Called with a kernel's name by the first launch of it on a GPU; gives its machine code.
+  m.def("set_cuda_compiler", [](py::function compile) {
+    auto kept = std::make_shared<py::function>(std::move(compile));
+    epigraf::driver::set_compiler([kept](const std::string& name) -> std::string {
+      py::gil_scoped_acquire acquire;
+      try {
+        return py::cast<std::string>(py::bytes((*kept)(name)));
+      } catch (py::error_already_set& error) {  // must not outlive the GIL
+        throw std::runtime_error(py::cast<std::string>(py::str(error.value())));
+      }
+    });
+  });
+  m.def("use_cuda_device", epigraf::driver::use_device);
+  m.def("open_cuda_driver", [](const std::string& path) { epigraf::driver::open(path.c_str()); });
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   bind_build(m);
+#if defined(EPIGRAF_DRIVER)
+  bind_driver(m);
+#endif
   bind_bias_act(m);
   bind_upfirdn2d(m);
   bind_layer_epilogue(m);

@@ -101,6 +101,22 @@ inline device::Slices slices_of(i64 rows, i64 blocks) {
   return device::Slices{each, device::ceil_div(rows, each)};
 }
 
+template <typename P>
+struct Given {
+  using type = P;  // by the kernel, not by the argument
+};
+
+// kernel<<<grid, block, 0, stream>>>(arguments...), in whose place other compilers have a function.
+template <typename... P>
+void launch_kernel(void (*kernel)(P...), dim3 grid, dim3 block, cudaStream_t stream,
+                   typename Given<P>::type... arguments) {
+#if defined(__CUDACC__)
+  kernel<<<grid, block, 0, stream>>>(arguments...);
+#else
+  start_kernel(kernel, grid, block, stream, arguments...);
+#endif
+}
+
 inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 // A size of a grid, for the op that is named.

@@ -283,9 +283,9 @@ void launch_fwd(const LayerEpilogueArgs& a, cudaStream_t stream) {
   const i64 threads = a.batch * rows * a.width * (a.channels / V);
   const unsigned grid = grid_size("layer_epilogue_fwd", ceil_div(threads, kThreads));
   if (a.taps)
-    layer_epilogue_fwd_kernel<T, V, K, true><<<grid, kThreads, 0, stream>>>(a, threads);
+    launch_kernel(layer_epilogue_fwd_kernel<T, V, K, true>, grid, kThreads, stream, a, threads);
   else
-    layer_epilogue_fwd_kernel<T, V, K, false><<<grid, kThreads, 0, stream>>>(a, threads);
+    launch_kernel(layer_epilogue_fwd_kernel<T, V, K, false>, grid, kThreads, stream, a, threads);
 }
 
 dim3 grid_of(const char* op, const LayerEpilogueArgs& a, int v) {
@@ -298,17 +298,17 @@ template <typename T, int V, int K>
 void launch_bwd(const LayerEpilogueArgs& a, cudaStream_t stream) {
   const dim3 grid = grid_of("layer_epilogue_bwd", a, V);
   if (a.taps)
-    layer_epilogue_blurred_bwd_kernel<T, V, K><<<grid, kThreads, 0, stream>>>(a);
+    launch_kernel(layer_epilogue_blurred_bwd_kernel<T, V, K>, grid, kThreads, stream, a);
   else if (a.out[0] || a.out[1])
-    layer_epilogue_bwd_kernel<T, V, K, true><<<grid, kThreads, 0, stream>>>(a);
+    launch_kernel(layer_epilogue_bwd_kernel<T, V, K, true>, grid, kThreads, stream, a);
   else
-    layer_epilogue_bwd_kernel<T, V, K, false><<<grid, kThreads, 0, stream>>>(a);
+    launch_kernel(layer_epilogue_bwd_kernel<T, V, K, false>, grid, kThreads, stream, a);
 }
 
 template <typename T, int V, int K>
 void launch_double_bwd(const LayerEpilogueArgs& a, cudaStream_t stream) {
   const dim3 grid = grid_of("layer_epilogue_double_bwd", a, V);
-  layer_epilogue_double_bwd_kernel<T, V, K><<<grid, kThreads, 0, stream>>>(a);
+  launch_kernel(layer_epilogue_double_bwd_kernel<T, V, K>, grid, kThreads, stream, a);
 }
 
 // Partial sums of a kind up to which one step adds them up: more launches take longer than what they save.
@@ -323,12 +323,12 @@ void launch_sums(const LayerEpilogueArgs& a, cudaStream_t stream) {
     const Slices slices = slices_of(parts, groups * a.batch);
     const dim3 grid(grid_size("layer_epilogue", groups), grid_size("layer_epilogue", slices.count, 65535),
                     grid_size("layer_epilogue", a.batch, 65535));
-    layer_slices_kernel<S><<<grid, kThreads, 0, stream>>>(a, slices.each);
+    launch_kernel(layer_slices_kernel<S>, grid, kThreads, stream, a, slices.each);
     each = slices.each;
     step = 32;
   }
   const dim3 grid(grid_size("layer_epilogue", groups), grid_size("layer_epilogue", 3 * a.batch + 2, 65535));
-  layer_sums_kernel<S><<<grid, kThreads, 0, stream>>>(a, each, step);
+  launch_kernel(layer_sums_kernel<S>, grid, kThreads, stream, a, each, step);
 }
 
 void launch_sums(const LayerEpilogueArgs& a, cudaStream_t stream) {

@@ -153,7 +153,7 @@ void launch_modulation(const ModulationArgs& a, cudaStream_t stream) {
   while (images > 1 && a.c_out * ceil_div(a.batch, images) < kFill) images /= 2;
   const dim3 grid(grid_size("modulation_fwd", maximum<i64>(1, a.c_out)),
                   grid_size("modulation_fwd", ceil_div(a.batch, images), 65535));
-  modulation_fwd_kernel<S><<<grid, kThreads, 0, stream>>>(a, static_cast<const S*>(a.given), images);
+  launch_kernel(modulation_fwd_kernel<S>, grid, kThreads, stream, a, static_cast<const S*>(a.given), images);
 }
 
 }  // namespace
@@ -174,17 +174,17 @@ void modulation_bwd_cuda(const ModulationArgs& a, uintptr_t stream) {
   if (a.grad_weight_out && count > 0) {
     const unsigned grid = grid_size("modulation_bwd", ceil_div(count, kThreads));
     if (a.dtype == DType::f64)
-      modulation_bwd_weight_kernel<double><<<grid, kThreads, 0, cuda_stream>>>(a, count);
+      launch_kernel(modulation_bwd_weight_kernel<double>, grid, kThreads, cuda_stream, a, count);
     else
-      modulation_bwd_weight_kernel<float><<<grid, kThreads, 0, cuda_stream>>>(a, count);
+      launch_kernel(modulation_bwd_weight_kernel<float>, grid, kThreads, cuda_stream, a, count);
     check_launch("modulation_bwd", sizes_of(a));
   }
   if (a.grad_style_out && a.batch > 0) {
     const dim3 grid(grid_size("modulation_bwd", ceil_div(a.c_in, 32)), grid_size("modulation_bwd", a.batch, 65535));
     if (a.dtype == DType::f64)
-      modulation_bwd_style_kernel<double><<<grid, kThreads, 0, cuda_stream>>>(a);
+      launch_kernel(modulation_bwd_style_kernel<double>, grid, kThreads, cuda_stream, a);
     else
-      modulation_bwd_style_kernel<float><<<grid, kThreads, 0, cuda_stream>>>(a);
+      launch_kernel(modulation_bwd_style_kernel<float>, grid, kThreads, cuda_stream, a);
     check_launch("modulation_bwd, of styles", sizes_of(a));
   }
 }

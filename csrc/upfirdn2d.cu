@@ -147,10 +147,10 @@ void launch(const UpFirDnArgs& args, cudaStream_t stream) {
   if (blocks > kMostBlocks) throw std::runtime_error("upfirdn2d: the output has more elements than a grid can cover");
   const auto grid = static_cast<unsigned>(blocks);
   switch (factors) {
-    case 11: return upfirdn2d_four_taps_kernel<T, V, 1, 1><<<grid, kThreads, 0, stream>>>(args, lanes, threads);
-    case 21: return upfirdn2d_four_taps_kernel<T, V, 2, 1><<<grid, kThreads, 0, stream>>>(args, lanes, threads);
-    case 12: return upfirdn2d_four_taps_kernel<T, V, 1, 2><<<grid, kThreads, 0, stream>>>(args, lanes, threads);
-    default: return upfirdn2d_kernel<T, V><<<grid, kThreads, 0, stream>>>(args, lanes, threads);
+    case 11: return launch_kernel(upfirdn2d_four_taps_kernel<T, V, 1, 1>, grid, kThreads, stream, args, lanes, threads);
+    case 21: return launch_kernel(upfirdn2d_four_taps_kernel<T, V, 2, 1>, grid, kThreads, stream, args, lanes, threads);
+    case 12: return launch_kernel(upfirdn2d_four_taps_kernel<T, V, 1, 2>, grid, kThreads, stream, args, lanes, threads);
+    default: return launch_kernel(upfirdn2d_kernel<T, V>, grid, kThreads, stream, args, lanes, threads);
   }
 }
 

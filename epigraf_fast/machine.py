@@ -214,7 +214,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("constraints", type=Path, nargs="?")
     parser.add_argument("output", type=Path, nargs="?", help="written anew only where it changes")
     parser.add_argument(
-        "--cuda", action="store_true", help="prints EPIGRAF_FAST_CUDA instead: 0 without a GPU, else auto"
+        "--cuda",
+        action="store_true",
+        help="prints EPIGRAF_FAST_CUDA instead: 0 without a GPU, nvrtc where nvcc may be too new for it, else auto",
     )
     parser.add_argument("--torch", default="", help="this one, whatever the machine has")
     parser.add_argument("--triton", default="", help="this one, instead of the one that torch was released with")
@@ -222,7 +224,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.cuda:
-        print("auto" if args.device != "cpu" and not hidden() and look(args.root).has_gpu else "0")
+        machine = Machine() if args.device == "cpu" or hidden() else look(args.root)
+        newer = choose(machine).torch == CUDA12
+        print(("nvrtc" if newer else "auto") if machine.has_gpu else "0")
         return 0
     if args.output is None:
         parser.error("name constraints and output")

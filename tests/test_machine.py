@@ -111,6 +111,10 @@ def test_nvcc_is_for_machines_with_a_gpu(computer, monkeypatch, capsys) -> None:
 
     monkeypatch.setenv("PATH", str(computer.bin))
     assert said() == "0"
+    computer.nvidia_smi("580.65.06", V100)
+    assert said() == "nvrtc"  # nvcc 13 has no code for it, and torch for CUDA 12 brings NVRTC 12
+    computer.nvidia_smi("550.54.15", H100)
+    assert said() == "nvrtc"  # whose driver loads nothing of nvcc 13
     computer.nvidia_smi("580.65.06", H100)
     assert said() == "auto"
     assert said("--device", "cpu") == "0"

@@ -202,6 +202,8 @@ def test_wheel_holds_kernels_and_data(tmp_path: Path) -> None:
     files = [*(ROOT / "epigraf_fast").rglob("*.py"), *(ROOT / "epigraf_fast" / "builtin").iterdir()]
     expected = {path.relative_to(ROOT).as_posix() for path in files}
     expected |= {f"epigraf_fast/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    sources = [path for kind in ("*.cu", "*.h") for path in (ROOT / "csrc").glob(kind)]  # which NVRTC compiles
+    expected |= {f"epigraf_fast/csrc/{path.name}" for path in sources}
     assert expected <= names, f"not in the wheel: {sorted(expected - names)}"
     assert {name.split("/")[0].split("-")[0] for name in names} == {"epigraf_fast"}
 
@@ -331,7 +333,7 @@ def test_cuda_that_is_asked_for_and_missing_ends_the_build(tmp_path: Path) -> No
 def test_unknown_choice_of_cuda_is_refused(tmp_path: Path) -> None:
     result = build_extension(tmp_path, EPIGRAF_FAST_CUDA="yes")
     assert result.returncode == 1
-    assert result.stderr.strip().endswith("EPIGRAF_FAST_CUDA must be 0, 1 or auto, got 'yes'")
+    assert result.stderr.strip().endswith("EPIGRAF_FAST_CUDA must be 0, 1, nvrtc or auto, got 'yes'")
 
 
 def test_unknown_choice_of_levels_is_refused(tmp_path: Path) -> None:

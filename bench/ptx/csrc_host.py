@@ -27,9 +27,9 @@ from torch import Tensor
 from ..resources import of_csrc
 
 CSRC = of_csrc.CSRC
-EMULATION = CSRC / "tests" / "emulation"
+EMULATION, DRIVER = CSRC / "tests" / "emulation", CSRC / "driver"
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-w", "-DEPIGRAF_EMULATED", f"-I{CSRC}", f"-I{EMULATION}"]
-CUDA = ['-DEPIGRAF_CUDA="emulated"', '-DEPIGRAF_CUDA_ARCHS=""']
+CUDA = ['-DEPIGRAF_CUDA="emulated"', '-DEPIGRAF_CUDA_ARCHS=""', "-DEPIGRAF_DRIVER"]
 MOST_BLOCKS = (2**31 - 1, 65535, 65535)
 MOST_THREADS = 1024
 
@@ -43,21 +43,6 @@ class Launch(NamedTuple):
     params: bytes
 
 
-def without_launch_syntax(source: str) -> str:
-    """`k<T><<<grid, block, 0, stream>>>(a);` -> `emulation::launch(grid, block, k<T>, a);`."""
-    while (at := source.find("<<<")) >= 0:
-        start, depth = at, 0
-        while depth or source[start - 1].isalnum() or source[start - 1] in "_>":
-            start -= 1
-            depth += {">": 1, "<": -1}.get(source[start], 0)
-        end = source.index(">>>", at)
-        grid, block = source[at + 3 : end].split(", ")[:2]
-        opening = source.index("(", end)
-        call = f"emulation::launch({grid}, {block}, {source[start:at]}, "
-        source = source[:start] + call + source[opening + 1 :]
-    return source
-
-
 @functools.cache
 def module() -> ModuleType | str:
     """The extension with emulated launchers X_cuda and without X_cpu, built once for all; or why it cannot be had."""
@@ -68,7 +53,7 @@ def module() -> ModuleType | str:
         import pybind11
     except ImportError:
         return "pybind11 is not installed"
-    files = sorted([*CSRC.glob("*.h"), *CSRC.glob("*.c*"), *EMULATION.glob("*"), Path(__file__)])
+    files = sorted([*CSRC.glob("*.h"), *CSRC.glob("*.c*"), *EMULATION.glob("*"), *DRIVER.glob("*"), Path(__file__)])
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
     folder = CSRC.parent / "build" / "emulated"
     folder.mkdir(parents=True, exist_ok=True)
@@ -78,24 +63,26 @@ def module() -> ModuleType | str:
         if not target.exists():
             includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
             _build(compiler, includes, target)
-    spec = importlib.util.spec_from_file_location("_C", target)
+    return load(target)
+
+
+def load(path: Path) -> ModuleType:
+    """An extension that may be one of several; pybind11 knows them by their names."""
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}._C", path)
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded
 
 
 def _build(compiler: list[str], includes: list[str], target: Path) -> None:
-    sources = [CSRC / "bindings.cpp", CSRC / "launchers.cpp", *sorted(CSRC.glob("*.cu"))]
+    sources = [CSRC / "bindings.cpp", CSRC / "launchers.cpp", DRIVER / "driver.cpp", *sorted(CSRC.glob("*.cu"))]
     with tempfile.TemporaryDirectory(dir=target.parent) as name:
         folder = Path(name)
 
         def compile_(source: Path) -> Path:
             flags = [*FLAGS, "-DEPIGRAF_ISA=base"]
             if source.suffix == ".cu":
-                text = without_launch_syntax(source.read_text())
-                source = folder / f"{source.stem}_cuda.cpp"
-                source.write_text(text)
-                flags = [*FLAGS, *CUDA, "-include", "cuda_runtime.h"]
+                flags = [*FLAGS, *CUDA, "-include", "cuda_runtime.h", "-x", "c++"]
             elif source.stem == "bindings":
                 flags += [*CUDA, *includes]
             out = folder / f"{source.stem}.o"

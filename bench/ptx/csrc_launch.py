@@ -69,7 +69,7 @@ def launch_compiled(
     Returns:
         The kernels that were launched, by their mangled names, and what each of them did.
     """
-    memory = _named(name, tensors)
+    memory = named(name, tensors)
     made = []
 
     def run(launch: Launch) -> None:
@@ -83,7 +83,8 @@ def launch_compiled(
     return made
 
 
-def _named(name: str, tensors: Sequence[Tensor | None]) -> dict[str, Tensor]:
+def named(name: str, tensors: Sequence[Tensor | None]) -> dict[str, Tensor]:
+    """The tensors of a launcher, by what it calls them."""
     names = argument_names(name)
     return {names[i]: x.detach() for i, x in enumerate(tensors) if x is not None}
 
@@ -103,7 +104,7 @@ def forwarded(arch: int, run: Callable[[Compiled], None]) -> Iterator[None]:
     require(arch)
 
     def launch(name: str, tensors: Sequence[Tensor | None], *numbers: float) -> None:
-        memory = _named(name, tensors)
+        memory = named(name, tensors)
 
         def forward(one: Launch) -> None:
             entry = _program(ptx_of(arch, one.kernel)).entries[one.kernel]

@@ -6,9 +6,7 @@ NVRTC 12.8 (pip install nvidia-cuda-nvrtc-cu12): the same kernels, from the devi
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
-import glob
 import hashlib
 import os
 import re
@@ -16,7 +14,8 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any
+
+from epigraf_fast.ops import nvrtc
 
 from .limits import Row, cuobjdump, occupancy
 
@@ -40,17 +39,10 @@ def _cuda_home() -> str:
     return os.environ.get("CUDA_HOME", "/usr/local/cuda")
 
 
-def find_nvrtc() -> str | None:
-    """The library of NVRTC 12 from its wheel, or the system's."""
-    try:
-        import nvidia
-    except ImportError:
-        folders = []
-    else:
-        folders = [os.path.join(path, "cuda_nvrtc", "lib") for path in nvidia.__path__]
-    folders.append(os.path.join(_cuda_home(), "lib64"))
-    found = [path for folder in folders for path in glob.glob(os.path.join(folder, "libnvrtc.so.12*"))]
-    return found[0] if found else None
+def find_nvrtc() -> nvrtc.Nvrtc | None:
+    """NVRTC 12, the last one that knows sm_70."""
+    found = nvrtc.find(NVRTC_ARCHS[0], 12)
+    return None if isinstance(found, str) else found[0]
 
 
 def lacking(arch: int) -> str | None:
@@ -91,7 +83,8 @@ def compiled(source: Path, arch: int) -> tuple[Path, Path]:
         RuntimeError: It does not compile, or a tool is missing (see `lacking`).
     """
     files = [source, *sorted(CSRC.glob("*.h")), Path(__file__)]
-    tools = [_run(find_nvcc(), "--version"), find_nvrtc() or "", str(arch)]
+    library = find_nvrtc()
+    tools = [_run(find_nvcc(), "--version"), str(library and library.version), str(arch)]
     digest = hashlib.sha256(b"\0".join([*(file.read_bytes() for file in files), *map(str.encode, tools)])).hexdigest()
     found = [CACHE / f"{source.stem}-sm_{arch}-{digest[:16]}.{kind}" for kind in ("image", "ptx")]
     CACHE.mkdir(parents=True, exist_ok=True)
@@ -111,7 +104,7 @@ def _compile(source: Path, arch: int, found: list[Path]) -> None:
             _run(find_nvcc(), *options, str(source), "-o", str(image))
             ptx.write_text(_run(cuobjdump(), "-ptx", str(image)))
         else:
-            cubin, text = compile_with_nvrtc(source, kernel_names(source), arch)
+            cubin, text = find_nvrtc().compile(source, kernel_names(source), arch, "-lineinfo")
             image.write_bytes(cubin)
             ptx.write_text(text)
         for made, path in zip((image, ptx), found, strict=True):
@@ -172,41 +165,6 @@ def kernel_names(source: Path) -> list[str]:
     """The kernels that a file launches, as C++ expressions: those that nvcc finds."""
     names = re.findall(r"\.entry (\w+)\(", compiled(source, NVCC_ARCHS[0])[1].read_text())
     return [_expression(line) for line in _run("c++filt", *names).splitlines()]
-
-
-def compile_with_nvrtc(source: Path, names: list[str], arch: int) -> tuple[bytes, str]:
-    """The device code of a file, by NVRTC: machine code and PTX.
-
-    Raises:
-        RuntimeError: It does not compile; the message is NVRTC's log.
-    """
-    nvrtc = ctypes.CDLL(find_nvrtc())
-    program = ctypes.c_void_p()
-
-    def call(function: str, *args: Any) -> None:
-        if getattr(nvrtc, function)(*args):
-            size = ctypes.c_size_t()
-            nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
-            log = ctypes.create_string_buffer(size.value)
-            nvrtc.nvrtcGetProgramLog(program, log)
-            raise RuntimeError(f"bench.resources: {source.name} for sm_{arch}: {log.value.decode()}")
-
-    def output(kind: str) -> bytes:
-        size = ctypes.c_size_t()
-        call(f"nvrtcGet{kind}Size", program, ctypes.byref(size))
-        buffer = ctypes.create_string_buffer(size.value)
-        call(f"nvrtcGet{kind}", program, buffer)
-        return buffer.raw
-
-    call("nvrtcCreateProgram", ctypes.byref(program), source.read_bytes(), source.name.encode(), 0, None, None)
-    for name in names:
-        call("nvrtcAddNameExpression", program, name.encode())
-    options = [f"--gpu-architecture=sm_{arch}", "-std=c++17", "-lineinfo", f"-I{source.parent}"]
-    try:
-        call("nvrtcCompileProgram", program, len(options), (ctypes.c_char_p * len(options))(*map(str.encode, options)))
-        return output("CUBIN"), output("PTX").rstrip(b"\0").decode()
-    finally:
-        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
 
 def _run(*command: str) -> str:

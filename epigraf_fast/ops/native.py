@@ -1,7 +1,8 @@
 """The compiled extension `epigraf_fast._C` as the ops see it: loaded when first needed, called with tensors.
 
-A launcher X is there as X_cpu and, where it was built with nvcc, as X_cuda. Both take the same arguments; the first
-then takes a number of threads, the second a stream.
+A launcher X is there as X_cpu and, where it was built for CUDA, as X_cuda. Both take the same arguments; the first
+then takes a number of threads, the second a stream. Where nvcc built it, kernels are in it; else NVRTC compiles them
+when they are first launched.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import nvrtc, verdicts
 from .library import constant
 from .ranges import annotate
 
@@ -33,7 +35,10 @@ def extension() -> ModuleType | str:
         return "EPIGRAF_FAST_EXTENSION=0 in the environment hides the extension"
     # torch is imported by now: the extension then takes torch's OpenMP threads and makes none of its own.
     try:
-        return importlib.import_module("epigraf_fast._C")
+        module = importlib.import_module("epigraf_fast._C")
+        if hasattr(module, "set_cuda_compiler"):
+            module.set_cuda_compiler(_machine_code)
+        return module
     except ModuleNotFoundError:
         return f"the extension is not built{_why()}: {BUILD}"
     except ImportError as error:
@@ -47,11 +52,36 @@ def lacking(backend: str) -> str | None:
     if isinstance(module, str):
         return module
     if backend == "cuda" and not module.cuda_built:
-        nvcc = "with nvcc in PATH, or that of pip's packages (docs/install.md)"
-        return f"the extension is built without CUDA{_why()}: EPIGRAF_FAST_CUDA=1 pip install, {nvcc}"
+        return f"the extension is built without CUDA{_why()}: EPIGRAF_FAST_CUDA=nvrtc pip install (docs/install.md)"
     if backend == "cuda" and not torch.cuda.is_available():
         return "there is no CUDA device"
+    if backend == "cuda" and _by_driver():
+        found = _nvrtc()
+        return found if isinstance(found, str) else None
     return _unfit(**module.build_info()) if backend == "cuda" else None
+
+
+def _by_driver() -> bool:
+    """Whether the extension launches through the driver's library, and its kernels are compiled by NVRTC."""
+    return hasattr(extension(), "set_cuda_compiler")
+
+
+def _nvrtc() -> tuple[nvrtc.Nvrtc, int] | str:
+    """NVRTC for the current GPU, and the architecture; or why there is none."""
+    major, minor = torch.cuda.get_device_capability()
+    return nvrtc.find(10 * major + minor, torch._C._cuda_getDriverVersion() // 1000)
+
+
+def _machine_code(name: str) -> bytes:
+    """A kernel's for the current GPU, at its first launch there.
+
+    Raises:
+        RuntimeError: It does not compile, or NVRTC is missing.
+    """
+    found = _nvrtc()
+    if isinstance(found, str):
+        raise RuntimeError(found)
+    return nvrtc.machine_code(name, *found, verdicts.folder("kernels"))
 
 
 def cpu_level() -> tuple[str, str | None] | None:
@@ -89,7 +119,7 @@ def _unfit(cuda: str, cuda_archs: str, **_: Any) -> str | None:
     if driver[0] < built[0]:
         return (
             f"the extension is built by nvcc {cuda}, and the driver is of CUDA {driver[0]}.{driver[1]}: update the "
-            f"driver, or build it with CUDA_HOME of nvcc {driver[0]}"
+            "driver, or build it anew: EPIGRAF_FAST_CUDA=nvrtc pip install"
         )
     major, minor = torch.cuda.get_device_capability()
     archs = [int(arch) for arch in cuda_archs.split()]
@@ -97,8 +127,8 @@ def _unfit(cuda: str, cuda_archs: str, **_: Any) -> str | None:
         return None
     if archs[-1] <= 10 * major + minor and driver >= built:
         return None
-    older = ", an nvcc 12 has" if major < 8 else ""
-    return f"the extension has no code for sm_{major}{minor}, only for sm_{', sm_'.join(map(str, archs))}{older}"
+    has = f"only for sm_{', sm_'.join(map(str, archs))}: build it anew, EPIGRAF_FAST_CUDA=nvrtc pip install"
+    return f"the extension has no code for sm_{major}{minor}, {has}"
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -125,6 +155,8 @@ def launch(name: str, tensors: Sequence[Tensor | None], *numbers: float) -> None
             _launcher(name, "cpu")(*addresses, *numbers, torch.get_num_threads())
     else:
         with annotate(name), torch.cuda.device(device):
+            if _by_driver():
+                extension().use_cuda_device(device.index)
             _launcher(name, "cuda")(*addresses, *numbers, torch.cuda.current_stream(device).cuda_stream)
 
 

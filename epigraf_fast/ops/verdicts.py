@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import machine
+from . import nvrtc
 
 PASSED, FAILED, SLOWER = "passed", "failed", "slower"
 UNSUITED = "unsuited"  # there are no such kernels for the settings
@@ -85,7 +86,7 @@ def facts(device: torch.device | str) -> dict[str, Any]:
 def code() -> str:
     """A checksum of the kernels, of the ops and of the extension."""
     package = Path(__file__).parents[1]
-    paths = [*Path(__file__).parent.glob("*.py"), *package.glob("_C*.so")]
+    paths = [*Path(__file__).parent.glob("*.py"), *package.glob("_C*.so"), *nvrtc.csrc().glob("*.[ch]*")]
     kernels = importlib.util.find_spec(f"{package.name}.kernels")  # which a checkout has beside the package
     for place in (kernels and kernels.submodule_search_locations) or []:
         paths += Path(place).glob("*.py")
@@ -101,11 +102,11 @@ def signature(settings: Mapping[str, Any]) -> str:
     return _checksum(settings)
 
 
-def folder() -> Path:
-    """$XDG_CACHE_HOME/epigraf_fast/verdicts, by default in ~/.cache."""
+def folder(what: str = "verdicts") -> Path:
+    """$XDG_CACHE_HOME/epigraf_fast/verdicts, by default in ~/.cache; or what else is kept there."""
     home = os.environ.get("XDG_CACHE_HOME")
     base = Path(home) if home and os.path.isabs(home) else Path(os.path.expanduser("~/.cache"))
-    return base / "epigraf_fast" / "verdicts"
+    return base / "epigraf_fast" / what
 
 
 def read(device: torch.device | str, *elsewhere: Path) -> dict[str, Items]:

@@ -4,7 +4,8 @@
 // does. Blocks run one after the other. What is found so are wrong indices, sums and forgotten barriers of shared memory
 // that the order of threads shows; what is not are races within a warp, and speed.
 //
-// Where there is a recorder, kernels are not run here but handed to it: see bench/ptx/csrc_host.py.
+// Where there is a recorder, kernels are not run here but handed to it: see bench/ptx/csrc_host.py. Where a driver is open,
+// they go to it: csrc/driver/ is tested so, with a stand-in for the driver.
 #pragma once
 
 #include <dlfcn.h>
@@ -19,34 +20,12 @@
 #include <mutex>
 #include <vector>
 
-#define __global__
-#define __device__
-#define __host__
-#define __forceinline__ inline
-#define __launch_bounds__(...)
-#define __shared__ static
+#include "../../driver/driver.h"
 
-struct dim3 {
-  unsigned x, y, z;
-  dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
-};
-
-using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess };
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline const char* cudaGetErrorString(cudaError_t) { return ""; }
 inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t count, cudaStream_t) {
   memset(memory, value, count);
   return cudaSuccess;
 }
-
-enum cudaMemcpyKind { cudaMemcpyDeviceToDevice };
-inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t count, cudaMemcpyKind, cudaStream_t) {
-  memcpy(to, from, count);
-  return cudaSuccess;
-}
-
-inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulation {
 
@@ -147,9 +126,8 @@ void append(std::vector<unsigned char>& buffer, const P& argument) {
   memcpy(buffer.data() + at, &argument, sizeof(P));
 }
 
-// kernel<<<grid, block, 0, stream>>>(arguments...)
-template <typename... P, typename... A>
-void launch(dim3 grid, dim3 block, void (*kernel)(P...), const A&... arguments) {
+template <typename... P>
+void launch(dim3 grid, dim3 block, void (*kernel)(P...), P... arguments) {
   if (recorder != nullptr) {
     std::vector<unsigned char> buffer;
     (append<P>(buffer, arguments), ...);
@@ -186,6 +164,12 @@ S shuffle(S value, size_t from) {
 
 extern "C" inline __attribute__((used)) void emulation_record(emulation::Recorder recorder) {
   emulation::recorder = recorder;
+}
+
+template <typename... P>
+void start_kernel(void (*kernel)(P...), dim3 grid, dim3 block, cudaStream_t stream, P... arguments) {
+  if (epigraf::driver::is_open()) return epigraf::driver::start(kernel, grid, block, stream, arguments...);
+  emulation::launch(grid, block, kernel, arguments...);
 }
 
 inline void __syncthreads() { emulation::wait(emulation::Waits::for_block); }
