@@ -122,6 +122,16 @@ class RendererConfig:
     background_start: float = 1.0
     """Inverse radius of the sphere's first sample, in radii of the sphere, which is the cameras'."""
 
+    @property
+    def density(self) -> dict[str, Any]:
+        """How raw density becomes opacity, as `ops.sample_importance` and `ops.composite` take it."""
+        return {
+            "activation": self.density_activation,
+            "softplus_beta": self.softplus_beta,
+            "density_shift": self.density_shift,
+            "last_interval": self.last_interval,
+        }
+
 
 @dataclass(frozen=True)
 class DiscriminatorConfig:

@@ -112,12 +112,6 @@ def render(
     config, shape, device = renderer.config, ray_origins.shape[:2], ray_origins.device
     jitter, u, coarse_noise, fine_noise, _ = draws
     stochastic = renderer.training if stochastic is None else stochastic
-    options = {
-        "activation": config.density_activation,
-        "softplus_beta": config.softplus_beta,
-        "density_shift": config.density_shift,
-        "last_interval": config.last_interval,
-    }
 
     def decode(t: Tensor) -> Tensor:
         return decode_triplane_rays(planes, ray_origins, ray_directions, t, network, renderer.cube_scale)
@@ -137,7 +131,7 @@ def render(
     values = decode(t)
     if config.fine_samples:
         with torch.no_grad():
-            weights, _ = _weights(t, noisy(values[..., -1], coarse_noise), options)
+            weights, _ = _weights(t, noisy(values[..., -1], coarse_noise), config.density)
             if u is None and stochastic:
                 u = torch.rand(*shape, config.fine_samples, dtype=dtype, device=device)
             elif u is None:
@@ -146,7 +140,7 @@ def render(
         values = torch.cat([decode(t_fine), values], dim=2)
         t, order = torch.sort(torch.cat([t_fine, t], dim=2), dim=2, stable=True)
         values = torch.gather(values, 2, order[..., None].expand_as(values))
-    weights, transmittance = _weights(t, noisy(values[..., -1], fine_noise), options)
+    weights, transmittance = _weights(t, noisy(values[..., -1], fine_noise), config.density)
     weight_sum = weights.sum(dim=-1)
     if config.last_back:
         weights = torch.cat([weights[..., :-1], weights[..., -1:] + (1 - weight_sum)[..., None]], dim=-1)

@@ -113,12 +113,6 @@ class Renderer(nn.Module):
         if (triton or importance) and seed is None and (draws_samples or draws_noise):
             seed = ops.draw_seed(device)  # one for all
         source = {"seed": seed if importance or not triton else None, "backend": self.backend}
-        density = {
-            "activation": config.density_activation,
-            "softplus_beta": config.softplus_beta,
-            "density_shift": config.density_shift,
-            "last_interval": config.last_interval,
-        }
         t = ops.sample_stratified(
             batch,
             rays,
@@ -145,7 +139,7 @@ class Renderer(nn.Module):
                 noise_std=density_noise_std if coarse_noise is None else 0.0,
                 sorted=triton,  # its composite merges two sets, each sorted; the others sort both together
                 t_sorted=True,
-                **density,
+                **config.density,
                 **source,
             )
 
@@ -172,7 +166,7 @@ class Renderer(nn.Module):
             t_sorted=triton or t_fine is None,
             seed=seed if triton or not importance else None,
             backend=self.backend,
-            **density,
+            **config.density,
         )
         return Rendering(result.rgb, result.depth, result.weight_sum, result.final_transmittance)
 

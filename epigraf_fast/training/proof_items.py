@@ -222,16 +222,6 @@ def check_decode_triplane(case: Case, backend: str) -> None:
         case.agree(op, inputs, wanted, backend, tolerance=TOLERANCE[mode_of(config).decoder])
 
 
-def _density(config: Config) -> dict[str, Any]:
-    renderer = config.renderer
-    return {
-        "activation": renderer.density_activation,
-        "softplus_beta": renderer.softplus_beta,
-        "density_shift": renderer.density_shift,
-        "last_interval": renderer.last_interval,
-    }
-
-
 def _depths(case: Case, samples: int, seed: int) -> Tensor:
     """Sorted, along rays of about two world units, whatever the run's are: densities then matter."""
     even = torch.linspace(0.1, 2.0, samples, device=case.device)
@@ -250,7 +240,7 @@ def check_sample_importance(case: Case, backend: str) -> None:
 
     def op(x: Values, name: str) -> tuple[Tensor, ...]:
         t = ops.sample_stratified(batch, rays, coarse, 0.0, 2.0, jitter=x["jitter"], backend=name)
-        options = {**_density(config), "t_sorted": True, "backend": name}
+        options = {**config.renderer.density, "t_sorted": True, "backend": name}
         return t, ops.sample_importance(x["t"], x["raw_density"], x["u"], **options)
 
     case.agree(op, inputs, (), backend, order=0)
@@ -279,7 +269,7 @@ def check_composite(case: Case, backend: str) -> None:
 
     def op(x: Values, name: str) -> tuple[Tensor, ...]:
         options = {"last_back": config.renderer.last_back, "white_background": config.renderer.white_background}
-        return tuple(ops.composite(**x, **_density(config), **options, t_sorted=True, backend=name)[:4])
+        return tuple(ops.composite(**x, **config.renderer.density, **options, t_sorted=True, backend=name)[:4])
 
     case.agree(op, inputs, tuple(name for name in inputs if name not in ("t", "t_fine")), backend)
 
