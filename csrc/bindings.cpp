@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <memory>
 #include <stdexcept>
 #include <string>
 
@@ -546,7 +545,7 @@ void bind_build(py::module_& m) {
 void bind_driver(py::module_& m) {
   // Called with a kernel's name by the first launch of it on a GPU; gives its machine code.
   m.def("set_cuda_compiler", [](py::function compile) {
-    auto kept = std::make_shared<py::function>(std::move(compile));
+    auto* kept = new py::function(std::move(compile));  // stays: Python has ended when static objects are destroyed
     epigraf::driver::set_compiler([kept](const std::string& name) -> std::string {
       py::gil_scoped_acquire acquire;
       try {

@@ -82,8 +82,9 @@ def test_problems(change: dict[str, Any], found: list[str]) -> None:
     assert of_csrc.problems({**GOOD, **change}) == found
 
 
-def test_the_program_for_the_sanitizers(tmp_path: Path) -> None:
-    """What `make sanitize` builds, with neither sanitizers nor optimization, and a fifth of its cases."""
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.compiled)])
+def test_the_program_for_the_sanitizers(whole: bool, tmp_path: Path) -> None:
+    """What `make sanitize` builds, without sanitizers: that it is C++; whole: a fifth of its cases."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     if shutil.which(compiler[0]) is None:
         pytest.skip("there is no C++ compiler")
@@ -92,6 +93,10 @@ def test_the_program_for_the_sanitizers(tmp_path: Path) -> None:
     flags = [flag for flag in command.split() if flag.startswith(("-std", "-D"))]
     sources = [str(of_csrc.CSRC / f"{name}.cpp") for name in names.split()]
     assert len(flags) == 3
+    if not whole:
+        check = ["-w", "-fsyntax-only", f"-I{of_csrc.CSRC}"]
+        subprocess.run([*compiler, *flags, *check, str(of_csrc.CSRC / "tests" / "sanitize.cpp")], check=True)
+        return
     program = str(tmp_path / "program")
     options = ["-w", "-O0", f"-I{of_csrc.CSRC}", "-pthread", "-ldl", "-o", program]
     subprocess.run([*compiler, *flags, *sources, *options], check=True)

@@ -40,8 +40,9 @@ COMPILED = (
     r"sm_80 (cut|paste) C=96 float(32|16) channels_last",
     r"sm_80 (stratified S=48 drawn|composite \w+ S=48\+48( every)?$|importance S=48\+48 noise|invert_cdf)",
     r"sm_90 (decode \w+ C=32 hidden=64 float(32 fp32|16 fp16)|sample \w+ C=32 float16) \S+$",
-    # The limits of registers are those of the A100 and the H100; for others it is enough that the largest compiles.
-    r"sm_(70|100) decode \w+ C=32 hidden=64 float32 fp32 \S+$",
+    # The limits of registers are those of the A100 and the H100; for others it is enough that the largest compiles (for
+    # the V100 it does where tests execute it).
+    r"sm_100 decode \w+ C=32 hidden=64 float32 fp32 \S+$",
 )
 
 
@@ -50,7 +51,7 @@ def test_every_kernel_compiles_and_fits() -> None:
     """`make compiled` has every size and plan."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "bench.resources", "--only", "triton", "--brief", "--json"]
-    command += ["--arch", "70", "80", "90", "100", "--match", *COMPILED]
+    command += ["--arch", "80", "90", "100", "--match", *COMPILED]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=HANG)
     assert result.stdout, result.stderr
     rows = json.loads(result.stdout)
@@ -58,7 +59,7 @@ def test_every_kernel_compiles_and_fits() -> None:
     sampling = {f"_sample_triplane_{way}_kernel" for way in ("fwd", "bwd")}
     depths = {"_sample_stratified_kernel", "_sample_importance_kernel", "_invert_cdf_kernel"}
     rest = depths | {"_composite_fwd_kernel", "_composite_bwd_kernel", "_cut_kernel"}
-    expected = {70: decoders, 80: decoders | sampling | rest, 90: decoders | sampling, 100: decoders}
+    expected = {80: decoders | sampling | rest, 90: decoders | sampling, 100: decoders}
     found: dict[int, set[str]] = {arch: set() for arch in expected}
     for row in rows:
         found[row["arch"]].add(row["kernel"])

@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -261,6 +262,15 @@ def test_which_library_fits(
         assert re.match(found, actual)
     else:
         assert (actual[0].version, actual[1]) == found
+
+
+def test_a_process_that_had_a_compiler_ends() -> None:
+    emulated = csrc_host.module()
+    if isinstance(emulated, str):
+        pytest.skip(emulated)
+    program = "import sys; from pathlib import Path; from bench.ptx import csrc_host\n"
+    program += "csrc_host.load(Path(sys.argv[1])).set_cuda_compiler(lambda name: b'')"
+    subprocess.run([sys.executable, "-c", program, emulated.__file__], cwd=csrc_host.CSRC.parent, check=True)
 
 
 def test_status_asks_for_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
