@@ -542,10 +542,12 @@ void bind_build(py::module_& m) {
 }
 
 #if defined(EPIGRAF_DRIVER)
+// Without the GIL, as all that may wait for a compilation, which needs it.
 void bind_driver(py::module_& m) {
   // Called with a kernel's name by the first launch of it on a GPU; gives its machine code.
   m.def("set_cuda_compiler", [](py::function compile) {
     auto* kept = new py::function(std::move(compile));  // stays: Python has ended when static objects are destroyed
+    py::gil_scoped_release release;
     epigraf::driver::set_compiler([kept](const std::string& name) -> std::string {
       py::gil_scoped_acquire acquire;
       try {
@@ -555,8 +557,14 @@ void bind_driver(py::module_& m) {
       }
     });
   });
-  m.def("use_cuda_device", epigraf::driver::use_device);
-  m.def("open_cuda_driver", [](const std::string& path) { epigraf::driver::open(path.c_str()); });
+  m.def("use_cuda_device", [](int index) {
+    py::gil_scoped_release release;
+    epigraf::driver::use_device(index);
+  });
+  m.def("open_cuda_driver", [](const std::string& path) {
+    py::gil_scoped_release release;
+    epigraf::driver::open(path.c_str());
+  });
 }
 #endif
 

@@ -12,6 +12,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +22,7 @@ import pytest
 import torch
 
 from bench.ptx import Program, csrc_host, csrc_launch
-from checks import assert_close, draw
+from checks import HANG, assert_close, draw
 from epigraf_fast import ops
 from epigraf_fast.ops import native, nvrtc
 
@@ -188,6 +190,27 @@ def test_a_thread_that_has_used_no_gpu_takes_the_right_one(gpu: Gpu) -> None:
     gpu.stand_in.stand_in_use_context(0)
     with pytest.raises(RuntimeError, match="GPU 9: invalid device ordinal"):
         extension.use_cuda_device(9)
+
+
+def test_threads_wait_for_a_compilation_without_holding_it_up(gpu: Gpu) -> None:
+    """As autograd's does, while the main thread launches too."""
+    extension, compiling = native.extension(), threading.Event()
+
+    def compile_(name: str) -> bytes:
+        compiling.set()
+        time.sleep(0.2)  # the other thread gets Python meanwhile
+        return gpu.machine_code(name)
+
+    extension.set_cuda_compiler(compile_)
+    launches = threading.Thread(target=call, daemon=True)
+    launches.start()
+    assert compiling.wait(HANG)
+    other = threading.Thread(target=extension.use_cuda_device, args=(0,), daemon=True)
+    other.start()
+    for thread in (launches, other):
+        thread.join(HANG)
+        assert not thread.is_alive()
+    assert len(gpu.compiled) == len(gpu.launched) == 1
 
 
 def test_a_driver_that_is_missing_or_too_old_is_told(stand_in: Path, tmp_path: Path) -> None:
