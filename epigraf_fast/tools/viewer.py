@@ -27,7 +27,7 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from ..camera import cam2world_matrix
+from ..camera import Patch, cam2world_matrix
 from ..config import Config
 from ..errors import UserError
 from ..models.generator import Generator, Images
@@ -259,15 +259,15 @@ class Viewer:
                 return None
             row, column = min(row, side - tile), min(column, side - tile)
             # A patch whose pixels are those of the whole picture.
-            patch = None, None
+            patch = None
             if tile < side:
                 offset = torch.tensor([[column, side - tile - row]], device=device) / (side - 1)
-                patch = torch.full((1,), (tile - 1) / (side - 1), device=device), offset
+                patch = Patch(torch.full((1,), (tile - 1) / (side - 1), device=device), offset)
             images = self.generator.render(
                 painted.planes,
                 view.angles.to(device)[None],
                 tile,
-                *patch,
+                patch,
                 ws=painted.ws,
                 fov=view.fov,
                 stochastic=False,

@@ -80,7 +80,7 @@ def test_a_few_steps(
         for which, network in networks.items()
         for key, parameter in network.named_parameters()
     }
-    for _ in range(STEPS):
+    for _ in range(STEPS if config.discriminator.scales == 1 else 2 * STEPS):  # each of them has its turn
         trainer.iteration(*next(batches))
     for statistic, value in trainer.statistics().items():
         assert_finite(torch.tensor(value), statistic)
