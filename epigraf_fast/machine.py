@@ -225,8 +225,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.cuda:
         machine = Machine() if args.device == "cpu" or hidden() else look(args.root)
-        newer = choose(machine).torch == CUDA12
-        print(("nvrtc" if newer else "auto") if machine.has_gpu else "0")
+        cuda12 = choose(machine).torch == CUDA12  # whose torch brings NVRTC 12; nvcc may be 13
+        print(("nvrtc" if cuda12 else "auto") if machine.has_gpu else "0")
         return 0
     if args.output is None:
         parser.error("name constraints and output")

@@ -60,7 +60,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """What is here before the first test stays, and cycles may wait: the collector took a twelfth of the time."""
+    """What is here before the first test stays, and cycles may wait: that took a twelfth of the ops' time."""
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
 

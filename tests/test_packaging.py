@@ -330,6 +330,27 @@ def test_cuda_that_is_asked_for_and_missing_ends_the_build(tmp_path: Path) -> No
     assert last.startswith("epigraf_fast: EPIGRAF_FAST_CUDA=1, but there is no nvcc in PATH"), result.stderr
 
 
+@pytest.mark.parametrize(
+    ("wanted", "nvcc", "expected"),
+    [
+        ("0", "nvcc", [None]),
+        ("1", "nvcc", ["nvcc"]),
+        ("auto", "nvcc", ["nvcc", "nvrtc", None]),
+        ("auto", None, ["nvrtc", None]),
+        ("nvrtc", "nvcc", ["nvrtc", None]),
+    ],
+)
+def test_ways_to_build_for_a_gpu(
+    wanted: str, nvcc: str | None, expected: list[str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setenv("EPIGRAF_FAST_CUDA", wanted)
+    ways = runpy.run_path(str(ROOT / "setup.py"))["ways"]
+    monkeypatch.setitem(ways.__globals__, "find_nvcc", lambda: nvcc)
+    assert ways() == expected
+
+
 def test_unknown_choice_of_cuda_is_refused(tmp_path: Path) -> None:
     result = build_extension(tmp_path, EPIGRAF_FAST_CUDA="yes")
     assert result.returncode == 1

@@ -13,7 +13,6 @@ import hashlib
 import importlib.util
 import os
 import re
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -148,9 +147,12 @@ def machine_code(name: str, nvrtc: Nvrtc, arch: int, folder: Path) -> bytes:
     with contextlib.suppress(OSError):
         return kept.read_bytes()
     code, _ = nvrtc.compile(source, [name], arch)
-    with contextlib.suppress(OSError):  # then the next process compiles it anew
+    temporary = kept.with_suffix(f".{os.getpid()}.tmp")
+    try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-            file.write(code)
-        os.replace(file.name, kept)  # whole, whoever else writes it
+        temporary.write_bytes(code)
+        os.replace(temporary, kept)  # whole, whoever else writes it
+    except OSError:  # the next process compiles it anew
+        with contextlib.suppress(OSError):
+            temporary.unlink()
     return code

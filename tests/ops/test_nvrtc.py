@@ -82,12 +82,11 @@ class Gpu:
 
 @pytest.fixture(scope="module")
 def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    compiler = shlex.split("cc")
-    if shutil.which(compiler[0]) is None:
+    if shutil.which("cc") is None:
         pytest.skip("there is no C compiler")
     target = tmp_path_factory.mktemp("driver") / "libcuda.so.1"
     source = csrc_host.CSRC / "tests" / "stand_in_driver.c"
-    subprocess.run([*compiler, "-shared", "-fPIC", "-Wall", "-Werror", str(source), "-o", str(target)], check=True)
+    subprocess.run(["cc", "-shared", "-fPIC", "-Wall", "-Werror", str(source), "-o", str(target)], check=True)
     return target
 
 
@@ -226,12 +225,21 @@ def test_a_driver_that_is_missing_or_too_old_is_told(stand_in: Path, tmp_path: P
         extension.open_cuda_driver(str(other))
 
 
+def no_space(*args: object) -> None:
+    raise OSError("no space left")
+
+
 def test_machine_code_is_kept(library: nvrtc.Nvrtc, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = nvrtc.machine_code(NAME, library, ARCH, tmp_path / "kernels")
     assert code.startswith(b"\x7fELF")
     assert b"bias_act_elements_kernel" in code
     assert [path.read_bytes() for path in (tmp_path / "kernels").iterdir()] == [code]
     (tmp_path / "file").touch()
+    (tmp_path / "full").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(nvrtc.os, "replace", no_space)
+        assert len(nvrtc.machine_code(NAME, library, ARCH, tmp_path / "full")) == len(code)
+    assert not list((tmp_path / "full").iterdir())  # nothing half is left
     assert len(nvrtc.machine_code(NAME, library, ARCH, tmp_path / "file")) == len(code)  # where nothing can be kept
     monkeypatch.setattr(nvrtc.Nvrtc, "compile", None)
     assert nvrtc.machine_code(NAME, library, ARCH, tmp_path / "kernels") == code
