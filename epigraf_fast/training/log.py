@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -20,6 +20,7 @@ from torch import Tensor
 from ..errors import UserError
 from .board import Board
 from .files import append, replacing
+from .progress import Sparing
 
 
 class RunLog:
@@ -48,7 +49,7 @@ class RunLog:
             dynamic_ncols=True,
             mininterval=0.5,
             bar_format="{percentage:3.0f}%|{bar}| {n:.1f}/{total:.1f} kimg [{elapsed}<{remaining}]{postfix}",
-            file=_Sparing(sys.stderr),
+            file=Sparing(sys.stderr),
         )
         self.board = Board(run_dir / "tensorboard", cur_nimg + 1)
         self.pending = b""  # lines that are not written yet
@@ -152,24 +153,6 @@ class RunLog:
     def close(self) -> None:
         self.flush()
         self.bar.close()
-
-
-class _Sparing:
-    """A stream whose writes may fail, as those of a log file on a full disk."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> None:
-        with contextlib.suppress(OSError):
-            self._stream.write(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError):
-            self._stream.flush()
 
 
 def flush_output() -> None:

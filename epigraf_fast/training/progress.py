@@ -6,7 +6,7 @@ import contextlib
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import TextIO, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from . import cores
 
@@ -14,6 +14,27 @@ QUIET = 2.0  # seconds that something may take before it is shown
 INTERVAL, LOG_INTERVAL = 1.0, 60.0  # seconds between two signs of life: on a terminal, in a file
 
 Item = TypeVar("Item")
+
+
+class Sparing:
+    """A stream whose writes may fail, as those of a log file on a full disk.
+
+    tqdm keeps its lock for ever where one does, and the next bar waits for it.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
 
 
 @contextlib.contextmanager
@@ -44,7 +65,7 @@ def waiting(
         interval = INTERVAL if sys.stderr.isatty() else LOG_INTERVAL
         form = "{desc} [{elapsed}]" if total is None else None
         look = {"desc": what, "total": total, "unit": unit, "bar_format": form, "leave": False, "delay": 1e-9}
-        with contextlib.suppress(OSError), tqdm(**look) as bar:
+        with tqdm(**look, file=Sparing(sys.stderr)) as bar:
             bar.start_t -= QUIET
             while True:
                 bar.n = count
