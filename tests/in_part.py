@@ -8,6 +8,6 @@ from typing import Any
 IN_PART: dict[str, Any] = {
     "micro_batch": 4,
     "generator": {"plane_resolution": 128},
-    "camera": {"fov": 12.0, "radius": 1.0, "ray_start": 0.88, "ray_end": 1.12, "cube_scale": 0.2},
+    "camera": {"fov": 8.0, "radius": 1.0, "ray_start": 0.88, "ray_end": 1.12, "cube_scale": 0.2},
     "patch": {"resolution": 8, "beta_start": 1.5, "beta_end": 2.0},
 }

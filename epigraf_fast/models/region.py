@@ -16,6 +16,7 @@ from ..camera import Patch, cam2world_matrix, patch_boxes
 from ..config import CameraConfig
 from ..ops import PlaneRegion
 
+RIM = 3  # texels of a frame that a cut edge spoils: two by conv0 with its filter, one more by conv1
 WHOLE_BELOW = 128  # levels of fewer texels a side are computed whole: there is nothing to save
 BUCKETS = 16  # steps of a box's size, in parts of the planes' side
 FEW_BUCKETS = 8  # where each size is a CUDA graph
@@ -30,18 +31,15 @@ class Region(NamedTuple):
 
 
 class Level(NamedTuple):
-    """What one level of the network computes. Places are [B, 2] int64 on the device, row and column.
+    """What one level of the network computes: a frame of the features and of the running sum of planes.
 
-    Every level hands on features and planes of `size` texels from `first` on; those at a cut edge are spoiled, and none
-    of the next level's, or of the box, depends on them.
+    It is twice what is cut of the level below. The outermost `RIM` texels at a cut edge are spoiled, and none of the
+    next level's, or of the box, depends on them. Places are [B, 2] int64 on the device, row and column.
     """
 
-    below: Tensor  # where the features of the level below are cut, counted in what it hands on
+    below: Tensor  # where features and planes of the level below are cut, counted in what it hands on
     below_size: tuple[int, int]
-    frame: Tensor  # the first texel of conv0's output
-    between: Tensor  # where conv0's output is cut, counted in it
-    planes: Tensor  # where the running sum times 2 is cut, counted in it
-    first: Tensor
+    first: Tensor  # the frame's first texel
     size: tuple[int, int]
 
 
@@ -99,10 +97,10 @@ def region_of(boxes: Tensor, resolution: int, size: tuple[int, int] | None = Non
 
 
 def computed_size(size: tuple[int, int], resolution: int) -> tuple[int, int]:
-    """Rows and columns that a level computes to be right in `size` of them."""
+    """Rows and columns of the frame that a level computes to be right in `size` of them, wherever they lie."""
     if resolution < WHOLE_BELOW:
         return resolution, resolution
-    rows, columns = (min(2 * (n // 2) + 4, resolution) for n in size)
+    rows, columns = (min(2 * (n // 2 + RIM + 1), resolution) for n in size)
     return rows, columns
 
 
@@ -114,24 +112,21 @@ def levels(region: Region, resolution: int, device: torch.device | str | None = 
         resolution: Of the planes.
         device: Where the places go.
     """
-    asked = []  # from the top down: resolution, what conv0 reads and what comes between conv0 and conv1
+    asked = []  # from the top down: resolution, and what is cut of the level below
     first, size = region
     while computed_size(size, resolution) != (resolution, resolution):
-        # conv1 reads one texel more on every side; what conv0 gives starts and ends at even texels.
-        between_size = computed_size(size, resolution)
-        between = _inside(2 * ((first - 1) // 2), between_size, resolution)
-        size = tuple(min(n // 2 + 4, resolution // 2) for n in between_size)
-        first = _inside(between // 2 - 2, size, resolution // 2)
-        asked.append((resolution, first, size, between, between_size))
-        resolution //= 2
+        rows, columns = computed_size(size, resolution)
+        size, resolution = (rows // 2, columns // 2), resolution // 2
+        first = _inside((first - RIM) // 2, size, resolution)  # a frame starts and ends at even texels
+        asked.append((2 * resolution, first, size))
     found, given = {}, torch.zeros_like(region.first)  # the first texel that the level below hands on
-    for resolution, below, below_size, between, between_size in reversed(asked):
-        places = torch.stack([below - given, 2 * below, between - 2 * below, between - 2 * given, between])
+    for resolution, below, (rows, columns) in reversed(asked):
+        places = torch.stack([below - given, 2 * below])
         on_gpu = torch.device(device or "cpu").type == "cuda"
         places = (places.pin_memory() if on_gpu else places).to(device, non_blocking=on_gpu)
-        below, frame, cut, planes, first = places.unbind()
-        found[resolution] = Level(below, below_size, frame, cut, planes, first, between_size)
-        given = between
+        cut, frame = places.unbind()
+        found[resolution] = Level(cut, (rows, columns), frame, (2 * rows, 2 * columns))
+        given = 2 * below
     return found
 
 

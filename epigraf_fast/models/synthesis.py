@@ -220,8 +220,7 @@ class SynthesisBlock(nn.Module):
             x = self.conv0(x.to(dtype), ws[0], noise_mode)
         else:
             x = ops.cut(x, level.below, level.below_size, backend=self.cut_backend)
-            x = self.conv0(x.to(dtype), ws[0], noise_mode, level.frame)
-            x = ops.cut(x, level.between, level.size, backend=self.cut_backend)
+            x = self.conv0(x.to(dtype), ws[0], noise_mode, level.first)
         x = self.conv1(x, ws[self.num_convs - 1], noise_mode, None if level is None else level.first)
         added = self.to_planes(x, ws[self.num_convs]).to(ws[0].dtype)
         return x, added if planes is None else self.upsample(planes, level) + added
@@ -251,28 +250,25 @@ class SynthesisBlock(nn.Module):
             (x,) = self.conv0.chained(x, modulations[0], noise_mode, (last.style,))
         else:
             x = ops.cut(x, level.below, level.below_size, backend=self.cut_backend)
-            (x,) = self.conv0.chained(x, modulations[0], noise_mode, (last.style,), level.frame)
-            x = ops.cut(x, level.between, level.size, backend=self.cut_backend)
+            (x,) = self.conv0.chained(x, modulations[0], noise_mode, (last.style,), level.first)
         styles, first = (None,) if next_style is None else (None, next_style), None if level is None else level.first
         y, *following = self.conv1.chained(x, last, noise_mode, styles, first)
         product, bias = self.to_planes.product(y, weight), self.to_planes.bias
         if planes is None:
             planes = ops.bias_act(product, bias, clamp=self.clamp, backend=self.backend).to(weight.dtype)
-        elif level is None:
+        else:
             if product.dtype == torch.bfloat16:  # which the kernels add to no sum
                 product = product.to(planes.dtype)
-            planes = self.upsample(planes, added=product, bias=bias, clamp=self.clamp)
-        else:
-            added = ops.bias_act(product, bias, clamp=self.clamp, backend=self.backend).to(weight.dtype)
-            planes = self.upsample(planes, level) + added
+            planes = self.upsample(planes, level, added=product, bias=bias, clamp=self.clamp)
         return following[0] if following else None, planes
 
     def upsample(self, planes: Tensor, level: Level | None = None, **added: Any) -> Tensor:
-        """The running sum times 2, or the part of it that a level hands on; `ops.upfirdn2d` says what may be added."""
+        """The running sum times 2, or that of the part that a level reads; `ops.upfirdn2d` says what may be added."""
+        if level is not None:
+            planes = ops.cut(planes, level.below, level.below_size, backend=self.cut_backend)
         # "Same size" padding of an up-2 filter: (n + 1) // 2 before, (n - 2) // 2 after.
         pads = ((len(LOW_PASS) + 1) // 2, (len(LOW_PASS) - 2) // 2)
-        planes = ops.upfirdn2d(planes, self.low_pass, up=2, padding=pads * 2, gain=4, backend=self.backend, **added)
-        return planes if level is None else ops.cut(planes, level.planes, level.size, backend=self.cut_backend)
+        return ops.upfirdn2d(planes, self.low_pass, up=2, padding=pads * 2, gain=4, backend=self.backend, **added)
 
 
 class Synthesis(nn.Module):

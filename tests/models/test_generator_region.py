@@ -78,7 +78,7 @@ def computed_share(network, monkeypatch, **options):
 def test_images_and_gradients_are_those_of_whole_planes(backend, monkeypatch):
     network = build(backend=backend)
     compare(network)
-    assert computed_share(network, monkeypatch) < 0.7
+    assert computed_share(network, monkeypatch) < 0.71
 
 
 @pytest.mark.parametrize(

@@ -66,14 +66,26 @@ def test_planes_and_gradients_are_those_of_the_whole_network(synthesis, case):
 def test_work_shrinks_with_the_region(synthesis):
     """As many texels are computed as the rim rules say: a box of 13 by 13 at 20, 21 of 64."""
     plan = levels(Region(torch.tensor([[20, 21]]), (13, 13)), RESOLUTION)
-    assert {resolution: level.size for resolution, level in plan.items()} == {32: (16, 16), 64: (16, 16)}
-    assert plan[64].first.tolist() == [[18, 20]]  # 19 and 20 less one, rounded down to even
-    assert plan[64].below_size == (12, 12)  # 8 and two on either side
-    assert plan[64].frame.tolist() == [[14, 16]]
+    # 13 and three on either side, from and to even texels; half of that, 10 from 8 and 9 on, asks for as many again.
+    assert {resolution: level.size for resolution, level in plan.items()} == {32: (18, 18), 64: (20, 20)}
+    assert plan[64].first.tolist() == [[16, 18]]
+    assert plan[64].below_size == (10, 10)
+    assert plan[32].first.tolist() == [[4, 6]]
+    assert plan[64].below.tolist() == [[4, 3]]  # 8 and 9, counted from there
     planes, at = synthesis.in_region(draw(1, synthesis.num_ws, 8), Region(torch.tensor([[20, 21]]), (13, 13)))
-    assert tuple(planes.shape[2:]) == (16, 16)
-    assert at.first.tolist() == [[18, 20]]
+    assert tuple(planes.shape[2:]) == (20, 20)
+    assert at.first.tolist() == [[16, 18]]
     assert at.whole == (RESOLUTION, RESOLUTION)
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_the_rim_is_no_wider_than_needed(change, synthesis, monkeypatch):
+    """One texel less of a rim gives wrong planes; one more gives the same."""
+    monkeypatch.setattr(regions, "RIM", regions.RIM + change)
+    region, ws = Region(torch.tensor([[20, 22]]), (12, 14)), draw(1, synthesis.num_ws, 8)
+    part = part_of(*synthesis.in_region(ws, region, "const"), region)
+    off = (part - part_of(synthesis(ws, "const"), None, region)).abs().max()
+    assert (off < 1e-10) == (change > 0)
 
 
 @pytest.mark.parametrize(("extent", "fine", "coarse"), [(1, 32, 64), (64, 64, 64), (65, 96, 128), (512, 512, 512)])

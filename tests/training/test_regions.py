@@ -24,7 +24,7 @@ GENERATOR = {"plane_resolution": 32, "noise": False}
 # A lens that sees a part of the cube.
 SETTINGS: dict[str, Any] = {
     "micro_batch": 4,
-    "camera": {"fov": 12.0, "radius": 1.0, "ray_start": 0.88, "ray_end": 1.12, "cube_scale": 0.2},
+    "camera": {"fov": 6.0, "radius": 1.0, "ray_start": 0.88, "ray_end": 1.12, "cube_scale": 0.2},
     "patch": {"resolution": 8, "beta_start": 1.5, "beta_end": 2.0},
 }
 
