@@ -16,6 +16,7 @@ import itertools
 import math
 import os
 import reprlib
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -317,9 +318,14 @@ class InfiniteSampler(torch.utils.data.Sampler):
             yield order[place]
 
 
-def _leave_process_group(worker: int) -> None:
-    """Keeps a terminal's Ctrl-C, and a SIGTERM to the group, from the workers: the trainer decides when to stop."""
+def _begin_worker(worker: int) -> None:
+    """Keeps a terminal's Ctrl-C, and a SIGTERM to the group, from the workers: the trainer decides when to stop.
+
+    A trainer that leaves may hang up while a worker's thread hands images over: Python would print a traceback.
+    """
     os.setpgid(0, 0)
+    said = sys.excepthook
+    sys.excepthook = lambda kind, *rest: None if issubclass(kind, (ConnectionError, EOFError)) else said(kind, *rest)
 
 
 def make_loader(
@@ -350,7 +356,7 @@ def make_loader(
         num_workers=workers,
         pin_memory=torch.device(device).type == "cuda",
         persistent_workers=workers > 0,
-        worker_init_fn=_leave_process_group,
+        worker_init_fn=_begin_worker,
         generator=torch.Generator().manual_seed(seed),  # for the workers' seeds, which nothing uses
     )
     try:

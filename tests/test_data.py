@@ -6,13 +6,16 @@ import io
 import itertools
 import json
 import math
+import multiprocessing.reduction
 import os
 import pickle
 import random
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
+import time
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -23,7 +26,7 @@ import pytest
 import torch
 
 from checks import HANG
-from epigraf_fast.data import ImageDataset, InfiniteSampler, make_loader
+from epigraf_fast.data import ImageDataset, InfiniteSampler, _begin_worker, make_loader
 from epigraf_fast.errors import UserError
 
 NAMES = ("00/a.png", "00/b.png", "01/c.png")
@@ -413,6 +416,38 @@ class Dying(torch.utils.data.Dataset):
 
 def test_loader_says_that_a_worker_died():
     fault(lambda: next(make_loader(Dying(), 2, seed=0, workers=1)), "process died", "fewer workers")
+
+
+class HangingUp(torch.utils.data.Dataset):
+    """In the worker, somebody asks for what it hands over, hangs up before it is there, and the worker goes on."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        address = multiprocessing.reduction.DupFd(0)._id[0]
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(address)
+        time.sleep(0.1)
+        return torch.zeros(1), torch.zeros(1), torch.zeros(1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file descriptors travel by Unix sockets there")
+def test_who_hangs_up_leaves_no_traceback(capfd):
+    """A trainer that leaves while a worker hands images over; what else goes wrong in a worker's threads is said."""
+    loader = make_loader(HangingUp(), 2, seed=0, workers=1)
+    assert len(next(loader)[0]) == 2
+    loader.close()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_other_faults_of_a_workers_threads_are_said(capfd, monkeypatch):
+    monkeypatch.setattr(os, "setpgid", lambda *_: None)
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    _begin_worker(0)
+    for fault in (EOFError(), ConnectionResetError(), ValueError("a fault")):
+        sys.excepthook(type(fault), fault, None)
+    assert capfd.readouterr().err == "ValueError: a fault\n"
 
 
 def test_workers_outlive_signals_to_the_group(files, tmp_path):

@@ -64,7 +64,7 @@ def test_single_views_have_planes_in_part(tiny_run: Path, monkeypatch: pytest.Mo
     """A grid from one side and a walk, of the same pictures; from two sides, and in orbits, planes are whole."""
     monkeypatch.setattr(region, "WHOLE_BELOW", 8)
     _, generator = load_generator(tiny_run, "cpu")
-    narrow = {"fov": 6.0, "radius": 1.0, "ray_start": 0.95, "ray_end": 1.05, "cube_scale": 0.2}
+    narrow = {"fov": 2.0, "radius": 1.0, "ray_start": 0.98, "ray_end": 1.02, "cube_scale": 0.2}
     generator.camera = dataclasses.replace(generator.camera, **narrow)
     for name in ("ray_start", "ray_end", "cube_scale"):
         setattr(generator.renderer, name, narrow[name])
