@@ -419,8 +419,9 @@ def _demo() -> Config:
     """Small enough for minutes on two CPU cores. The built-in data stores its camera, in units that suit densities.
 
     What makes it learn in so few images: a finite last interval, so that empty space shows the white background instead
-    of having to be painted; no density noise; many small iterations; a discriminator that learns faster than G and
-    sees the camera.
+    of having to be painted; no density noise; many small iterations; a discriminator that learns faster than G, sees
+    the camera, and of a patch's scale and place the low frequencies (each row of a table would be seen a few times).
+    What keeps its colours: slow rates that fall (docs/training.md).
     """
     return Config(
         data="builtin",
@@ -455,11 +456,16 @@ def _demo() -> Config:
             white_background=True,
         ),
         discriminator=DiscriminatorConfig(
-            channel_base=2048, channel_max=128, code_dim=128, patch_table_dim=64, camera_conditioning=True
+            channel_base=2048,
+            channel_max=128,
+            code_dim=128,
+            patch_table_dim=0,
+            patch_skip_highest=6,
+            camera_conditioning=True,
         ),
         patch=PatchConfig(resolution=16, anneal_kimg=60.0),
         loader=DataConfig(workers=0),
-        optim=OptimConfig(g_lr=0.006, d_lr=0.008, r1_gamma=0.01, blur_sigma=0.0),
+        optim=OptimConfig(g_lr=0.002, d_lr=0.004, lr_decay_kimg=4.0, r1_gamma=0.01, blur_sigma=0.0),
     )
 
 
