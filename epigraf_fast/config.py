@@ -428,7 +428,7 @@ def _demo() -> Config:
         resolution=64,
         batch=8,
         precision="auto",
-        kimg=19.0,
+        kimg=24.0,
         run_dir="runs/demo",
         log_kimg=0.2,
         snapshot_kimg=2.0,
@@ -456,7 +456,7 @@ def _demo() -> Config:
             white_background=True,
         ),
         discriminator=DiscriminatorConfig(
-            channel_base=2048,
+            channel_base=1024,
             channel_max=128,
             code_dim=128,
             patch_table_dim=0,

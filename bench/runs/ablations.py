@@ -1,4 +1,4 @@
-"""The discriminators of the paper's Table 2 and patch sizes, in small: `python -m bench.runs.ablations [--seeds 0 1]`.
+"""The discriminators of the paper's Table 2, patch sizes and reused fakes, in small: `python -m bench.runs.ablations`.
 
 Each variant is a run of the demo preset on the built-in set, by one flag, with equal images and the same seeds. Runs go
 one after the other; one that was interrupted goes on, one that is done is not repeated. After each, the result file and
@@ -36,6 +36,7 @@ VARIANTS: dict[str, tuple[list[str], str]] = {
     "without position": (["--discriminator.no-patch-position"], "patches of 16, their scale, by modulation"),
     "patch 32": (["--patch.resolution", "32"], "patches of 32, their scale and place, by modulation"),
     "whole images": (["--patch.resolution", "64"], "images of 64"),
+    "reused fakes": (["--optim.reuse-fakes"], "as the first, its fakes those of G's step"),
 }
 
 
