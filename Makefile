@@ -37,9 +37,8 @@ DEMO  := $(or $(wildcard $(READY)),$(VENV)/demo)
 demo: $(DEMO)
 	$(VENV)/bin/python train.py demo --run-dir $(RUN_DIR) --resume auto $(DEVICE:%=--device %)
 
-# Tests start Python a hundred times: what it has compiled is kept, also where the environment says otherwise.
 test: $(READY)
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 compiled: $(READY)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal tests/ops tests/ptx tests/test_csrc_compile.py --compiled all -m compiled $(ARGS)

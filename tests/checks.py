@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -264,3 +266,21 @@ def gradgradcheck(function: Callable[..., Any], inputs: dict[str, Tensor], what:
                 return grad_x
 
             _compare_with_differences(gradient, x, f"{what}: gradient to {first}, differentiated to {second}")
+
+
+@contextlib.contextmanager
+def small_files(size: int) -> Iterator[None]:
+    """No file may grow beyond so many bytes, as if the disk were full; pytest's own, behind the block, may.
+
+    Nor are modules compiled to files: Python (before 3.12.8) leaves those cut off there, and cannot import them again.
+    """
+    import resource
+
+    limits, without_files = resource.getrlimit(resource.RLIMIT_FSIZE), sys.dont_write_bytecode
+    sys.dont_write_bytecode = True
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        sys.dont_write_bytecode = without_files

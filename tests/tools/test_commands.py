@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import os
 import re
-import resource
 import shutil
 import stat
 import typing
@@ -22,6 +20,7 @@ import torch
 from torch import nn
 from tyro.constructors import PrimitiveConstructorSpec
 
+from checks import small_files
 from command_lines import Features
 from epigraf_fast.data import ImageDataset
 from epigraf_fast.errors import UserError
@@ -347,22 +346,11 @@ def test_files_have_the_mode_of_the_umask_and_are_not_replaced(
     assert all(file.read_bytes() != b"old" for file in files)
 
 
-@contextlib.contextmanager
-def small_files() -> Iterator[None]:
-    """No file may grow beyond 60 bytes, as if the disk were full; pytest's own, behind the block, may."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (60, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize("line", MAKES)
 def test_a_full_disk_is_one_line_and_leaves_nothing(
     line: str, run: Callable[[str], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as caught, small_files():
+    with pytest.raises(SystemExit) as caught, small_files(60):
         run(line)
     assert caught.value.code == 2
     message = capsys.readouterr().err

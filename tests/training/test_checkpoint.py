@@ -7,7 +7,6 @@ import errno
 import os
 import pickle
 import random
-import resource
 import signal
 import warnings
 import zipfile
@@ -20,6 +19,7 @@ import pytest
 import torch
 from in_part import IN_PART
 
+from checks import small_files
 from epigraf_fast.config import Config
 from epigraf_fast.data import ImageDataset, make_loader
 from epigraf_fast.errors import SaveError, UserError
@@ -328,16 +328,12 @@ def test_a_full_disk_of_a_real_file(tmp_path: Path, tiny_config: TinyConfig) -> 
     """The system refuses to let the file grow beyond 4000 bytes, in the middle of torch's writer."""
     config = tiny_config()
     good = save_tiny(tmp_path, config, 8)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    message = r"could not be written \(File too large\): make room; the last one is checkpoint-000000008"
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
-        with pytest.raises(
-            SaveError, match=r"could not be written \(File too large\): make room; the last one is checkpoint-000000008"
-        ):
+        with small_files(4000), pytest.raises(SaveError, match=message):
             save_tiny(tmp_path, config, 16)
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     assert [path.name for path in good.parent.iterdir()] == ["checkpoint-000000008.pt"]
     assert load_checkpoint(good)[1]["trainer"]["cur_nimg"] == 8

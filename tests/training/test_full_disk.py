@@ -6,7 +6,6 @@ import errno
 import json
 import multiprocessing
 import os
-import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from checks import HANG
+from checks import HANG, small_files
 from command_lines import Distance, assert_one_error_line, flags
 from epigraf_fast.config import Config
 from epigraf_fast.data import ImageDataset
@@ -60,8 +59,8 @@ def test_nothing_can_be_written(tiny_config: TinyConfig, tmp_path: Path) -> None
     config = tiny_config(kimg=0.04, snapshot_kimg=0.008, checkpoint_kimg=0.016, turntable=1)
 
     def run() -> int:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
-        return train.main(flags(config))
+        with small_files(100):
+            return train.main(flags(config))
 
     reading, writing = os.pipe()  # no file, so without a limit
     output, errors = Path(f"/dev/fd/{writing}"), tmp_path / "errors"
