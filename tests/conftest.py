@@ -48,16 +48,6 @@ if not torch.cuda.is_available():
 
 CAMERA = {"fov": 30.0, "radius": 1.0, "ray_start": 0.75, "ray_end": 1.25, "cube_scale": 0.475}
 RESOLUTION, IMAGES, CLASSES = 16, 24, 3
-# They come first: none shall begin when the other processes are about to be done.
-LONGEST = (
-    "test_a_rehearsed_gpu_day_passes",
-    "test_every_kernel_compiles_and_fits",
-    "test_in_a_browser",
-    "test_a_node_is_lost_and_another_one_comes",
-    "test_a_training_step_of_the_ffhq_preset",
-    "test_kill_and_resume",
-    "test_each_class_gets_its_colour",
-)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -67,7 +57,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     compiled.choose(config, items)
-    items.sort(key=lambda item: item.name not in LONGEST)
 
 
 def pytest_collection_finish() -> None:

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ def in_another_process(function: Callable[[], int], output: Path, errors: Path) 
         try:
             code = function()
             sys.stdout.flush()
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
 
@@ -67,6 +70,7 @@ def test_nothing_can_be_written(tiny_config: TinyConfig, tmp_path: Path) -> None
     os.set_blocking(reading, False)
     errors.symlink_to(output)
     code = in_another_process(run, output, errors)
+    os.close(writing)
     printed = os.read(reading, 2**20).decode()
     assert code == 2, printed
     for name in ("stats.jsonl", "samples/", "tensorboard/", "config.json"):
