@@ -420,7 +420,7 @@ def _demo() -> Config:
 
     What makes it learn in so few images: a finite last interval, so that empty space shows the white background instead
     of having to be painted; no density noise; many small iterations; a discriminator that learns faster than G, sees
-    the camera, and of a patch's scale and place the low frequencies (each row of a table would be seen a few times).
+    the camera, and of a patch's scale and place the low frequencies (a table's rows would be seen too rarely).
     What keeps its colours: slow rates that fall (docs/training.md).
     """
     return Config(

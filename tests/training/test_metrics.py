@@ -80,7 +80,7 @@ def test_equal_sets_are_at_zero(distance: metrics.FeatureDistance, features: met
 
 
 def test_more_noise_is_farther(distance: metrics.FeatureDistance) -> None:
-    distances = [to_real(distance, noisy(pictures(0), sigma)) for sigma in (0, 4, 64)]
+    distances = [to_real(distance, noisy(pictures(0), sigma)) for sigma in (0, 4, 16, 64)]
     assert distances == sorted(distances)
     assert distances[1] > 10 * distances[0]
 
