@@ -361,10 +361,13 @@ def make_loader(
     )
     try:
         yield from map(tuple, loader)
-    except UserError as error:
-        # From a worker, the message comes wrapped in its traceback.
-        raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (UserError, RuntimeError) as error:
+        if isinstance(error, UserError):  # from a worker, its message comes wrapped in its traceback
+            fault = str(error).rsplit("UserError: ", 1)[-1].strip()
+        elif "DataLoader worker" in str(error):
+            fault = "a data loading process died, probably for want of memory: use fewer workers, or 0"
+        else:
             raise
-        raise UserError("a data loading process died, probably for want of memory: use fewer workers, or 0") from error
+        error.__traceback__ = None  # it and torch's frames hold each other, and those the processes, which end now
+    del loader
+    raise UserError(fault)

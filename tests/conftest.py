@@ -7,6 +7,7 @@ import gc
 import io
 import json
 import math
+import multiprocessing
 import os
 import random
 import signal
@@ -63,6 +64,7 @@ def pytest_collection_finish() -> None:
     """What is here before the first test stays, and cycles may wait: that took a twelfth of the ops' time."""
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
+    os.register_at_fork(after_in_child=gc.freeze)  # a test's garbage, which may print or wait, is none of its forks'
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -94,6 +96,14 @@ def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def _unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """What this machine's GPU has passed before decides nothing."""
     monkeypatch.setattr(backends, "_accepted", {})
+
+
+@pytest.fixture(autouse=True)
+def _no_process_left() -> Iterator[None]:
+    """A test's processes end with it, and not when garbage happens to be collected: in a fork, or at the very end."""
+    before = {process.pid for process in multiprocessing.active_children()}
+    yield
+    assert {process.pid for process in multiprocessing.active_children()} <= before
 
 
 @pytest.fixture(autouse=True)
