@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import os
 import re
 import subprocess
@@ -27,7 +28,7 @@ from bench.runs import ablations, colours, demo, loading, waiting
 from bench.step import region, step
 from checks import HANG, assert_error_within_reference
 from epigraf_fast import ops
-from epigraf_fast.config import check
+from epigraf_fast.config import CameraConfig, RendererConfig, check
 from epigraf_fast.ops import backends, ranges
 from epigraf_fast.tools import train
 from epigraf_fast.training import log, profile
@@ -649,6 +650,28 @@ def test_colours_of_objects() -> None:
     opacity[3, 3, 3] = 0.4  # not solid
     assert colours.outside_of_the_largest(opacity) == pytest.approx(0.6 / 3.6)
     assert colours.outside_of_the_largest(opacity[:3]) == 0
+
+
+@pytest.mark.parametrize(("place", "expected"), [(30, 0.0), (16, 0.2)])
+def test_crumbs_are_where_every_view_shows_them(place: int, expected: float) -> None:
+    """A cube of 16^3 cells at the origin, of 8^3 at `place` cells along x and -x; the ball ends at 24."""
+    camera = CameraConfig(fov=40.0, radius=16.0, ray_start=8.0, ray_end=24.0, cube_scale=10.0)
+
+    def at_points(planes: object, points: torch.Tensor, cube_scale: float) -> torch.Tensor:
+        x, y, z = (points.abs() / (16 * math.sin(math.radians(20)) / 24)).unbind(dim=-1)
+        cube = (x < 8) & (y < 8) & (z < 8)
+        beside = ((x - place).abs() < 4) & (y < 4) & (z < 4)
+        return torch.where(cube | beside, 100.0, -100.0)[..., None]
+
+    stub = types.SimpleNamespace(
+        camera=camera,
+        renderer=types.SimpleNamespace(config=RendererConfig()),
+        decoder=types.SimpleNamespace(at_points=at_points),
+        synthesis=lambda ws, noise_mode: None,
+        ws=lambda z, label: None,
+    )
+    found = colours.crumbs(stub, torch.zeros(1, 1), torch.zeros(1, 0))
+    assert found == pytest.approx(expected, abs=1e-6)
 
 
 def test_loading_counts_images_a_second_of_computing(tmp_path, capsys):

@@ -7,7 +7,8 @@ for the same objects, of G itself and of its average, and their colours are comp
 - saturation: largest minus smallest channel of a pixel, mean over an object, then over objects;
 - spread: standard deviation of the objects' mean colours, mean over the channels;
 - colour: the mean of the objects' mean colours [3], which is steady where colours follow z;
-- crumbs (the newest checkpoint's average): share of opacity outside of the largest connected piece of an object.
+- crumbs (the newest checkpoint's average): share of opacity outside of the largest connected piece of an object, in the
+  ball that every view shows whole.
 
 Colours are those of pixels that are not white, in [-1, 1].
 """
@@ -15,6 +16,7 @@ Colours are those of pixels that are not white, in [-1, 1].
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -36,7 +38,7 @@ from .. import results
 SEED = 1  # other objects than those of the grids
 WHITE = 0.9  # a pixel whose channels all exceed this is background
 SIZE = 32  # pixels along each side of the images whose colours are measured
-CELLS = 48  # of the grid that crumbs are looked for in, along each side of the cube
+CELLS = 48  # of the grid that crumbs are looked for in, along each side
 SOLID = 0.5  # opacity of a cell that belongs to a piece
 
 
@@ -89,11 +91,17 @@ def outside_of_the_largest(opacity: np.ndarray) -> float:
 
 @torch.no_grad()
 def opacities(generator: Generator, z: Tensor, label: Tensor) -> Iterable[np.ndarray]:
-    """Opacity of the cells of each object's cube [CELLS, CELLS, CELLS], to a ray that crosses one along an axis."""
+    """Opacity of cells [CELLS, CELLS, CELLS] around the origin, to a ray that crosses one along an axis.
+
+    They fill the ball that all views show whole; outside of it a cell has none, as what lies there is in the corners of
+    some views only, or in none.
+    """
     camera, settings = generator.camera, generator.renderer.config
-    side = 2 * camera.cube_scale / CELLS
-    line = (torch.arange(CELLS, device=z.device) + 0.5) * side - camera.cube_scale
+    shown = min(camera.radius * math.sin(math.radians(camera.fov / 2)), camera.cube_scale)
+    side = 2 * shown / CELLS
+    line = (torch.arange(CELLS, device=z.device) + 0.5) * side - shown
     points = torch.stack(torch.meshgrid(line, line, line, indexing="ij"), dim=-1).view(1, -1, 3)
+    inside = points[0].norm(dim=1) <= shown
     for i in range(len(z)):
         planes = generator.synthesis(generator.ws(z[i : i + 1], label[i : i + 1]), noise_mode="const")
         raw = generator.decoder.at_points(planes, points, camera.cube_scale)[0, :, -1] + settings.density_shift
@@ -101,7 +109,7 @@ def opacities(generator: Generator, z: Tensor, label: Tensor) -> Iterable[np.nda
             density = torch.nn.functional.softplus(raw, beta=settings.softplus_beta)
         else:
             density = raw.relu()
-        yield (1 - torch.exp(-side * density)).view(CELLS, CELLS, CELLS).cpu().numpy()
+        yield ((1 - torch.exp(-side * density)) * inside).view(CELLS, CELLS, CELLS).cpu().numpy()
 
 
 def crumbs(generator: Generator, z: Tensor, label: Tensor) -> float:
