@@ -10,6 +10,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from epigraf_fast.atomic import replacing
+
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "bench" / "results"
 SCHEMA = 1
@@ -73,11 +75,8 @@ def commit() -> str | None:
 
 def write(path: str | os.PathLike[str], content: Result) -> None:
     """Writes a result, whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(path)
+    with replacing(Path(path)) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def load(folder: Path = FOLDER) -> list[Result]:

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..atomic import replacing
+
 PACKAGE = Path(__file__).parents[1]
 INSTALL = {12: "pip install nvidia-cuda-nvrtc-cu12", 13: "pip install 'nvidia-cuda-nvrtc==13.*'"}
 
@@ -147,12 +149,6 @@ def machine_code(name: str, nvrtc: Nvrtc, arch: int, folder: Path) -> bytes:
     with contextlib.suppress(OSError):
         return kept.read_bytes()
     code, _ = nvrtc.compile(source, [name], arch)
-    temporary = kept.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError), replacing(kept) as temporary:  # else the next process compiles it anew
         temporary.write_bytes(code)
-        os.replace(temporary, kept)  # whole, whoever else writes it
-    except OSError:  # the next process compiles it anew
-        with contextlib.suppress(OSError):
-            temporary.unlink()
     return code

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import machine
+from ..atomic import replacing
 from . import nvrtc
 
 PASSED, FAILED, SLOWER = "passed", "failed", "slower"
@@ -166,16 +167,10 @@ def _add(device: torch.device | str, kind: str, name: str, value: Any, elsewhere
         path = place / _name(device)
         parts = {part: _content(device, place, part) for part in ("checks", "timings")}
         parts[kind][name] = value
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            place.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps({"facts": facts(device), **parts}, indent=1) + "\n")
-            os.replace(temporary, path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            continue
-        return path
+        with contextlib.suppress(OSError):
+            with replacing(path) as temporary:
+                temporary.write_text(json.dumps({"facts": facts(device), **parts}, indent=1) + "\n")
+            return path
     return None
 
 

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..atomic import replacing
 from ..config import Config, differences, from_dict, to_dict
 from ..errors import CheckpointError, SaveError, UserError
-from .files import replacing
 from .identify import what_else
 
 FORMAT = "epigraf_fast"

@@ -1,35 +1,13 @@
-"""Files that are written whole or not at all, also where two processes write beside each other."""
+"""Files of a run: what is added to them, and whether they can be written."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
-import re
-import socket
-from collections.abc import Iterator
 from pathlib import Path
 
+from ..atomic import temporary_of
 from ..errors import UserError
-
-# Of `replacing`, with host and process; and what the first release left when it was killed.
-TEMPORARY = re.compile(r"(.+\.\S+-\d+|checkpoint-\d{9})\.tmp")
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file of this process beside `path`, which takes its place at the end of the block if nothing fails.
-
-    The folder is made if it is not there. Nothing is left of a block that fails.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def append(path: Path, content: bytes) -> None:
@@ -60,7 +38,7 @@ def require_writable(folder: Path, *, dry: bool = False) -> None:
                 raise PermissionError(errno.EACCES, f"no permission to write in {there}")
             return
         folder.mkdir(parents=True, exist_ok=True)
-        probe = _temporary(folder / "probe")
+        probe = temporary_of(folder / "probe")
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -72,7 +50,3 @@ def cannot_write(folder: Path, error: OSError) -> UserError:
     occupied = isinstance(error, FileExistsError | NotADirectoryError)
     reason = "it, or a folder above it, is a file" if occupied else error.strerror or error
     return UserError(f"{folder} cannot be written ({reason}): choose another --run-dir, or make it writable")
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")

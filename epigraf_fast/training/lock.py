@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from ..atomic import TEMPORARY
 from ..errors import UserError
 from .distributed import World
-from .files import TEMPORARY, cannot_write
+from .files import cannot_write
 from .progress import say
 
 FILE = ".lock"

@@ -17,9 +17,10 @@ import PIL.Image
 import torch
 from torch import Tensor
 
+from ..atomic import replacing
 from ..errors import UserError
 from .board import Board
-from .files import append, replacing
+from .files import append
 from .progress import Sparing
 
 

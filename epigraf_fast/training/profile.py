@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from ..atomic import replacing
 from ..ops import ranges as op_ranges
-from .files import replacing
 from .progress import say
 
 TRACE_SKIPS = 5  # iterations before the trace: compilations, and the first regularization

@@ -8,12 +8,13 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..atomic import replacing
 from ..config import Config, to_dict
 from ..data import ImageDataset
 from ..errors import SaveError
 from .checkpoint import checkpoint_path, keep_best, random_state, save_checkpoint
 from .endurance import require_finite
-from .files import append, replacing, require_writable
+from .files import append, require_writable
 from .log import RunLog
 from .meter import Meter, gauge_of, summary
 from .progress import waiting

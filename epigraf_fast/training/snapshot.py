@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..atomic import replacing
 from ..config import CameraConfig, Config
 from ..data import ImageDataset
 from ..errors import UserError
 from ..models.generator import Generator
 from ..models.renderer import Images
-from .files import replacing
 from .log import RunLog, depth_to_uint8, save_gif, save_png, tile, to_uint8, unused
 from .metrics import FeatureDistance, ScriptFeatures
 from .progress import progress, waiting

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..atomic import replacing
 from ..camera import cam2world_matrix, camera_rays
 from ..config import Config
 from ..models.decoder import Decoder
 from ..ops import Network, tuning, verdicts
 from ..ops.checks import resolve_deterministic
-from .files import replacing
 from .precision import mode_of
 from .progress import say, waiting
 from .step import Trainer

@@ -23,7 +23,7 @@ from epigraf_fast.tools import train
 from epigraf_fast.training import files, lock
 from epigraf_fast.training.checkpoint import find_checkpoint, list_checkpoints
 from epigraf_fast.training.distributed import World
-from epigraf_fast.training.files import append, replacing, require_writable
+from epigraf_fast.training.files import append, require_writable
 from epigraf_fast.training.lock import locked
 from epigraf_fast.training.log import read_stats
 
@@ -257,20 +257,7 @@ def test_a_folder_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyP
         require_writable(tmp_path / "a" / "b", dry=True)
 
 
-# Files that are written whole or not at all
-
-
-def test_replacing(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "file.json"
-    with replacing(path) as temporary:
-        temporary.write_text("first")
-        assert files.TEMPORARY.fullmatch(temporary.name)
-        assert not path.exists()
-    with contextlib.suppress(KeyboardInterrupt), replacing(path) as temporary:
-        temporary.write_text("half")
-        raise KeyboardInterrupt
-    assert path.read_text() == "first"
-    assert [file.name for file in path.parent.iterdir()] == ["file.json"]
+# Lines that are added
 
 
 def test_append_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
