@@ -30,7 +30,8 @@ def main(args: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-        The exit code: 0 done, 1 training diverged, 2 a fault in what was given, 128 + n ended by signal n.
+        The exit code: 0 done, 1 training diverged or the GPU failed, 2 a fault in what was given, 3 another process of
+        the run hangs, 128 + n ended by signal n.
     """
     begin()
     words = list(sys.argv[1:] if args is None else args)
@@ -65,8 +66,8 @@ def usage(group: str = "") -> str:
             "",
             *(f"  {name:{width}}  {about}" for name, about in shown.items()),
             "",
-            "epigraf COMMAND --help explains one. Exit codes: 0 done, 1 training diverged, 2 a fault in what was given",
-            "(one line says which), 128 + n ended by signal n.",
+            "epigraf COMMAND --help explains one. Exit codes: 0 done, 1 training diverged or the GPU failed, 2 a fault",
+            "in what was given (one line says which), 3 another process of the run hangs, 128 + n ended by signal n.",
             "Completion for bash, zsh or fish: epigraf --tyro-print-completion SHELL",
         ]
     )

@@ -7,12 +7,14 @@ and to keep the most warps on a multiprocessor. It compiles all of them.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
+from triton.runtime.errors import OutOfResources
 
 
 class Config(NamedTuple):
@@ -153,19 +155,26 @@ def plan(case: Case) -> Plan:
 
 
 def tune(case: Case, launch: Callable[[Plan], Any], timer: Timer | None = None) -> Plan:
-    """Has `launch` run with every plan, and later launches of the case take the fastest.
+    """Has `launch` run with every plan, and later launches of the case take the fastest that the GPU can hold.
 
     Args:
         timer: Milliseconds of a call, median of several; default: by CUDA events.
     """
     timer = milliseconds if timer is None else timer
-    times = {candidate: timer(lambda candidate=candidate: launch(candidate)) for candidate in plans(case)}
+
+    def timed(candidate: Plan) -> float:
+        try:
+            return timer(lambda: launch(candidate))
+        except OutOfResources:  # of shared memory, which GPUs of one generation have more and less of
+            return math.inf
+
+    times = {candidate: timed(candidate) for candidate in plans(case)}
     _chosen[case] = min(times, key=times.__getitem__)
     return _chosen[case]
 
 
 def milliseconds(call: Callable[[], Any], *, warmup: int = 3, repeats: int = 10) -> float:
-    """Median time of a call on the current CUDA device; the first calls, which compile, are not counted."""
+    """Median time of a call on torch's current GPU; the first calls, which compile, are not counted."""
     for _ in range(warmup):
         call()
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]

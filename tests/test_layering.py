@@ -6,6 +6,7 @@ Imports are read from the source, those inside functions too, so nothing has to 
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -226,6 +227,20 @@ def test_files_are_short_or_say_why() -> None:
 
 def test_the_loop_is_read_in_one_sitting() -> None:
     assert len((PACKAGE / "tools" / "train.py").read_text(encoding="utf-8").splitlines()) <= 200
+
+
+# What asks torch's current GPU on purpose: launchers make a tensor's GPU the current one, commands that of --device.
+OF_THE_CURRENT_GPU = {("native.py", "get_device_capability"), ("tuning.py", "synchronize")}
+
+
+def test_what_is_asked_of_a_gpu_names_it() -> None:
+    """Without a device torch's functions mean its current one, which need not be the one that computes."""
+    asking = re.compile(
+        r"torch\.cuda\.(current_stream|default_stream|synchronize|get_device_\w+|mem_get_info|memory_\w+|max_memory_\w+|"
+        r"reset_peak_memory_stats|Stream)\(\)"
+    )
+    found = {(path.name, match[1]) for path in SOURCES for match in asking.finditer(path.read_text(encoding="utf-8"))}
+    assert found == OF_THE_CURRENT_GPU
 
 
 def test_the_hall_is_small() -> None:

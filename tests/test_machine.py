@@ -218,6 +218,7 @@ def test_a_gpu_that_torch_has_no_code_for_ends_before_the_first_kernel(monkeypat
     with pytest.raises(UserError, match=rf"no code for cuda, Tesla V100 \(sm_70\): install torch=={machine.CUDA12}"):
         networks.find_device(None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     assert networks.find_device("cuda:0") == torch.device("cuda:0")
 
 

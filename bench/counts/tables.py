@@ -116,8 +116,8 @@ def short(result: Result) -> str:
         f"What the compiled kernels do, **{LABEL}**: their PTX for sm_70, sm_80 and sm_90, executed on a CPU at the "
         f"shapes of a micro-batch of {batch} of `ffhq` at 512^2, fp32, default plans, for each point, ray or element "
         f"({source(result)}: {file}). *Least* is what the counts need at assumed rates of a {both}, and *floor* what "
-        f"any implementation needs at the same rates ([docs/kernels.md](docs/kernels.md) has the rates, all counts, "
-        f"and what they cannot say):",
+        f"the operation needs at the same rates if no two points share a texel ([docs/kernels.md](docs/kernels.md) "
+        f"has the rates, all counts, and what they cannot say):",
         table(header, lines),
         f"![Least time of kernels, {LABEL}](bench/results/plots/{Path(result['file']).stem}.png)",
     ]

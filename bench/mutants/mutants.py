@@ -382,14 +382,18 @@ def main(arguments: list[str] | None = None) -> int:
     content: dict[str, Any] = {"seed": options.seed, "most": options.most, "rows": [], "survivors": []}
     if options.json and options.json.exists():
         before = json.loads(options.json.read_text())
-        if (before["seed"], before["most"]) == (options.seed, options.most):
-            content = before  # of what is judged again the new counts take the place of the old
-    judged_rows = 0
+        if (before["seed"], before["most"]) != (options.seed, options.most):
+            told = f"--seed {before['seed']} --most {before['most']}"
+            print(f"bench.mutants: {options.json} is of {told}: give those, or name another --json", file=sys.stderr)
+            return 2
+        content = before  # of what is judged again the new counts take the place of the old
+    judged_rows, unexplained = 0, 0
     for arch in options.arch:
         found = mutant_launches.launches(arch, only=options.kernel, csrc=not options.triton_only)
         for kernel, launches in found.items():
             judged = judge(arch, kernel, launches, options.most, options.seed)
             judged_rows += len(judged["rows"])
+            unexplained += sum(explanation(one) is None for one in unproved(judged))
             for key in ("rows", "survivors"):
                 others = [row for row in content[key] if (row["arch"], row["kernel"]) != (arch, kernel)]
                 content[key] = others + judged[key]
@@ -402,7 +406,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"bench.mutants: --kernel must be part of a kernel's name, got {options.kernel!r}", file=sys.stderr)
         return 2
     print(table(content))
-    return 0
+    if unexplained:
+        print(f"{unexplained} not found, and explained by nobody: see EXPLAINED", file=sys.stderr)
+    return int(unexplained > 0)
 
 
 if __name__ == "__main__":

@@ -42,10 +42,16 @@ def source(result: Result) -> str:
     """Where numbers come from: device, versions, commit, file."""
     environment, versions = result["environment"], result["environment"]["versions"]
     gpu = environment["gpu"]
-    device = f"{gpu['name']}, driver {gpu['driver']}" if gpu else f"CPU ({environment['cpu']['name']})"
+    device = f"{gpu['name']}, driver {gpu['driver']}" if gpu else cpu_of(environment)
     triton = f", Triton {versions['triton']}" if gpu else ""
     link = f"[{result['file']}](bench/results/{result['file']})"
     return f"{device}, torch {versions['torch']}{triton}, commit {environment['commit']}, {result['date']}: {link}"
+
+
+def cpu_of(environment: Result) -> str:
+    """Its name and how many threads computed."""
+    threads = environment["cpu"]["threads"]
+    return f"CPU ({environment['cpu']['name']}, {threads} thread{'s' * (threads > 1)})"
 
 
 def text(found: list[Result]) -> str:

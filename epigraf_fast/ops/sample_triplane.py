@@ -101,7 +101,9 @@ def sample_triplane_cpu(planes: Tensor, points: Tensor, region: PlaneRegion | No
     if region is not None:
         grid = _in_part(grid, region, *texels.shape[2:])
     grid = grid.flatten(0, 1)[:, :, None]  # [3*B, N, 1, 2]
-    features = torch.nn.functional.grid_sample(texels, grid, padding_mode="zeros", align_corners=True)
+    # Not by way of `grid_sample`, which on a GPU goes to cuDNN's sampler: it refuses some sizes, and computes the
+    # coordinates' gradient whether it is wanted or not.
+    features = torch.grid_sampler_2d(texels, grid, 0, 0, True)  # bilinear, zeros outside, align_corners
     return features.squeeze(3).unflatten(0, (batch, 3)).mean(dim=1).transpose(1, 2).to(planes.dtype)
 
 

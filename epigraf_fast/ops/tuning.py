@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -69,11 +70,14 @@ def tune_decode_triplane(
         times: list[float] = []
 
         def timed(call: Callable[[], Any], times: list[float] = times) -> float:
-            times.append(timer(call) if clock() - begun < seconds else math.inf)
+            times.append(math.inf)  # what it stays if there is no time left, or no room on the GPU
+            if clock() - begun < seconds:
+                times[-1] = timer(call)
             return times[-1]
 
         case = kernels.case(way, *problem)
-        chosen = tuning.tune(case, launch, timed)
+        with torch.cuda.device(planes.device) if planes.is_cuda else contextlib.nullcontext():
+            chosen = tuning.tune(case, launch, timed)
         for plan, ms in zip(tuning.plans(case), times, strict=True):
             row = {"kernel": case.kernel, "plan": [list(part) for part in plan]}
             rows.append({**row, "ms": ms if math.isfinite(ms) else None, "chosen": plan == chosen})

@@ -43,9 +43,8 @@ from .command import begun
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 1 training diverged, 2 a fault in the input, 128 + n stopped by signal n.
-
-    A process that waits for others which hang leaves with 3, see `training.watchdog`.
+    """Returns the exit code: 0 done, 1 training diverged or the GPU failed, 2 a fault in the input, 128 + n stopped by
+    signal n. A process that waits for others which hang leaves with 3, see `training.watchdog`.
     """
     begun()
     world = World()

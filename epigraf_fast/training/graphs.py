@@ -100,10 +100,11 @@ class GraphedPhase:
         stream = self.memory.stream
         if stream is None:
             return self.function(*recording.inputs)
-        stream.wait_stream(torch.cuda.current_stream())
+        current = torch.cuda.current_stream(stream.device)  # without a device it is that of torch's current one
+        stream.wait_stream(current)
         with torch.cuda.stream(stream):
             outputs = self.function(*recording.inputs)
-        torch.cuda.current_stream().wait_stream(stream)
+        current.wait_stream(stream)
         return outputs
 
     def _release(self, recording: Recording) -> None:

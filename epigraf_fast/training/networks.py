@@ -19,7 +19,9 @@ from .precision import half_blocks_of, mode_of
 
 
 def find_device(name: str | None) -> torch.device:
-    """The device of that name; default: a GPU if there is one.
+    """The device of that name; default: a GPU if there is one. One with a number becomes torch's current GPU.
+
+    What asks for a stream, an event or a capability and names no device means the current one.
 
     Raises:
         UserError: There is no such device; torch cannot use it; or, where none was named, the machine has a GPU that
@@ -34,7 +36,10 @@ def find_device(name: str | None) -> torch.device:
         if int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
             raise UserError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs, counted from cuda:0")
         _require_code(torch.device(name))
-    return torch.device(name)
+    device = torch.device(name)
+    if device.index is not None:
+        torch.cuda.set_device(device)
+    return device
 
 
 def _default_device() -> str:

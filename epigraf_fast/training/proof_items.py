@@ -27,7 +27,7 @@ from ..errors import UserError
 from ..ops import backends, convolution
 from ..ops.verdicts import FAILED, PASSED, SLOWER, UNSUITED
 from .graphs import GraphedPhase, GraphMemory
-from .networks import set_arithmetic
+from .networks import find_device, set_arithmetic
 from .precision import half_blocks_of, mode_of
 from .step import Samples, Trainer
 
@@ -92,7 +92,7 @@ class Case:
     def __init__(self, request: Request) -> None:
         self.request = request
         self.config = from_dict(request.config)
-        self.device = torch.device(request.device)
+        self.device = find_device(request.device)
         self.sizes = Sizes(*request.sizes)
 
     def draw(self, *shape: int, seed: int, low: float | None = None, dtype: torch.dtype = torch.float32) -> Tensor:

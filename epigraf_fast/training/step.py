@@ -577,6 +577,11 @@ class Trainer:
             ) from None
         for optimizer, name in ((self.g_optimizer, "g_optimizer"), (self.d_optimizer, "d_optimizer")):
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state[name]["state"]})
+            for parameter, moments in optimizer.state.items():
+                # In the parameter's layout, which on a GPU may be another than where they were saved: the fused Adam of
+                # a GPU refuses what differs.
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    moments[moment] = torch.empty_like(parameter).copy_(moments[moment])
         self.cur_nimg, self.iterations = state["cur_nimg"], state["iterations"]
         if self.config.augment.mode != "fixed":
             self.augment_p.copy_(state["augment_p"])

@@ -38,7 +38,10 @@ def test_the_device_that_commands_take_by_default_is_the_cpu(monkeypatch):
     monkeypatch.setattr(networks, "_require_code", lambda device: None)
     assert networks.find_device(None).type == "cuda"
     assert pretrained.find_device(None).type == start.find_device(None).type == "cpu"
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert pretrained.find_device("cuda:1") == torch.device("cuda:1")
+    assert current == [torch.device("cuda:1")]  # what asks for a stream or an event without a device means this one
 
 
 def test_assert_close_names_the_tensor_and_the_worst_element():

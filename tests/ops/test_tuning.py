@@ -21,6 +21,8 @@ from epigraf_fast.training.warmup import BUDGET, FILE, Choice, choose_kernels, w
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed: pip install triton", allow_module_level=True)
 
+from triton.runtime.errors import OutOfResources
+
 from epigraf_fast.kernels import decode_triplane, tuning
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -78,6 +80,25 @@ def test_launches_take_the_fastest_plan(monkeypatch):
     monkeypatch.setattr(decode_triplane, "plan", lambda case: asked.append(plan(case)) or asked[-1])
     assert_close(ops.decode_triplane_rays(*rays, network, backend="triton"), expected, "out")
     assert asked == [tuning.plans(case("fwd", arch))[-1]]
+
+
+def test_a_plan_that_the_gpu_cannot_hold_is_not_taken():
+    """GPUs of one generation have more and less shared memory; what does not fit says so when it is launched."""
+    rays, network = inputs()
+    arch = tuning.architecture(rays[0].device)
+    fastest, fitting = last_is_fastest(launch=False), len(tuning.plans(case("fwd", arch))) - 1
+
+    def timer(call):
+        if fitting == timer.calls:
+            raise OutOfResources(200_000, 101_376, "shared memory")
+        timer.calls += 1
+        return fastest(call)
+
+    timer.calls = 0
+    rows = ops_tuning.tune_decode_triplane(*rays, network, timer=timer)
+    plans = tuning.plans(case("fwd", arch))
+    assert tuning.plan(case("fwd", arch)) == plans[-2]
+    assert [row["ms"] is None for row in rows[: len(plans)]] == [False] * fitting + [True]
 
 
 def test_a_deterministic_run_keeps_to_the_defaults(monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,6 +95,35 @@ def test_every_fault_that_is_not_found_is_explained() -> None:
     tried, idle = (sum(row[key] for row in content["rows"]) for key in ("tried", "idle"))
     assert sum(sum(row["found"].values()) for row in content["rows"]) >= 0.95 * (tried - idle)
     assert {row["arch"] for row in content["rows"]} >= {80, 90}
+
+
+@pytest.mark.parametrize(("why", "code"), [("", 1), (next(iter(mutants.IDLE.values())), 0)])
+def test_the_exit_code_says_whether_all_are_explained(
+    why: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    survivor = {
+        "arch": 80,
+        "kernel": "k",
+        "kind": "store dropped",
+        "source": "x.cu:1",
+        "code": "",
+        "ptx": "",
+        "why": why,
+    }
+    row = {"arch": 80, "kernel": "k", "kind": "store dropped", "of": 1, "tried": 1, "idle": 0, "found": {}}
+    monkeypatch.setattr(mutant_launches, "launches", lambda arch, **options: {"k": []})
+    monkeypatch.setattr(mutants, "judge", lambda *_: {"rows": [row], "survivors": [survivor]})
+    path = tmp_path / "x.json"
+    assert mutants.main(["--arch", "80", "--json", str(path)]) == code
+    assert json.loads(path.read_text())["survivors"] == [survivor]
+
+
+def test_a_file_of_another_draw_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "x.json"
+    path.write_bytes(mutants.RESULTS.read_bytes())
+    assert mutants.main(["--kernel", "composite", "--json", str(path)]) == 2
+    assert "is of --seed 0 --most 3: give those, or name another --json" in capsys.readouterr().err
+    assert path.read_bytes() == mutants.RESULTS.read_bytes()
 
 
 def test_what_differs() -> None:

@@ -135,6 +135,28 @@ def test_continuation_is_exact(
     assert trainer.augment_p == 0.25
 
 
+def test_moments_have_the_layout_of_their_parameters(
+    tmp_path: Path, tiny_config: TinyConfig, tiny_trainer: TinyTrainer
+) -> None:
+    """D is channels last on a GPU alone, whose fused Adam refuses moments of another layout: those of a CPU's run."""
+    config = tiny_config()
+    trainer, batches = tiny_trainer(config)
+    trainer.iteration(*next(batches))
+    path = save_checkpoint(tmp_path, config, trainer.state_dict(), 1)
+    other, _ = tiny_trainer(config)
+    other.discriminator.to(memory_format=torch.channels_last)
+    other.load_state_dict(load_checkpoint(path)[1]["trainer"])
+    laid_out = 0
+    for optimizer, known in ((other.g_optimizer, trainer.g_optimizer), (other.d_optimizer, trainer.d_optimizer)):
+        states = zip(optimizer.state.items(), known.state.values(), strict=True)
+        for (parameter, moments), expected in states:
+            for name in ("exp_avg", "exp_avg_sq"):
+                assert moments[name].stride() == parameter.stride()
+                assert torch.equal(moments[name], expected[name])
+                laid_out += moments[name].stride() != expected[name].stride()
+    assert laid_out > 0
+
+
 def test_settings_in_force_are_the_new_ones(tmp_path: Path, tiny_config: TinyConfig, tiny_trainer: TinyTrainer) -> None:
     """Learning rates and betas come from the settings, not from the checkpoint."""
     config = tiny_config()

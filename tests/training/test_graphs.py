@@ -5,6 +5,7 @@ Recording itself needs a GPU. On a CPU a replay is a plain call on the recorded 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -161,6 +162,27 @@ def test_the_order_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(0.0, 1.0, 0.0) == ["replay"] * 3
     assert run(2.0) == ["release", "plain"]  # of 1.0
     assert run(0.0, 1.0, 1.0) == ["replay", "plain", "record", "replay"]  # 2.0 had no graph to let go
+
+
+def test_a_plain_call_is_in_the_order_of_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which need not be torch's current one."""
+    done, device = [], torch.device("cuda:1")
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name, self.device = name, device
+
+        def wait_stream(self, other: Stream) -> None:
+            done.append((self.name, "waits for", other.name))
+
+    streams = {device: Stream("the current one of cuda:1")}
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: streams[device])
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    phase = GraphedPhase(lambda x: done.append("call"), Recorder())
+    phase.memory.stream = Stream("the side stream")
+    phase(torch.ones(1))
+    before = ("the side stream", "waits for", "the current one of cuda:1")
+    assert done == [before, "call", before[::-1]]
 
 
 # The phases of a step
