@@ -24,7 +24,7 @@ from bench.ops import cases as catalogue
 from bench.ops import parity, published, run
 from bench.ops.cases import SIZES, Work
 from bench.report import brief, report
-from bench.runs import ablations, colours, demo, loading, waiting
+from bench.runs import ablations, colours, demo, distances, loading, waiting
 from bench.step import region, step
 from checks import HANG, assert_error_within_reference
 from epigraf_fast import ops
@@ -672,6 +672,43 @@ def test_crumbs_are_where_every_view_shows_them(place: int, expected: float) -> 
     )
     found = colours.crumbs(stub, torch.zeros(1, 1), torch.zeros(1, 0))
     assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_what_a_distance_means(monkeypatch, tmp_path, capsys):
+    """Two halves that share no image; every change does what it says, and the page has the stored numbers."""
+    seen: list[torch.Tensor] = []
+
+    class Distance:
+        def update_real(self, images):
+            self.real = images
+
+        def reset_fake(self):
+            pass
+
+        def update_fake(self, images):
+            seen.append(images.float())
+
+        def compute(self):
+            return float(len(seen))
+
+    monkeypatch.setattr(distances, "FeatureDistance", Distance)
+    assert distances.main(["--images", "4", "--json", str(tmp_path / "x.json")]) == 0
+    same, *blurs, paler, grey, noise = seen
+    first, second = distances.halves(distances.ImageDataset("builtin"), 4)
+    assert torch.equal(same, second.float())
+    assert not any(torch.equal(a, b) for a, b in itertools.product(first, second))
+    sharp = [x.diff(dim=3).square().mean() for x in (same, *blurs)]
+    assert sharp == sorted(sharp, reverse=True)
+    spread = [float((x.amax(dim=1) - x.amin(dim=1)).mean()) for x in (same, paler, grey)]
+    assert spread[1] == pytest.approx(0.8 * spread[0], rel=0.02)
+    assert spread[2] == 0
+    assert float((noise - same)[same < 230].std()) == pytest.approx(4.0, rel=0.1)
+    assert [row["fd_efficientnet"] for row in json.loads((tmp_path / "x.json").read_text())["cases"]] == [*range(1, 8)]
+    with pytest.raises(SystemExit, match="--images must be 2 to 4000"):
+        distances.main(["--images", "4001"])
+    page = (ROOT / "docs/training.md").read_text()
+    for row in json.loads((ROOT / "bench/results/distances.json").read_text())["cases"]:
+        assert f"{row['fd_efficientnet']:.1f}" in page
 
 
 def test_loading_counts_images_a_second_of_computing(tmp_path, capsys):
