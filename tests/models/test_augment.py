@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from checks import SIGMAS, assert_close, draw, draw_uniform, gradcheck, gradgradcheck
 from epigraf_fast.config import AugmentConfig
+from epigraf_fast.models import augment as pipelines
 from epigraf_fast.models.augment import (
     COLOUR,
     GEOMETRY,
@@ -344,12 +346,20 @@ def test_margins_by_hand() -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_fixed_margins_show_the_same(seed: int) -> None:
+def test_fixed_margins_show_the_same(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     image = draw_uniform(4, 3, 32, 32, seed=seed, dtype=torch.float32) * 2 - 1
-    results = []
+    results, margins, original = [], [], pipelines.resample
+
+    def resample(images: Tensor, linear: Tensor, shift: Tensor, taps: Tensor, given: Any, **options: Any) -> Tensor:
+        margins.append(given)
+        return original(images, linear, shift, taps, given, **options)
+
+    monkeypatch.setattr(pipelines, "resample", resample)
     for exact in (False, True):
         torch.manual_seed(seed)
         results.append(only(*GEOMETRY, exact_margins=exact)(image, torch.ones([])))
+    assert margins[0] is None
+    assert margins[1] is not None
     assert_close(results[0], results[1], "margins", "augment_margins")
 
 
@@ -383,6 +393,29 @@ def test_pipeline_is_differentiable_twice() -> None:
     inputs = {"patches": draw(1, 3, 4, 4) / 4}
     gradcheck(squared, inputs, "augment")
     gradgradcheck(squared, inputs, "augment")
+
+
+def test_a_choice_is_differentiable_twice() -> None:
+    """To what was chosen and to what was not: images that nothing moves have their gradients, once."""
+    where, zero = torch.tensor([True, False])[:, None], torch.zeros([], dtype=torch.float64)
+
+    def squared(first: Tensor, second: Tensor) -> Tensor:
+        return pipelines.choose(where, first, second, zero).square()
+
+    inputs = {"first": draw(2, 3), "second": draw(2, 3, seed=1)}
+    gradcheck(squared, inputs, "choose")
+    gradgradcheck(squared, inputs, "choose")
+
+
+@pytest.mark.parametrize("p", [1.0, 1.5])
+def test_every_p_from_1_on_is_1(p: float) -> None:
+    """ADA's adjustment may go beyond."""
+    image, results = draw_uniform(4, 3, 16, 16, dtype=torch.float32) * 2 - 1, []
+    for value in (1.0, p):
+        torch.manual_seed(0)
+        results.append(only(*ALL)(image, torch.tensor(value)))
+    assert torch.equal(*results)
+    assert results[0].isfinite().all()
 
 
 def test_pipeline_is_affine() -> None:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,12 @@ from torch import Tensor, nn
 from checks import assert_close, draw
 from epigraf_fast.camera import cam2world_matrix, camera_rays
 from epigraf_fast.config import CameraConfig
+from epigraf_fast.data import ImageDataset
 from epigraf_fast.models.renderer import Images
 from epigraf_fast.tools import metrics
 from epigraf_fast.training.checkpoint import list_checkpoints
 from epigraf_fast.training.metrics import ScriptFeatures, kernel_distance
+from epigraf_fast.training.pretrained import load_generator
 
 CAMERA = CameraConfig(fov=30.0, radius=1.0, ray_start=0.75, ray_end=1.25, cube_scale=0.475)
 POSES = torch.tensor([[0.3, 1.2, 0.0]]), torch.tensor([[0.5, 1.2, 0.0]])
@@ -119,6 +122,20 @@ def test_script_features(inception: Path) -> None:
     images = torch.randint(0, 256, (37, 3, 8, 8), dtype=torch.uint8)
     assert features.num_features == 12
     assert_close(features(images), Network()(images, True), "features", torch.float32)
+
+
+def test_views_are_a_turn_apart(tiny_run: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, generator = load_generator(tiny_run, "cpu")
+    turns, original = [], metrics.reprojection_error
+
+    def reprojection_error(first: Any, first_angles: Any, second: Any, second_angles: Any, camera: Any) -> Any:
+        turns.append((second_angles - first_angles)[0].tolist())
+        assert not torch.equal(first.rgb, second.rgb)
+        return original(first, first_angles, second, second_angles, camera)
+
+    monkeypatch.setattr(metrics, "reprojection_error", reprojection_error)
+    metrics.consistency(generator, ImageDataset(str(tiny_data), use_labels=config.loader.labels), config, 2, 0.25)
+    assert turns == [[pytest.approx(0.25, abs=1e-6), 0, 0]] * 2
 
 
 def test_a_folder_of_checkpoints(

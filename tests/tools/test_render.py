@@ -146,6 +146,22 @@ def test_images_steps_and_mixing(tiny_run: Path, tmp_path: Path) -> None:
     assert (mix[16:, 32:] == two).all()
     assert (mix[16:, 16:32] != two).any()
     assert (mix[16:, 16:32] != five).any()
+    _, generator = load_generator(tiny_run, "cpu")
+    scene, pose = render.Scene(generator, 16), render.showing_pose(generator)
+    a, b = scene.ws([2, 5], ())
+    mixed = scene.view(scene.paint(torch.cat([a[:1], b[1:]]), pose), pose)
+    assert (mix[16:, 16:32] == mixed["rgb"][0].permute(1, 2, 0).numpy()).all()
+
+
+def test_an_interpolation_is_linear_in_w(tiny_run: Path) -> None:
+    """A quarter, a half and three quarters of the way from one seed to the next, and back."""
+    _, generator = load_generator(tiny_run, "cpu")
+    scene, pose = render.Scene(generator, 16), render.showing_pose(generator)
+    frames = list(render.interpolation(scene, [2, 5], (), pose.expand(8, 3), render.Progress))
+    two, five = scene.ws([2, 5], ())
+    for frame, place in zip(frames, (0, 0.25, 0.5, 0.75, 1, 0.75, 0.5, 0.25), strict=True):
+        shown = scene.view(scene.paint(two.lerp(five, place), pose), pose)["rgb"][0]
+        assert np.abs(frame["rgb"].astype(int) - shown.permute(1, 2, 0).numpy()).max() <= 1, place
 
 
 @pytest.mark.parametrize(

@@ -192,6 +192,29 @@ def test_another_number_of_classes(
         trainer.load_state_dict(load_checkpoint(path)[1]["trainer"])
 
 
+def test_what_is_saved_is_taken_up(tmp_path: Path, tiny_config: TinyConfig, tiny_trainer: TinyTrainer) -> None:
+    """A value that were missing would be taken from the new run in silence."""
+    config = tiny_config(
+        generator={"backbone": "image"},
+        optim={"path_length_weight": 2.0, "path_length_interval": 1},
+        augment={"mode": "ada", "interval": 1},
+    )
+    trainer, batches = tiny_trainer(config)
+    trainer.iteration(*next(batches))
+    trainer.real_signs.copy_(torch.tensor([3.0, 8.0]))
+    path = save_checkpoint(tmp_path, config, trainer.state_dict(), 1)
+    names = {"generator", "discriminator", "average", "g_optimizer", "d_optimizer", "cur_nimg", "iterations", "sums"}
+    names |= {"augment_p", "real_signs", "path_length", "loss_scale", "counts", "label_values", "backends"}
+    stored = load_checkpoint(path)[1]["trainer"]
+    assert stored.keys() == names
+    other, _ = tiny_trainer(config)
+    other.load_state_dict(stored)
+    assert trainer.path_length > 0
+    for name in ("path_length", "real_signs", "augment_p"):
+        assert torch.equal(getattr(other, name), getattr(trainer, name)), name
+    assert other.statistics() == trainer.statistics()
+
+
 # Files
 
 

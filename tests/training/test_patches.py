@@ -236,6 +236,21 @@ def test_important_places_are_seen_more_often() -> None:
     assert torch.equal(offset, torch.zeros(8, 2))  # of whole images there is one
 
 
+def test_places_are_seen_in_proportion_to_their_importance() -> None:
+    """Of two candidates, a quarter of the pairs are both left, a quarter both right, and of the rest, where the map is
+    three times as important to the right, 3/4 go there: 1/4 + 1/2 * 3/4. (The better one of two would be 3/4.)"""
+    importance = torch.ones(R, R)
+    importance[:, R // 2 :] = 3
+    torch.manual_seed(0)
+    scale, offset = sample(settings("uniform", importance=2), 10_000_000, 40_000, importance=importance)
+    left = offset[:, 0] + scale <= 0.5
+    right = offset[:, 0] >= 0.5
+    whole = (scale < 0.25) & (left | right)
+    count, share = int(whole.sum()), right[whole].double().mean().item()
+    assert count > 1000
+    assert abs(share - 0.625) < SIGMAS * math.sqrt(0.625 * 0.375 / count) + 0.02  # the middle is left out
+
+
 def test_even_importance_changes_nothing() -> None:
     torch.manual_seed(0)
     scale, offset = sample(settings("uniform", importance=8), 10_000_000, 8000, importance=torch.ones(R, R))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from checks import TOLERANCES, assert_close, draw
 from compiled import on_each_device
-from epigraf_fast.camera import Patch
+from epigraf_fast.camera import Patch, extract_patches
 from epigraf_fast.config import Config
 from epigraf_fast.data import ImageDataset
 from epigraf_fast.errors import UserError
@@ -492,6 +492,74 @@ def test_path_length_phase(tiny_config: TinyConfig, tiny_trainer: TinyTrainer, m
     assert [name for name, _ in record.steps[3:]] == ["g", "d"]
     (g,) = trainer.g_optimizer.param_groups
     assert_close([g["lr"], g["betas"][1]], [0.0025 * 2 / 3, 0.99 ** (2 / 3)], "lazy", "hand")
+
+
+def test_path_length_reaches_the_generator(
+    tiny_config: TinyConfig, tiny_trainer: TinyTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gradient to the lengths l is that of 2 * 2 * mean((l - m)^2), m = 0.99 m' + 0.01 mean(l), through m too; from
+    there it reaches mapping and synthesis. Styles are mixed."""
+    config = tiny_config(
+        generator={"backbone": "image", "style_mixing": 0.9},
+        optim={"path_length_weight": 2.0, "path_length_interval": 2, "r1_gamma": 0.0},
+    )
+    trainer, batches = tiny_trainer(config)
+    trainer.path_length.fill_(0.3)
+    original, backward, seen, found, grads, taken = step.path_lengths, trainer._backward, [], [], [], []
+
+    def path_lengths(images: Tensor, ws: Tensor) -> Tensor:
+        seen.append(ws)
+        found.append(original(images, ws))
+        return found[-1]
+
+    def at(loss: Tensor) -> None:
+        if found and not grads:
+            grads.extend(torch.autograd.grad(loss, found[0], retain_graph=True))
+        backward(loss)
+
+    def g_step() -> None:
+        named = trainer.generator.named_parameters()
+        taken.append({name: p.grad.clone() for name, p in named if p.grad is not None})
+
+    monkeypatch.setattr(step, "path_lengths", path_lengths)
+    monkeypatch.setattr(trainer, "_backward", at)
+    monkeypatch.setattr(trainer.g_optimizer, "step", g_step)
+    trainer.iteration(*next(batches))
+    lengths = found[0].detach()
+    off = lengths - (0.99 * 0.3 + 0.01 * lengths.mean())
+    assert_close(grads[0], 4 * (2 / len(lengths)) * (off - 0.01 * off.mean()), "gradient to the lengths", torch.float32)
+    assert (seen[0] != seen[0][:, :1]).any()
+    for name in ("mapping.fc0.weight", "synthesis.b8.conv0.weight"):
+        assert taken[1][name].abs().sum() > 0, name
+
+
+def test_importance_reaches_every_draw_of_patches(
+    tiny_config: TinyConfig, tiny_trainer: TinyTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of fakes for G and for D, of reals for D and for R1."""
+    trainer, batches = tiny_trainer(tiny_config(patch={"importance": 4}))
+    found, original = [], step.sample_patches
+
+    def sample_patches(*args: Any, **options: Any) -> Patch:
+        found.append(options["importance"])
+        return original(*args, **options)
+
+    monkeypatch.setattr(step, "sample_patches", sample_patches)
+    trainer.iteration(*next(batches))
+    assert len(found) == 4
+    assert trainer.importance.std() > 0
+    assert all(torch.equal(importance, trainer.importance) for importance in found)
+
+
+def test_the_context_of_a_patch_is_its_whole_image(tiny_config: TinyConfig, tiny_trainer: TinyTrainer) -> None:
+    trainer, batches = tiny_trainer(tiny_config(discriminator={"global_context": "concat"}))
+    images, labels, angles = next(batches)
+    reals = step.Samples(images.float() / 127.5 - 1, labels, angles, angles)
+    patches, patch = trainer._cut(reals)
+    size = trainer.config.patch.resolution
+    assert torch.equal(patches[:, :3], extract_patches(reals.content, patch, size))
+    assert torch.equal(patches[:, 3:], extract_patches(reals.content, Patch.whole(patch.scale), size))
+    assert not torch.equal(patches[:, :3], patches[:, 3:])
 
 
 # R1
