@@ -57,6 +57,17 @@ def test_published_sizes() -> None:
     assert count("plane") == (28_983_507 + 3 * sum(c + 1 for c in channels), 16)
 
 
+def test_a_zoom_zooms_the_background_too(tiny_generator) -> None:
+    generator = tiny_generator(renderer={"background": "sphere"}).eval()
+    ws = generator.ws(draw(2, 6))
+    planes = generator.synthesis(ws, "const")
+    usual, same, nearer = (
+        generator.render(planes, ANGLES, 4, ws=ws, layer="background", fov=fov).rgb for fov in (None, CAMERA.fov, 15.0)
+    )
+    assert torch.equal(usual, same)
+    assert not torch.allclose(usual, nearer)
+
+
 # The inverted sphere
 
 
