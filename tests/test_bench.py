@@ -761,6 +761,14 @@ def test_ablations_go_on_and_write_their_table(monkeypatch, tmp_path, capsys):
     assert "is of `python -m bench.runs.ablations`: name another --json" in capsys.readouterr().out
 
 
+def test_a_shared_machine_gives_no_speed(tmp_path):
+    (tmp_path / "metrics.json").write_text('[{"cur_nimg": 8, "fd_efficientnet": 7.0}]')
+    (tmp_path / "stats.jsonl").write_text('{"cur_nimg": 8, "img_per_sec": 3.0}\n')
+    cases = [ablations.measured("standard", seed, tmp_path, 1.5, shared=seed > 0) for seed in (0, 1)]
+    assert "| patches of 16 alone | 2 | 7.0 (7.0 to 7.0) | 3.0 | 1.50 |" in "\n".join(ablations.table(cases))
+    assert "| patches of 16 alone | 1 | 7.0 | - | 1.50 |" in "\n".join(ablations.table(cases[1:]))
+
+
 def test_every_ablation_is_one_that_trains():
     for name in ablations.VARIANTS:
         check(train.parse(ablations.command(name, 3, Path("x"), ["--kimg", "1"])[2:]).config)

@@ -57,8 +57,8 @@ def train(line: Sequence[str]) -> tuple[int, float]:
     return os.waitstatus_to_exitcode(status), usage.ru_maxrss / 2**20
 
 
-def measured(name: str, seed: int, run_dir: Path, memory_gib: float) -> Result:
-    """What a finished run's files say."""
+def measured(name: str, seed: int, run_dir: Path, memory_gib: float, shared: bool = False) -> Result:
+    """What a finished run's files say; no speed if the machine did something else beside it."""
     entries = json.loads((run_dir / "metrics.json").read_text())
     stats = read_stats(run_dir / "stats.jsonl")
     return {
@@ -66,7 +66,7 @@ def measured(name: str, seed: int, run_dir: Path, memory_gib: float) -> Result:
         "seed": seed,
         "images": entries[-1]["cur_nimg"],
         "fd_efficientnet": entries[-1]["fd_efficientnet"],
-        "img_per_sec": statistics.median(line["img_per_sec"] for line in stats),
+        "img_per_sec": None if shared else statistics.median(line["img_per_sec"] for line in stats),
         "memory_gib": max([memory_gib, *(line["gpu/memory_gib"] for line in stats if "gpu/memory_gib" in line)]),
     }
 
@@ -82,9 +82,11 @@ def table(cases: Sequence[Result]) -> list[str]:
             continue
         distances = [case["fd_efficientnet"] for case in mine]
         spread = f" ({min(distances):.1f} to {max(distances):.1f})" if len(mine) > 1 else ""
-        speed, memory = (statistics.median(case[key] for case in mine) for key in ("img_per_sec", "memory_gib"))
+        memory = statistics.median(case["memory_gib"] for case in mine)
+        speeds = [case["img_per_sec"] for case in mine if case["img_per_sec"]]
+        speed = f"{statistics.median(speeds):.1f}" if speeds else "-"
         distance = f"{statistics.median(distances):.1f}{spread}"
-        lines.append(f"| {name} | {what} | {len(mine)} | {distance} | {speed:.1f} | {memory:.2f} |")
+        lines.append(f"| {name} | {what} | {len(mine)} | {distance} | {speed} | {memory:.2f} |")
     return lines
 
 
@@ -116,6 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--variants", nargs="+", choices=VARIANTS, default=[*VARIANTS], metavar="NAME", help="default: all"
     )
+    parser.add_argument("--shared", action="store_true", help="other work runs beside it: no speed is kept")
     parser.add_argument("--runs", type=Path, default=results.ROOT / "runs" / "ablations", help="folder of the runs")
     parser.add_argument("--json", type=Path, default=RESULT)
     parser.add_argument("--page", type=Path, default=PAGE)
@@ -137,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if code:
                 print(f"bench.runs.ablations: {name}, seed {seed}, ended with {code}; the same command goes on there")
                 return code if code > 0 else 128 - code
-            cases.append(measured(name, seed, run_dir, memory))
+            cases.append(measured(name, seed, run_dir, memory, args.shared))
             content = results.result("ablations", {"command": said}, cases)
             results.write(args.json, content)
             write_page(args.page, content)
