@@ -34,7 +34,7 @@ FAMILIES = {"renderer": OPS[:5], "convolutions": OPS[5:]}
 
 # What exists beside the reference, which has every op.
 IMPLEMENTED = {
-    "torch": FAMILIES["renderer"],  # through grid_sample; what samples no planes is the reference, which is torch too
+    "torch": FAMILIES["renderer"],  # its grid sampler; what samples no planes is the reference, which is torch too
     "triton": ("sample_triplane", "decode_triplane", "sample_importance", "composite", "cut"),
     "cuda": ("bias_act", "upfirdn2d", "modulated_conv2d"),
     "cpu": ("sample_triplane", "decode_triplane", "cut", "bias_act", "upfirdn2d", "modulated_conv2d"),

@@ -331,6 +331,15 @@ def test_triton_deterministic_gradient_shows_what_is_not_finite(value):
 
 
 @needs_triton
+def test_the_torch_tier_calls_the_sampler_that_no_library_takes_over(monkeypatch):
+    """On a GPU `grid_sample` would go to cuDNN."""
+    planes, points = draw(2, 12, 5, 6, dtype=torch.float32), draw(2, 7, 3, dtype=torch.float32)
+    expected = ops.sample_triplane(planes, points, backend="torch")
+    for owner, name in ((torch.nn.functional, "grid_sample"), (torch, "grid_sampler")):
+        monkeypatch.setattr(owner, name, lambda *args, **options: pytest.fail("cuDNN's"))
+    assert torch.equal(ops.sample_triplane(planes, points, backend="torch"), expected)
+
+
 def test_triton_follows_torch_in_being_deterministic(monkeypatch):
     from epigraf_fast.kernels import sample_triplane as kernels
 
