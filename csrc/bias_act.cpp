@@ -34,6 +34,7 @@ struct Row {
   i64 n;
   const S *x, *grad_y, *grad_grad_x, *bias, *grad_grad_bias;  // the last two: n elements, or one for all
   S *y, *grad_grad_y, *grad_x;
+  S* sums;  // n, to which grad_x is added, or one, which is set to its sum
 };
 
 // The only part that is compiled for every activation. With VARYING the k-th element has bias[k], else all have *bias.
@@ -49,6 +50,15 @@ void compute_row(const BiasActArgs& args, const Row<S>& row) {
     S* __restrict y = row.y;
 #pragma omp simd
     for (i64 i = 0; i < n; i++) y[i] = f.value(x[i] + at(b, i));
+  } else if (ORDER == kBwd && VARYING && row.sums) {  // in one pass
+    S* __restrict sums = row.sums;
+#pragma omp simd
+    for (i64 i = 0; i < n; i++) {
+      const S v = f.backward(x[i] + b[i], g[i]);
+      grad_x[i] = v;
+      sums[i] += v;
+    }
+    return;
   } else if constexpr (ORDER == kBwd) {
 #pragma omp simd
     for (i64 i = 0; i < n; i++) grad_x[i] = f.backward(x[i] + at(b, i), g[i]);
@@ -63,6 +73,9 @@ void compute_row(const BiasActArgs& args, const Row<S>& row) {
       for (i64 i = 0; i < n; i++) grad_x[i] = f.second(x[i] + at(b, i), g[i], h[i] + at(hb, i));
     }
   }
+  if (ORDER == kFwd || !row.sums) return;
+  if (!VARYING) *row.sums = sum_row(grad_x, n);
+  for (i64 i = 0; VARYING && i < n; i++) row.sums[i] += grad_x[i];
 }
 
 template <typename S, Order ORDER>
@@ -88,9 +101,8 @@ struct Loop {
       if (args.grad_grad_y) row.grad_grad_y = row_place(args.dtype, args.grad_grad_y, first, buffers[3]);
     }
     if (ORDER != kFwd && (args.grad_x || sums)) row.grad_x = row_place(args.dtype, args.grad_x, first, buffers[4]);
+    row.sums = sums;
     (VARYING ? varying : fixed)(args, row);
-    if (sums && !VARYING) *sums = sum_row(row.grad_x, n);
-    for (i64 i = 0; VARYING && sums && i < n; i++) sums[i] += row.grad_x[i];
     if (ORDER == kFwd) write_row(args.dtype, args.y, first, n, row.y);
     if (ORDER == kDoubleBwd) write_row(args.dtype, args.grad_grad_y, first, n, row.grad_grad_y);
     if (ORDER != kFwd) write_row(args.dtype, args.grad_x, first, n, row.grad_x);

@@ -161,8 +161,9 @@ EPIGRAF_HD S clamped(S y, S clamp) {
 // infinite clamp stands for none, and stops nothing.
 template <typename S>
 EPIGRAF_HD bool is_clipped(S y, S clamp) {
-  const bool bounded = clamp - clamp == S(0);
-  return bounded & !((y <= clamp) & (y >= -clamp));
+  // One condition of y, and no `&` with one that all elements share: vectors then select by one mask, not by a dozen.
+  const S probe = clamp - clamp == S(0) ? y : S(0);
+  return !((probe <= clamp) & (probe >= -clamp));
 }
 EPIGRAF_HD i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }  // of a >= 0
 

@@ -1,0 +1,71 @@
+"""The element-wise loops of csrc/, compiled for processors with AVX-512 that need not be there: what they do."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import setuptools
+
+from bench.resources.of_csrc import CSRC
+
+LOOPS = {
+    f"{act} {call}": ("bias_act", f"BiasAct<{act}, float>{{gain, clamp}}", call)
+    for act in ("kLinear", "kRelu", "kLrelu")
+    for call in ("value(u)", "backward(u, g)")
+} | {
+    f"LeakyClamp {call}": ("layer_epilogue", "LeakyClamp<float>{slope, gain, clamp}", call)
+    for call in ("value(u)", "derivative(u, g)")
+}
+PROGRAM = """
+#include "%s.h"
+using namespace epigraf;
+using namespace epigraf::EPIGRAF_ISA;
+extern "C" void loop(const float* __restrict x, const float* __restrict grad_y, float* __restrict out, i64 n,
+                     float bias, float slope, float gain, float clamp) {
+  const auto f = %s;
+#pragma omp simd
+  for (i64 i = 0; i < n; i++) {
+    const float u = x[i] + bias, g = grad_y[i];
+    out[i] = f.%s;
+  }
+}
+"""
+
+
+def is_gcc(compiler: list[str]) -> bool:
+    if shutil.which(compiler[0]) is None or platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    macros = subprocess.run(
+        [*compiler, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True, check=True
+    )
+    return "__GNUC__" in macros.stdout and "__clang__" not in macros.stdout
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_selects_cost_one_mask(loop: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A condition that the compiler splits into paths becomes a dozen instructions on masks; bias_act's backward pass
+    took twice as long by that."""
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    if not is_gcc(compiler):
+        pytest.skip("asks for gcc on x86-64, whose code is read")
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    setup = runpy.run_path(str(CSRC.parent / "setup.py"))
+    source, assembly = tmp_path / "loop.cpp", tmp_path / "loop.s"
+    source.write_text(PROGRAM % LOOPS[loop])
+    flags = [*setup["CXX_FLAGS"], *setup["X86_LEVELS"]["v4"], "-fopenmp-simd", "-DEPIGRAF_ISA=v4", f"-I{CSRC}"]
+    subprocess.run([*compiler, *flags, "-S", str(source), "-o", str(assembly)], check=True)
+    blocks = re.split(r"^\.L\w+:", assembly.read_text(), flags=re.MULTILINE)
+    block = max(blocks, key=lambda text: text.count("%zmm"))
+    block = block[: block.index("\tj")]  # to the jump back
+    assert re.search(r"vmov\w+\s+%zmm\d+, \(%", block), block  # 16 elements at once
+    unwanted = re.findall(r"^\t(k\w+|v?\w*gather\w*|v?\w*scatter\w*|call)\b", block, re.MULTILINE)
+    assert len(unwanted) <= 1, block
+    assert len(block.splitlines()) <= 26, block
