@@ -13,8 +13,9 @@ import torch
 
 from epigraf_fast.config import Config, GeneratorConfig
 from epigraf_fast.models import region as model_regions
+from epigraf_fast.models.region import boxes_of
 from epigraf_fast.training import regions
-from epigraf_fast.training.regions import announcement, arrange, expected_share, is_on
+from epigraf_fast.training.regions import announcement, arrange, expected_share, is_on, sizes_of
 from epigraf_fast.training.step import Trainer
 
 TinyConfig = Callable[..., Config]
@@ -130,6 +131,13 @@ def test_groups_stay_together_and_micro_batches_are_sorted(groups: str) -> None:
     assert arrange(None, 24, 3, 12, "consecutive").tolist() == list(range(24))
 
 
+def test_one_size_is_one_of_few() -> None:
+    """Each is a CUDA graph: eighths of the planes, where sizes of micro-batches of their own are finer."""
+    boxes = torch.tensor([[0, 0, 9, 20], [4, 4, 25, 12]])
+    assert sizes_of(boxes, 64, 1, one_size=True) == [(24, 24)] * 2
+    assert sizes_of(boxes, 64, 1, one_size=False) == [(12, 20), (24, 8)]
+
+
 def test_patches_are_shared_by_groups(tiny_config: TinyConfig, tiny_trainer: TinyTrainer) -> None:
     """As D's minibatch statistics want them, sample i of a micro-batch in group i mod 2."""
     config = config_of(tiny_config, "auto", batch=16, micro_batch=8, discriminator={"minibatch_std_group": 4})
@@ -171,13 +179,40 @@ def test_when_it_is_on(change: Any, expected: bool, tiny_config: TinyConfig) -> 
     assert is_on(tiny_config(**overrides)) == expected
 
 
-def test_expected_share_is_what_is_measured(tiny_config: TinyConfig, tiny_trainer: TinyTrainer) -> None:
-    config = config_of(tiny_config, "auto", batch=16)
+SMALL_GROUPS = {"batch": 32, "micro_batch": 8, "discriminator": {"minibatch_std_group": 2}}
+SINGLE = {"batch": 32, "micro_batch": 4, "discriminator": {"minibatch_std_group": 1}}
+NARROW = {"camera": {**SETTINGS["camera"], "fov": 3.0}}
+
+
+def test_micro_batches_hold_patches_of_like_sizes(tiny_config: TinyConfig, tiny_trainer: TinyTrainer) -> None:
+    config = config_of(tiny_config, "auto", **SMALL_GROUPS)
+    trainer, _ = tiny_trainer(config)
+    for _ in range(4):
+        fakes = trainer._with_patches(trainer._draw_fakes(32))
+        boxes = boxes_of(config.camera, 32, fakes.angles, fakes.patch)
+        extents = (boxes[:, 2:] - boxes[:, :2]).view(4, 2, 4, 2).amax(dim=1).prod(dim=2)  # of 4 groups a micro-batch
+        assert (extents.flatten().diff() <= 0).all()
+        assert extents[0, 0] > extents[-1, -1]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"batch": 16},
+        {**SINGLE, **NARROW},
+        {"batch": 4, "cuda_graphs": True, **NARROW},
+    ],
+    ids=["groups", "sorted", "graphs"],
+)
+def test_expected_share_is_what_is_measured(
+    settings: dict[str, Any], tiny_config: TinyConfig, tiny_trainer: TinyTrainer
+) -> None:
+    config = config_of(tiny_config, "auto", **settings)
     trainer, _ = tiny_trainer(config)
     state = torch.get_rng_state()
     expected = expected_share(config, trainer.angles, 0, trainer.share, trainer.micro)
     assert torch.equal(torch.get_rng_state(), state)
-    shares = [x.share for _ in range(64) for x in trainer._with_patches(trainer._draw_fakes(16)).plans]
+    shares = [x.share for _ in range(64) for x in trainer._with_patches(trainer._draw_fakes(config.batch)).plans]
     assert abs(expected - sum(shares) / len(shares)) < 0.03
     assert 0.1 < expected < 0.95
 
@@ -188,4 +223,6 @@ def test_the_start_of_a_run_says_what_to_expect(tiny_config: TinyConfig, tiny_tr
     line = announcement(config, trainer.angles, 0, trainer.share, trainer.micro)
     now, end = map(float, re.findall(r"[01]\.\d\d", line))
     assert end < now <= 1
+    resumed = announcement(config, trainer.angles, 1_000_000, trainer.share, trainer.micro)
+    assert re.findall(r"[01]\.\d\d", resumed) == [f"{end:.2f}"] * 2
     assert announcement(tiny_config(), trainer.angles, 0, trainer.share, trainer.micro) is None
