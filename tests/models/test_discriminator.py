@@ -479,6 +479,8 @@ def test_scale_specific_discriminators_see_their_own_groups(scales):
     logits.sum().backward()
     for k, judge in enumerate(judges.discriminators):
         assert all((p.grad is not None) == bool((which == k).any()) for p in judge.parameters()), k
+    off = patch._replace(scale=(patch.scale + 0.1 * torch.tensor([1.0, -1.0, 0.5, -0.5] * 2)).clamp(0.2, 1))
+    assert torch.equal(judges(inputs[0], off, *inputs[3:]), logits)  # which are those of the nearest scale
 
 
 @pytest.mark.gpu

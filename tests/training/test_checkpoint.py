@@ -539,7 +539,7 @@ def test_harmless_differences(tiny_config: TinyConfig) -> None:
         run_dir="runs/elsewhere",
         optim={"g_lr": 0.001},
         generator={"pose_swap_kimg": 3.0, "pose_dropout": 0.5, "pose_swap_probability": 0.3, "style_mixing": 0.4},
-        renderer={"background_samples": 3, "background_start": 9.0},
+        renderer={"background_samples": 3, "background_start": 0.9},
         discriminator={"camera_dropout": 0.1, "half_blocks": 1},
         patch={"anneal_kimg": 7.0},
         loader={"workers": 3},

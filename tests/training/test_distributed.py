@@ -52,6 +52,9 @@ def step_of_two(config: Config, tmp_path: Path) -> list[dict[str, Any]]:
             "augment_p": trainer.augment_p,
             "weights": {name: p.detach() for name, p in trainer.average.state_dict().items()},
         }
+        trainer.share_statistics()
+        state = trainer.state_dict()
+        result["saved"] = {name: total.item() / state["counts"][name] for name, total in state["sums"].items()}
         torch.save(result, tmp_path / f"rank{world.rank}.pt")
         world.close()
 
@@ -125,7 +128,7 @@ def test_gradients_are_those_of_one_process(settings: dict[str, Any], tiny_confi
     for a, b in zip(first["grads"], second["grads"], strict=True):
         assert all(torch.equal(a[name], b[name]) for name in a)
     assert all(torch.equal(first["weights"][name], value) for name, value in second["weights"].items())
-    assert first["statistics"] == second["statistics"]
+    assert first["statistics"] == second["statistics"] == first["saved"] == second["saved"]
     assert torch.equal(first["augment_p"], second["augment_p"])
     assert not torch.equal(first["start"], second["start"])
 

@@ -153,6 +153,9 @@ def test_a_step_that_overflows_is_left_out_and_counted(
     other, _ = tiny_trainer(trainer.config)
     other.load_state_dict(trainer.state_dict())
     assert (other.loss_scale.skipped, other.loss_scale.value) == (1, 512)
+    other, _ = tiny_trainer(tiny_config(precision="fp16", optim={"loss_scale": 64.0}))
+    other.load_state_dict(trainer.state_dict())
+    assert (other.loss_scale.skipped, other.loss_scale.value) == (1, 64)  # no more than the settings in force say
     trainer.reset_statistics()
     trainer.sums[SKIPPED] = torch.tensor(float(SKIPPED_STEPS))
     trainer.counts[SKIPPED] = SKIPPED_STEPS
