@@ -179,8 +179,8 @@ def test_every_phase_draws_its_own(tiny_config: TinyConfig, tiny_trainer: TinyTr
 def test_schedules_reach_the_networks(
     tiny_config: TinyConfig, tiny_trainer: TinyTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Halfway through all of them, at the images seen at the iteration's start."""
-    config = tiny_config()
+    """Halfway through all of them, at the images seen at the iteration's start; what is constant reaches them, too."""
+    config = tiny_config(generator={"style_mixing": 0.7})
     trainer, batches = tiny_trainer(config)
     trainer.cur_nimg, trainer.iterations = 50, 1
     seen: dict[str, list] = {"blur": [], "patch": [], "swap": []}
@@ -199,6 +199,7 @@ def test_schedules_reach_the_networks(
     assert seen["patch"] == [(16, 2.0)] * 3  # 1 / beta, which goes from 0.2 to 0.8
     assert seen["swap"] == [0.75]
     assert [kwargs["density_noise_std"] for _, kwargs in generated] == [0.25] * 2
+    assert [kwargs["style_mixing"] for _, kwargs in generated] == [0.7] * 2
     assert (trainer.cur_nimg, trainer.iterations) == (58, 2)
 
 
