@@ -38,6 +38,11 @@ def pick_device(config: Config, world: World) -> torch.device:
     Raises:
         UserError: There is none, or it cannot do what was asked for.
     """
+    if world.size > 1 and ":" in (config.device or ""):
+        raise UserError(
+            f"--device is {config.device}, but of {world.size} processes each takes the GPU of its LOCAL_RANK: "
+            "give --device cuda, and CUDA_VISIBLE_DEVICES to choose among them"
+        )
     device = find_device(config.device)
     if device.type == "cpu" and config.cuda_graphs:
         raise UserError("cuda_graphs needs a GPU, a CPU has nothing to record: leave --cuda-graphs out")

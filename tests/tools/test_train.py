@@ -398,6 +398,8 @@ def test_more_processes_than_gpus(tiny_config: TinyConfig, monkeypatch: pytest.M
     monkeypatch.setattr("epigraf_fast.training.networks._require_code", lambda device: None)
     with pytest.raises(UserError, match=r"LOCAL_RANK is 2, but torch sees 2 GPUs .*--nproc_per_node 2"):
         train.pick_device(tiny_config(device="cuda"), World(2, 3, 2))
+    with pytest.raises(UserError, match="of 3 processes each takes the GPU of its LOCAL_RANK: give --device cuda,"):
+        train.pick_device(tiny_config(device="cuda:1"), World(1, 3, 1))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
