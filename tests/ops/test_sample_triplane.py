@@ -330,7 +330,6 @@ def test_triton_deterministic_gradient_shows_what_is_not_finite(value):
     assert torch.autograd.grad(features, planes, grad_y)[0].isnan().all()
 
 
-@needs_triton
 def test_the_torch_tier_calls_the_sampler_that_no_library_takes_over(monkeypatch):
     """On a GPU `grid_sample` would go to cuDNN."""
     planes, points = draw(2, 12, 5, 6, dtype=torch.float32), draw(2, 7, 3, dtype=torch.float32)
@@ -340,6 +339,7 @@ def test_the_torch_tier_calls_the_sampler_that_no_library_takes_over(monkeypatch
     assert torch.equal(ops.sample_triplane(planes, points, backend="torch"), expected)
 
 
+@needs_triton
 def test_triton_follows_torch_in_being_deterministic(monkeypatch):
     from epigraf_fast.kernels import sample_triplane as kernels
 
