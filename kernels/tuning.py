@@ -8,7 +8,6 @@ and to keep the most warps on a multiprocessor. It compiles all of them.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -154,13 +153,12 @@ def plan(case: Case) -> Plan:
     return _chosen.get(case) or plans(case)[0]
 
 
-def tune(case: Case, launch: Callable[[Plan], Any], timer: Timer | None = None) -> Plan:
+def tune(case: Case, launch: Callable[[Plan], Any], timer: Timer) -> Plan:
     """Has `launch` run with every plan, and later launches of the case take the fastest that the GPU can hold.
 
     Args:
-        timer: Milliseconds of a call, median of several; default: by CUDA events.
+        timer: Milliseconds of a call, median of several.
     """
-    timer = milliseconds if timer is None else timer
 
     def timed(candidate: Plan) -> float:
         try:
@@ -171,19 +169,6 @@ def tune(case: Case, launch: Callable[[Plan], Any], timer: Timer | None = None) 
     times = {candidate: timed(candidate) for candidate in plans(case)}
     _chosen[case] = min(times, key=times.__getitem__)
     return _chosen[case]
-
-
-def milliseconds(call: Callable[[], Any], *, warmup: int = 3, repeats: int = 10) -> float:
-    """Median time of a call on torch's current GPU; the first calls, which compile, are not counted."""
-    for _ in range(warmup):
-        call()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    for start, end in events:
-        start.record()
-        call()
-        end.record()
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in events)
 
 
 def export_choices() -> list[dict[str, Any]]:

@@ -117,11 +117,9 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print(without_gpu(counts.RESULTS))
         return 0
-    from epigraf_fast.kernels import tuning as kernels
-
     config = dataclasses.replace(preset(args.preset), data="builtin")
     device = torch.device("cuda")
-    rows = tune(config, args.batch or config.micro, device, kernels.milliseconds)
+    rows = tune(config, args.batch or config.micro, device, tuning.milliseconds)
     print(format_rows(rows))
     if args.json:
         choices = {"device": torch.cuda.get_device_name(device), "choices": tuning.export_choices(), "times": rows}

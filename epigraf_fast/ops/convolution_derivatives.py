@@ -7,52 +7,47 @@ what no gradient is asked for is not computed: a Function of Python's would not 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 
-from . import library
-
-
-class _Plan(NamedTuple):
-    stride: int
-    padding: int
-    transposed: bool
-
-    def arguments(self) -> tuple[Any, ...]:
-        """Stride, padding, dilation, transposed, output padding and groups, as torch's dispatched convolutions have."""
-        return [self.stride] * 2, [self.padding] * 2, [1, 1], self.transposed, [0, 0], 1
+from . import convolution_layout, library
+from .convolution_layout import Plan
 
 
 def conv2d(x: Tensor, weight: Tensor, stride: int = 1, padding: int = 0) -> Tensor:
     """torch's conv2d: x [B, C_in, H, W], weight [C_out, C_in, k, k]. Derivatives of any order."""
-    if _is_recorded(x, weight):
-        return _Convolution.apply(x, weight, _Plan(stride, padding, False))
+    if _is_eager(x, weight):
+        return _eager(x, weight, Plan(stride, padding, False))
     return F.conv2d(x, weight, stride=stride, padding=padding)
 
 
 def conv_transpose2d(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
     """torch's conv_transpose2d: x [B, C_in, H, W], weight [C_in, C_out, k, k]. Derivatives of any order."""
-    if _is_recorded(x, weight):
-        return _Convolution.apply(x, weight, _Plan(stride, 0, True))
+    if _is_eager(x, weight):
+        return _eager(x, weight, Plan(stride, 0, True))
     return F.conv_transpose2d(x, weight, stride=stride)
 
 
-def _is_recorded(x: Tensor, weight: Tensor) -> bool:
-    """Whether these two have a gradient that is recorded in eager mode."""
-    recorded = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return recorded and not is_compiling() and library.route(x, weight) is not library.REFERENCE
+def _is_eager(x: Tensor, weight: Tensor) -> bool:
+    return not is_compiling() and library.route(x, weight) is not library.REFERENCE
+
+
+def _eager(x: Tensor, weight: Tensor, plan: Plan) -> Tensor:
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return _Convolution.apply(x, weight, plan)
+    return convolution_layout.convolution(x, weight, plan)
 
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, plan: _Plan) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, plan: Plan) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.plan = plan
-        return torch.ops.aten.convolution(x, weight, None, *plan.arguments())
+        return convolution_layout.convolution(x, weight, plan)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -65,14 +60,12 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, plan: _Plan, wanted: tuple[bool, bool]
+        ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, plan: Plan, wanted: tuple[bool, bool]
     ) -> tuple[Tensor | None, Tensor | None]:
         ctx.save_for_backward(grad, x, weight)
         ctx.plan = plan
         ctx.set_materialize_grads(False)
-        mask = [*wanted, False]
-        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(grad, x, weight, None, *plan.arguments(), mask)
-        return grad_x, grad_weight
+        return convolution_layout.gradients(grad, x, weight, plan, wanted)
 
     @staticmethod
     def backward(ctx: Any, dot_x: Tensor | None, dot_weight: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -94,14 +87,14 @@ class _Gradients(torch.autograd.Function):
 # In a backward, where gradients may be batched or have a direction of their own: what only torch's operations know.
 
 
-def _convolution(x: Tensor, weight: Tensor, plan: _Plan) -> Tensor:
+def _convolution(x: Tensor, weight: Tensor, plan: Plan) -> Tensor:
     if library.route_of_gradients(x, weight) is library.REFERENCE:
         return torch.ops.aten.convolution(x, weight, None, *plan.arguments())
     return _Convolution.apply(x, weight, plan)
 
 
 def _gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, plan: _Plan, wanted: tuple[bool, bool]
+    grad: Tensor, x: Tensor, weight: Tensor, plan: Plan, wanted: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     if library.route_of_gradients(grad, x, weight) is library.REFERENCE:
         return torch.ops.aten.convolution_backward(grad, x, weight, None, *plan.arguments(), [*wanted, False])[:2]

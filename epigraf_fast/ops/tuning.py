@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -64,7 +65,7 @@ def tune_decode_triplane(
     def bwd(plan: tuple) -> None:
         kernels.bwd(grad_y, *inputs, *options, chosen=plan)
 
-    begun, timer = clock(), tuning.milliseconds if timer is None else timer
+    begun, timer = clock(), milliseconds if timer is None else timer
     rows: list[dict[str, Any]] = []
     for way, launch in (("fwd", fwd), ("bwd", bwd)):
         times: list[float] = []
@@ -82,6 +83,19 @@ def tune_decode_triplane(
             row = {"kernel": case.kernel, "plan": [list(part) for part in plan]}
             rows.append({**row, "ms": ms if math.isfinite(ms) else None, "chosen": plan == chosen})
     return rows
+
+
+def milliseconds(call: Callable[[], Any], *, warmup: int = 3, repeats: int = 10) -> float:
+    """Median time of a call on torch's current GPU; the first calls, which compile, are not counted."""
+    for _ in range(warmup):
+        call()
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for start, end in events:
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events)
 
 
 def export_choices() -> list[dict[str, Any]]:

@@ -37,7 +37,7 @@ from ..training.proof import settle, suspecting
 from ..training.record import Record
 from ..training.start import build, pick_device, require_same
 from ..training.step import Trainer
-from ..training.warmup import warm_up
+from ..training.warmup import choose_layouts, warm_up
 from . import doctor, dry_run
 from .command import begun
 
@@ -127,7 +127,8 @@ def train(
                 say(doctor.format_backends(doctor.report(), trainer.backends))
             with suspecting(config, dataset, device, world):
                 with world.together():
-                    chosen += [*loaders, *(warm_up(trainer).lines() if tune else [])]
+                    timed = (choose_layouts(trainer), warm_up(trainer)) if tune else ()
+                    chosen += [*loaders, *(line for choice in timed for line in choice.lines())]
                     if chosen and world.rank == 0:
                         say("\n  ".join(["chosen for this machine:", *chosen]))
                     record = Record(config, dataset, trainer, [*remarks, *chosen])

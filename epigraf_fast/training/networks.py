@@ -14,7 +14,7 @@ from ..models.augment import Augment
 from ..models.discriminator import Discriminator, discriminator_class
 from ..models.generator import Generator
 from ..models.image_generator import ImageGenerator, generator_class
-from ..ops import backends, convolution
+from ..ops import backends, convolution, convolution_layout
 from .precision import half_blocks_of, mode_of
 
 
@@ -85,6 +85,7 @@ def set_arithmetic(config: Config) -> None:
     mode = mode_of(config)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = mode.tf32
     convolution.split_from(convolution.LEAST if mode.split else None)
+    convolution_layout.copy(())  # until a run has timed them
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not reproducible
         torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over every tensor; ours are all written

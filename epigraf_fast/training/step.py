@@ -447,6 +447,19 @@ class Trainer:
             patches = self.augment(patches, self.augment_p)
         return self.discriminator(patches, patch, label, angles, parts=parts)
 
+    @torch.no_grad()
+    def rehearse(self) -> None:
+        """Computes a micro-batch's fakes, and what D says of as many fakes and reals: for those that look at how.
+
+        Of what a run goes on with, it changes the states of random generators alone.
+        """
+        self.now, self.recorded, self.begun = self._schedule(), {}, 0
+        fakes = self._with_patches(self._draw_fakes(self.micro))
+        patches, patch = self._generate(fakes)
+        twice = (torch.cat([x, x]) for x in (patches, *patch, fakes.label, fakes.angles))
+        patches, scale, offset, label, angles = twice
+        self._judge(patches, Patch(scale, offset), label, angles, parts=2)
+
     def _draw_fakes(self, num: int) -> Samples:
         """On the device but for `angles`, which the host has to know: see `_with_patches`."""
         camera = self.config.camera

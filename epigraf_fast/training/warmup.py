@@ -1,12 +1,13 @@
-"""What is done once before the first step: the kernels' configurations are timed, and kept for this GPU and run."""
+"""What is timed once before the first step, and kept for this GPU and run: kernels, and layouts of convolutions."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,13 +16,14 @@ from ..atomic import replacing
 from ..camera import cam2world_matrix, camera_rays
 from ..config import Config
 from ..models.decoder import Decoder
-from ..ops import Network, tuning, verdicts
+from ..ops import Network, convolution_layout, tuning, verdicts
 from ..ops.checks import resolve_deterministic
 from .precision import mode_of
 from .progress import say, waiting
 from .step import Trainer
 
 FILE = "kernels.json"
+LAYOUTS = "layouts.json"
 BUDGET = 45.0  # seconds after which no other plan is timed
 DAMAGED = ValueError, LookupError, TypeError, AttributeError
 
@@ -116,35 +118,118 @@ def choose_kernels(
     """
     if device.type != "cuda" and timer is None:
         return Choice()
-    path = run_dir / FILE
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     sizes = {"sizes": [list(x.shape) for x in (*rays, *network)], "cube_scale": cube_scale, "precision": precision}
     key = verdicts.signature({**sizes, "deterministic": resolve_deterministic(None)})
+
+    def measure() -> dict[str, Any]:
+        rows = tuning.tune_decode_triplane(
+            *rays, network, cube_scale, precision=precision, timer=timer, seconds=BUDGET, clock=clock
+        )
+        return {"choices": tuning.export_choices(), "times": rows}
+
+    return _once(run_dir / FILE, device, key, "the kernels", measure, _taken)
+
+
+class Layouts(NamedTuple):
+    """Which convolutions take copies of their images, see `ops.convolution_layout`.
+
+    Args:
+        rows: As `tune` gives them; none where nothing was timed.
+        fresh: Whether they were timed now.
+    """
+
+    rows: Sequence[dict[str, Any]] = ()
+    fresh: bool = False
+
+    def lines(self) -> list[str]:
+        """What was chosen, the times beside."""
+        timed = [row for row in self.rows if row["ms"] is not None]
+        copied = [row for row in timed if row["chosen"]]
+        if not timed:
+            return []
+        when = "" if self.fresh else " (timed at an earlier start)"
+        if not copied:
+            return [f"convolutions: all {len(self.rows)} kinds in channels_last{when}"]
+        before, after = (sum(row[name] for row in copied) for name in ("ms", "ms_copied"))
+        names = ", ".join("x".join(map(str, row["weight"])) for row in copied)
+        return [
+            f"convolutions: {len(copied)} of {len(self.rows)} kinds between copies in NCHW, {after:.3g} ms against "
+            f"{before:.3g} ms of each once: {names}{when}"
+        ]
+
+
+def choose_layouts(
+    trainer: Trainer, *, timer: Timer | None = None, clock: Callable[[], float] = time.monotonic
+) -> Layouts:
+    """Times the convolutions of a micro-batch in both layouts, or reads what an earlier start found on the same GPU.
+
+    What is faster goes to `layouts.json`, as `choose_kernels` has it. Nothing is timed without a GPU, nor where every
+    run is to give the same bits. A run's random numbers stay as they are.
+
+    Args:
+        timer, clock: For tests; default: by CUDA events, and the host's.
+    """
+    device, config = trainer.device, trainer.config
+    if (device.type != "cuda" and timer is None) or resolve_deterministic(None):
+        return Layouts()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), convolution_layout.recording() as seen:
+        trainer.rehearse()
+    if not seen:
+        return Layouts()
+    kinds = [[*map(str, kind), list(found.x)] for kind, found in seen.items()]
+    key = verdicts.signature({"convolutions": kinds, "benchmark": torch.backends.cudnn.benchmark})
+
+    def measure() -> dict[str, Any]:
+        return {
+            "times": convolution_layout.tune(
+                seen, device, tuning.milliseconds if timer is None else timer, seconds=BUDGET, clock=clock
+            )
+        }
+
+    return _once(Path(config.run_dir) / LAYOUTS, device, key, "the convolutions", measure, _laid_out)
+
+
+Found = TypeVar("Found", Choice, Layouts)
+
+
+def _once(
+    path: Path,
+    device: torch.device,
+    key: str,
+    what: str,
+    measure: Callable[[], dict[str, Any]],
+    take: Callable[[dict[str, Any]], Found],
+) -> Found:
+    """What a run, or another one with the same problem on the same GPU, has measured before; else it measures now.
+
+    Args:
+        path: The run's file of it.
+        key: Of the problem, for `ops.verdicts`.
+        measure: Plain values, which it takes up, too.
+        take: Takes up what was stored; raises one of `DAMAGED`.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     if path.exists():
         try:
             stored = json.loads(path.read_bytes())
             if stored["device"] == name:
-                return _taken(stored)
+                return take(stored)
         except (OSError, *DAMAGED) as error:
             say(f"{path} is damaged or of another version, and not read: {error}")
-    stored = verdicts.read_timings(device, key, run_dir)
-    try:
-        choice = _taken(stored) if stored is not None else None
-    except DAMAGED:
-        choice = None
-    if choice is None:
-        with waiting("timing the kernels"):
-            rows = tuning.tune_decode_triplane(
-                *rays, network, cube_scale, precision=precision, timer=timer, seconds=BUDGET, clock=clock
-            )
-        stored, choice = {"choices": tuning.export_choices(), "times": rows}, Choice(rows, fresh=True)
-        verdicts.write_timings(device, key, stored, run_dir)
+    stored, found = verdicts.read_timings(device, key, path.parent), None
+    with contextlib.suppress(*DAMAGED):
+        found = take(stored) if stored is not None else None
+    if found is None:
+        with waiting(f"timing {what}"):
+            stored = measure()
+        found = take(stored)._replace(fresh=True)
+        verdicts.write_timings(device, key, stored, path.parent)
     try:
         with replacing(path) as temporary:  # processes of one run never see half a file
             temporary.write_text(json.dumps({"device": name, **stored}, indent=2) + "\n")
     except OSError as error:
-        say(f"warning: {path} cannot be written ({error.strerror}): a resumed run may take other kernels")
-    return choice
+        say(f"warning: {path} cannot be written ({error.strerror}): a resumed run may take other {what.split()[-1]}")
+    return found
 
 
 def _taken(stored: dict[str, Any]) -> Choice:
@@ -153,3 +238,11 @@ def _taken(stored: dict[str, Any]) -> Choice:
     choice.lines()  # which finds what is wrong with them
     tuning.import_choices(stored["choices"])
     return choice
+
+
+def _laid_out(stored: dict[str, Any]) -> Layouts:
+    """Takes up what a file has. Raises one of `DAMAGED`."""
+    layouts = Layouts(stored["times"])
+    layouts.lines()
+    convolution_layout.copy(convolution_layout.chosen_of(layouts.rows))
+    return layouts
