@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference.modulation import DEMODULATION_EPSILON, normalize_weight
+from ..reference.modulation import DEMODULATION_EPSILON, weight_divisor
 from ..reference.modulation import modulation as _reference
 from . import library, native
 from .backends import resolve
@@ -30,29 +30,39 @@ class OfWeight:
     def __init__(self) -> None:
         self.made: dict[Hashable, Tensor | None] = {}
 
+    def normalized(self, weight: Tensor) -> Tensor:
+        """The weight as fp16's products need it (`normalize_weight` of the reference); its divisor is a constant."""
+        if "divisor" not in self.made:
+            self.made["divisor"] = weight_divisor(weight.detach())
+        divisor = self.made["divisor"]
+        return self.copy(weight, "normalized", lambda weight: weight / divisor, divisor)
+
     def cast(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """The weight in a dtype."""
         return weight if weight.dtype == dtype else self.copy(weight, dtype, lambda weight: weight.to(dtype))
 
-    def copy(self, weight: Tensor, what: Hashable, make: Callable[[Tensor], Tensor]) -> Tensor:
-        """make(weight), a copy in another dtype or layout, of which the gradient is the weight's."""
+    def copy(
+        self, weight: Tensor, what: Hashable, make: Callable[[Tensor], Tensor], divisor: Tensor | None = None
+    ) -> Tensor:
+        """make(weight), a copy in another dtype or layout, of which the gradient over `divisor` is the weight's."""
         if what not in self.made:
             self.made[what] = make(weight.detach())
         made = self.made[what]
-        return _Copied.apply(weight, made) if torch.is_grad_enabled() and weight.requires_grad else made
+        return _Copied.apply(weight, made, divisor) if torch.is_grad_enabled() and weight.requires_grad else made
 
 
 class _Copied(torch.autograd.Function):
     """A copy that was made before."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, copy: Tensor) -> Tensor:
-        ctx.dtype = weight.dtype
+    def forward(ctx: Any, weight: Tensor, copy: Tensor, divisor: Tensor | None) -> Tensor:
+        ctx.dtype, ctx.divisor = weight.dtype, divisor
         return copy.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.to(ctx.dtype), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        grad = grad.to(ctx.dtype)
+        return grad if ctx.divisor is None else grad / ctx.divisor, None, None
 
 
 def modulation(
@@ -67,8 +77,8 @@ def modulation(
     """demod[b, o] = 1 / sqrt(sum_{i, k} (weight[o, i, k] style[b, i])^2 + 1e-8), and its factors for a convolution.
 
     In fp16 weight and style are first scaled to keep products in range (weight to a maximum of 1 / sqrt(C_in k k) per
-    output, style to 1 per image), which demodulation makes up for. The derivatives of cpu and cuda take the style's
-    scale for a constant (it matters as much as the 1e-8 does).
+    output, style to 1 per image), which demodulation makes up for. The derivatives of cpu and cuda take both scales for
+    constants (they matter as much as the 1e-8 does).
 
     Args:
         weight: [C_out, C_in, k, k].
@@ -97,7 +107,7 @@ def modulation(
         return Modulation(*_reference(weight, style, dtype, demodulate=demodulate))
     half = dtype == torch.float16
     if half:
-        weight = normalize_weight(weight)
+        weight = (of_weight or OfWeight()).normalized(weight)
     weight = weight.to(native.compute_dtype(weight.dtype))
     known = of_weight and of_weight.made.get(("energy", half))
     args = weight, style.to(weight.dtype), known, half

@@ -10,8 +10,13 @@ DEMODULATION_EPSILON = 1e-8
 
 def normalize_weight(weight: Tensor) -> Tensor:
     """Weight [C_out, C_in, k, k] scaled to a maximum of 1 / sqrt(C_in k k) per output, which fp16's products need."""
+    return weight / weight_divisor(weight)
+
+
+def weight_divisor(weight: Tensor) -> Tensor:
+    """[C_out, 1, 1, 1], by which `normalize_weight` divides."""
     largest = weight.abs().amax(dim=(1, 2, 3), keepdim=True)
-    return weight / (weight[0].numel() ** 0.5 * largest.clamp(min=torch.finfo(weight.dtype).tiny))
+    return weight[0].numel() ** 0.5 * largest.clamp(min=torch.finfo(weight.dtype).tiny)
 
 
 def modulation(

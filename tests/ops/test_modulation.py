@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 
 import pytest
 import torch
@@ -87,6 +88,23 @@ def test_what_follows_from_a_weight_alone_is_made_once(modulation, dtype):
     with torch.no_grad():
         demod = modulation(weight, given, dtype, of_weight=kept).demod
     assert_close(2 * demod, outputs.demod, "demod of four times the energy")
+
+
+@on_kernels("modulated_conv2d")
+def test_a_weight_is_normalized_once(modulation, monkeypatch):
+    """For fp16: the first call of a phase looks for its maximum; not the others."""
+    made = []
+    module = sys.modules["epigraf_fast.ops.modulation"]
+    real = module.weight_divisor
+    monkeypatch.setattr(module, "weight_divisor", lambda weight: made.append(weight) or real(weight))
+    weight, kept = draw(5, 35, 3, 3, dtype=torch.float32).requires_grad_(), ops.OfWeight()
+    for _ in range(3):
+        modulation(weight, draw(3, 35, dtype=torch.float32), torch.float16, of_weight=kept)
+    assert len(made) == 1
+    modulation(weight, draw(3, 35, dtype=torch.float32), torch.float32, of_weight=ops.OfWeight())
+    assert len(made) == 1
+    modulation(weight, draw(3, 35, dtype=torch.float32), torch.float16, of_weight=ops.OfWeight())
+    assert len(made) == 2
 
 
 @pytest.mark.parametrize(
