@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 
-from . import convolution_layout, library
+from . import convolution_cpu, convolution_layout, library
 from .convolution_layout import Plan
 
 
@@ -65,7 +65,9 @@ class _Gradients(torch.autograd.Function):
         ctx.save_for_backward(grad, x, weight)
         ctx.plan = plan
         ctx.set_materialize_grads(False)
-        return convolution_layout.gradients(grad, x, weight, plan, wanted)
+        by_products = wanted[1] and convolution_cpu.suits(grad, x, weight)
+        found = convolution_layout.gradients(grad, x, weight, plan, (wanted[0], wanted[1] and not by_products))
+        return (found[0], convolution_cpu.gradient_of_weight(grad, x, weight, plan)) if by_products else found
 
     @staticmethod
     def backward(ctx: Any, dot_x: Tensor | None, dot_weight: Tensor | None) -> tuple[Tensor | None, ...]:

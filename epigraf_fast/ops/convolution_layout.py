@@ -66,6 +66,8 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Of `convolution` to x and the weight, those that are wanted; they lie as their tensors do."""
     mask = [*wanted, False]
+    if not any(wanted):
+        return None, None
     if not _is_copied(x, weight, plan):
         return torch.ops.aten.convolution_backward(grad, x, weight, None, *plan.arguments(), mask)[:2]
     copies = (tensor.contiguous() for tensor in (grad, x, weight))
