@@ -18,7 +18,7 @@ from ..ops import PlaneRegion
 
 RIM = 3  # texels of a frame that a cut edge spoils: two by conv0 with its filter, one more by conv1
 WHOLE_BELOW = 128  # levels of fewer texels a side are computed whole: there is nothing to save
-BUCKETS = 16  # steps of a box's size, in parts of the planes' side
+BUCKETS = 32  # steps of a box's size, in parts of the planes' side
 FEW_BUCKETS = 8  # where each size is a CUDA graph
 PAYS_BELOW = 0.9  # share of the planes above which cutting takes about what it saves
 

@@ -88,8 +88,8 @@ def test_the_rim_is_no_wider_than_needed(change, synthesis, monkeypatch):
     assert (off < 1e-10) == (change > 0)
 
 
-@pytest.mark.parametrize(("extent", "fine", "coarse"), [(1, 32, 64), (64, 64, 64), (65, 96, 128), (512, 512, 512)])
-def test_buckets_are_sixteenths_and_eighths(extent, fine, coarse):
+@pytest.mark.parametrize(("extent", "fine", "coarse"), [(1, 16, 64), (64, 64, 64), (65, 80, 128), (512, 512, 512)])
+def test_buckets_are_32nds_and_eighths(extent, fine, coarse):
     assert bucket(extent, 512) == fine
     assert bucket(extent, 512, 8) == coarse
 
@@ -116,7 +116,7 @@ def test_the_full_size():
 def test_a_region_holds_every_box():
     boxes = torch.tensor([[0, 0, 100, 60], [500, 450, 512, 512], [200, 37, 260, 165]])
     region = region_of(boxes, 512)
-    assert region.size == (128, 128)  # of 100 and of 128
+    assert region.size == (112, 128)  # of 100 and of 128
     last = region.first + torch.tensor(region.size)
     assert (region.first >= 0).all()
     assert (last <= 512).all()
