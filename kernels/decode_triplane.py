@@ -30,6 +30,9 @@ MIN_DOT = 16
 # Tiles of a program whose sums over them are kept apart: fewer programs, less memory.
 DETERMINISTIC_TILES = 32
 
+# With fewer programs of several tiles a GPU would not be full: they get one each.
+MIN_PROGRAMS = 1024
+
 OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6)
 
 
@@ -63,46 +66,54 @@ def _decode_triplane_fwd_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    TILES: tl.constexpr,
     UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """y = w1 lrelu(w0 feature(p) + b0) + b1, p = (origin + t direction) / cube_scale, lrelu(x) = sqrt(2) max(x, x / 5).
 
-    One program owns BLOCK_N points of one image: their features, hidden units and outputs.
+    One program owns TILES tiles of BLOCK_N points of one image, one after the other: their features, hidden units and
+    outputs. It keeps w0 over several tiles; with one it loads it last, so that it takes no registers before.
     """
-    image, first = image_and_point(num_points, BLOCK_N)
+    image, first = image_and_point(num_points, BLOCK_N * TILES)
     row_start = None if first_ptr is None else tl.load(first_ptr + image * 2)
     column_start = None if first_ptr is None else tl.load(first_ptr + image * 2 + 1)
-    n = first + tl.arange(0, BLOCK_N)
-    p0, p1, p2, valid = points(origins_ptr, directions_ptr, t_ptr, inverse_cube_scale, image, n, num_points, samples)
-    features = gather_features(
-        planes_ptr + image * stride_b * UNIT,
-        p0,
-        p1,
-        p2,
-        valid,
-        height,
-        width,
-        stride_c,
-        stride_h,
-        stride_w,
-        row_start,
-        column_start,
-        whole_height,
-        whole_width,
-        CHANNELS,
-        BLOCK_C,
-        UNIT,
-    )
-    features = tl.reshape(tl.permute(features, (0, 2, 1)), BLOCK_C, BLOCK_N)
-    w0 = load_operand(w0_ptr, HIDDEN, CHANNELS, BLOCK_H, BLOCK_C, PRECISION)
-    w1 = load_operand(w1_ptr, OUT, HIDDEN, BLOCK_O, BLOCK_H, PRECISION)
-    before = dot(w0, features, PRECISION) + load_vector(b0_ptr, HIDDEN, BLOCK_H)[:, None]
-    hidden = before * tl.where(before > 0, SQRT_2, 0.2 * SQRT_2)
-    y = dot(w1, hidden, PRECISION) + load_vector(b1_ptr, OUT, BLOCK_O)[:, None]
     o = tl.arange(0, BLOCK_O)
-    mask = (o < OUT)[:, None] & valid[None, :]
-    tl.store(y_ptr + o[:, None] + ((image * num_points + n) * OUT)[None, :], y, mask=mask)
+    if TILES > 1:
+        w0 = load_operand(w0_ptr, HIDDEN, CHANNELS, BLOCK_H, BLOCK_C, PRECISION)
+    for tile in range(1 if TILES == 1 else tl.minimum(TILES, tl.cdiv(num_points - first, BLOCK_N))):
+        n = first + tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        p0, p1, p2, valid = points(
+            origins_ptr, directions_ptr, t_ptr, inverse_cube_scale, image, n, num_points, samples
+        )
+        features = gather_features(
+            planes_ptr + image * stride_b * UNIT,
+            p0,
+            p1,
+            p2,
+            valid,
+            height,
+            width,
+            stride_c,
+            stride_h,
+            stride_w,
+            row_start,
+            column_start,
+            whole_height,
+            whole_width,
+            CHANNELS,
+            BLOCK_C,
+            UNIT,
+        )
+        features = tl.reshape(tl.permute(features, (0, 2, 1)), BLOCK_C, BLOCK_N)
+        if TILES == 1:
+            w0 = load_operand(w0_ptr, HIDDEN, CHANNELS, BLOCK_H, BLOCK_C, PRECISION)
+        w1 = load_operand(w1_ptr, OUT, HIDDEN, BLOCK_O, BLOCK_H, PRECISION)
+        before = dot(w0, features, PRECISION) + load_vector(b0_ptr, HIDDEN, BLOCK_H)[:, None]
+        hidden = before * tl.where(before > 0, SQRT_2, 0.2 * SQRT_2)
+        y = dot(w1, hidden, PRECISION) + load_vector(b1_ptr, OUT, BLOCK_O)[:, None]
+        mask = (o < OUT)[:, None] & valid[None, :]
+        tl.store(y_ptr + o[:, None] + ((image * num_points + n) * OUT)[None, :], y, mask=mask)
 
 
 def case(
@@ -162,8 +173,12 @@ def fwd(
     batch, num_points, samples = len(planes), shape[1:].numel(), 1 if t is None else shape[2]
     unit, plane_strides = strides(planes)
     (config,) = chosen or plan(case("fwd", planes, w0, w1, precision, arch, region=region))
+    programs = batch * triton.cdiv(num_points, config.block_n * config.tiles)
+    if programs < MIN_PROGRAMS and config.tiles > 1:
+        config = config._replace(tiles=1)
+        programs = batch * triton.cdiv(num_points, config.block_n)
     with torch.cuda.device_of(planes):
-        _decode_triplane_fwd_kernel[(batch * triton.cdiv(num_points, config.block_n),)](
+        _decode_triplane_fwd_kernel[(programs,)](
             planes,
             *(None if x is None else x.contiguous() for x in (origins, directions, t)),
             *(x.contiguous() for x in (w0, b0, w1, b1)),
@@ -176,6 +191,7 @@ def fwd(
             **region_options(region),
             **_sizes(w0, w1),
             BLOCK_N=config.block_n,
+            TILES=config.tiles,
             UNIT=unit,
             PRECISION=_dot_precision(precision, arch),
             num_warps=config.num_warps,

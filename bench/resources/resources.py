@@ -200,8 +200,8 @@ def _triplane_launches(arch: int, plans: int | None) -> Iterator[tuple[str, Call
 
 
 def _text(plan: tuple[tuple[int | None, ...], ...]) -> str:
-    """points x warps of every launch of a plan."""
-    return "+".join(f"{block_n}x{num_warps}" for block_n, num_warps, *_ in plan)
+    """points x warps of every launch of a plan, and x tiles if there are several."""
+    return "+".join(f"{block_n}x{num_warps}{f'x{tiles}' * (tiles > 1)}" for block_n, num_warps, tiles, _ in plan)
 
 
 @contextmanager

@@ -55,8 +55,8 @@ class Choice(NamedTuple):
 
 
 def _words(row: dict[str, Any]) -> str:
-    """A plan: points and warps of each launch."""
-    return " + ".join(f"{points} x {warps}" for points, warps, *_ in row["plan"])
+    """A plan: points, warps and, if there are several, tiles of each launch."""
+    return " + ".join(f"{points} x {warps}{f' x {tiles}' * (tiles > 1)}" for points, warps, tiles, _ in row["plan"])
 
 
 def _time(row: dict[str, Any]) -> str:

@@ -403,6 +403,19 @@ def test_triton_at_points(poisoned, points, deterministic):
     assert_triton_errs_no_more_than_the_reference(function, inputs)
 
 
+@needs_triton
+@pytest.mark.parametrize("sizes", [{"channels": 32, "hidden": 64}, {"out": 5}], ids=str)
+def test_triton_by_programs_of_several_tiles(poisoned, monkeypatch, sizes):
+    """Of which large problems have enough to fill a GPU; the last program of an image has two of four tiles."""
+    from epigraf_fast.kernels import decode_triplane as kernels
+
+    plan = kernels.plan
+    monkeypatch.setattr(kernels, "plan", lambda case: tuple(one._replace(tiles=4) for one in plan(case)))
+    monkeypatch.setattr(kernels, "MIN_PROGRAMS", 0)
+    function = functools.partial(decode_on_rays, cube_scale=0.475)
+    assert_triton_errs_no_more_than_the_reference(function, ray_inputs(rays=7, samples=48, **sizes))
+
+
 @contextlib.contextmanager
 def programs_in_reverse():
     """The interpreter runs the programs of a launch from the last to the first."""
