@@ -33,6 +33,7 @@ DETERMINISTIC_TILES = 32
 # With fewer programs of several tiles a GPU would not be full: they get one each.
 MIN_PROGRAMS = 1024
 
+# Its code takes more registers than some plans allow.
 OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6)
 
 
@@ -173,6 +174,8 @@ def fwd(
     batch, num_points, samples = len(planes), shape[1:].numel(), 1 if t is None else shape[2]
     unit, plane_strides = strides(planes)
     (config,) = chosen or plan(case("fwd", planes, w0, w1, precision, arch, region=region))
+    if OLD_TRITON and config.max_registers:
+        config = config._replace(tiles=1, max_registers=None)
     programs = batch * triton.cdiv(num_points, config.block_n * config.tiles)
     if programs < MIN_PROGRAMS and config.tiles > 1:
         config = config._replace(tiles=1)
