@@ -50,16 +50,17 @@ void compute_row(const BiasActArgs& args, const Row<S>& row) {
     S* __restrict y = row.y;
 #pragma omp simd
     for (i64 i = 0; i < n; i++) y[i] = f.value(x[i] + at(b, i));
-  } else if (ORDER == kBwd && VARYING && row.sums) {  // in one pass
-    S* __restrict sums = row.sums;
-#pragma omp simd
-    for (i64 i = 0; i < n; i++) {
-      const S v = f.backward(x[i] + b[i], g[i]);
-      grad_x[i] = v;
-      sums[i] += v;
-    }
-    return;
   } else if constexpr (ORDER == kBwd) {
+    if (VARYING && row.sums) {  // in one pass
+      S* __restrict sums = row.sums;
+#pragma omp simd
+      for (i64 i = 0; i < n; i++) {
+        const S v = f.backward(x[i] + b[i], g[i]);
+        grad_x[i] = v;
+        sums[i] += v;
+      }
+      return;
+    }
 #pragma omp simd
     for (i64 i = 0; i < n; i++) grad_x[i] = f.backward(x[i] + at(b, i), g[i]);
   } else {

@@ -47,6 +47,21 @@ class Vectors {
   i64 channels_;
 };
 
+// `only_if` by bits, for loops: of a condition, be it the same for all elements, the compiler makes paths, and then no vectors.
+template <typename S>
+struct OnlyIf {
+  using Bits = std::conditional_t<sizeof(S) == 8, uint64_t, uint32_t>;
+  Bits mask;
+  explicit OnlyIf(bool there) : mask(there ? ~Bits(0) : Bits(0)) {}
+  S operator()(S term) const {
+    Bits bits;
+    memcpy(&bits, &term, sizeof(S));
+    bits &= mask;
+    memcpy(&term, &bits, sizeof(S));
+    return term;
+  }
+};
+
 // A chunk is a block of rows of one image. Channels-last rows hold all channels of a pixel together (`step` apart, the
 // channel runs with the lanes); contiguous ones hold one channel, and there are C of them (the lanes are columns).
 template <typename S, bool LAST>
@@ -163,29 +178,37 @@ struct Chunk {
     S* __restrict sum_1 = sums + 4 * n;
     const LeakyClamp<S> act = f;
     const LayerDots dots(a);
+    const OnlyIf<S> with_x(dots.x), with_demod(dots.demod), with_style0(dots.style0), with_style1(dots.style1);
+    const OnlyIf<S> with_second(dots.second), with_tangent(dots.any_tangent);
+    const S *g0_row = g[0], *g1_row = K > 1 ? g[1] : nullptr;
+    S* __restrict gu_row = o.gu;
+    S* __restrict gu_dot_row = o.gu_dot;
+    S* __restrict grad_x_row = o.grad_x;
+    S* __restrict out0_row = o.out[0];
+    S* __restrict out1_row = K > 1 ? o.out[1] : nullptr;
     for (i64 j = 0; j < outer(columns); j++) {
       const i64 first = j * n;
       const S nj = LAST ? noise[j] : S(0), rj = LAST ? raw[j] : S(0), tj = LAST ? dot_noise[j] : S(0);
 #pragma omp simd
       for (i64 l = 0; l < n; l++) {
         const i64 c = LAST ? l : 0, i = first + l;
-        const S x = v[i], hx = dot_x[i], g0 = g[0][i], g1 = K > 1 ? g[1][i] : S(0);
+        const S x = v[i], hx = dot_x[i], g0 = g0_row[i], g1 = K > 1 ? g1_row[i] : S(0);
         const S u = layer_preactivation(x, d[c], LAST ? nj : noise[l], bias[c]);
         const S tangent =
-            only_if(dots.x, d[c] * hx) + only_if(dots.demod, hd[c] * x) + hb[c] + (LAST ? tj : dot_noise[l]);
-        const S dot_0 = only_if(dots.style0, g0 * h0[c]), dot_1 = only_if(dots.style1, g1 * h1[c]);
+            with_x(d[c] * hx) + with_demod(hd[c] * x) + hb[c] + (LAST ? tj : dot_noise[l]);
+        const S dot_0 = with_style0(g0 * h0[c]), dot_1 = with_style1(g1 * h1[c]);
         const LayerSecond<S> e(act, u, tangent, K > 1 ? g0 * s0[c] + g1 * s1[c] : g0 * s0[c],
                                K > 1 ? dot_0 + dot_1 : dot_0);
-        o.gu[i] = e.gu;
-        o.gu_dot[i] = e.gu_dot;
-        o.grad_x[i] = only_if(dots.second, d[c] * e.gu_dot) + only_if(dots.demod, hd[c] * e.gu);
-        o.out[0][i] = only_if(dots.any_tangent, s0[c] * e.y_dot) + only_if(dots.style0, h0[c] * e.y);
-        if (K > 1) o.out[1][i] = only_if(dots.any_tangent, s1[c] * e.y_dot) + only_if(dots.style1, h1[c] * e.y);
-        sum_d[l] += only_if(dots.x, e.gu * hx) + only_if(dots.second, e.gu_dot * x);
+        gu_row[i] = e.gu;
+        gu_dot_row[i] = e.gu_dot;
+        grad_x_row[i] = with_second(d[c] * e.gu_dot) + with_demod(hd[c] * e.gu);
+        out0_row[i] = with_tangent(s0[c] * e.y_dot) + with_style0(h0[c] * e.y);
+        if (K > 1) out1_row[i] = with_tangent(s1[c] * e.y_dot) + with_style1(h1[c] * e.y);
+        sum_d[l] += with_x(e.gu * hx) + with_second(e.gu_dot * x);
         sum_b[l] += e.gu_dot;
-        sum_n[l] += only_if(dots.second, e.gu_dot * (LAST ? rj : raw[l]));
-        sum_0[l] += only_if(dots.any_tangent, g0 * e.y_dot);
-        if (K > 1) sum_1[l] += only_if(dots.any_tangent, g1 * e.y_dot);
+        sum_n[l] += with_second(e.gu_dot * (LAST ? rj : raw[l]));
+        sum_0[l] += with_tangent(g0 * e.y_dot);
+        if (K > 1) sum_1[l] += with_tangent(g1 * e.y_dot);
       }
     }
   }

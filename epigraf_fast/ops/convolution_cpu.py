@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .convolution_layout import Plan
 
-LEAST = 1 << 28  # multiplications from which on this is faster with one thread and with two
+LEAST = 1 << 29  # multiplications from which on this is faster with one thread and with two
 CHUNK = 1 << 18  # numbers of a factor that are multiplied at once: caches hold them for all taps
 
 
