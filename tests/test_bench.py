@@ -579,6 +579,7 @@ def test_planes_in_part_are_measured_against_whole_ones(tmp_path, capsys):
     for row in written["cases"]:
         assert 0 < row["planes_share"] < 1
         assert row["times_as_fast"]["count"] == 1
+        assert 1 < row["multiplications_ratio"] < 1 / row["planes_share"]
     assert "G phase, micro-batch 1," in capsys.readouterr().out
 
 
@@ -612,11 +613,16 @@ def region_result(**more):
 
 
 def test_the_report_has_planes_in_part_with_their_picture():
-    written = report.text([region_result(peak_ratio=0.625)])
+    written = report.text([region_result(peak_ratio=0.625, multiplications_ratio=1.875)])
     assert "`ffhq` at 512x512 with planes of 512x512, on a CPU with 1 thread:" in written
-    assert "| micro-batch | kimg | share of the planes | G phase | its memory | D phase | its memory |" in written
-    assert "| 4 | 0 | 0.62 | 1.25x (1.12 to 1.50) | 0.62 | 1.50x (1.38 to 1.75) | 0.62 |" in written
-    assert "| 4 | 15,000 | 0.38 | 1.75x (1.62 to 2.00) | 0.62 | 2.00x (1.88 to 2.25) | 0.62 |" in written
+    assert (
+        "| micro-batch | kimg | share of the planes | G phase | counted | its memory | D phase | counted | its memory |"
+        in written
+    )
+    assert "| 4 | 0 | 0.62 | 1.25x (1.12 to 1.50) | 1.88x | 0.62 | 1.50x (1.38 to 1.75) | 1.88x | 0.62 |" in written
+    assert (
+        "| 4 | 15,000 | 0.38 | 1.75x (1.62 to 2.00) | 1.88x | 0.62 | 2.00x (1.88 to 2.25) | 1.88x | 0.62 |" in written
+    )
     picture = re.search(r"!\[[^]]+\]\(([^)]+)\)", written)[1]
     assert (ROOT / "docs" / picture).is_file()
     assert "(../bench/results/cpu-region.json)" in written
@@ -627,7 +633,7 @@ def test_the_report_of_planes_in_part_without_memory_or_a_phase():
     """Where Linux does not say what a phase took; where the measurement was stopped."""
     result = region_result()
     result["cases"].pop()
-    assert "| 4 | 15,000 | 0.38 | 1.75x (1.62 to 2.00) | - | - | - |" in report.text([result])
+    assert "| 4 | 15,000 | 0.38 | 1.75x (1.62 to 2.00) | - | - | - | - | - |" in report.text([result])
 
 
 def test_the_readme_has_numbers_of_regions_only_from_their_file():

@@ -242,7 +242,7 @@ def region_cpu(result: Result) -> str:
     config, rows = result["config"], result["cases"]
     phases = list(dict.fromkeys(row["phase"] for row in rows))
     header = ["micro-batch", "kimg", "share of the planes"]
-    header += [text for phase in phases for text in (f"{phase} phase", "its memory")]
+    header += [text for phase in phases for text in (f"{phase} phase", "counted", "its memory")]
     lines = []
     for micro, kimg in dict.fromkeys((row["micro_batch"], row["kimg"]) for row in rows):
         found = {row["phase"]: row for row in rows if (row["micro_batch"], row["kimg"]) == (micro, kimg)}
@@ -251,14 +251,15 @@ def region_cpu(result: Result) -> str:
         for phase in phases:
             row = found.get(phase)
             line.append(_spread(row["times_as_fast"]) if row else "-")
+            line.append(f"{row['multiplications_ratio']:.2f}x" if row and "multiplications_ratio" in row else "-")
             line.append(f"{row['peak_ratio']:.2f}" if row and "peak_ratio" in row else "-")
         lines.append(line)
     title = (
         f"Planes computed where rays look ([docs/region.md](docs/region.md)) against whole ones, `{config['preset']}` "
         f"at {config['resolution']}x{config['resolution']} with planes of {config['planes']}x{config['planes']}, on a "
         f"CPU with {config['threads']} {'thread' if config['threads'] == 1 else 'threads'}: how many times as fast a "
-        f"phase is, median (20th to 80th percentile), and its peak of memory in parts of that of whole planes; cameras "
-        f"and patches as drawn at that time of the schedule, both ways in turn on the same draws ({source(result)}):"
+        f"phase is, median (20th to 80th percentile), *counted* how many times as many multiplications whole planes "
+        f"take, and its peak of memory in parts of that of whole planes; cameras and patches as drawn at that time of the schedule, both ways in turn on the same draws ({source(result)}):"
     )
     return f"{title}\n\n{table(header, lines)}\n\n{PICTURE}"
 

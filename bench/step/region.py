@@ -2,6 +2,7 @@
 
 The G phase and the D phase of one micro-batch at full size on a CPU, with cameras and patches drawn from the schedule
 at several times, both ways in turn on the same draws: how many times as fast the first is, and what memory it takes.
+Beside it, counted, how many times as many multiplications whole planes take: the gain if nothing else took time.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import ctypes
 import dataclasses
 import gc
+import math
 import platform
 import resource
 import sys
@@ -19,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from epigraf_fast.config import PRESETS, check, preset
+from epigraf_fast.models.region import Plan
 from epigraf_fast.training.step import Fakes, Samples, Trainer
 
 from .. import results
@@ -74,6 +78,29 @@ class Phases:
         angles = data.angles[:images]
         self.reals = Samples(torch.rand(shape) * 2 - 1, data.labels[:images], angles, angles)
         self.now = self.trainer._schedule()
+        patch = config.patch.resolution
+        with torch.no_grad(), FlopCounterMode(display=False) as counted:
+            fakes = self.draw(0.0)
+            self.trainer._judge(torch.zeros(images, 3, patch, patch), fakes.patch, fakes.label, fakes.angles)
+        self.judging = counted.get_total_flops() / 2 / images
+
+    def multiplications(self, phase: str, plan: Plan | None) -> float:
+        """Of a phase, for each fake: those of convolutions, of products of pixels or points, and their gradients."""
+        generator, renderer = self.trainer.generator, self.config.renderer
+        painting = 0
+        for resolution in generator.synthesis.resolutions:
+            block = getattr(generator.synthesis, f"b{resolution}")
+            level = None if plan is None else plan.levels.get(resolution)
+            pixels = math.prod(level.size) if level is not None else resolution**2
+            for conv in block.convs():
+                painting += pixels // conv.up**2 * conv.weight.numel()
+            painting += pixels * block.to_planes.weight.numel()
+        network = generator.decoder.network()
+        points = self.config.patch.resolution**2 * (renderer.coarse_samples + renderer.fine_samples)
+        rendering = points * (network.w0.numel() + network.w1.numel())
+        if phase == "G":  # a gradient has two products for each, that through D to the images one
+            return 3 * (painting + rendering) + 2 * self.judging
+        return painting + rendering + 2 * 3 * self.judging  # of fakes and as many reals
 
     def draw(self, kimg: float) -> Fakes:
         """Of the schedule at a time."""
@@ -107,7 +134,7 @@ def measure(phases: Phases, kimg: float, phase: str, rounds: int) -> dict[str, A
     """Both ways in turn, each round on draws of its own; the first round is not counted."""
     times: dict[str, list[float]] = {"part": [], "whole": []}
     peaks: dict[str, list[int]] = {"part": [], "whole": []}
-    shares = []
+    shares, products = [], {"part": 0.0, "whole": 0.0}
     for number in range(rounds + 1):
         fakes = phases.draw(kimg)
         ways, losses = {"part": fakes, "whole": whole(fakes)}, {}
@@ -130,6 +157,8 @@ def measure(phases: Phases, kimg: float, phase: str, rounds: int) -> dict[str, A
                 raise RuntimeError(f"{phase} at {kimg:g} kimg: losses differ, {losses}")
         else:
             shares += [plan.share for plan in fakes.plans]
+            for name, of_way in ways.items():
+                products[name] += sum(phases.multiplications(phase, plan) for plan in of_way.plans)
     ratios = [b / a for a, b in zip(times["part"], times["whole"], strict=True)]
     row: dict[str, Any] = {
         "phase": phase,
@@ -137,6 +166,7 @@ def measure(phases: Phases, kimg: float, phase: str, rounds: int) -> dict[str, A
         "micro_batch": phases.config.micro,
         "times_as_fast": Spread.of(ratios).to_dict(),
         "planes_share": sum(shares) / len(shares),
+        "multiplications_ratio": products["whole"] / products["part"],
     }
     if peaks["part"]:
         row["peak_bytes"] = {name: max(values) for name, values in peaks.items()}
@@ -148,8 +178,8 @@ def format_row(row: dict[str, Any]) -> str:
     speed, peak = row["times_as_fast"], row.get("peak_ratio")
     return (
         f"{row['phase']} phase, micro-batch {row['micro_batch']}, {row['kimg']:>6g} kimg: {speed['median']:.2f}x "
-        f"({speed['p20']:.2f} to {speed['p80']:.2f}), {row['planes_share']:.2f} of the planes"
-        + ("" if peak is None else f", {peak:.2f} of the memory")
+        f"({speed['p20']:.2f} to {speed['p80']:.2f}), by multiplications {row['multiplications_ratio']:.2f}x, "
+        f"{row['planes_share']:.2f} of the planes" + ("" if peak is None else f", {peak:.2f} of the memory")
     )
 
 
