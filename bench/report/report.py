@@ -259,7 +259,8 @@ def region_cpu(result: Result) -> str:
         f"at {config['resolution']}x{config['resolution']} with planes of {config['planes']}x{config['planes']}, on a "
         f"CPU with {config['threads']} {'thread' if config['threads'] == 1 else 'threads'}: how many times as fast a "
         f"phase is, median (20th to 80th percentile), *counted* how many times as many multiplications whole planes "
-        f"take, and its peak of memory in parts of that of whole planes; cameras and patches as drawn at that time of the schedule, both ways in turn on the same draws ({source(result)}):"
+        f"take, and its peak of memory in parts of that of whole planes; cameras and patches as drawn at that time of "
+        f"the schedule, both ways in turn on the same draws ({source(result)}):"
     )
     return f"{title}\n\n{table(header, lines)}\n\n{PICTURE}"
 
