@@ -117,20 +117,13 @@ class ImageDataset(torch.utils.data.Dataset):
         image = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
         return image, self.labels[index], self.angles[index]
 
-    def check_images(self, progress: bool | Callable[[list[str], str], Iterable[str]] = False) -> None:
+    def check_images(self, progress: Callable[[list[str], str], Iterable[str]] | None = None) -> None:
         """Reads every image. UserError names the first that cannot be read or differs from the others in size.
 
         Args:
-            progress: Shows how far it is: tqdm, or a function of the files and a word for them.
+            progress: Shows how far it is: a function of the files and a word for them, that gives them one by one.
         """
-        files = self.files
-        if callable(progress):
-            files = progress(files, "images checked")
-        elif progress:
-            from tqdm import tqdm
-
-            files = tqdm(files, desc="checking images", unit="img", leave=False)
-        for name in files:
+        for name in self.files if progress is None else progress(self.files, "images checked"):
             self._read_image(name)
 
     def remarks(self) -> list[str]:

@@ -184,7 +184,7 @@ def run(options: Options) -> None:
         plotting.check_figure("--plot", options.plot, overwrite=options.overwrite)
     with waiting("reading dataset.json"):
         dataset = ImageDataset(options.data, options.resolution, use_labels=options.check_labels)
-    dataset.check_images(progress=Progress)
+    dataset.check_images(Progress)
     config: Any = with_data_camera(preset(options.preset), dataset.camera)
     found = facts(dataset, config.camera, dataset.camera is not None)
     if not options.json:

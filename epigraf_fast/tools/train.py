@@ -39,7 +39,7 @@ from ..training.start import build, pick_device, require_same
 from ..training.step import Trainer
 from ..training.warmup import choose_layouts, warm_up
 from . import doctor, dry_run
-from .command import begun
+from .command import Progress, begun
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -71,7 +71,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if command.dry_run:
             with world.together():
                 found = dry_run.facts(config, command.name, dataset, device, world.size, command.resume)
-                dataset.check_images(progress=world.rank == 0)
+                dataset.check_images(Progress if world.rank == 0 else None)
             if world.rank == 0:
                 print(json.dumps(found, indent=2) if command.json else "\n".join([*remarks, *dry_run.summary(found)]))
             return 0

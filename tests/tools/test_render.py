@@ -255,6 +255,27 @@ def test_zoom_comes_back() -> None:
     assert fovs[3] == pytest.approx(fovs[7])
 
 
+def test_fly_around_zooms(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every frame has its own field of view; the options say how close, and 1.5 times if they do not."""
+    taken = []
+
+    def orbit(scene: Any, seeds: Any, classes: Any, path: Tensor, columns: int, track: Any, fovs: Any = None) -> Any:
+        taken.append((len(path), fovs))
+        return real(scene, seeds, classes, path, columns, track, fovs)
+
+    real = render.orbit
+    monkeypatch.setattr(render, "orbit", orbit)
+    fov = load_generator(tiny_run, "cpu")[1].camera.fov
+    for number, (given, zoom) in enumerate(((("--zoom", "3"), 3.0), ((), 1.5))):
+        out = tmp_path / f"{number}.gif"
+        render.main(["fly-around", str(tiny_run), "--out", str(out), "--frames", "4", "--seeds", "0", *given])
+        frames, fovs = taken.pop()
+        assert frames == 4
+        halves = [math.tan(math.radians(angle) / 2) / math.tan(math.radians(fov) / 2) for angle in fovs]
+        assert halves == pytest.approx([1, zoom**-0.5, 1 / zoom, zoom**-0.5])
+        assert out.is_file()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
