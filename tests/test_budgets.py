@@ -207,8 +207,11 @@ def test_a_kernel_without_a_budget_is_told() -> None:
 
 
 def test_written_budgets_are_read_and_the_others_stay(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for those of cases that are no more."""
     monkeypatch.setattr(counts, "BUDGETS", tmp_path / "budgets.json")
+    monkeypatch.setattr(counts, "names", lambda arch: ["first", "second"])
     counts.write_budgets(rows_of(case="first"))
+    counts.write_budgets(rows_of(case="gone"))
     counts.write_budgets(rows_of(case="second", barriers=3.0))
     known = counts.read_budgets()
     assert list(known["budgets"]) == ["sm_80 first, k 0", "sm_80 second, k 0"]
@@ -220,10 +223,9 @@ def test_every_case_has_budgets() -> None:
     """A plan or a shape that is added is counted too, under a name of its own."""
     pytest.importorskip("triton")
     named = {name.partition(", ")[0] for name in counts.read_budgets()["budgets"]}
-    for arch in counts.ARCHS:
-        cases = [case.name for case in (*count_cases.triton_cases(arch), *count_cases.csrc_cases())]
-        assert len(set(cases)) == len(cases)
-        assert {f"sm_{arch} {name}" for name in cases} <= named
+    cases = [f"sm_{arch} {name}" for arch in counts.ARCHS for name in counts.names(arch)]
+    assert len(set(cases)) == len(cases)
+    assert set(cases) == named
 
 
 def check(launches, cases, arch: int, names: tuple[str, ...]) -> None:
@@ -289,10 +291,12 @@ def test_every_launcher_has_names_for_its_tensors() -> None:
         assert csrc_launch.argument_names(name)
 
 
-def test_cases_that_are_counted_again_take_their_old_places() -> None:
+def test_cases_that_are_counted_again_take_their_old_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And those that are no more go."""
+    monkeypatch.setattr(counts, "names", lambda arch: ["x", "y", "z"] if arch == 80 else ["x"])
     before = [{"arch": a, "case": c, "launch": i, "n": 1} for a in (70, 80) for c in ("x", "y") for i in range(2)]
     again = [{"arch": 80, "case": "x", "launch": 0, "n": 2}, {"arch": 80, "case": "z", "launch": 0, "n": 2}]
-    assert counts.merged(before, again) == [*before[:4], again[0], *before[6:], again[1]]
+    assert counts.merged(before, again) == [*before[:2], again[0], *before[6:], again[1]]
 
 
 # ---- what is said of the counts

@@ -221,6 +221,11 @@ def rows(archs: Iterable[int], part: str = "", most: int = BLOCKS) -> Iterator[R
                     yield from count(case, launches, arch, most)
 
 
+def names(arch: int) -> list[str]:
+    """Of all cases that are counted."""
+    return [case.name for case in (*count_cases.triton_cases(arch), *count_cases.csrc_cases())]
+
+
 def versions() -> dict[str, str]:
     """Of what decides the counts."""
     import triton
@@ -266,10 +271,11 @@ def read_budgets() -> dict[str, Any]:
 
 
 def write_budgets(found: list[Row]) -> None:
-    """Today's counts become the budgets of the cases that were counted; those of the others stay."""
+    """Today's counts become the budgets of the cases that were counted; of the others stay those that are cases still."""
     before = read_budgets()["budgets"] if BUDGETS.exists() else {}
     counted = tuple({f"sm_{row['arch']} {row['case']}, " for row in found})
-    others = {name: budget for name, budget in before.items() if not name.startswith(counted)}
+    still = tuple(f"sm_{arch} {name}, " for arch in ARCHS for name in names(arch))
+    others = {name: budget for name, budget in before.items() if name.startswith(still) > name.startswith(counted)}
     kept = sorted((others | budgets_of(found)).items())
     lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(budget)}" for name, budget in kept)
     what = "counts of a unit (point, ray, element), by python -m bench.counts --write-budgets"
@@ -278,13 +284,16 @@ def write_budgets(found: list[Row]) -> None:
 
 
 def merged(before: list[Row], found: list[Row]) -> list[Row]:
-    """Rows of a result file, with the rows of cases that were counted again at the places of their old ones."""
+    """Rows of a result file, with the rows of cases that were counted again at the places of their old ones.
+
+    Without those that are no cases any more.
+    """
     by_case: dict[tuple[int, str], list[Row]] = {}
     for row in found:
         by_case.setdefault((row["arch"], row["case"]), []).append(row)
-    rows = []
+    rows, still = [], {arch: names(arch) for arch in ARCHS}
     for (arch, case), group in itertools.groupby(before, key=lambda row: (row["arch"], row["case"])):
-        rows += by_case.pop((arch, case), group)
+        rows += by_case.pop((arch, case), group if case in still[arch] else ())
     return rows + [row for group in by_case.values() for row in group]
 
 
