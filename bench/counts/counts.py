@@ -271,7 +271,7 @@ def read_budgets() -> dict[str, Any]:
 
 
 def write_budgets(found: list[Row]) -> None:
-    """Today's counts become the budgets of the cases that were counted; of the others stay those that are cases still."""
+    """Today's counts become the budgets of the cases that were counted; of others stay those that are cases still."""
     before = read_budgets()["budgets"] if BUDGETS.exists() else {}
     counted = tuple({f"sm_{row['arch']} {row['case']}, " for row in found})
     still = tuple(f"sm_{arch} {name}, " for arch in ARCHS for name in names(arch))
