@@ -176,8 +176,11 @@ def choose_layouts(
         trainer.rehearse()
     if not seen:
         return Layouts()
-    kinds = [[*map(str, kind), list(found.x)] for kind, found in seen.items()]
-    key = verdicts.signature({"convolutions": kinds, "benchmark": torch.backends.cudnn.benchmark})
+    # Not the shapes of images, which follow the cameras that were drawn where planes are computed in part.
+    images = trainer.micro, config.generator.plane_resolution, config.resolution, config.patch.resolution
+    problem = {"convolutions": sorted(list(map(str, kind)) for kind in seen), "images": images}
+    cudnn = {"benchmark": torch.backends.cudnn.benchmark, "tf32": torch.backends.cudnn.allow_tf32}
+    key = verdicts.signature(problem | cudnn)
 
     def measure() -> dict[str, Any]:
         return {
@@ -203,7 +206,7 @@ def _once(
     """What a run, or another one with the same problem on the same GPU, has measured before; else it measures now.
 
     Args:
-        path: The run's file of it.
+        path: The run's file of it, which counts for this problem alone: a run may go on with other settings.
         key: Of the problem, for `ops.verdicts`.
         measure: Plain values, which it takes up, too.
         take: Takes up what was stored; raises one of `DAMAGED`.
@@ -212,7 +215,7 @@ def _once(
     if path.exists():
         try:
             stored = json.loads(path.read_bytes())
-            if stored["device"] == name:
+            if stored["device"] == name and stored.get("key", key) == key:  # that of `bench.ops.tune` has none
                 return take(stored)
         except (OSError, *DAMAGED) as error:
             say(f"{path} is damaged or of another version, and not read: {error}")
@@ -226,7 +229,7 @@ def _once(
         verdicts.write_timings(device, key, stored, path.parent)
     try:
         with replacing(path) as temporary:  # processes of one run never see half a file
-            temporary.write_text(json.dumps({"device": name, **stored}, indent=2) + "\n")
+            temporary.write_text(json.dumps({"device": name, "key": key, **stored}, indent=2) + "\n")
     except OSError as error:
         say(f"warning: {path} cannot be written ({error.strerror}): a resumed run may take other {what.split()[-1]}")
     return found

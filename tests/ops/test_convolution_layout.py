@@ -11,6 +11,7 @@ import torch
 from checks import assert_close, draw
 from epigraf_fast.ops import convolution_layout, modulated_conv2d, native
 from epigraf_fast.ops.convolution_derivatives import conv2d, conv_transpose2d
+from epigraf_fast.training.networks import set_arithmetic
 from epigraf_fast.training.warmup import LAYOUTS, choose_layouts
 
 LAST = torch.channels_last
@@ -198,6 +199,28 @@ def test_a_run_times_its_convolutions_once(tiny_config, tiny_trainer, monkeypatc
     assert not choose_layouts(trainer, timer=copies_win(timed)).fresh
     assert "damaged or of another version" in capsys.readouterr().out
     assert len(timed) == 2 * len(seen)
+
+
+def test_what_was_timed_counts_for_its_precision_and_micro_batch_alone(tiny_config, tiny_trainer, monkeypatch):
+    """And for any seed: planes in part have the size that cameras ask for."""
+    monkeypatch.setattr(native, "on_gpu", lambda *tensors: True)
+    few = {"batch": 4, "renderer": {"coarse_samples": 3, "fine_samples": 1}}
+    few |= {"generator": {"plane_resolution": 128}, "micro_batch": 2}
+    runs = tiny_config().run_dir
+
+    def fresh(run, **settings):
+        config = tiny_config(run_dir=str(Path(runs, run)), **few | settings)
+        set_arithmetic(config)
+        return choose_layouts(tiny_trainer(config)[0], timer=copies_win([])).fresh
+
+    assert fresh("first")
+    assert not any(fresh(f"seed {seed}", seed=seed) for seed in (1, 2, 3))
+    assert fresh("tf32", precision="tf32")
+    assert not fresh("again", precision="tf32")
+    assert fresh("larger", micro_batch=4)
+    assert not fresh("first", precision="tf32")  # a run that goes on with it; another one had timed that
+    assert convolution_layout._copied
+    assert fresh("first", precision="tf32", micro_batch=4)
 
 
 def rehearsed(trainer):
