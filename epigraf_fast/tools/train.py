@@ -126,7 +126,7 @@ def train(
             if world.rank == 0:
                 say(doctor.format_backends(doctor.report(), trainer.backends))
             with suspecting(config, dataset, device, world):
-                with world.together():
+                with world.together(), explain_out_of_memory(config, dataset.label_dim, device, world.size):
                     timed = (choose_layouts(trainer), warm_up(trainer)) if tune else ()
                     chosen += [*loaders, *(line for choice in timed for line in choice.lines())]
                     if chosen and world.rank == 0:

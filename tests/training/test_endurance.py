@@ -73,6 +73,21 @@ def test_micro_batch_that_fits(tiny_config: TinyConfig) -> None:
         check(tiny_config(batch=24, micro_batch=micro))
 
 
+@pytest.mark.parametrize("where", ["choose_layouts", "warm_up"])
+def test_out_of_memory_before_the_first_step(
+    where: str, tiny_config: TinyConfig, tiny_dataset: ImageDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In what is timed, which computes a micro-batch too."""
+
+    def full(*args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(train, where, full)
+    monkeypatch.setattr(endurance, "device_bytes", lambda device: 2**40)
+    with pytest.raises(UserError, match=r"a micro-batch of 8 needs more memory .*: set --micro-batch 4"):
+        train.train(tiny_config(), tiny_dataset, CPU, None, tune=True)
+
+
 @pytest.mark.parametrize(("gib", "advice"), [(64, "set --micro-batch 4"), (0.000_001, "not even one image fits")])
 def test_out_of_memory_in_the_first_step(
     gib: float,
