@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 
 import torch
 from torch import Tensor
@@ -30,12 +31,11 @@ def _is_slow() -> bool:
 
 def suits(grad: Tensor, x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN is slower for the gradient to this weight [_, _, k, k]; x and grad [B, _, H, W]."""
-    pixels = min(grad[:, 0].numel(), x[:, 0].numel())
     return (
         weight.device.type == "cpu"
         and weight.dtype == torch.float32
         and weight.shape[-1] > 1
-        and pixels * weight.numel() >= LEAST
+        and len(x) * min(math.prod(grad.shape[2:]), math.prod(x.shape[2:])) * weight.numel() >= LEAST
         and not x.is_contiguous()
         and _is_slow()
     )
