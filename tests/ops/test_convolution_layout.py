@@ -12,6 +12,8 @@ from checks import assert_close, draw
 from epigraf_fast.ops import convolution_layout, modulated_conv2d, native
 from epigraf_fast.ops.convolution_derivatives import conv2d, conv_transpose2d
 from epigraf_fast.training.networks import set_arithmetic
+from epigraf_fast.training.start import checksum
+from epigraf_fast.training.step import Trainer
 from epigraf_fast.training.warmup import LAYOUTS, choose_layouts
 
 LAST = torch.channels_last
@@ -54,16 +56,21 @@ def test_copies_change_no_number_and_no_layout(name, monkeypatch):
     )
     expected, strides = derivatives(call, x, weight)
     convolution_layout.copy(kinds(call, x, weight))
-    read = []
-    dispatched = torch.ops.aten.convolution
-    monkeypatch.setattr(
-        torch.ops.aten, "convolution", lambda x, *args: read.append(x.is_contiguous()) or dispatched(x, *args)
-    )
+    read = {"convolution": [], "convolution_backward": []}
+    for op, inputs in read.items():
+        dispatched = getattr(torch.ops.aten, op)
+
+        def noted(*args, inputs=inputs, dispatched=dispatched):
+            inputs += [x for x in args if isinstance(x, torch.Tensor)]
+            return dispatched(*args)
+
+        monkeypatch.setattr(torch.ops.aten, op, noted)
     actual, laid_out = derivatives(call, x, weight)
     with torch.no_grad():
         assert_close(call(x, weight), expected[0], "without derivatives")
-    assert read
-    assert all(read)
+    for inputs in read.values():
+        assert inputs
+        assert all(x.is_contiguous() for x in inputs)
     assert laid_out == strides
     for number, (a, b) in enumerate(zip(actual, expected, strict=True)):
         assert_close(a, b, str(number))
@@ -100,17 +107,22 @@ def test_the_largest_image_of_a_kind_is_timed():
 
 
 @pytest.mark.parametrize(("copied", "taken"), [(2.0, True), (2.9, True), (2.95, False), (4.0, False)])
-def test_copies_are_taken_where_they_are_faster(copied, taken):
+def test_copies_are_taken_where_they_are_faster(copied, taken, monkeypatch):
     """And not for a gain that is no larger than what timings differ by."""
     call, shape = CALLS["3x3"]
     seen = kinds(call, draw(2, 3, 8, 8).contiguous(memory_format=LAST), draw(*shape))
-    times = iter((3.0, copied))
+    times, ways = iter((3.0, copied)), []
 
     def timer(work):
         work()
+        ways.append((convolution_layout._copied, *computed))
+        computed.clear()
         return next(times)
 
+    computed, real = [], convolution_layout.gradients
+    monkeypatch.setattr(convolution_layout, "gradients", lambda *args: computed.append(args[-1]) or real(*args))
     (row,) = convolution_layout.tune(seen, torch.device("cpu"), timer)
+    assert ways == [(frozenset(), (True, True)), (frozenset(seen), (True, True))]
     assert (row["ms"], row["ms_copied"], row["chosen"]) == (3.0, copied, taken)
     assert convolution_layout.chosen_of(json.loads(json.dumps([row]))) == [*seen] * taken
     assert convolution_layout._copied == frozenset([*seen] * taken)
@@ -227,6 +239,52 @@ def rehearsed(trainer):
     with convolution_layout.recording() as seen:
         trainer.rehearse()
     return seen
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"micro_batch": 2},
+        {"discriminator": {"scales": 2}},
+        {"discriminator": {"global_context": "paste"}, "optim": {"reuse_fakes": True}},
+        {"generator": {"style_mixing": 0.9, "plane_resolution": 128}},
+        {"generator": {"backbone": "image", "pose_conditioning": False}, "patch": {"resolution": 16}},
+        {"augment": {"mode": "ada", "p": 0.5}, "patch": {"importance": 2}},
+        {"cuda_graphs": True, "precision": "bf16"},
+    ],
+    ids=str,
+)
+def test_a_rehearsal_is_of_both_networks_and_leaves_no_trace(settings, tiny_config, tiny_trainer, monkeypatch):
+    """D judges twice as many images, in two parts; a run goes on to the same bits."""
+    config = tiny_config(batch=4, renderer={"coarse_samples": 3, "fine_samples": 1}, **settings)
+    judged, judge = [], Trainer._judge
+
+    def noted(trainer, patches, *args, **more):
+        judged.append((len(patches), more))
+        return judge(trainer, patches, *args, **more)
+
+    monkeypatch.setattr(Trainer, "_judge", noted)
+    states = []
+    for rehearses in (False, True):
+        trainer, batches = tiny_trainer(config)
+        trainer.iteration(*next(batches))
+        if rehearses:
+            judged.clear()
+            fakes = None if trainer.fakes is None else trainer.fakes.clone()
+            choose_layouts(trainer, timer=copies_win([]))
+            assert judged == [(2 * trainer.micro, {"parts": 2})]
+            assert fakes is None or torch.equal(trainer.fakes, fakes)
+            convolution_layout.copy(())
+        trainer.iteration(*next(batches))
+        states.append(checksum([trainer.state_dict(), torch.get_rng_state()]))
+    assert states[0] == states[1]
+
+
+def test_settings_begin_without_copies(tiny_config):
+    convolution_layout.copy([convolution_layout.Kind((1, 1, 3, 3), 1, False, torch.float32)])
+    set_arithmetic(tiny_config())
+    assert not convolution_layout._copied
 
 
 def test_nothing_is_timed_without_a_gpu_or_where_bits_are_fixed(tiny_config, tiny_trainer, monkeypatch):

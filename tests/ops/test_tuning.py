@@ -16,7 +16,7 @@ from epigraf_fast import ops
 from epigraf_fast.data import ImageDataset
 from epigraf_fast.ops import tuning as ops_tuning
 from epigraf_fast.tools import train
-from epigraf_fast.training.warmup import BUDGET, FILE, Choice, choose_kernels, warm_up
+from epigraf_fast.training.warmup import BUDGET, FILE, Choice, Layouts, choose_kernels, warm_up
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed: pip install triton", allow_module_level=True)
@@ -218,11 +218,12 @@ def test_a_run_times_the_decoder_of_its_micro_batch(tiny_config, tiny_trainer, m
 
     events = []
     monkeypatch.setattr(train, "warm_up", lambda trainer: events.append(trainer.cur_nimg) or Choice())
+    monkeypatch.setattr(train, "choose_layouts", lambda trainer: events.append("layouts") or Layouts())
     monkeypatch.setattr(train, "loop", lambda *arguments: events.append("loop") or 0)
     assert (
         train.train(reference.config, tiny_trainer_dataset(reference.config), torch.device("cpu"), None, tune=True) == 0
     )
-    assert events == [0, "loop"]
+    assert events == ["layouts", 0, "loop"]
 
 
 def tiny_trainer_dataset(config):
