@@ -416,6 +416,39 @@ def test_triton_by_programs_of_several_tiles(poisoned, monkeypatch, sizes):
     assert_triton_errs_no_more_than_the_reference(function, ray_inputs(rays=7, samples=48, **sizes))
 
 
+@needs_triton
+@pytest.mark.parametrize(
+    ("tiles", "old", "launched"),
+    [
+        (4 * 1024, False, (1024, 4, 96)),
+        (4 * 1024 - 3, False, (1024, 4, 96)),
+        (4 * 1023, False, (4 * 1023, 1, 96)),  # too few to fill a GPU
+        (4 * 1024, True, (4 * 1024, 1, None)),
+    ],
+)
+def test_triton_takes_several_tiles_where_programs_fill_a_gpu(tiles, old, launched, monkeypatch):
+    """And not by a Triton whose code would spill at the registers of the plan."""
+    from epigraf_fast.kernels import decode_triplane as kernels
+    from epigraf_fast.kernels.tuning import Config
+
+    class Launch:
+        def __getitem__(self, grid):
+            return lambda *args, **options: seen.append((*grid, options["TILES"], options["maxnreg"]))
+
+    def meta(*shape):
+        return torch.empty(shape, device="meta")
+
+    seen = []
+    monkeypatch.setattr(kernels, "_decode_triplane_fwd_kernel", Launch())
+    monkeypatch.setattr(kernels, "OLD_TRITON", old)
+    planes, network = meta(1, 96, 8, 8), (meta(64, 32), meta(64), meta(4, 64), meta(4))
+    rays = meta(1, tiles, 3), meta(1, tiles, 3), meta(1, tiles, 64)
+    chosen = (Config(64, 4, 4, 96),)
+    y = kernels.fwd(planes, *rays, *network, precision="tf32", chosen=chosen, arch=80)
+    assert y.shape == (1, tiles, 64, 4)
+    assert seen == [launched]
+
+
 @contextlib.contextmanager
 def programs_in_reverse():
     """The interpreter runs the programs of a launch from the last to the first."""
