@@ -283,6 +283,22 @@ def test_fp16_is_close_to_fp32(up, demodulate, modulated_conv2d):
     assert_close(actual / expected.std(), expected / expected.std(), "y", "fp16_layer")
 
 
+@pytest.mark.parametrize("up", [1, 2])
+def test_fp16_derivatives_are_close_to_those_of_fp32(up, modulated_conv2d):
+    """To the weight as it is given too, which is divided by its maximum first."""
+    inputs = layer(**HALF, dtype=torch.float32)
+    inputs["weight"] *= torch.linspace(0.1, 10, HALF["out"])[:, None, None, None]
+    direction = draw(2, HALF["out"], 6 * up, 6 * up, seed=7).float()
+    found = []
+    for dtype in (torch.float16, torch.float32):
+        leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
+        x = leaves["x"].to(dtype)
+        y = modulated_conv2d(**leaves | {"x": x}, up=up, kernel=BLUR.float() if up > 1 else None)
+        found.append(torch.autograd.grad((y.float() * direction).sum(), list(leaves.values())))
+    for name, half, single in zip(inputs, *found, strict=True):
+        assert (half - single).norm() <= 3e-3 * single.norm(), name
+
+
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
 def test_fp16_range_does_not_depend_on_the_scale_of_weight_and_style(scale, modulated_conv2d):
     # At 1e4 the unscaled products (1e4 * 1e4 * sqrt(288) terms) are beyond fp16's 65504, and so is their energy.
