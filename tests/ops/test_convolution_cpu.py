@@ -67,6 +67,7 @@ def test_it_is_taken_where_onednn_is_slow(up, laid_out, monkeypatch):
     taken, real = [], convolution_cpu.gradient_of_weight
     monkeypatch.setattr(convolution_cpu, "gradient_of_weight", lambda *args: taken.append(args) or real(*args))
     monkeypatch.setattr(convolution_cpu, "LEAST", 5_000)
+    monkeypatch.setattr(convolution_cpu, "LEAST_CHANNELS", 4)
     monkeypatch.setattr(convolution_cpu, "_is_slow", lambda: True)
     shape = (4, 6, 3, 3)
 
@@ -93,6 +94,7 @@ def test_it_is_taken_where_onednn_is_slow(up, laid_out, monkeypatch):
         (x.contiguous(), weight, 1),  # as it lies oneDNN is fast
         (x[:1, :, :4, :4].contiguous(memory_format=LAST), weight, 1),  # small
         (x, weight[..., 1:2, 1:2], 0),
+        (x.repeat(1, 1, 4, 4)[:, :3], weight[:3], 1),  # few channels
     )
     for image, kernel, padding in others:
         conv2d(image, kernel.transpose(0, 1).clone().requires_grad_(), padding=padding).sum().backward()
