@@ -62,6 +62,46 @@ struct OnlyIf {
   }
 };
 
+// Whether the backward has outputs in the place of x.
+inline bool reads_outputs(const LayerEpilogueArgs& a) { return !a.x && (a.out[0] || a.out[1]); }
+
+EPIGRAF_HD float absolute(float x) { return __builtin_fabsf(x); }
+EPIGRAF_HD double absolute(double x) { return __builtin_fabs(x); }
+
+// What the backward knows of the channels of an image where it reads outputs; `OutputLane` in layer_lanes.h says how that
+// works. `along` is gain times the style of the output that is read, of two of the larger one; `limit` is the clamp of that
+// output, as it was stored; `factor` gain times each style.
+template <typename S>
+class OutputVectors {
+ public:
+  OutputVectors(const LayerEpilogueArgs& a, Vectors<S>& vectors)
+      : channels_(a.channels), data_(reads_outputs(a) ? 4 * a.channels : 0) {
+    if (!reads_outputs(a)) return;
+    const S clamp = static_cast<S>(a.clamp), gain = static_cast<S>(a.gain);
+    const bool bounded = clamp - clamp == S(0);
+    for (i64 c = 0; c < channels_; c++) {
+      const S s0 = vectors.style(0)[c], s1 = vectors.style(1)[c];
+      const S style = a.out[1] && (!a.out[0] || absolute(s1) > absolute(s0)) ? s1 : s0;
+      data_[c] = gain * style;
+      data_[channels_ + c] = bounded ? as_stored(a.dtype, clamp * absolute(style)) : static_cast<S>(HUGE_VAL);
+      data_[2 * channels_ + c] = gain * s0;
+      data_[3 * channels_ + c] = gain * s1;
+    }
+  }
+  const S* along() const { return data_.get(); }
+  const S* limit() const { return data_.get() + channels_; }
+  const S* factor(int k) const { return data_.get() + (2 + k) * channels_; }
+
+ private:
+  static S as_stored(DType dtype, S value) {
+    EPIGRAF_BY_DTYPE(dtype, T, return static_cast<S>(Storage<T>::load(Storage<T>::store(static_cast<Compute<T>>(value)))))
+    return value;
+  }
+
+  const i64 channels_;
+  Scratch<S> data_;
+};
+
 // A chunk is a block of rows of one image. Channels-last rows hold all channels of a pixel together (`step` apart, the
 // channel runs with the lanes); contiguous ones hold one channel, and there are C of them (the lanes are columns).
 template <typename S, bool LAST>
@@ -70,6 +110,7 @@ struct Chunk {
   const i64 b, block, step, planes;
   const LeakyClamp<S> f;
   Vectors<S> vectors;
+  const OutputVectors<S> of_outputs;
 
   Chunk(const LayerEpilogueArgs& args, i64 chunk)
       : a(args),
@@ -78,7 +119,8 @@ struct Chunk {
         step(LAST ? args.channels : 1),
         planes(LAST ? 1 : args.channels),
         f{S(args.slope), S(args.gain), S(args.clamp)},
-        vectors(args, b) {}
+        vectors(args, b),
+        of_outputs(args, vectors) {}
 
   static i64 blocks(const LayerEpilogueArgs& args) { return layer_epilogue_blocks(args.height, args.taps != nullptr); }
 
@@ -156,6 +198,93 @@ struct Chunk {
         }
       }
     }
+  }
+
+  // Of two rows of outputs, channel by channel, that of the larger style.
+  void choose_row(i64 plane, i64 columns, const S* out0, const S* out1, S* chosen) {
+    const S *s0 = vectors.style(0) + plane, *s1 = vectors.style(1) + plane;
+    const i64 n = lanes(columns);
+    for (i64 j = 0; j < outer(columns); j++) {
+      const i64 first = j * n;
+#pragma omp simd
+      for (i64 l = 0; l < n; l++) {
+        const i64 c = LAST ? l : 0;
+        chosen[first + l] = absolute(s1[c]) > absolute(s0[c]) ? out1[first + l] : out0[first + l];
+      }
+    }
+  }
+
+  // Elements offset .. offset + n of x, or of the outputs in its place; `buffers` are two of such rows.
+  const S* input_row(i64 plane, i64 offset, i64 n, S* const* buffers) {
+    if (!reads_outputs(a)) return read_row<S>(a.dtype, a.x, offset, n, buffers[0]);
+    const S* out[2] = {nullptr, nullptr};
+    for (int k = 0; k < 2; k++)
+      if (a.out[k]) out[k] = read_row<S>(a.dtype, a.out[k], offset, n, buffers[k]);
+    if (!out[0] || !out[1]) return out[0] ? out[0] : out[1];
+    choose_row(plane, n / step, out[0], out[1], buffers[0]);
+    return buffers[0];
+  }
+
+  // `bwd_row` from outputs; the sums of demod and styles are of products with them, until `finish_outputs`.
+  template <int K, bool SUM>
+  void outputs_bwd_row(i64 plane, i64 columns, const S* __restrict out, const S* __restrict raw, const S* const* g,
+                       S* __restrict gu, S* sums) {
+    const S *along = of_outputs.along() + plane, *limit = of_outputs.limit() + plane;
+    const S *f0 = of_outputs.factor(0) + plane, *f1 = of_outputs.factor(1) + plane;
+    const i64 n = lanes(columns);
+    S* __restrict sum_d = sums;
+    S* __restrict sum_b = sums + n;
+    S* __restrict sum_n = sums + 2 * n;
+    S* __restrict sum_0 = sums + 3 * n;
+    S* __restrict sum_1 = sums + 4 * n;
+    const S slope = f.slope;
+    const OnlyIf<S> bounded(f.clamp - f.clamp == S(0));
+    for (i64 j = 0; j < outer(columns); j++) {
+      const S* __restrict outj = out + j * n;
+      const S* __restrict g0 = g[0] + j * n;
+      const S* __restrict g1 = K > 1 ? g[1] + j * n : nullptr;
+      S* __restrict guj = gu + j * n;
+      const S rj = LAST ? raw[j] : S(0);
+#pragma omp simd
+      for (i64 l = 0; l < n; l++) {
+        const i64 c = LAST ? l : 0;
+        const S y = outj[l], grad = K > 1 ? g0[l] * f0[c] + g1[l] * f1[c] : g0[l] * f0[c];
+        const S passed = absolute(bounded(y)) < limit[c] ? grad : S(0);
+        const S to_u = y * along[c] > S(0) ? passed : slope * passed;
+        guj[l] = to_u;
+        if (SUM) {
+          sum_d[l] += passed * y;
+          sum_b[l] += to_u;
+          sum_n[l] += to_u * (LAST ? rj : raw[l]);
+          sum_0[l] += g0[l] * y;
+          if (K > 1) sum_1[l] += g1[l] * y;
+        }
+      }
+    }
+  }
+
+  // From sums of products with outputs to those that `bwd_row` has; nothing to do where x was read.
+  void finish_outputs(double* totals) {
+    if (!reads_outputs(a)) return;
+    auto quotient = [](double x, double by) { return by == 0 ? 0 : x / by; };
+    const double strength = a.strength ? static_cast<double>(*static_cast<const S*>(a.strength)) : 1;
+    for (i64 c = 0; c < a.channels; c++) {
+      auto total = [&](int sum) -> double& { return totals[sum * a.channels + c]; };
+      const double along = static_cast<double>(of_outputs.along()[c]), gain = static_cast<double>(f.gain);
+      const double known = strength * total(kSumNoise) + static_cast<double>(vectors.bias()[c]) * total(kSumBias);
+      total(kSumDemod) = quotient(quotient(total(kSumDemod), along) - known, static_cast<double>(vectors.demod()[c]));
+      total(kSumStyle0) = quotient(gain * total(kSumStyle0), along);
+      total(kSumStyle1) = quotient(gain * total(kSumStyle1), along);
+    }
+  }
+
+  // Either of them: `v` is a row of blur(x) or x, or of outputs.
+  template <int K, bool SUM>
+  void any_bwd_row(i64 plane, i64 columns, const S* v, const S* noise, const S* raw, const S* const* g, S* gu, S* sums) {
+    if (reads_outputs(a))
+      outputs_bwd_row<K, SUM>(plane, columns, v, raw, g, gu, sums);
+    else
+      bwd_row<K, SUM>(plane, columns, v, noise, raw, g, gu, sums);
   }
 
   struct Second {

@@ -1,8 +1,6 @@
 // The layer's epilogue on the CPU: forward and both derivatives, every chunk of rows by itself, then the sums over them.
 #include "layer_epilogue.h"
 
-#include <stdexcept>
-
 #include "layer_chunks.h"
 
 namespace epigraf {
@@ -38,28 +36,30 @@ void bwd_chunk(const LayerEpilogueArgs& a, i64 number) {
   Chunk<S, LAST> chunk(a, number);
   const i64 first = chunk.block * kLayerRows, last = minimum(first + kLayerRows, a.height);
   const i64 tile = minimum(chunk.tile_columns(), a.width), step = chunk.step;
-  Scratch<S> noise(2 * tile), rows(4 * tile * step), sums(kLayerSums * chunk.lanes(tile));
+  Scratch<S> noise(2 * tile), rows(5 * tile * step), sums(kLayerSums * chunk.lanes(tile));
   Scratch<double> totals(kLayerSums * a.channels);
   for (i64 i = 0; i < kLayerSums * a.channels; i++) totals[i] = 0;
   for (i64 i = 0; i < kLayerSums * chunk.lanes(tile); i++) sums[i] = 0;
   chunk.clear_map(a.map, first, last);
+  S* read[2] = {rows.get(), rows.get() + 4 * tile * step};
   for (i64 plane = 0; plane < chunk.planes; plane++)
     for (i64 row = first; row < last; row++)
       for (i64 from = 0; from < a.width; from += tile) {
         const i64 columns = minimum(tile, a.width - from), n = columns * step;
         chunk.noise_row(row, from, from + columns, noise.get(), noise.get() + tile);
         const i64 offset = chunk.at(plane, row, from);
-        const S* x = read_row<S>(a.dtype, a.x, offset, n, rows.get());
+        const S* v = chunk.input_row(plane, offset, n, read);
         const S* g[2];
         for (int k = 0; k < K; k++) g[k] = read_row<S>(a.dtype, a.grad_out[k], offset, n, rows.get() + (1 + k) * tile * step);
         S* gu = rows.get() + 3 * tile * step;
-        chunk.template bwd_row<K, true>(plane, columns, x, noise.get() + tile, noise.get(), g, gu, sums.get());
+        chunk.template any_bwd_row<K, true>(plane, columns, v, noise.get() + tile, noise.get(), g, gu, sums.get());
         chunk.flush(plane, columns, sums.get(), totals.get());
         if (a.map) chunk.add_to_map(a.map, row, from, columns, gu);
         S* grad_x = row_place<S>(a.dtype, a.grad_x, offset, gu);
         chunk.multiply_by_demod(plane, columns, gu, grad_x);
         write_row<S>(a.dtype, a.grad_x, offset, n, grad_x);
       }
+  chunk.finish_outputs(totals.get());
   chunk.write_partials(totals.get(), number);
 }
 
@@ -71,16 +71,17 @@ void blurred_bwd_chunk(const LayerEpilogueArgs& a, i64 number) {
   const i64 height = a.height + 1, width = a.width + 1, step = chunk.step;
   const i64 first = chunk.block * kLayerRows, last = minimum(first + kLayerRows, height);
   const i64 tile = minimum(chunk.tile_columns(), width), wide = tile + 3, size = wide * step;
-  Scratch<S> noise(2 * wide), rows(8 * size), sums(kLayerSums * chunk.lanes(wide));
+  Scratch<S> noise(2 * wide), rows(10 * size), sums(kLayerSums * chunk.lanes(wide));
   Scratch<double> totals(kLayerSums * a.channels);
   for (i64 i = 0; i < kLayerSums * a.channels; i++) totals[i] = 0;
   for (i64 i = 0; i < kLayerSums * chunk.lanes(wide); i++) sums[i] = 0;
   chunk.clear_map(a.map, minimum(first, a.height), minimum(last, a.height));
-  BlurredRows<S, LAST> blurred(chunk, wide);
+  BlurredRows<S, LAST> blurred(chunk, reads_outputs(a) ? 0 : wide);
   S taps[4];
   for (int q = 0; q < 4; q++) taps[q] = 2 * static_cast<const S*>(a.taps)[3 - q];
   S *grads[2] = {rows.get(), rows.get() + size}, *padded = rows.get() + 2 * size, *result = rows.get() + 3 * size;
   auto ring = [&](i64 row) { return rows.get() + (4 + (row + 4) % 4) * size; };
+  S* read[2] = {rows.get() + 8 * size, rows.get() + 9 * size};
 
   for (i64 plane = 0; plane < chunk.planes; plane++)
     for (i64 from = 0; from < width; from += tile) {
@@ -88,17 +89,17 @@ void blurred_bwd_chunk(const LayerEpilogueArgs& a, i64 number) {
       // Columns of gu that are needed, and those of them whose sums are this tile's.
       const i64 left = maximum<i64>(from - 2, 0), right = minimum(to + 1, a.width), own = minimum(to, a.width);
       const i64 top = maximum<i64>(first - 2, 0);
-      blurred.start(plane, left, right, top);
+      if (!reads_outputs(a)) blurred.start(plane, left, right, top);
       for (i64 row = first - 2; row <= last; row++) {
         S* __restrict h = ring(row);
         if (row < 0 || row >= a.height) {
           for (i64 i = 0; i < n; i++) h[i] = 0;
         } else {
-          const S* v = blurred.next();
+          const i64 offset = chunk.at(plane, row, left), read_n = (right - left) * step;
+          const S* v = reads_outputs(a) ? chunk.input_row(plane, offset, read_n, read) : blurred.next();
           chunk.noise_row(row, left, right, noise.get(), noise.get() + wide);
           const S* g[2] = {nullptr, nullptr};
-          for (int k = 0; k < K; k++)
-            g[k] = read_row<S>(a.dtype, a.grad_out[k], chunk.at(plane, row, left), (right - left) * step, grads[k]);
+          for (int k = 0; k < K; k++) g[k] = read_row<S>(a.dtype, a.grad_out[k], offset, read_n, grads[k]);
           // padded holds columns from - 2 .. to.
           for (i64 i = 0; i < (left - (from - 2)) * step; i++) padded[i] = 0;
           for (i64 i = (right - (from - 2)) * step; i < n + 3 * step; i++) padded[i] = 0;
@@ -109,11 +110,11 @@ void blurred_bwd_chunk(const LayerEpilogueArgs& a, i64 number) {
             S* gu = padded + (begin - (from - 2)) * step;
             const S *scaled = noise.get() + wide + skip, *raw = noise.get() + skip;
             if (sum) {
-              chunk.template bwd_row<K, true>(plane, end - begin, v + skip * step, scaled, raw, gp, gu, sums.get());
+              chunk.template any_bwd_row<K, true>(plane, end - begin, v + skip * step, scaled, raw, gp, gu, sums.get());
               chunk.flush(plane, end - begin, sums.get(), totals.get());
               if (a.map) chunk.add_to_map(a.map, row, begin, end - begin, gu);
             } else {
-              chunk.template bwd_row<K, false>(plane, end - begin, v + skip * step, scaled, raw, gp, gu, sums.get());
+              chunk.template any_bwd_row<K, false>(plane, end - begin, v + skip * step, scaled, raw, gp, gu, sums.get());
             }
           };
           const bool mine = row >= first && row < last;
@@ -135,6 +136,7 @@ void blurred_bwd_chunk(const LayerEpilogueArgs& a, i64 number) {
         write_row<S>(a.dtype, a.grad_x, offset, n, grad_x);
       }
     }
+  chunk.finish_outputs(totals.get());
   chunk.write_partials(totals.get(), number);
 }
 
@@ -246,7 +248,6 @@ void layer_epilogue_fwd(const LayerEpilogueArgs& args, int threads) {
 }
 
 void layer_epilogue_bwd(const LayerEpilogueArgs& args, int threads) {
-  if (!args.x && (args.out[0] || args.out[1])) throw std::runtime_error("layer_epilogue_bwd: the CPU needs x, not outputs");
   const LayerEpilogueArgs a = merged(args);
   if (a.taps)
     EPIGRAF_LAYER_CHUNKS(blurred_bwd_chunk, a, a.grad_out[1] ? 2 : 1, threads);

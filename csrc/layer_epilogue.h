@@ -20,8 +20,8 @@ struct LayerEpilogueArgs {
   const void* noise;     // [B, H, W], or [H, W] with noise_stride 0
   const void* strength;  // [1], or null: 1
   const void* style[2];  // [B, C]
-  void* out[2];          // fwd; the second may be null. bwd on the GPU, in place of x: one, without a style if it is one
-                         // of two, or both
+  void* out[2];          // fwd; the second may be null. bwd, in place of x: one, without a style if it is one of two, or
+                         // both
 
   const void* grad_out[2];  // bwd, double_bwd: incoming; null where there is none
   void* grad_x;             // bwd, double_bwd

@@ -214,6 +214,7 @@ void layer_epilogue_case(DType dtype, std::mt19937& generator) {
   args.slope = 0.2, args.gain = 1.25, args.clamp = 1.5;
   args.batch = pick(0, 3), args.channels = pick(1, 20), args.height = pick(1, 40), args.width = pick(1, 24);
   const bool blur = pick(0, 1), two = pick(0, 1), vectors = pick(0, 3), noise = pick(0, 1);
+  const bool one_output = two && pick(0, 1);  // for the backward, in the place of x
   const i64 pixels = args.height * args.width, of_vectors = args.batch * args.channels, count = of_vectors * pixels;
   const i64 of_x = blur ? of_vectors * (args.height + 1) * (args.width + 1) : count, map = args.batch * pixels;
   args.noise_stride = noise && pick(0, 1) ? pixels : 0;
@@ -238,7 +239,7 @@ void layer_epilogue_case(DType dtype, std::mt19937& generator) {
   for (int threads : {1, 3}) {
     auto images = [&](i64 n) { return std::vector<T>(static_cast<size_t>(n)); };
     auto sums = [&](i64 n) { return std::vector<S>(static_cast<size_t>(n)); };
-    Outputs<T> now = {images(count), images(count), images(of_x), images(count), images(count), images(of_x)};
+    Outputs<T> now = {images(count), images(count), images(of_x), images(count), images(count), images(of_x), images(of_x)};
     Outputs<S> found;
     auto partials = sums(args.batch * blocks * kLayerSums * args.channels);
     args.partials = partials.data();
@@ -254,11 +255,16 @@ void layer_epilogue_case(DType dtype, std::mt19937& generator) {
       args.map = found[from + 5].data();
       *gradient_map = found[from + 6].data();
     };
-    found.reserve(14);
+    found.reserve(21);
     void* unused;
     layer_epilogue_fwd(args, threads);
     gradients(now[2], &unused);
     layer_epilogue_bwd(args, threads);
+    gradients(now[6], &unused);
+    args.x = nullptr;  // from the outputs
+    if (one_output) args.out[args.channels % 2] = nullptr;
+    layer_epilogue_bwd(args, threads);
+    args.x = x.data();
     if (!blur) {
       gradients(now[5], &args.gradient_map);
       args.dot_x = dot_x.data();

@@ -67,8 +67,8 @@ def layer_epilogue(
         styles: One or two; an output is y times style [B, C] (the next convolution's input), or y for None.
         act: linear, or lrelu (slope 0.2).
         gain, clamp: See `bias_act`.
-        keep_x: False lets the backward on a GPU take what it needs of x from the outputs, so that x need not be kept.
-            A demod or style of exactly 0 then has gradient 0, and what is at the clamp counts as clipped.
+        keep_x: False lets the backward of cpu and cuda take what it needs of x from the outputs, so that x need not be
+            kept. A demod or style of exactly 0 then has gradient 0, and what is at the clamp counts as clipped.
 
     Returns:
         One [B, C, H, W] for every style, dtype and memory layout of x.
@@ -178,7 +178,7 @@ class _LayerEpilogue:
     @staticmethod
     def keep(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor | None]) -> None:
         x, *tensors, ctx.settings = inputs
-        keep_x = ctx.settings.keep_x or not native.on_gpu(x)
+        keep_x = ctx.settings.keep_x
         styles = tensors[-2:]
         plain = [k for k in range(ctx.settings.outputs) if styles[k] is None]  # y itself, which says all
         kept = () if keep_x else plain[:1] or range(2)

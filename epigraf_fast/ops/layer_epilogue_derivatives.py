@@ -22,7 +22,7 @@ class Epilogue(NamedTuple):
     gain: float
     clamp: float
     outputs: int
-    keep_x: bool  # for the backward; else, on a GPU, the outputs are kept
+    keep_x: bool  # for the backward; else the outputs are kept
 
     def for_launch(self, y: Tensor, noise: Tensor | None) -> tuple[Any, ...]:
         """What follows the tensors in a launch; y is like an output."""

@@ -17,7 +17,7 @@ from checks import (
     layouts,
     roundings,
 )
-from csrc_backends import check_derivatives, here, on_backend, on_kernels, use
+from csrc_backends import check_derivatives, cpu_levels, here, on_backend, on_kernels, use
 from epigraf_fast import ops
 from epigraf_fast.ops import backends, native
 
@@ -118,29 +118,67 @@ def test_epilogue_errs_no_more_than_the_reference(layer_epilogue, blur, styles, 
 
 @pytest.mark.parametrize("blur", [False, True])
 @pytest.mark.parametrize("styles", [0, 1, 2])
+@pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("size", [(2, 5, 4, 37), (3, 4, 35, 3)])
-def test_epilogue_from_outputs(layer_epilogue, size, blur, styles, poisoned):
+def test_epilogue_from_outputs(layer_epilogue, size, channels_last, blur, styles, poisoned):
     """x is not kept: both orders come from what went out, the first one by a kernel of its own."""
     inputs, settings = epilogue_inputs(*size, blur=blur, styles=styles)
     expected = derivatives(functools.partial(ops.layer_epilogue, backend="reference"), inputs, settings)
     settings["keep_x"] = False
+    if channels_last:
+        inputs["x"] = inputs["x"].contiguous(memory_format=torch.channels_last)
     for order in (1, 2):
         for name, actual in derivatives(layer_epilogue, inputs, settings, order).items():
             assert_close(actual, expected[name], f"order {order}: {name}")
 
 
+@pytest.mark.parametrize("blur", [False, True])
+@pytest.mark.parametrize("styles", [1, 2])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_epilogue_from_outputs_on_every_cpu(dtype, channels_last, styles, blur):
+    """Rows of more elements than the longest vector has, and of no multiple of that."""
+    inputs, settings = epilogue_inputs(2, 37, 5, 21, blur=blur, styles=styles, dtype=dtype)
+    inputs["demod"] += 0.7  # it divides what outputs were rounded by
+    settings["clamp"] = None if dtype.itemsize == 2 else 1.7  # what lies next to it may round to either side
+    reference = functools.partial(ops.layer_epilogue, backend="reference")
+    exact = {name: x.double() for name, x in inputs.items()}
+    truth = derivatives(reference, exact, settings, order=1)
+    largest = largest_term_of_demod(exact, settings, styles)
+    vectors = native.compute_dtype(dtype)
+    inputs = {name: x if name == "x" else x.to(vectors) for name, x in inputs.items()}
+    settings["blur"] = SKEWED.to(vectors) if blur else None
+    expected = derivatives(reference, inputs, settings, order=1)
+    if channels_last:
+        inputs["x"] = inputs["x"].contiguous(memory_format=torch.channels_last)
+    for level in cpu_levels():
+        found = derivatives(
+            functools.partial(ops.layer_epilogue, backend="cpu"), inputs, settings | {"keep_x": False}, order=1
+        )
+        for name, actual in found.items():
+            if dtype == torch.float64:
+                assert_close(actual, expected[name], f"{level}: {name}")
+                continue
+            if name.endswith("strength"):
+                continue  # one number, which the reference may happen to hit
+            options = {"more": roundings(terms=5 * 21), "largest": largest} if name.endswith("demod") else {}
+            assert_error_within_reference(actual, expected[name], truth[name], f"{level}: {name}", **options)
+
+
 @on_kernels("modulated_conv2d")
 @pytest.mark.parametrize("gain", [0.5, -0.5])
-def test_epilogue_from_outputs_that_say_little(layer_epilogue, backend, gain):
-    """Outputs of 0 and at the clamp, and styles of 0 and of either sign, by hand: y = gain lrelu(x), clamp 1."""
-    x = torch.tensor([[-1.0, 0.0, 1.0, 5.0], [-1.0, 0.0, 1.0, 5.0], [-20.0, 0.0, 1.0, 3.0]])[None, :, None]
-    x, style = x.requires_grad_(), torch.tensor([[-3.0, 0.0, 2.0]], requires_grad=True)
-    (y,) = layer_epilogue(x, styles=(style,), act="lrelu", gain=gain, clamp=1.0, keep_x=False)
-    to_x, to_style = torch.autograd.grad(y.sum(), (x, style))
+@pytest.mark.parametrize("styles", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_epilogue_from_outputs_that_say_little(layer_epilogue, backend, dtype, styles, gain):
+    """Outputs of 0 and at the clamp, and styles of 0 and of either sign, by hand: y = gain lrelu(x), clamp 0.7."""
+    x = torch.tensor([[-1.0, 0.0, 1.0, 5.0], [-1.0, 0.0, 1.0, 5.0], [-20.0, 0.0, 1.0, 3.0]], dtype=dtype)[None, :, None]
+    x, style = x.requires_grad_(), torch.tensor([[-3.0, 0.0, 2.0], [1.0, -2.0, 0.0]][:styles], requires_grad=True)
+    outputs = layer_epilogue(x, styles=style[:, None].unbind(), act="lrelu", gain=gain, clamp=0.7, keep_x=False)
+    to_x, to_style = torch.autograd.grad(sum(y.sum() for y in outputs), (x, style))
     slopes = torch.tensor([[0.2, 0.2, 1.0, 0.0], [0.2, 0.2, 1.0, 0.0], [0.0, 0.2, 1.0, 0.0]])
-    unknown = native.on_gpu(y)  # y, where its style is 0
-    assert_close(to_x, (gain * slopes * style.detach().T)[None, :, None], "to x", torch.float32)
-    assert_close(to_style, gain * torch.tensor([[2.8, 0.0 if unknown else 2.8, 1.0]]), "to style", torch.float32)
+    assert_close(to_x, (gain * slopes * style.detach().sum(0)[:, None])[None, :, None], "to x", dtype)
+    known = 2.2 if styles == 2 else 0.0  # y, from the output of a style that is not 0
+    assert_close(to_style, gain * torch.tensor([[2.2, known, 1.0]] * styles), "to style", dtype)
 
 
 @on_kernels("modulated_conv2d")
@@ -150,8 +188,8 @@ def test_epilogue_keeps_no_x(layer_epilogue, backend):
     for keep_x in (True, False):
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(tuple(x.shape)), lambda x: x):
-            y = call_epilogue(layer_epilogue, settings | {"keep_x": keep_x}, **inputs)[0]
-        assert ((1, 3, 5, 6) in kept) == (keep_x or not native.on_gpu(y))
+            call_epilogue(layer_epilogue, settings | {"keep_x": keep_x}, **inputs)
+        assert ((1, 3, 5, 6) in kept) == keep_x
 
 
 @pytest.mark.parametrize("blur", [False, True])
@@ -171,18 +209,22 @@ def test_epilogue_layouts(layer_epilogue):
             assert_close(actual, expected[name], f"x: {layout}; {name}")
 
 
+@pytest.mark.parametrize("keep_x", [False, True])
 @pytest.mark.parametrize(
     ("size", "blur"),
     [((0, 3, 4, 5), False), ((0, 3, 4, 5), True), ((2, 0, 4, 5), False), ((0, 3, 1, 1), False), ((0, 3, 1, 1), True)],
 )
-def test_epilogue_of_nothing(layer_epilogue, size, blur):
+def test_epilogue_of_nothing(layer_epilogue, size, blur, keep_x):
     inputs, settings = epilogue_inputs(*size, blur=blur)
+    settings["keep_x"] = keep_x
     for name, x in derivatives(layer_epilogue, inputs, settings, order=1).items():
         assert not x.any(), name
 
 
-def test_epilogue_does_not_depend_on_threads(layer_epilogue, backend):
+@pytest.mark.parametrize("keep_x", [False, True])
+def test_epilogue_does_not_depend_on_threads(layer_epilogue, backend, keep_x):
     inputs, settings = epilogue_inputs(1, 5, 70, 40, blur=True, styles=2)
+    settings["keep_x"] = keep_x
     before = torch.get_num_threads()
     try:
         found = []
