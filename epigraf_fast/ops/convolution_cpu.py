@@ -33,7 +33,7 @@ def _is_slow() -> bool:
 def suits(grad: Tensor, x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN is slower for the gradient to this weight [_, _, k, k]; x and grad [B, _, H, W]."""
     return (
-        weight.device.type == "cpu"
+        weight.is_cpu
         and weight.dtype == torch.float32
         and weight.shape[-1] > 1
         and min(weight.shape[:2]) >= LEAST_CHANNELS

@@ -125,7 +125,7 @@ def tune(
     Args:
         seen: Of `recording`.
         timer: Milliseconds of a call.
-        seconds: After which no other kind is begun: those left stay as they lie.
+        seconds: After which no other kind is begun: those left, and those without room, stay as they lie.
         clock: In seconds.
 
     Returns:
@@ -136,8 +136,11 @@ def tune(
     for kind, (shape, plan) in sorted(seen.items(), key=lambda item: -math.prod(item[1].x)):
         times = [None, None]
         if clock() - begun < seconds:
-            with contextlib.suppress(torch.OutOfMemoryError):
+            try:
                 times = _times(kind, shape, plan, device, timer)
+            except RuntimeError as error:  # of memory, or cuDNN finds no algorithm that fits into what is left
+                if "CUDA error" in str(error):  # of the GPU itself
+                    raise
         chosen = times[1] is not None and times[1] < GAIN * times[0]
         told = kind._asdict() | {"dtype": str(kind.dtype).removeprefix("torch."), "x": list(shape)}
         rows.append(told | {"weight": list(kind.weight), "ms": times[0], "ms_copied": times[1], "chosen": chosen})

@@ -78,7 +78,7 @@ def computed_share(network, monkeypatch, **options):
 def test_images_and_gradients_are_those_of_whole_planes(backend, monkeypatch):
     network = build(backend=backend)
     compare(network)
-    assert computed_share(network, monkeypatch) == 48 * 60 / 64**2  # a box of 40 x 52, and its rim
+    assert computed_share(network, monkeypatch) == 46 * 58 / 64**2  # a box of 38 x 50, and its rim
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ KEPT = 440  # MiB that this one keeps in fp32; lower it when it is less
 def elsewhere(monkeypatch):
     """In this mode tensors have shapes, layouts and the word that they lie on a GPU."""
     monkeypatch.setattr(FakeTensor, "is_cuda", property(lambda _: True), raising=False)
+    monkeypatch.setattr(FakeTensor, "is_cpu", property(lambda _: False), raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with FakeTensorMode() as mode:
         yield mode

@@ -128,7 +128,10 @@ def test_copies_are_taken_where_they_are_faster(copied, taken, monkeypatch):
     assert convolution_layout._copied == frozenset([*seen] * taken)
 
 
-def test_no_time_left_and_no_room():
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("no room"), RuntimeError("FIND was unable to find an engine")]
+)
+def test_no_time_left_and_no_room(error):
     """What is not timed stays as it lies."""
     seen = {}
     for call, shape in CALLS.values():
@@ -139,13 +142,25 @@ def test_no_time_left_and_no_room():
     def timer(work):
         timed.append(work)
         if len(timed) == 3:
-            raise torch.OutOfMemoryError("no room")
+            raise error
         return 1.0 / len(timed)
 
     rows = convolution_layout.tune(seen, torch.device("cpu"), timer, seconds=3.0, clock=lambda: next(clock))
     assert [row["chosen"] for row in rows] == [True, False, False, False]
     assert [row["ms"] for row in rows] == [1.0, None, None, None]
     assert len(timed) == 3
+
+
+def test_a_gpu_that_has_failed_ends_the_timing():
+    call, shape = CALLS["3x3"]
+    seen = kinds(call, draw(2, 3, 8, 8).contiguous(memory_format=LAST), draw(*shape))
+
+    def timer(work):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        convolution_layout.tune(seen, torch.device("cpu"), timer)
+    assert convolution_layout._copied == frozenset()
 
 
 def channels_last_modulated(size):

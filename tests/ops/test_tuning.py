@@ -137,6 +137,15 @@ def test_every_size_has_plans_for_every_architecture():
                         assert tuning.plans(case("fwd", arch, **sizes))
 
 
+def test_several_tiles_are_for_few_outputs():
+    """More than a product is padded to spill with them."""
+    for precision in ("fp32", "tf32"):
+        for arch in (80, 90):
+            of = {out: tuning.plans(case("fwd", arch, precision=precision, out=out)) for out in (16, 17)}
+            tiles = {out: max(config.tiles for plan in plans for config in plan) for out, plans in of.items()}
+            assert tiles == {16: 4, 17: 1}
+
+
 def test_a_run_times_once_and_others_read_what_it_found(tmp_path):
     """From the run's folder, then from where verdicts are kept; on another GPU, or for other sizes, they time anew."""
     rays, network = inputs()
