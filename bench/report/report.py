@@ -49,9 +49,10 @@ def source(result: Result) -> str:
 
 
 def cpu_of(environment: Result) -> str:
-    """Its name and how many threads computed."""
-    threads = environment["cpu"]["threads"]
-    return f"CPU ({environment['cpu']['name']}, {threads} thread{'s' * (threads > 1)})"
+    """Its name, the vectors that torch uses there, and how many threads computed."""
+    cpu = environment["cpu"]
+    vectors = f", {cpu['capability']}" if "capability" in cpu else ""
+    return f"CPU ({cpu['name']}{vectors}, {cpu['threads']} thread{'s' * (cpu['threads'] > 1)})"
 
 
 def text(found: list[Result]) -> str:
