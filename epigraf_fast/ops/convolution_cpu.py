@@ -1,7 +1,7 @@
 """The gradient to a convolution's weight on a CPU without AVX-512, as matrix products of channels_last images.
 
-oneDNN computes it there for channels_last images at a third of the speed of the other layout, in which neither the
-networks' other operations nor the other convolutions are faster. Here
+oneDNN is slow at it there for channels_last images, and not in the other layout, in which neither the networks' other
+operations nor the other convolutions are faster. Here
 
     dweight[:, :, i, j] = sum_p coarse[p] fine[stride p + (i, j) - padding]^T,
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from .convolution_layout import Plan
 
 LEAST = 1 << 29  # multiplications from which on this is faster with one thread and with two
-LEAST_CHANNELS = 32  # of either factor: with 16 it takes twice oneDNN's time, with 3 five times
+LEAST_CHANNELS = 32  # of either factor; with 16 and fewer oneDNN is faster
 CHUNK = 1 << 18  # numbers of a factor that are multiplied at once: caches hold them for all taps
 
 
