@@ -338,7 +338,7 @@ def test_images_larger_than_the_caches(factors, layout, width):
 
 
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("clamp", [None, 0.5])
+@pytest.mark.parametrize("clamp", [None, 0.5, 100.0])
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_something_may_be_added(upfirdn2d, name, clamp, channels_last):
     kernel_shape, settings = CALLS[name]
@@ -361,6 +361,58 @@ def test_something_may_be_added(upfirdn2d, name, clamp, channels_last):
         small = {name: small[name] for name in ("x", "added", "bias")}
         reference = functools.partial(function, op=functools.partial(ops.upfirdn2d, backend="reference"))
         check_derivatives(function, reference, small, "upfirdn2d")
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels last"])
+@pytest.mark.parametrize(
+    ("largest", "bias", "kept"),
+    [
+        (1.0, 0.5, False),
+        (1.0, None, False),
+        (-1.0, 0.5, False),
+        (1.7, -0.5, True),
+        (-1.7, 0.5, True),
+        (-2.5, None, True),
+        (math.nan, None, True),
+        (math.inf, 0.0, True),
+        (1.0, math.nan, True),
+    ],
+)
+def test_a_cpu_keeps_nothing_of_what_is_within_the_clamp(layout, largest, bias, kept):
+    x, added = draw(2, 3, 4, 6), draw(2, 3, 8, 12, seed=1) % 0.9
+    added[1, 2, 7, 11] = largest
+    x, added = (v.contiguous(memory_format=layout).requires_grad_() for v in (x, added))
+    bias = None if bias is None else torch.tensor([0.0, 0.1, bias], dtype=torch.float64, requires_grad=True)
+    saved = []
+
+    def save(tensor):
+        saved.append(tensor.data_ptr())
+        return tensor
+
+    def gradients(backend):
+        y = ops.upfirdn2d(x, BLUR, up=2, padding=(2, 1, 2, 1), added=added, bias=bias, clamp=2.0, backend=backend)
+        given = [added] if bias is None else [added, bias]
+        return torch.autograd.grad(y, given, draw(*y.shape, seed=2))
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        found = gradients("cpu")
+    assert (added.data_ptr() in saved) == kept
+    if not math.isnan(largest):
+        for name, actual, expected in zip(("added", "bias"), found, gradients("reference"), strict=False):
+            assert_close(actual, expected, name)
+
+
+def test_the_clamp_is_seen_in_memory_with_gaps():
+    """Of a call that goes through torch's library, which makes nothing dense before."""
+    x, whole = torch._neg_view(draw(1, 2, 4, 6)), draw(1, 2, 8, 24, seed=1) % 0.9
+    whole[0, 1, 7, 22] = 5.0
+    added = whole[..., ::2].requires_grad_()
+    assert not added.is_contiguous()
+    settings = {"up": 2, "padding": (2, 1, 2, 1), "clamp": 2.0}
+    y, expected = (ops.upfirdn2d(x, BLUR, added=added, backend=name, **settings) for name in ("cpu", "reference"))
+    actual, expected = (torch.autograd.grad(v.sum(), added)[0] for v in (y, expected))
+    assert expected[0, 1, 7, 11] == 0
+    assert_close(actual, expected, "gradient")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
