@@ -80,15 +80,12 @@ class LossScale:
 
 
 def step_unless(optimizer: torch.optim.Optimizer, skipped: Tensor) -> None:
-    """The optimizer's step, or none of it, not even of its counters and moments, where `skipped` [] is 1.
+    """The step of a fused optimizer, or none of it, not even of its counters and moments, where `skipped` [] is 1.
 
-    Of a fused one the device decides, and is not waited for.
+    The device decides, and is not waited for.
     """
-    if any(group.get("fused") for group in optimizer.param_groups):
-        optimizer.found_inf = skipped  # as torch's GradScaler hands it over
-        try:
-            optimizer.step()
-        finally:
-            del optimizer.found_inf
-    elif not skipped.item():
+    optimizer.found_inf = skipped  # as torch's GradScaler hands it over
+    try:
         optimizer.step()
+    finally:
+        del optimizer.found_inf

@@ -158,8 +158,7 @@ class Trainer:
 
     def _adam(self, module: nn.Module, lr: float, lazy: float) -> torch.optim.Adam:
         betas = (self.config.optim.beta1**lazy, self.config.optim.beta2**lazy)
-        fused = True if self.device.type == "cuda" else None
-        return torch.optim.Adam(module.parameters(), lr=lr * lazy, betas=betas, eps=1e-8, fused=fused)
+        return torch.optim.Adam(module.parameters(), lr=lr * lazy, betas=betas, eps=1e-8, fused=True)
 
     @annotate("iteration")
     def iteration(self, images: Tensor, labels: Tensor, angles: Tensor) -> None:
@@ -591,8 +590,8 @@ class Trainer:
         for optimizer, name in ((self.g_optimizer, "g_optimizer"), (self.d_optimizer, "d_optimizer")):
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state[name]["state"]})
             for parameter, moments in optimizer.state.items():
-                # In the parameter's layout, which on a GPU may be another than where they were saved: the fused Adam of
-                # a GPU refuses what differs.
+                # In the parameter's layout, which on a GPU may be another than where they were saved: a fused Adam
+                # reads memory as it lies, and that of a GPU refuses what differs.
                 for moment in ("exp_avg", "exp_avg_sq"):
                     moments[moment] = torch.empty_like(parameter).copy_(moments[moment])
         self.cur_nimg, self.iterations = state["cur_nimg"], state["iterations"]
