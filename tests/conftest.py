@@ -80,7 +80,9 @@ def _interpreter() -> None:
 
 @pytest.fixture(autouse=True)
 def _arithmetic() -> None:
-    """A GPU rounds no product to TF32 and sums convolutions in one order, whatever the test before has set."""
+    """A GPU rounds no product to TF32 and sums convolutions in one order, and a CPU has denormal numbers, whatever the
+    test before has set."""
+    torch.set_flush_denormal(False)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
 

@@ -45,8 +45,14 @@ def begin() -> None:
 
 
 def begun() -> None:
-    """Everything large is imported: Ctrl-C raises KeyboardInterrupt again."""
+    """Everything large is imported: Ctrl-C raises KeyboardInterrupt again, and nothing computes with denormal numbers.
+
+    What lies behind a surface gets gradients of 1e-38 and less, with which a CPU takes many times as long. Threads
+    inherit it, so that it is said before there are any.
+    """
     Progress.end_all()
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_flush_denormal(True)
     if signal.getsignal(signal.SIGINT) is _at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -413,6 +413,24 @@ def test_a_terminal_sees_that_torch_is_loaded(tmp_path: Path) -> None:
         os.close(theirs)
 
 
+@pytest.mark.parametrize("is_command", [True, False])
+def test_a_command_flushes_denormal_numbers_in_all_threads(is_command: bool) -> None:
+    """A library does not: that is its program's choice."""
+    program = """
+import contextlib, sys, torch
+from epigraf_fast import ops
+from epigraf_fast.tools.command import running
+
+with running() if sys.argv[1] == "True" else contextlib.nullcontext():
+    torch.set_num_threads(3)
+    tiny = torch.tensor([1e-39]).expand(4, 64, 128, 128).contiguous()
+    print(*((y != 0).sum().item() for y in (tiny * 0.5, ops.bias_act(tiny, None, act="lrelu"))))
+"""
+    words = [sys.executable, "-c", program, str(is_command)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == (["0"] * 2 if is_command else [str(4 * 64 * 128 * 128)] * 2)
+
+
 def test_a_library_keeps_the_signals_of_its_program() -> None:
     program = "import signal, epigraf_fast; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
