@@ -164,6 +164,8 @@ class DiscriminatorConfig:
     """Steps that yaw and pitch are resolved into."""
     camera_dropout: float = 0.5
     """Dropout, in training, of what D sees of the camera."""
+    mapping_rate: float = 0.01
+    """What the learning rate is multiplied by in the layers that read labels, cameras and where a patch lies."""
     minibatch_std_group: int = 4
     """Images that share a standard deviation, and a draw of patches."""
     clamp: float = 256.0
@@ -420,7 +422,8 @@ def _demo() -> Config:
 
     What makes it learn in so few images: a finite last interval, so that empty space shows the white background instead
     of having to be painted; no density noise; many small iterations; a discriminator that learns faster than G, sees
-    the camera, and of a patch's scale and place the low frequencies (a table's rows would be seen too rarely).
+    the camera, and of a patch's scale and place the low frequencies (a table's rows would be seen too rarely), and
+    learns to read them as fast as the rest.
     What keeps its colours: slow rates that fall (docs/training.md).
     """
     return Config(
@@ -428,7 +431,7 @@ def _demo() -> Config:
         resolution=64,
         batch=8,
         precision="auto",
-        kimg=24.0,
+        kimg=32.0,
         run_dir="runs/demo",
         log_kimg=0.2,
         snapshot_kimg=2.0,
@@ -462,6 +465,7 @@ def _demo() -> Config:
             patch_table_dim=0,
             patch_skip_highest=6,
             camera_conditioning=True,
+            mapping_rate=1.0,
         ),
         patch=PatchConfig(resolution=16, anneal_kimg=60.0),
         loader=DataConfig(workers=0),
@@ -529,6 +533,7 @@ def check(config: Config) -> None:
         "renderer.background_start": c.renderer.background_start,
         "renderer.last_interval": c.renderer.last_interval,
         "renderer.density_noise_kimg": c.renderer.density_noise_kimg,
+        "discriminator.mapping_rate": c.discriminator.mapping_rate,
         "optim.g_lr": c.optim.g_lr,
         "optim.d_lr": c.optim.d_lr,
         "optim.lr_decay_kimg": 1.0 if c.optim.lr_decay_kimg is None else c.optim.lr_decay_kimg,
