@@ -421,17 +421,18 @@ def _demo() -> Config:
     """Small enough for minutes on two CPU cores. The built-in data stores its camera, in units that suit densities.
 
     What makes it learn in so few images: a finite last interval, so that empty space shows the white background instead
-    of having to be painted; no density noise; many small iterations; a discriminator that learns faster than G, sees
-    the camera, and of a patch's scale and place the low frequencies (a table's rows would be seen too rarely), and
-    learns to read them as fast as the rest.
-    What keeps its colours: slow rates that fall (docs/training.md).
+    of having to be painted; no density noise; many small iterations, in which D learns from the fakes of G's step; a
+    discriminator that learns faster than G, sees the camera, and of a patch's scale and place the low frequencies (a
+    table's rows would be seen too rarely).
+    What keeps its colours: slow rates that fall, and a discriminator that learns to read cameras and places as fast as
+    the rest (docs/training.md).
     """
     return Config(
         data="builtin",
         resolution=64,
         batch=8,
         precision="auto",
-        kimg=32.0,
+        kimg=28.0,
         run_dir="runs/demo",
         log_kimg=0.2,
         snapshot_kimg=2.0,
@@ -451,7 +452,7 @@ def _demo() -> Config:
             decoder_hidden=32,
         ),
         renderer=RendererConfig(
-            coarse_samples=20,
+            coarse_samples=12,
             fine_samples=12,
             density_shift=-3.0,
             density_noise=0.0,
@@ -467,9 +468,9 @@ def _demo() -> Config:
             camera_conditioning=True,
             mapping_rate=1.0,
         ),
-        patch=PatchConfig(resolution=16, anneal_kimg=60.0),
+        patch=PatchConfig(resolution=32, anneal_kimg=24.0),
         loader=DataConfig(workers=0),
-        optim=OptimConfig(g_lr=0.002, d_lr=0.004, lr_decay_kimg=4.0, r1_gamma=0.01, blur_sigma=0.0),
+        optim=OptimConfig(g_lr=0.002, d_lr=0.004, lr_decay_kimg=4.0, r1_gamma=0.01, blur_sigma=0.0, reuse_fakes=True),
     )
 
 
