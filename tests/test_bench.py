@@ -761,7 +761,7 @@ def test_ablations_go_on_and_write_their_table(monkeypatch, tmp_path, capsys):
     text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith(f"{ablations.END}\nafter\n")
-    assert "by modulation (the preset) | 2 | 102.5 (101.0 to 104.0) | 4.0 | 1.50 |" in text
+    assert "by modulation | 2 | 102.5 (101.0 to 104.0) | 4.0 | 1.50 |" in text
     assert "| whole images | images of 64 | pending |" in text
     assert ablations.main([*line, "--", "--kimg", "4"]) == 2
     assert "is of `python -m bench.runs.ablations`: name another --json" in capsys.readouterr().out

@@ -1,9 +1,9 @@
 """The discriminators of the paper's Table 2, patch sizes and reused fakes, in small: `python -m bench.runs.ablations`.
 
-Each variant is a run of the demo preset on the built-in set, by one flag, with equal images and the same seeds. Runs go
-one after the other; one that was interrupted goes on, one that is done is not repeated. After each, the result file and
-the table of docs/ablations.md are written anew. What follows `--` goes to every run, as `-- --kimg 4`; results are of
-one such line only.
+Each variant is a run of the demo preset on the built-in set, with patches of 16 and fakes of D's own, by one flag, with
+equal images and the same seeds. Runs go one after the other; one that was interrupted goes on, one that is done is not
+repeated. After each, the result file and the table of docs/ablations.md are written anew. What follows `--` goes to
+every run, as `-- --kimg 4`; results are of one such line only.
 """
 
 from __future__ import annotations
@@ -27,9 +27,14 @@ PAGE = results.ROOT / "docs" / "ablations.md"
 BEGIN, END = "<!-- ablations:begin, written by python -m bench.runs.ablations -->", "<!-- ablations:end -->"
 PENDING = "No runs yet: `python -m bench.runs.ablations` makes them and writes the table here."
 
+# What the first variant has otherwise than the preset.
+BASE = [
+    *("--patch.resolution", "16", "--patch.anneal-kimg", "60", "--renderer.coarse-samples", "20"),
+    *("--optim.no-reuse-fakes", "--discriminator.mapping-rate", "0.01"),
+]
 # Name -> the flag, and what D sees.
 VARIANTS: dict[str, tuple[list[str], str]] = {
-    "modulated": ([], "patches of 16, their scale and place, by modulation (the preset)"),
+    "modulated": ([], "patches of 16, their scale and place, by modulation"),
     "standard": (["--discriminator.modulate", "none"], "patches of 16 alone"),
     "2 scales": (["--discriminator.scales", "2"], "patches of 16; one D for each of 2 scales"),
     "4 scales": (["--discriminator.scales", "4"], "patches of 16; one D for each of 4 scales"),
@@ -43,7 +48,7 @@ VARIANTS: dict[str, tuple[list[str], str]] = {
 def command(name: str, seed: int, run_dir: Path, more: Sequence[str]) -> list[str]:
     """The run of a variant, which goes on where it was interrupted."""
     line = ["--run-dir", str(run_dir), "--resume", "auto", "--seed", str(seed), "--turntable", "0"]
-    return [sys.executable, "train.py", "demo", *line, *VARIANTS[name][0], *more]
+    return [sys.executable, "train.py", "demo", *line, *BASE, *VARIANTS[name][0], *more]
 
 
 def train(line: Sequence[str]) -> tuple[int, float]:
