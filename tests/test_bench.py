@@ -24,7 +24,7 @@ from bench.ops import cases as catalogue
 from bench.ops import parity, published, run
 from bench.ops.cases import SIZES, Work
 from bench.report import brief, report
-from bench.runs import ablations, colours, demo, distances, loading, waiting
+from bench.runs import ablations, colours, demo, denormals, distances, loading, waiting
 from bench.step import region, step
 from checks import HANG, assert_error_within_reference
 from epigraf_fast import ops
@@ -32,6 +32,7 @@ from epigraf_fast.config import CameraConfig, RendererConfig, check
 from epigraf_fast.ops import backends, ranges
 from epigraf_fast.tools import train
 from epigraf_fast.training import log, profile
+from epigraf_fast.training.checkpoint import save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -765,6 +766,31 @@ def test_ablations_go_on_and_write_their_table(monkeypatch, tmp_path, capsys):
     assert "| whole images | images of 64 | pending |" in text
     assert ablations.main([*line, "--", "--kimg", "4"]) == 2
     assert "is of `python -m bench.runs.ablations`: name another --json" in capsys.readouterr().out
+
+
+def test_denormal_numbers_are_kept_and_flushed_in_turn(tiny_config, tiny_trainer, monkeypatch, tmp_path, capsys):
+    config, run_dir, asked = tiny_config(), tmp_path / "run", []
+    with pytest.raises(SystemExit, match="has no checkpoints: name a run's folder"):
+        denormals.main([str(run_dir)])
+    trainer, _ = tiny_trainer(config)
+    path = save_checkpoint(run_dir, config, trainer.state_dict(), 1)
+    assert denormals.main([str(path), "--once", "flush", "--iterations", "1"]) == 0
+    assert float(capsys.readouterr().out) > 0
+    assert (torch.tensor(1e-39) * 0.5).item() == 0
+    assert denormals.main([str(path), "--once", "keep", "--iterations", "1"]) == 0
+    assert (torch.tensor(1e-39) * 0.5).item() > 0
+
+    def run(line, **options):
+        asked.append(line[line.index("--once") + 1])
+        return types.SimpleNamespace(stdout="2.0" if asked[-1] == "flush" else "3.0")
+
+    monkeypatch.setattr(denormals, "subprocess", types.SimpleNamespace(run=run))
+    result = tmp_path / "x.json"
+    assert denormals.main([str(run_dir), "--rounds", "2", "--json", str(result)]) == 0
+    assert asked == ["keep", "flush", "flush", "keep"]
+    found = json.loads(result.read_text())
+    assert found["cases"][0]["times_as_fast"]["median"] == 1.5
+    assert "denormal numbers flushed against kept | 1.50x (" in brief.text([{**found, "file": "x.json"}])
 
 
 def test_a_shared_machine_gives_no_speed(tmp_path):

@@ -70,6 +70,13 @@ def waits(result: Result) -> Iterator[Cells]:
         yield "two runs side by side on one CPU, against OpenMP's own waiting", f"{gain:.1f}x ({link(result)})", "", ""
 
 
+def flushed(result: Result) -> Iterator[Cells]:
+    """Denormal numbers."""
+    values = [row["times_as_fast"]["median"] for row in result["cases"]]
+    what = f"an iteration of a trained `{result['config']['preset']}` on a CPU, denormal numbers flushed against kept"
+    yield what, f"{ratios(values)} ({link(result)})", "", ""
+
+
 def counts(result: Result) -> Iterator[Cells]:
     """What the compiled kernels need at least."""
     sums = tables.renderer(result)
@@ -84,6 +91,7 @@ WRITERS: dict[str, Callable[[Result], Iterator[Cells]]] = {
     "ops": ops,
     "region": planes,
     "waiting": waits,
+    "denormals": flushed,
     "counts": counts,
 }
 
