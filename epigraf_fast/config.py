@@ -423,9 +423,8 @@ def _demo() -> Config:
     What makes it learn in so few images: a finite last interval, so that empty space shows the white background instead
     of having to be painted; no density noise; many small iterations, in which D learns from the fakes of G's step; a
     discriminator that learns faster than G, sees the camera, and of a patch's scale and place the low frequencies (a
-    table's rows would be seen too rarely).
-    What keeps its colours: slow rates that fall, and a discriminator that learns to read cameras and places as fast as
-    the rest (docs/training.md).
+    table's rows would be seen too rarely), and learns to read them at its own rate.
+    What keeps its colours: slow rates that fall (docs/training.md).
     """
     return Config(
         data="builtin",

@@ -784,7 +784,7 @@ def test_denormal_numbers_are_kept_and_flushed_in_turn(tiny_config, tiny_trainer
         asked.append(line[line.index("--once") + 1])
         return types.SimpleNamespace(stdout="2.0" if asked[-1] == "flush" else "3.0")
 
-    monkeypatch.setattr(denormals, "subprocess", types.SimpleNamespace(run=run))
+    monkeypatch.setattr(denormals, "subprocess", types.SimpleNamespace(run=run, PIPE=None))
     result = tmp_path / "x.json"
     assert denormals.main([str(run_dir), "--rounds", "2", "--json", str(result)]) == 0
     assert asked == ["keep", "flush", "flush", "keep"]

@@ -73,7 +73,7 @@ def waits(result: Result) -> Iterator[Cells]:
 def flushed(result: Result) -> Iterator[Cells]:
     """Denormal numbers."""
     values = [row["times_as_fast"]["median"] for row in result["cases"]]
-    what = f"an iteration of a trained `{result['config']['preset']}` on a CPU, denormal numbers flushed against kept"
+    what = f"an iteration of a run on `{result['config']['data']}` on a CPU, denormal numbers flushed against kept"
     yield what, f"{ratios(values)} ({link(result)})", "", ""
 
 

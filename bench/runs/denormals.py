@@ -50,7 +50,7 @@ def measure(checkpoint: Path, iterations: int, rounds: int) -> dict[str, Any]:
         for way in ("flush", "keep") if number % 2 else ("keep", "flush"):
             line = [sys.executable, "-m", "bench.runs.denormals", str(checkpoint), "--once", way]
             line += ["--iterations", str(iterations)]
-            done = subprocess.run(line, cwd=results.ROOT, check=True, capture_output=True, text=True)
+            done = subprocess.run(line, cwd=results.ROOT, check=True, stdout=subprocess.PIPE, text=True)
             taken[way].append(float(done.stdout))
     ratios = [keep / flush for keep, flush in zip(taken["keep"], taken["flush"], strict=True)]
     return {"checkpoint": checkpoint.stem, "times_as_fast": Spread.of(ratios).to_dict()}
@@ -68,14 +68,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_flush_denormal(args.once == "flush")
         print(seconds(args.run, args.iterations))
         return 0
-    rows = []
-    for checkpoint in list_checkpoints(args.run):
+    checkpoints, rows = list_checkpoints(args.run), []
+    if not checkpoints:
+        raise SystemExit(f"error: {args.run} has no checkpoints: name a run's folder")
+    for checkpoint in checkpoints:
         rows.append(measure(checkpoint, args.iterations, args.rounds))
         print(f"{rows[-1]['checkpoint']}: {rows[-1]['times_as_fast']['median']:.2f} times as fast without denormals")
-    if not rows:
-        raise SystemExit(f"error: {args.run} has no checkpoints: name a run's folder")
     if args.json:
-        config = {"preset": "demo", "threads": torch.get_num_threads(), "iterations": args.iterations}
+        of_run, _ = load_checkpoint(checkpoints[0])
+        config = {"data": Path(of_run.data).name, "resolution": of_run.resolution, "batch": of_run.batch}
+        config |= {"threads": torch.get_num_threads(), "iterations": args.iterations}
         results.write(args.json, results.result("denormals", config, rows))
     return 0
 

@@ -229,7 +229,7 @@ class _UpFirDn2dAndAdd:
         grad_x = grad_added = grad_bias = None
         if needs[0]:
             grad_x = library.apply(_UpFirDn2d, grad_y, kernel, ctx.settings.adjoint(ctx.size, kernel))
-        if ctx.of_added.constant:  # and 1
+        if ctx.of_added.constant:  # its derivative is 1
             grad_added = grad_y.to(ctx.dtype) if needs[2] else None
             grad_bias = grad_y.sum((0, 2, 3), dtype=native.compute_dtype(ctx.dtype)) if needs[3] else None
         elif needs[2] or needs[3]:
@@ -239,8 +239,9 @@ class _UpFirDn2dAndAdd:
 
 def _within(added: Tensor, bias: Tensor | None, clamp: float) -> bool:
     """Whether nothing comes near the clamp, on a CPU; a GPU is not waited for."""
-    readable = added.device.type == "cpu" and added.numel() > 0 and library.route(added, bias) == library.PLAIN
-    if clamp == math.inf or not readable:
+    if clamp == math.inf or added.device.type != "cpu" or not added.numel():
+        return False
+    if library.route(added, bias) is not library.PLAIN:  # whose numbers may not be there
         return False
     in_memory = native.dense(added.detach()).as_strided((added.numel(),), (1,))  # as it lies, which is fastest
     least, most = torch.aminmax(in_memory)
