@@ -2,6 +2,8 @@
 // their gradients never reach memory, but for the gradient of the features, which is scattered plane by plane.
 #include "decode_triplane.h"
 
+#include <limits>
+
 #include "registers.h"
 
 namespace epigraf {
@@ -115,6 +117,12 @@ struct Taps {
   }
 };
 
+// Some of the points, or all of them.
+struct Points {
+  const i64* some;  // their numbers, or null
+  i64 operator[](i64 i) const { return some ? some[i] : i; }
+};
+
 template <typename S>
 class Block {
  public:
@@ -137,9 +145,9 @@ class Block {
       memcpy(w0_rows.get() + j * channels_, w0() + j * a.channels, static_cast<size_t>(a.channels) * sizeof(S));
   }
 
-  // Features and hidden units of points first .. first + count of all.
-  void decode(i64 first, i64 count) {
-    for (i64 p = 0; p < count; p++) sample(first + p, feature.get() + p * channels_);
+  // Features and hidden units of `count` points.
+  void decode(const Points& points, i64 first, i64 count) {
+    for (i64 p = 0; p < count; p++) sample(points[first + p], feature.get() + p * channels_);
     clear(feature.get() + count * channels_, (kPoints - count) * channels_);
     for (i64 p = 0; p < kPoints; p++)
       for (i64 c = 0; c < a.channels; c++) feature_columns_[c * kPoints + p] = feature[p * channels_ + c];
@@ -164,12 +172,13 @@ class Block {
       for (i64 k = 0; k < a.outputs; k++) y[p * a.outputs + k] = out_[k * kPoints + p] + b1[k];
   }
 
-  // The gradients of what `decode` left, those of the network added to `sums`, those of the features to memory.
-  void differentiate(i64 first, i64 count, S* sums, S* to_features) {
-    const S* grad_y = static_cast<const S*>(a.grad_y) + first * a.outputs;
-    for (i64 k = 0; k < a.outputs; k++)
-      for (i64 p = 0; p < kPoints; p++) {
-        const S g = p < count ? grad_y[p * a.outputs + k] : S(0);
+  // The gradients of what `decode` left, those of the network added to `sums`, those of the features to rows
+  // first .. first + count of `to_features`.
+  void differentiate(const Points& points, i64 first, i64 count, S* sums, S* to_features) {
+    const S* grad_y = static_cast<const S*>(a.grad_y);
+    for (i64 p = 0; p < kPoints; p++)
+      for (i64 k = 0; k < a.outputs; k++) {
+        const S g = p < count ? grad_y[points[first + p] * a.outputs + k] : S(0);
         out_[k * kPoints + p] = g;
         grad_rows_[p * outputs_ + k] = g;
       }
@@ -268,10 +277,10 @@ i64 chunk_points(i64 points) {
   return maximum(kChunkPoints, ceil_div(ceil_div(points, kMostChunks), kPoints) * kPoints);
 }
 
-// f(block, first, count, chunk) for every block of points of every chunk.
+// f(block, first, count, chunk) for every block of every chunk of so many points.
 template <typename S, typename F>
-void for_blocks(const DecodeTriplaneArgs& a, int threads, const F& f) {
-  const i64 points = a.batch * a.rays * a.samples, per_chunk = chunk_points(points);
+void for_blocks(const DecodeTriplaneArgs& a, i64 points, int threads, const F& f) {
+  const i64 per_chunk = chunk_points(points);
   parallel(ceil_div(points, per_chunk), threads, [&](i64 chunk) {
     Block<S> block(a);
     const i64 end = minimum(points, (chunk + 1) * per_chunk);
@@ -279,34 +288,65 @@ void for_blocks(const DecodeTriplaneArgs& a, int threads, const F& f) {
   });
 }
 
+// The points whose gradients count, by image: image i has kept[starts[i]] .. kept[starts[i + 1]]. Not those below the
+// largest times the square of the type's precision: there would have to be as many as a type tells numbers apart between
+// 1 and 2, to add up to the last bit of the largest. What lies behind a surface is such. NaN counts.
+template <typename S>
+void keep(const DecodeTriplaneArgs& a, i64* kept, i64* starts) {
+  const S* grad_y = static_cast<const S*>(a.grad_y);
+  const i64 points = a.rays * a.samples;
+  S largest = 0;
+#pragma omp simd reduction(max : largest)
+  for (i64 i = 0; i < a.batch * points * a.outputs; i++) {
+    const S size = fabs(grad_y[i]);
+    largest = size > largest ? size : largest;
+  }
+  constexpr S precision = std::numeric_limits<S>::epsilon();
+  const S limit = largest <= std::numeric_limits<S>::max() ? largest * precision * precision : S(0);
+  i64 count = 0;
+  for (i64 image = 0; image < a.batch; image++) {
+    starts[image] = count;
+    for (i64 point = image * points; point < (image + 1) * points; point++) {
+      bool small = true;
+      for (i64 k = 0; k < a.outputs; k++) small = small && fabs(grad_y[point * a.outputs + k]) <= limit;
+      kept[count] = point;
+      count += !small;
+    }
+  }
+  starts[a.batch] = count;
+}
+
 // The gradient of one plane of one image, in the order of the points: the same for every number of threads.
 template <typename S>
-void scatter(const DecodeTriplaneArgs& a, const S* to_features, i64 image, i64 plane) {
-  const i64 points = a.rays * a.samples;
+void scatter(const DecodeTriplaneArgs& a, const i64* kept, const i64* starts, const S* to_features, i64 image, i64 plane) {
   S* grad = static_cast<S*>(a.grad_planes) + image * a.height * a.width * 3 * a.channels;
   for (i64 texel = 0; texel < a.height * a.width; texel++)
     for (i64 c = 0; c < a.channels; c++) grad[(texel * 3 + plane) * a.channels + c] = 0;
-  for (i64 point = image * points; point < (image + 1) * points; point++) {
+  for (i64 i = starts[image]; i < starts[image + 1]; i++) {
     S position[3];
-    position_of(a, point, position);
+    position_of(a, kept[i], position);
     const Taps<S> taps(a, columns_at(a, image, position[kPlaneAxes[plane][0]]),
                        rows_at(a, image, position[kPlaneAxes[plane][1]]), plane);
-    const S* row = to_features + point * a.channels;
+    const S* row = to_features + i * a.channels;
     for (int k = 0; k < 4; k++) accumulate(grad + taps.offset[k], row, taps.weight[k], a.channels);
   }
 }
 
 template <typename S>
 void backward(const DecodeTriplaneArgs& a, int threads) {
-  const i64 points = a.batch * a.rays * a.samples, chunks = ceil_div(points, chunk_points(points));
-  const i64 each = Block<S>(a).sums();
-  Scratch<S> sums(a.grad_w0 ? chunks * each : 0), to_features(a.grad_planes ? points * a.channels : 0);
+  Scratch<i64> kept(a.batch * a.rays * a.samples), starts(a.batch + 1);
+  keep<S>(a, kept.get(), starts.get());
+  const i64 all_kept = starts[a.batch], chunks = ceil_div(all_kept, chunk_points(all_kept)), each = Block<S>(a).sums();
+  Scratch<S> sums(a.grad_w0 ? chunks * each : 0), to_features(a.grad_planes ? all_kept * a.channels : 0);
   for (i64 i = 0; a.grad_w0 && i < chunks * each; i++) sums[i] = 0;
-  for_blocks<S>(a, threads, [&](Block<S>& block, i64 first, i64 count, i64 chunk) {
-    block.decode(first, count);
-    block.differentiate(first, count, a.grad_w0 ? sums.get() + chunk * each : nullptr, to_features.get());
+  const Points points{kept.get()};
+  for_blocks<S>(a, all_kept, threads, [&](Block<S>& block, i64 first, i64 count, i64 chunk) {
+    block.decode(points, first, count);
+    block.differentiate(points, first, count, a.grad_w0 ? sums.get() + chunk * each : nullptr, to_features.get());
   });
-  if (a.grad_planes) parallel(a.batch * 3, threads, [&](i64 i) { scatter(a, to_features.get(), i / 3, i % 3); });
+  if (a.grad_planes)
+    parallel(a.batch * 3, threads,
+             [&](i64 i) { scatter(a, kept.get(), starts.get(), to_features.get(), i / 3, i % 3); });
   if (!a.grad_w0) return;
   const i64 of_w0 = a.hidden * a.channels, of_w1 = a.outputs * a.hidden, all = of_w0 + a.hidden + of_w1 + a.outputs;
   Scratch<double> total(all);
@@ -325,8 +365,8 @@ void backward(const DecodeTriplaneArgs& a, int threads) {
 
 template <typename S>
 void forward(const DecodeTriplaneArgs& a, int threads) {
-  for_blocks<S>(a, threads, [&](Block<S>& block, i64 first, i64 count, i64) {
-    block.decode(first, count);
+  for_blocks<S>(a, a.batch * a.rays * a.samples, threads, [&](Block<S>& block, i64 first, i64 count, i64) {
+    block.decode(Points{}, first, count);
     block.finish(first, count);
   });
 }
