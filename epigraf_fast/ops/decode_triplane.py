@@ -75,7 +75,8 @@ def decode_triplane(
         [B, N, out]: raw colour, raw density last; the widest dtype of planes and network (of fp16 and bf16 fp32).
 
     Derivatives: reference any order, to everything; torch the first; cpu the first, summed in a fixed order (by the
-        extension where all is fp32 or all fp64 and no gradient to points is asked for, else by torch's grid sampler);
+        extension where all is fp32 or all fp64 and no gradient to points is asked for, else by torch's grid sampler;
+        the extension leaves out points whose gradients are below eps^2 of the largest, eps as in `torch.finfo`);
         triton the first, to planes and network, summed in fp32 in an order that changes from run to run unless
         `deterministic`.
 

@@ -357,6 +357,68 @@ def test_fused_on_the_cpu_by_levels_and_threads(sizes, cpu_level, threads):
         assert_close(result, actual[name], f"{name} by three threads", "exact")
 
 
+def gradients_for(grad_y, backend, inputs, names=("planes", "w0", "b0", "w1", "b1")):
+    inputs = {name: x.detach().cpu().requires_grad_(name in names) for name, x in inputs.items()}
+    out = decode_on_rays(**inputs, backend=backend)
+    return dict(zip(names, torch.autograd.grad(out, [inputs[name] for name in names], grad_y), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fused_on_the_cpu_leaves_out_what_is_too_small_to_count(dtype, cpu_level, threads):
+    """Points whose gradients are all below the largest times the square of the dtype's precision: nine of ten here."""
+    inputs = {name: x.to(dtype) for name, x in ray_inputs(rays=150, samples=48).items()}
+    grad_y = draw(2, 150, 48, 4, seed=6, dtype=dtype)
+    small = draw_uniform(2, 150, 48, seed=7, dtype=torch.float64) < 0.9
+    scaled = torch.where(small[..., None], grad_y * torch.finfo(dtype).eps ** 2 * 1e-2, grad_y)
+    actual = gradients_for(scaled, "cpu", inputs)
+    without = gradients_for(torch.where(small[..., None], torch.zeros_like(grad_y), grad_y), "cpu", inputs)
+    wide = {name: x.double() for name, x in inputs.items()}
+    reference = gradients_for(scaled, "reference", inputs)
+    truth = gradients_for(scaled.double(), "reference", wide)
+    threads(3)
+    for name, result in gradients_for(scaled, "cpu", inputs).items():
+        assert_close(result, actual[name], f"{name} by three threads", "exact")
+        assert_close(without[name], actual[name], f"{name} without the small ones", "exact")
+        if dtype == torch.float32:
+            assert_error_within_reference(actual[name], reference[name], truth[name], name)
+
+
+def test_fused_on_the_cpu_keeps_small_gradients_among_their_like(cpu_level):
+    """What is too small beside a large one counts where all are as small, and where it is just above the limit."""
+    inputs = ray_inputs(batch=1, rays=2, samples=1)
+    grad_y = draw(1, 2, 1, 4, seed=6, dtype=torch.float32)
+    large, alone = gradients_for(grad_y, "cpu", inputs), gradients_for(grad_y * 1e-20, "cpu", inputs)
+    for name, gradient in large.items():
+        assert_close(alone[name] * 1e20, gradient, name)
+    eps = torch.finfo(torch.float32).eps
+    limit = grad_y.abs().max() * eps**2  # of the second ray's numbers, the others being 0
+    for factor, counts in ((0.99, False), (1.01, True)):
+        second = torch.cat([grad_y[:, :1], torch.zeros(1, 1, 1, 4)], dim=1)
+        second[0, 0, 0, 0] = grad_y.abs().max()
+        second[0, 1, 0, 2] = limit * factor
+        difference = gradients_for(second, "cpu", inputs)["planes"] != 0
+        first_alone = gradients_for(second * torch.tensor([1.0, 0.0]).view(1, 2, 1, 1), "cpu", inputs)["planes"] != 0
+        assert (difference != first_alone).any() == counts
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), float("-inf")])
+def test_fused_on_the_cpu_keeps_gradients_that_are_not_finite(broken, cpu_level):
+    inputs = ray_inputs()
+    grad_y = draw(2, 3, 5, 4, seed=6, dtype=torch.float32)
+    grad_y[1, 2, 3, 1] = broken
+    actual, expected = (gradients_for(grad_y, backend, inputs) for backend in ("cpu", "reference"))
+    for name in actual:
+        assert torch.equal(actual[name].isfinite(), expected[name].isfinite()), name
+        zeros = torch.zeros_like(actual[name])
+        finite = [torch.where(x[name].isfinite(), x[name], zeros) for x in (actual, expected)]
+        assert_close(*finite, name)
+
+
+def test_fused_on_the_cpu_gives_zeros_for_zeros(cpu_level):
+    for name, gradient in gradients_for(torch.zeros(2, 3, 5, 4), "cpu", ray_inputs()).items():
+        assert not gradient.any(), name
+
+
 def test_fused_on_the_cpu_has_no_second_derivative(cpu_level):
     inputs = {name: x.cpu().requires_grad_(name == "planes") for name, x in ray_inputs().items()}
     out = decode_on_rays(**inputs, backend="cpu")
