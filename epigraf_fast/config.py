@@ -164,8 +164,6 @@ class DiscriminatorConfig:
     """Steps that yaw and pitch are resolved into."""
     camera_dropout: float = 0.5
     """Dropout, in training, of what D sees of the camera."""
-    mapping_rate: float = 0.01
-    """What the learning rate is multiplied by in the layers that read labels, cameras and where a patch lies."""
     minibatch_std_group: int = 4
     """Images that share a standard deviation, and a draw of patches."""
     clamp: float = 256.0
@@ -227,6 +225,8 @@ class OptimConfig:
     """Learning rate of D."""
     lr_decay_kimg: float | None = None
     """Thousands of images after which both learning rates fall, as 1 / sqrt(images); default: they never do."""
+    lr_rampdown: float = 0.0
+    """Share of the run, at its end, in which both learning rates fall to 0, linearly."""
     beta1: float = 0.0
     """Adam's decay of the mean of gradients."""
     beta2: float = 0.99
@@ -423,15 +423,15 @@ def _demo() -> Config:
     What makes it learn in so few images: a finite last interval, so that empty space shows the white background instead
     of having to be painted; no density noise; many small iterations, in which D learns from the fakes of G's step; a
     discriminator that learns faster than G, sees the camera, and of a patch's scale and place the low frequencies (a
-    table's rows would be seen too rarely), and learns to read them at its own rate.
-    What keeps its colours: slow rates that fall (docs/training.md).
+    table's rows would be seen too rarely).
+    What brings its colours back: rates that fall to nothing (docs/training.md).
     """
     return Config(
         data="builtin",
         resolution=64,
         batch=8,
         precision="auto",
-        kimg=28.0,
+        kimg=33.0,
         run_dir="runs/demo",
         log_kimg=0.2,
         snapshot_kimg=2.0,
@@ -465,11 +465,10 @@ def _demo() -> Config:
             patch_table_dim=0,
             patch_skip_highest=6,
             camera_conditioning=True,
-            mapping_rate=1.0,
         ),
         patch=PatchConfig(resolution=32, anneal_kimg=24.0),
         loader=DataConfig(workers=0),
-        optim=OptimConfig(g_lr=0.002, d_lr=0.004, lr_decay_kimg=4.0, r1_gamma=0.01, blur_sigma=0.0, reuse_fakes=True),
+        optim=OptimConfig(g_lr=0.003, d_lr=0.006, lr_rampdown=0.64, r1_gamma=0.01, blur_sigma=0.0, reuse_fakes=True),
     )
 
 
@@ -533,7 +532,6 @@ def check(config: Config) -> None:
         "renderer.background_start": c.renderer.background_start,
         "renderer.last_interval": c.renderer.last_interval,
         "renderer.density_noise_kimg": c.renderer.density_noise_kimg,
-        "discriminator.mapping_rate": c.discriminator.mapping_rate,
         "optim.g_lr": c.optim.g_lr,
         "optim.d_lr": c.optim.d_lr,
         "optim.lr_decay_kimg": 1.0 if c.optim.lr_decay_kimg is None else c.optim.lr_decay_kimg,
@@ -590,6 +588,7 @@ def check(config: Config) -> None:
         ("generator.pose_swap_probability", c.generator.pose_swap_probability),
         ("generator.pose_dropout", c.generator.pose_dropout),
         ("generator.style_mixing", c.generator.style_mixing),
+        ("optim.lr_rampdown", c.optim.lr_rampdown),
         ("augment.p", c.augment.p),
     ):
         if not 0 <= value <= 1:

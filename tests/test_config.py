@@ -119,7 +119,7 @@ def test_the_paper_otherwise(name: str) -> None:
     assert (g.pose_swap_probability, g.pose_swap_kimg) == (0.5, 1000)
     assert (d.channel_base, d.channel_max, d.modulate, d.code_dim) == (16384, 512, "input", 512)
     assert (d.patch_steps, d.patch_table_dim, d.camera_steps, d.camera_dropout) == (1000, 256, 64, 0.5)
-    assert (d.minibatch_std_group, d.mapping_rate) == (4, 0.01)
+    assert d.minibatch_std_group == 4
     assert (r.coarse_samples, r.fine_samples, r.density_activation, r.softplus_beta) == (48, 48, "softplus", 1)
     assert (r.density_shift, r.density_noise, r.density_noise_kimg) == (0, 1, 5000)
     assert (r.last_interval, r.last_back, r.white_foreground) == (1e10, False, False)
@@ -197,7 +197,6 @@ def test_demo_needs_no_data_and_no_gpu() -> None:
         ("discriminator.clamp", math.nan, "discriminator.clamp must be finite and zero or more, got nan"),
         ("renderer.white_foreground", True, "white_foreground belongs to a background and white_background"),
         ("discriminator.camera_dropout", -0.5, "discriminator.camera_dropout must be in [0, 1], got -0.5"),
-        ("discriminator.mapping_rate", 0.0, "discriminator.mapping_rate must be finite and positive, got 0.0"),
         ("discriminator.patch_steps", 0, "discriminator.patch_steps must be finite and positive, got 0"),
         ("patch.anneal_kimg", 0.0, "patch.anneal_kimg must be finite and positive, got 0.0"),
         ("patch.beta_start", 0.0, "patch.beta_start must be finite and positive, got 0.0"),
@@ -216,6 +215,7 @@ def test_demo_needs_no_data_and_no_gpu() -> None:
         ),
         ("renderer.background_start", 0.0, "renderer.background_start must be finite and positive, got 0.0"),
         ("generator.style_mixing", 1.1, "generator.style_mixing must be in [0, 1], got 1.1"),
+        ("optim.lr_rampdown", 1.5, "optim.lr_rampdown must be in [0, 1], got 1.5"),
         ("generator.decoder_fourier", 1, "generator.decoder_fourier must be 0 or at least 2, got 1"),
         ("discriminator.scales", 0, "discriminator.scales must be finite and positive, got 0"),
         ("patch.importance", -1, "patch.importance must be finite and zero or more, got -1"),

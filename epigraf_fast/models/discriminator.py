@@ -154,7 +154,7 @@ class Discriminator(nn.Module):
             )
             self.patch_numbers = 3 if config.patch_position else 1  # scale, offset x, offset y
             patch_dim = self.patch_numbers * self.patch_encoder.dim
-            self.hypernetwork = Mapping(0, patch_dim, config.code_dim, rate=config.mapping_rate, backend=backend)
+            self.hypernetwork = Mapping(0, patch_dim, config.code_dim, backend=backend)
             head_dim += patch_dim
         if config.camera_conditioning:
             self.camera_encoder = ScalarEncoder(config.camera_steps)
@@ -180,7 +180,7 @@ class Discriminator(nn.Module):
         self.conv = Conv2d(width + 1, width, 3, clamp=config.clamp or None, backend=backend)
         self.fc = FullyConnected(width * 16, width, act="lrelu", backend=backend)
         self.out = FullyConnected(width, width if head_dim else 1)
-        self.head = Mapping(0, head_dim, width, rate=config.mapping_rate, backend=backend) if head_dim else None
+        self.head = Mapping(0, head_dim, width, backend=backend) if head_dim else None
 
     def modulation(self, patch: Patch) -> tuple[Tensor, list[Tensor]]:
         """Of a modulated D: the encoding [B, n] of where patches lie, and sigma of every block.

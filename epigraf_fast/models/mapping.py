@@ -52,27 +52,24 @@ class _NormalizeRms(torch.autograd.Function):
 
 
 class Mapping(nn.Module):
-    """w = fc1(fc0(normalize(z) | normalize(embed(c)))), both layers lrelu with a learning-rate multiplier.
+    """w = fc1(fc0(normalize(z) | normalize(embed(c)))), both layers lrelu with learning-rate multiplier 0.01.
 
     Args:
         z_dim: Width of z, 0 for none.
         c_dim: Numbers of the condition (label, then camera, as one vector), 0 for none.
         w_dim: Width of everything after.
         num_layers: Fully connected layers.
-        rate: Their learning-rate multiplier.
         backend: See `ops`.
     """
 
-    def __init__(
-        self, z_dim: int, c_dim: int, w_dim: int, num_layers: int = 2, *, rate: float = 0.01, backend: str | None = None
-    ) -> None:
+    def __init__(self, z_dim: int, c_dim: int, w_dim: int, num_layers: int = 2, *, backend: str | None = None) -> None:
         super().__init__()
         self.z_dim, self.c_dim, self.w_dim, self.num_layers = z_dim, c_dim, w_dim, num_layers
         if c_dim:
             self.embed = FullyConnected(c_dim, w_dim)
         widths = [z_dim + (w_dim if c_dim else 0)] + [w_dim] * num_layers
         for i in range(num_layers):
-            layer = FullyConnected(widths[i], widths[i + 1], act="lrelu", lr_multiplier=rate, backend=backend)
+            layer = FullyConnected(widths[i], widths[i + 1], act="lrelu", lr_multiplier=0.01, backend=backend)
             self.add_module(f"fc{i}", layer)
 
     def forward(self, z: Tensor | None, c: Tensor | None) -> Tensor:  # [B, z_dim], [B, c_dim] -> [B, w_dim]

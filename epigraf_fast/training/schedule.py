@@ -46,15 +46,25 @@ def blur_sigma(config: OptimConfig, cur_nimg: int) -> float:
     return linear(config.blur_sigma, 0.0, cur_nimg / (config.blur_kimg * 1000))
 
 
-def lr_factor(config: OptimConfig, cur_nimg: int) -> float:
-    """What the learning rates are multiplied by: 1, then sqrt(lr_decay_kimg / kimg), as in EDM2 (Karras et al. 2024).
+def lr_factor(config: OptimConfig, cur_nimg: int, kimg: float) -> float:
+    """What the learning rates are multiplied by.
 
     A generator and a discriminator circle around each other in steps of their learning rates; what is averaged over
     the circle is dull. The smaller the rates, the smaller the circle.
+
+    Args:
+        kimg: Thousands of images in the whole run.
+
+    Returns:
+        1; after `lr_decay_kimg` sqrt(lr_decay_kimg / kimg so far), as in EDM2 (Karras et al. 2024); in the last
+        `lr_rampdown` of the run times what falls linearly from 1 to 0.
     """
-    if config.lr_decay_kimg is None:
-        return 1.0
-    return 1 / math.sqrt(max(cur_nimg / (config.lr_decay_kimg * 1000), 1))
+    factor = 1.0
+    if config.lr_decay_kimg is not None:
+        factor = 1 / math.sqrt(max(cur_nimg / (config.lr_decay_kimg * 1000), 1))
+    if config.lr_rampdown:
+        factor *= linear(1.0, 0.0, 1 - (1 - cur_nimg / (kimg * 1000)) / config.lr_rampdown)
+    return factor
 
 
 def pose_swap_probability(config: GeneratorConfig, cur_nimg: int) -> float:

@@ -181,7 +181,7 @@ class Trainer:
         now = self._schedule()
         for optimizer, lr in self.rates:
             for group in optimizer.param_groups:
-                group["lr"] = lr * lr_factor(config.optim, self.cur_nimg)
+                group["lr"] = lr * lr_factor(config.optim, self.cur_nimg, config.kimg)
 
         self.discriminator.requires_grad_(False)
         self._phase("G", self.g_optimizer, self._generator_phase, now, g_fakes)

@@ -242,12 +242,6 @@ def test_conditions_change_the_logits(tiny_discriminator):
     assert (discriminator(PATCHES, PATCH, label, ANGLES + 0.1) - logits).abs().min() > 1e-6
 
 
-def test_the_rate_of_the_layers_that_read_conditions(tiny_discriminator):
-    discriminator = tiny_discriminator(camera_conditioning=True, mapping_rate=0.5)
-    for mapping in (discriminator.hypernetwork, discriminator.head):
-        assert [mapping.fc0.lr_multiplier, mapping.fc1.lr_multiplier, mapping.embed.lr_multiplier] == [0.5, 0.5, 1.0]
-
-
 def test_camera_dropout_in_training_only(tiny_discriminator):
     discriminator = tiny_discriminator(camera_conditioning=True)
     conditions = []

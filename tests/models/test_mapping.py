@@ -29,10 +29,10 @@ def test_normalize_rms_derivatives():
     gradgradcheck(normalize_rms, inputs, "normalized")
 
 
-@pytest.mark.parametrize(("z_dim", "c_dim", "rate"), [(5, 0, 0.01), (5, 3, 0.01), (0, 3, 0.01), (0, 3, 0.5)])
-def test_equals_the_formula(z_dim, c_dim, rate):
+@pytest.mark.parametrize(("z_dim", "c_dim"), [(5, 0), (5, 3), (0, 3)])
+def test_equals_the_formula(z_dim, c_dim):
     torch.manual_seed(0)
-    mapping = Mapping(z_dim, c_dim, 4, **{} if rate == 0.01 else {"rate": rate}).double()
+    mapping = Mapping(z_dim, c_dim, 4).double()
     for layer in (mapping.fc0, mapping.fc1):
         torch.nn.init.normal_(layer.bias, std=30)
     z, c = draw(7, z_dim, seed=1), draw(7, c_dim, seed=2)
@@ -43,7 +43,7 @@ def test_equals_the_formula(z_dim, c_dim, rate):
         parts.append(y / (y.square().mean(dim=1, keepdim=True) + 1e-8).sqrt())
     x = torch.cat(parts, dim=1)
     for layer in (mapping.fc0, mapping.fc1):
-        x = lrelu(x @ layer.weight.T * rate / x.shape[1] ** 0.5 + rate * layer.bias)
+        x = lrelu(x @ layer.weight.T * 0.01 / x.shape[1] ** 0.5 + 0.01 * layer.bias)
     assert_close(mapping(z if z_dim else None, c if c_dim else None), x, "w")
     assert hasattr(mapping, "embed") == (c_dim > 0)
 

@@ -45,7 +45,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "patch embedding of fewer sines": {
         "discriminator": {"patch_cosines": False, "patch_skip_lowest": 1, "patch_skip_highest": 2}
     },
-    "conditions read at D's own rate": {"discriminator": {"mapping_rate": 1.0}},
     "patch importance": {"patch": {"importance": 8}},
     "Fourier features": {"generator": {"decoder_fourier": 8}},
     "view direction": {"generator": {"view_direction": True}},

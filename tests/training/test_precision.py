@@ -67,7 +67,6 @@ def small() -> Config:
             code_dim=16,
             patch_table_dim=4,
             patch_skip_highest=0,
-            mapping_rate=0.01,
         ),
         patch=dataclasses.replace(demo.patch, resolution=16, anneal_kimg=60.0),
         optim=dataclasses.replace(demo.optim, g_lr=0.006, d_lr=0.008, reuse_fakes=False),

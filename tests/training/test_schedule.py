@@ -109,5 +109,14 @@ def test_first_average_is_a_copy(ema_kimg: float | None) -> None:
 
 @pytest.mark.parametrize(("cur_nimg", "expected"), [(0, 1.0), (2000, 1.0), (8000, 0.5), (200_000, 0.1)])
 def test_learning_rates_fall(cur_nimg: int, expected: float) -> None:
-    assert_close(schedule.lr_factor(OptimConfig(lr_decay_kimg=2.0), cur_nimg), expected, "factor", "hand")
-    assert schedule.lr_factor(OptimConfig(), cur_nimg) == 1
+    assert_close(schedule.lr_factor(OptimConfig(lr_decay_kimg=2.0), cur_nimg, 10.0), expected, "factor", "hand")
+    assert schedule.lr_factor(OptimConfig(), cur_nimg, 10.0) == 1
+
+
+@pytest.mark.parametrize(
+    ("cur_nimg", "expected"), [(0, 1.0), (12_000, 1.0), (15_000, 0.625), (18_000, 0.25), (20_000, 0.0), (30_000, 0.0)]
+)
+def test_learning_rates_fall_to_nothing_at_the_end(cur_nimg: int, expected: float) -> None:
+    assert_close(schedule.lr_factor(OptimConfig(lr_rampdown=0.4), cur_nimg, 20.0), expected, "factor", "hand")
+    both = schedule.lr_factor(OptimConfig(lr_rampdown=0.4, lr_decay_kimg=3.0), cur_nimg, 20.0)
+    assert_close(both, expected * min(1.0, (3000 / max(cur_nimg, 1)) ** 0.5), "both", "hand")

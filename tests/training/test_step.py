@@ -644,6 +644,15 @@ def test_optimizers_without_r1(tiny_config: TinyConfig, tiny_trainer: TinyTraine
     assert (g["lr"], d["lr"]) == (0.00125, 0.001)
 
 
+def test_learning_rates_ramp_down_to_the_end_of_the_run(tiny_config: TinyConfig, tiny_trainer: TinyTrainer) -> None:
+    config = tiny_config(kimg=16.0, optim={"r1_interval": 4, "lr_rampdown": 0.5})
+    trainer, batches = tiny_trainer(config)
+    (g,), (d,) = trainer.g_optimizer.param_groups, trainer.d_optimizer.param_groups
+    trainer.cur_nimg = 14_000
+    trainer.iteration(*next(batches))
+    assert_close([g["lr"], d["lr"]], [0.0025 / 4, 0.002 * 0.8 / 4], "rates", "hand")
+
+
 def test_lazy_powers_of_both_betas(tiny_config: TinyConfig, tiny_trainer: TinyTrainer) -> None:
     trainer, _ = tiny_trainer(tiny_config(optim={"r1_interval": 4, "beta1": 0.5, "d_lr": 0.01}))
     (d,) = trainer.d_optimizer.param_groups
