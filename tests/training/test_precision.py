@@ -61,12 +61,7 @@ def small() -> Config:
         generator=dataclasses.replace(demo.generator, **sizes, decoder_hidden=8, z_dim=16, w_dim=16),
         renderer=dataclasses.replace(demo.renderer, coarse_samples=6, fine_samples=4),
         discriminator=dataclasses.replace(
-            demo.discriminator,
-            channel_base=256,
-            channel_max=16,
-            code_dim=16,
-            patch_table_dim=4,
-            patch_skip_highest=0,
+            demo.discriminator, channel_base=256, channel_max=16, code_dim=16, patch_table_dim=4, patch_skip_highest=0
         ),
         patch=dataclasses.replace(demo.patch, resolution=16, anneal_kimg=60.0),
         optim=dataclasses.replace(demo.optim, g_lr=0.006, d_lr=0.008, reuse_fakes=False),
