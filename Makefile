@@ -62,7 +62,7 @@ extras: $(READY)
 	$(VENV)/bin/python tests/extras.py $(ARGS)
 
 # A program of its own over the same launchers, so that no sanitizer has to be loaded into Python.
-SANITIZED := bias_act decode_triplane layer_epilogue modulation upfirdn2d launchers tests/sanitize
+SANITIZED := bias_act composite decode_triplane layer_epilogue modulation sample_importance upfirdn2d launchers tests/sanitize
 SANITIZE = $(CXX) -std=c++17 -O1 -g -Wall -Wno-unknown-pragmas -DEPIGRAF_ISA=base -DEPIGRAF_STD_THREADS -Icsrc \
 	$(SANITIZED:%=csrc/%.cpp) -pthread
 sanitize:

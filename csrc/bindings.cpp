@@ -11,9 +11,11 @@
 #include <string>
 
 #include "bias_act.h"
+#include "composite.h"
 #include "decode_triplane.h"
 #include "layer_epilogue.h"
 #include "modulation.h"
+#include "sample_importance.h"
 #include "upfirdn2d.h"
 #if defined(EPIGRAF_DRIVER)
 #include "driver/driver.h"
@@ -500,6 +502,108 @@ void bind_decode_triplane(py::module_& m) {
   EPIGRAF_DEFINE_CPU(m, decode_triplane_bwd);
 }
 
+// ---- what runs along rays
+
+epigraf::DensitySettings density_settings(const Check& check, bool relu, double softplus_beta, double density_shift,
+                                          double last_interval) {
+  require(softplus_beta > 0, check.op, "softplus_beta must be positive, got " + std::to_string(softplus_beta));
+  require(last_interval >= 0, check.op, "last_interval must not be negative, got " + std::to_string(last_interval));
+  return {relu, softplus_beta, density_shift, last_interval};
+}
+
+// The arguments of composite that both ways share.
+struct CompositeShape {
+  epigraf::CompositeArgs args{};
+  i64 size, colours, samples, values;
+
+  CompositeShape(const Check& check, Pointer t, Pointer values_, Pointer t_fine, Pointer values_fine, Pointer noise,
+                 Pointer background, int dtype, i64 rays, i64 coarse, i64 fine, i64 channels, bool relu,
+                 double softplus_beta, double density_shift, double last_interval, bool last_back,
+                 bool white_background) {
+    args.dtype = check.dtype(dtype);
+    require(args.dtype == DType::f32 || args.dtype == DType::f64, check.op, "dtype must be that of fp32 or fp64");
+    args.rays = check.size("rays", rays);
+    args.coarse = check.side("coarse", coarse, 1);
+    args.fine = check.side("fine", fine);
+    args.channels = check.side("channels", channels, white_background ? 4 : 2);
+    args.density = density_settings(check, relu, softplus_beta, density_shift, last_interval);
+    args.last_back = last_back;
+    args.white_background = white_background;
+    size = epigraf::size_of(args.dtype);
+    colours = check.product("colours", rays, channels - 1);
+    samples = check.product("samples", rays, coarse + fine);
+    values = check.product("values", samples, channels);
+    args.t = check.pointer("t", t, size, rays * coarse);
+    args.values = check.pointer("values", values_, size, rays * coarse * channels);
+    args.t_fine = check.pointer("t_fine", t_fine, size, rays * fine);
+    args.values_fine = check.pointer("values_fine", values_fine, size, rays * fine * channels);
+    args.noise = check.pointer("noise", noise, size, samples, true);
+    args.background = check.pointer("background", background, size, colours, true);
+  }
+};
+
+epigraf::CompositeArgs composite_fwd(const Check& check, Pointer t, Pointer values, Pointer t_fine, Pointer values_fine,
+                                     Pointer noise, Pointer background, Pointer rgb, Pointer depth, Pointer weight_sum,
+                                     Pointer final_transmittance, Pointer weights, int dtype, i64 rays, i64 coarse,
+                                     i64 fine, i64 channels, bool relu, double softplus_beta, double density_shift,
+                                     double last_interval, bool last_back, bool white_background) {
+  CompositeShape shape(check, t, values, t_fine, values_fine, noise, background, dtype, rays, coarse, fine, channels,
+                       relu, softplus_beta, density_shift, last_interval, last_back, white_background);
+  shape.args.rgb = check.pointer("rgb", rgb, shape.size, shape.colours);
+  shape.args.depth = check.pointer("depth", depth, shape.size, rays);
+  shape.args.weight_sum = check.pointer("weight_sum", weight_sum, shape.size, rays);
+  shape.args.final_transmittance = check.pointer("final_transmittance", final_transmittance, shape.size, rays);
+  shape.args.weights = check.pointer("weights", weights, shape.size, shape.samples, true);
+  return shape.args;
+}
+
+epigraf::CompositeArgs composite_bwd(const Check& check, Pointer grad_rgb, Pointer grad_depth, Pointer grad_weight_sum,
+                                     Pointer grad_transmittance, Pointer grad_weights, Pointer t, Pointer values,
+                                     Pointer t_fine, Pointer values_fine, Pointer noise, Pointer background,
+                                     Pointer grad_values, Pointer grad_noise, Pointer grad_background, int dtype,
+                                     i64 rays, i64 coarse, i64 fine, i64 channels, bool relu, double softplus_beta,
+                                     double density_shift, double last_interval, bool last_back,
+                                     bool white_background) {
+  CompositeShape shape(check, t, values, t_fine, values_fine, noise, background, dtype, rays, coarse, fine, channels,
+                       relu, softplus_beta, density_shift, last_interval, last_back, white_background);
+  shape.args.grad_rgb = check.pointer("grad_rgb", grad_rgb, shape.size, shape.colours, true);
+  shape.args.grad_depth = check.pointer("grad_depth", grad_depth, shape.size, rays, true);
+  shape.args.grad_weight_sum = check.pointer("grad_weight_sum", grad_weight_sum, shape.size, rays, true);
+  shape.args.grad_transmittance = check.pointer("grad_transmittance", grad_transmittance, shape.size, rays, true);
+  shape.args.grad_weights = check.pointer("grad_weights", grad_weights, shape.size, shape.samples, true);
+  shape.args.grad_values = check.pointer("grad_values", grad_values, shape.size, shape.values);
+  shape.args.grad_noise = check.pointer("grad_noise", grad_noise, shape.size, shape.samples, true);
+  shape.args.grad_background = check.pointer("grad_background", grad_background, shape.size, shape.colours, true);
+  return shape.args;
+}
+
+epigraf::SampleImportanceArgs sample_importance(const Check& check, Pointer t, Pointer raw, Pointer u, Pointer t_fine,
+                                                int dtype, i64 rays, i64 samples, i64 fine, i64 stride, bool relu,
+                                                double softplus_beta, double density_shift, bool sorted) {
+  epigraf::SampleImportanceArgs args{};
+  args.dtype = check.dtype(dtype);
+  require(args.dtype == DType::f32 || args.dtype == DType::f64, check.op, "dtype must be that of fp32 or fp64");
+  args.rays = check.size("rays", rays);
+  args.samples = check.side("samples", samples, 3);
+  args.fine = check.side("fine", fine);
+  args.stride = check.side("stride", stride, 1);
+  args.density = density_settings(check, relu, softplus_beta, density_shift, 0);  // the last weight is dropped
+  args.sorted = sorted;
+  const i64 size = epigraf::size_of(args.dtype), coarse = check.product("rays * samples", rays, samples);
+  const i64 results = check.product("rays * fine", rays, fine);
+  args.t = check.pointer("t", t, size, coarse);
+  args.raw = check.pointer("raw", raw, size, check.product("rays * samples * stride", coarse, stride));
+  args.u = check.pointer("u", u, size, results);
+  args.t_fine = check.pointer("t_fine", t_fine, size, results);
+  return args;
+}
+
+void bind_rays(py::module_& m) {
+  EPIGRAF_DEFINE_CPU(m, composite_fwd);
+  EPIGRAF_DEFINE_CPU(m, composite_bwd);
+  EPIGRAF_DEFINE_CPU(m, sample_importance);
+}
+
 // ---- the build
 
 const char* const kLevels[] = {"base", "v3", "v4"};
@@ -580,4 +684,5 @@ PYBIND11_MODULE(_C, m) {
   bind_layer_epilogue(m);
   bind_modulation(m);
   bind_decode_triplane(m);
+  bind_rays(m);
 }

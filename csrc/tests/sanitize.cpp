@@ -3,15 +3,18 @@
 #include <math.h>
 #include <stdio.h>
 
+#include <algorithm>
 #include <limits>
 #include <random>
 #include <vector>
 
 #include "bias_act.h"
+#include "composite.h"
 #include "cpu.h"
 #include "decode_triplane.h"
 #include "layer_epilogue.h"
 #include "modulation.h"
+#include "sample_importance.h"
 #include "upfirdn2d.h"
 
 namespace {
@@ -418,6 +421,89 @@ void decode_triplane_case(DType dtype, std::mt19937& generator) {
   }
 }
 
+template <typename S>
+std::vector<S> depths(i64 rays, i64 samples, unsigned seed) {
+  auto t = numbers<S>(rays * samples, seed);
+  for (i64 r = 0; r < rays; r++) std::sort(t.begin() + r * samples, t.begin() + (r + 1) * samples);
+  return t;
+}
+
+template <typename S>
+void composite_case(DType dtype, std::mt19937& generator) {
+  auto pick = [&](i64 low, i64 high) { return std::uniform_int_distribution<i64>(low, high)(generator); };
+  CompositeArgs args{};
+  args.dtype = dtype;
+  args.rays = pick(0, 150), args.coarse = pick(1, 40), args.fine = pick(0, 40), args.channels = pick(2, 6);
+  args.density = {pick(0, 1) == 1, 1.5, 0.5, 0.25};
+  args.last_back = pick(0, 1), args.white_background = args.channels > 3 && pick(0, 1);
+  const i64 samples = args.coarse + args.fine, all = args.rays * samples, colours = args.channels - 1;
+  const auto t = depths<S>(args.rays, args.coarse, 1), t_fine = depths<S>(args.rays, args.fine, 2);
+  const auto values = numbers<S>(args.rays * args.coarse * args.channels, 3);
+  const auto values_fine = numbers<S>(args.rays * args.fine * args.channels, 4);
+  const auto noise = numbers<S>(all, 5), of_colours = numbers<S>(args.rays * colours, 6), of_samples = numbers<S>(all, 7);
+  args.t = t.data(), args.values = values.data(), args.t_fine = t_fine.data(), args.values_fine = values_fine.data();
+  args.noise = pick(0, 1) ? noise.data() : nullptr, args.background = pick(0, 1) ? of_colours.data() : nullptr;
+  args.grad_rgb = of_colours.data(), args.grad_depth = of_samples.data(), args.grad_weights = of_samples.data();
+  args.grad_transmittance = of_samples.data();
+  Outputs<S> first;
+  for (int threads : {1, 3}) {
+    Outputs<S> now;
+    now.reserve(8);
+    for (i64 n : {args.rays * colours, args.rays, args.rays, args.rays, all, all * args.channels, all, args.rays * colours})
+      now.emplace_back(static_cast<size_t>(n));
+    args.rgb = now[0].data(), args.depth = now[1].data(), args.weight_sum = now[2].data();
+    args.final_transmittance = now[3].data(), args.weights = now[4].data(), args.grad_values = now[5].data();
+    args.grad_noise = now[6].data(), args.grad_background = now[7].data();
+    composite_fwd(args, threads);
+    composite_bwd(args, threads);
+    if (threads == 1) first = now;
+    else expect_same(now, first, "composite by threads");
+  }
+  // Depth is the sum of the weights times the depths, which the two sets' samples give in rising order.
+  for (i64 r = 0; r < args.rays; r++) {
+    std::vector<S> all_t(t.begin() + r * args.coarse, t.begin() + (r + 1) * args.coarse);
+    all_t.insert(all_t.end(), t_fine.begin() + r * args.fine, t_fine.begin() + (r + 1) * args.fine);
+    std::sort(all_t.begin(), all_t.end());
+    double depth = 0, sum = 0;
+    for (i64 k = 0; k < samples; k++) {
+      const double weight = loaded(first[4], r * samples + k);
+      depth += weight * static_cast<double>(all_t[static_cast<size_t>(k)]), sum += weight;
+    }
+    expect(fabs(loaded(first[1], r) - depth) < 1e-4, "composite_fwd, depth", r);
+    expect(fabs((args.last_back ? 1 : loaded(first[2], r)) - sum) < 1e-4, "composite_fwd, weights", r);
+  }
+}
+
+template <typename S>
+void sample_importance_case(DType dtype, std::mt19937& generator) {
+  auto pick = [&](i64 low, i64 high) { return std::uniform_int_distribution<i64>(low, high)(generator); };
+  SampleImportanceArgs args{};
+  args.dtype = dtype;
+  args.rays = pick(0, 150), args.samples = pick(3, 40), args.fine = pick(0, 50), args.stride = pick(1, 4);
+  args.density = {pick(0, 1) == 1, 1.5, 0.5, 0};
+  args.sorted = true;
+  const auto t = depths<S>(args.rays, args.samples, 1), raw = numbers<S>(args.rays * args.samples * args.stride, 2);
+  auto u = numbers<S>(args.rays * args.fine, 3);
+  for (S& x : u) x = (x + 2) / 4;
+  args.t = t.data(), args.raw = raw.data(), args.u = u.data();
+  Outputs<S> first;
+  for (int threads : {1, 3}) {
+    Outputs<S> now(1, std::vector<S>(u.size()));
+    args.t_fine = now[0].data();
+    sample_importance(args, threads);
+    if (threads == 1) first = now;
+    else expect_same(now, first, "sample_importance by threads");
+  }
+  for (i64 r = 0; r < args.rays; r++) {
+    const S *of_ray = t.data() + r * args.samples, *last = of_ray + args.samples - 1;
+    for (i64 k = 0; k < args.fine; k++) {
+      const double here = loaded(first[0], r * args.fine + k);
+      expect(here >= (of_ray[0] + of_ray[1]) / 2 - 1e-5 && here <= (last[0] + last[-1]) / 2 + 1e-5, "midpoints", r);
+      expect(k == 0 || here >= loaded(first[0], r * args.fine + k - 1), "sorted samples", r);
+    }
+  }
+}
+
 void conversion_cases() {
   // Every half is itself again; what lies between two neighbours goes to the nearer one, the middle to the even one.
   for (unsigned bits = 0; bits < 0x7c00; bits++) {
@@ -452,6 +538,8 @@ void of_full_precision(DType dtype) {
   std::mt19937 generator(8);
   for (int i = 0; i < 20 / share; i++) modulation_case<S>(dtype, generator);
   for (int i = 0; i < 12 / share; i++) decode_triplane_case<S>(dtype, generator);
+  for (int i = 0; i < 20 / share; i++) composite_case<S>(dtype, generator);
+  for (int i = 0; i < 20 / share; i++) sample_importance_case<S>(dtype, generator);
 }
 
 }  // namespace

@@ -106,7 +106,8 @@ class Renderer(nn.Module):
         jitter, u, coarse_noise, fine_noise, seed = draws
         stochastic = self.training if stochastic is None else stochastic
         noisy = isinstance(density_noise_std, Tensor) or density_noise_std > 0
-        triton = ops.backends.resolve("composite", self.backend, device.type) == "triton"
+        composite = ops.backends.resolve("composite", self.backend, device.type)
+        triton, merges = composite == "triton", composite in ("triton", "cpu")
         importance = ops.backends.resolve("sample_importance", self.backend, device.type) == "triton"
         draws_samples = stochastic and (jitter is None or u is None)
         draws_noise = noisy and (coarse_noise is None or fine_noise is None)
@@ -137,7 +138,7 @@ class Renderer(nn.Module):
                 samples=None if u is not None else config.fine_samples,
                 stochastic=stochastic,
                 noise_std=density_noise_std if coarse_noise is None else 0.0,
-                sorted=triton,  # its composite merges two sets, each sorted; the others sort both together
+                sorted=merges,  # such a composite merges two sets, each sorted; the others sort both together
                 t_sorted=True,
                 **config.density,
                 **source,
@@ -163,7 +164,7 @@ class Renderer(nn.Module):
             white_background=config.white_background,
             last_back=config.last_back,
             background=background,
-            t_sorted=triton or t_fine is None,
+            t_sorted=merges or t_fine is None,
             seed=seed if triton or not importance else None,
             backend=self.backend,
             **config.density,

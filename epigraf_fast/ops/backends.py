@@ -37,7 +37,7 @@ IMPLEMENTED = {
     "torch": FAMILIES["renderer"],  # its grid sampler; what samples no planes is the reference, which is torch too
     "triton": ("sample_triplane", "decode_triplane", "sample_importance", "composite", "cut"),
     "cuda": ("bias_act", "upfirdn2d", "modulated_conv2d"),
-    "cpu": ("sample_triplane", "decode_triplane", "cut", "bias_act", "upfirdn2d", "modulated_conv2d"),
+    "cpu": OPS,
 }
 
 KERNELS = {name: IMPLEMENTED[name] for name in ("triton", "cuda")}  # for GPUs, which have to pass a check there

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from ..reference.composite import INFINITE_INTERVAL, Composite
 from ..reference.composite import composite as _reference
-from . import library
+from . import composite_cpu, library
 from .backends import resolve, served
 from .checks import (
     TRITON_DTYPES,
@@ -77,13 +79,14 @@ def composite(
     they are dense and evenly spaced, else copied. Both sets together hold at most 2048 samples of up to 4 numbers (1024
     of 8, 512 of 16, 128 of 32).
 
-    Derivatives: reference any order, to everything (through the merge, too); triton the first, to everything but t.
+    Derivatives: reference any order, to everything (through the merge, too); triton and cpu the first, to everything
+        but t (cpu is the reference where a gradient to t is asked for, and for dtypes that are not all fp32 or fp64).
 
     Raises:
         ValueError, TypeError: Wrong ranks, shapes, dtypes, devices, activation or numbers; half of the second set
             missing; a white background of less than three colours; density_noise beside noise_std; `seed` for another
             backend; unknown or missing backend.
-        NotImplementedError: With triton a gradient to t, or a second derivative.
+        NotImplementedError: With triton a gradient to t; with triton or cpu a second derivative.
     """
     check_together(
         "composite",
@@ -144,13 +147,21 @@ def composite(
         seed = seed_for_kernel("composite", seed, t.device) if noisy else None
         std, number = std_for_kernel(noise_std) if noisy else (None, None)
         inputs = t, values, t_fine, values_fine, density_noise, background, seed, std
-        return Composite(*library.call(route, _Composite, *inputs, _Settings(**settings), return_weights, number))
+        return _launched(route, inputs, _Settings(**settings, backend=chosen), return_weights, number)
     if chosen == preferred and (noisy or chosen != "triton"):  # a fallback draws from torch's generator
         check_no_seed("composite", seed)
-    if t_fine is None and not t_sorted:  # two sets are sorted together in any case
-        t, values = sort_samples(t, values)
     if noisy:
         density_noise = noise_std * torch.randn(*t.shape[:2], samples, dtype=t.dtype, device=t.device)
+    inputs = t, values, t_fine, values_fine, density_noise, background
+    compiled = chosen == "cpu" and route is not library.REFERENCE and composite_cpu.takes(*inputs)
+    compiled = compiled and not is_differentiated(t, t_fine)
+    if not t_sorted and (compiled or t_fine is None):  # the reference sorts two sets together in any case
+        t, values = sort_samples(t, values)
+        if t_fine is not None:
+            t_fine, values_fine = sort_samples(t_fine, values_fine)
+    if compiled:
+        inputs = t, values, t_fine, values_fine, density_noise, background, None, None
+        return _launched(route, inputs, _Settings(**settings, backend=chosen), return_weights, None)
     return _reference(
         t,
         values,
@@ -161,6 +172,17 @@ def composite(
         return_weights=return_weights,
         **settings,
     )
+
+
+def is_differentiated(*tensors: Tensor | None) -> bool:
+    """Whether a gradient to one of them is asked for."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _launched(
+    route: str, inputs: tuple[Tensor | None, ...], settings: _Settings, return_weights: bool, std: float | None
+) -> Composite:
+    return Composite(*library.call(route, _Composite, *inputs, settings, return_weights, std))
 
 
 def sort_samples(t: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,6 +226,28 @@ class _Settings(NamedTuple):
     last_interval: float
     last_back: bool
     white_background: bool
+    backend: str
+
+    @property
+    def kernels(self) -> ModuleType:
+        return composite_cpu if self.backend == "cpu" else _triton_kernels()
+
+    @property
+    def of_kernels(self) -> dict[str, Any]:
+        """What kernels take by keyword."""
+        return {name: value for name, value in self._asdict().items() if name != "backend"}
+
+
+@functools.cache
+def _triton_kernels() -> ModuleType:
+    from ..kernels import composite as kernels
+
+    return kernels
+
+
+def _wide(x: Tensor | None) -> Tensor | None:
+    """In the dtype that is computed with: fp64, else fp32."""
+    return None if x is None else x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 _INPUTS = (
@@ -212,7 +256,7 @@ _INPUTS = (
 )
 _SETTINGS = (
     "str activation, float softplus_beta, float density_shift, float last_interval, bool last_back, "
-    "bool white_background"
+    "bool white_background, str backend"
 )
 
 
@@ -220,7 +264,7 @@ _SETTINGS = (
     f"composite({_INPUTS}, {_SETTINGS}, bool return_weights, float? std) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 class _Composite:
-    """The fields of `Composite` by the Triton kernel. Noise is drawn with a standard deviation `noise_std`, or `std`.
+    """The fields of `Composite` by a kernel. Triton's draws noise with a standard deviation `noise_std`, or `std`.
 
     Saves its inputs alone: the backward integrates again.
     """
@@ -231,16 +275,15 @@ class _Composite:
     @staticmethod
     @annotate("composite_fwd")
     def run(*args: Any) -> tuple[Tensor | None, ...]:
-        from ..kernels import composite as kernels
-
         *inputs, noise_std, settings, return_weights, std = args
         std = std if noise_std is None else noise_std
-        return tuple(kernels.fwd(*inputs, std, return_weights=return_weights, **settings._asdict()))
+        return tuple(settings.kernels.fwd(*inputs, std, return_weights=return_weights, **settings.of_kernels))
 
     @staticmethod
     def empty(t: Tensor, values: Tensor, t_fine: Tensor | None, *args: Any) -> tuple[Tensor | None, ...]:
         return_weights = args[-2]
-        rgb = values.new_empty(*t.shape[:2], values.shape[-1] - 1, dtype=torch.float32)
+        dtype = torch.promote_types(values.dtype, torch.float32)
+        rgb = values.new_empty(*t.shape[:2], values.shape[-1] - 1, dtype=dtype)
         single = (rgb.new_empty(t.shape[:2]) for _ in range(3))
         samples = t.shape[-1] + (0 if t_fine is None else t_fine.shape[-1])
         return rgb, *single, rgb.new_empty(*t.shape[:2], samples) if return_weights else None
@@ -253,11 +296,9 @@ class _Composite:
                 "composite: noise that a kernel drew has no batched and no forward-mode derivatives; pass it as "
                 'density_noise, or use backend="reference"'
             )
-        values, values_fine, density_noise, background = (
-            None if x is None else x.float() for x in (values, values_fine, density_noise, background)
-        )
+        values, values_fine, density_noise, background = map(_wide, (values, values_fine, density_noise, background))
         more = {"density_noise": density_noise, "background": background, "return_weights": return_weights}
-        return tuple(_reference(t, values, t_fine, values_fine, **more, **settings._asdict()))
+        return tuple(_reference(t, values, t_fine, values_fine, **more, **settings.of_kernels))
 
     @staticmethod
     def keep(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor | None, ...]) -> None:
@@ -283,19 +324,17 @@ class _Composite:
     "(Tensor, Tensor, Tensor, Tensor)"
 )
 class _CompositeBackward:
-    """The gradients by the Triton kernel, as a function of the incoming ones and of the inputs."""
+    """The gradients by a kernel, as a function of the incoming ones and of the inputs."""
 
     Settings = _Settings
 
     @staticmethod
     @annotate("composite_bwd")
     def run(*args: Any) -> tuple[Tensor | None, ...]:
-        from ..kernels import composite as kernels
-
         *tensors, noise_std, settings, std, to_density_noise, to_background = args
         inputs = *tensors[5:], std if noise_std is None else noise_std
         wanted = {"to_density_noise": to_density_noise, "to_background": to_background}
-        return tuple(kernels.bwd(tensors[:5], *inputs, **wanted, **settings._asdict()))
+        return tuple(settings.kernels.bwd(tensors[:5], *inputs, **wanted, **settings.of_kernels))
 
     @staticmethod
     def empty(*args: Any) -> tuple[Tensor | None, ...]:
@@ -315,8 +354,8 @@ class _CompositeBackward:
 
     @staticmethod
     def keep(ctx: Any, inputs: tuple[Any, ...], gradients: tuple[Tensor | None, ...]) -> None:
-        pass
+        ctx.backend = inputs[-4].backend
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> None:
-        raise no_second_derivative("composite")
+        raise no_second_derivative("composite", ctx.backend)

@@ -12,7 +12,7 @@ from ..reference.composite import INFINITE_INTERVAL
 from ..reference.sample_importance import invert_cdf as _reference_invert_cdf
 from ..reference.sample_importance import sample_importance as _reference
 from ..reference.sample_importance import sample_stratified as _reference_stratified
-from . import library
+from . import library, sample_importance_cpu
 from .backends import resolve, served
 from .checks import check_density, check_dtype, check_integers, check_shape, check_together
 from .composite import sort_samples
@@ -238,7 +238,7 @@ def sample_importance(
         if u is not None and sorted:
             u = u.sort(dim=-1).values
         std, number = std_for_kernel(noise_std) if noisy else (None, None)
-        settings = _Settings(samples, sorted, **density, even=not stochastic, noise_std=number)
+        settings = _Settings(samples, sorted, **density, even=not stochastic, noise_std=number, backend=chosen)
         return library.call(route, _SampleImportance, t, raw_density, u, seed, std, settings)
     if chosen == preferred and (draws or chosen != "triton"):
         check_no_seed(op, seed)
@@ -250,6 +250,9 @@ def sample_importance(
             u = torch.rand(shape, dtype=t.dtype, device=t.device)
         else:
             u = torch.linspace(0, 1, samples, dtype=t.dtype, device=t.device).expand(shape)
+    if chosen == "cpu" and route is not library.REFERENCE and sample_importance_cpu.takes(t, raw_density, u):
+        settings = _Settings(samples, sorted, **density, even=False, noise_std=None, backend=chosen)
+        return library.call(route, _SampleImportance, t, raw_density, u, None, None, settings)
     t_fine = _reference(t, raw_density, u, last_interval=last_interval, **density)
     return t_fine.sort(dim=-1).values if sorted else t_fine
 
@@ -314,11 +317,13 @@ class _Settings(NamedTuple):
     density_shift: float
     even: bool
     noise_std: float | None  # where it is no tensor
+    backend: str
 
 
 @library.register(
     "sample_importance(Tensor t, Tensor raw_density, Tensor? u, Tensor? seed, Tensor? noise_std, SymInt samples, "
-    "bool sorted, str activation, float softplus_beta, float density_shift, bool even, float? std) -> Tensor"
+    "bool sorted, str activation, float softplus_beta, float density_shift, bool even, float? std, str backend) "
+    "-> Tensor"
 )
 class _SampleImportance:
     Settings = _Settings
@@ -333,10 +338,12 @@ class _SampleImportance:
         noise_std: Tensor | None,
         settings: _Settings,
     ) -> Tensor:
+        if settings.backend == "cpu":
+            return sample_importance_cpu.fwd(t, raw_density, u, settings)
         from ..kernels import sample_importance as kernels
 
         options = settings._asdict()
-        samples, std = options.pop("samples"), options.pop("noise_std")
+        samples, std, _ = options.pop("samples"), options.pop("noise_std"), options.pop("backend")
         return kernels.fwd(
             t, raw_density, u, seed, samples, noise_std=std if noise_std is None else noise_std, **options
         )

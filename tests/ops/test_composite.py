@@ -1,6 +1,7 @@
 """composite: the reference against closed forms and rays worked by hand.
 
-The Triton kernels against the reference: in Triton's interpreter and compiled, or on the GPU where there is one.
+The extension for CPUs against the reference, in every instruction set. The Triton kernels against it: in Triton's
+interpreter and compiled, or on the GPU where there is one.
 """
 
 from __future__ import annotations
@@ -224,10 +225,13 @@ def test_second_set_need_not_be_sorted():
     assert_close(composite(**shuffled).rgb, composite(**sets).rgb, "rgb", "exact")
 
 
-BOTH = pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_triton)])
+needs_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="tensors are on the GPU")
+ALL = pytest.mark.parametrize(
+    "backend", ["reference", pytest.param("cpu", marks=needs_cpu), pytest.param("triton", marks=needs_triton)]
+)
 
 
-@BOTH
+@ALL
 def test_one_unsorted_set_by_hand(backend):
     # HAND with its samples at t = 3, 1, 2: the same ray.
     order = torch.tensor([2, 0, 1])
@@ -238,7 +242,7 @@ def test_one_unsorted_set_by_hand(backend):
     assert_close(result.depth, ray(1.375), "depth", "hand")
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("fine", [0, 5])
 def test_sets_need_not_be_sorted(backend, fine):
     inputs = {name: x.float().to(DEVICE) for name, x in random_ray_sets(coarse=4, fine=fine, batch=2).items()}
@@ -267,7 +271,7 @@ def test_sets_need_not_be_sorted(backend, fine):
             assert_close(gradients[f"values{end}"], gradient, f"gradient to values{end} {number}", "exact")
 
 
-@BOTH
+@ALL
 def test_importance_samples_go_straight_to_composite(backend):
     # Drawn in any order, as published: what comes out is what sorted samples give.
     t = ops.sample_stratified(1, 2, 6, 1.0, 2.0, jitter=draw_uniform(1, 2, 6).float().to(DEVICE), backend=backend)
@@ -529,8 +533,8 @@ def outputs_and_gradients(function, inputs, settings, *, outputs=OUTPUTS, dtype=
     }
 
 
-def assert_triton_errs_no_more(inputs, settings, what="", **options):
-    actual = outputs_and_gradients(triton_composite, inputs, settings, **options)
+def assert_errs_no_more(inputs, settings, what="", *, kernel=triton_composite, **options):
+    actual = outputs_and_gradients(kernel, inputs, settings, **options)
     expected = outputs_and_gradients(composite, inputs, settings, **options)
     truth = outputs_and_gradients(composite, inputs, settings, dtype=torch.float64, **options)
     for name in actual:
@@ -541,8 +545,7 @@ def assert_triton_errs_no_more(inputs, settings, what="", **options):
         assert_error_within_reference(actual[name], expected[name], truth[name], f"{name} {what}", more, white)
 
 
-@needs_triton
-@pytest.mark.parametrize(
+SETTINGS = pytest.mark.parametrize(
     "settings",
     [
         {},
@@ -552,25 +555,29 @@ def assert_triton_errs_no_more(inputs, settings, what="", **options):
     ],
     ids=str,
 )
+
+
+@needs_triton
+@SETTINGS
 @pytest.mark.parametrize(
     ("coarse", "fine", "colours", "rays"), [(1, 0, 1, 1), (5, 0, 3, 20), (4, 7, 3, 3), (9, 1, 2, 5), (3, 2, 15, 2)]
 )
 def test_triton_errs_no_more_than_the_reference(poisoned, coarse, fine, colours, rays, settings):
     colours = max(colours, 3) if "white_background" in settings else colours
-    assert_triton_errs_no_more(with_everything(coarse, fine, colours, rays), settings)
+    assert_errs_no_more(with_everything(coarse, fine, colours, rays), settings)
 
 
 @needs_triton
 def test_triton_long_rays(poisoned):
     inputs = with_everything(48, 48, 3, rays=2, batch=2)
-    assert_triton_errs_no_more(inputs, {"last_interval": 0.1})
+    assert_errs_no_more(inputs, {"last_interval": 0.1})
 
 
 @needs_triton
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_triton_gradient_from_one_output(poisoned, output):
     settings = {"white_background": True, "last_back": True, "last_interval": 0.3}
-    assert_triton_errs_no_more(with_everything(4, 3, 3), settings, f"from {output}", outputs=(output,))
+    assert_errs_no_more(with_everything(4, 3, 3), settings, f"from {output}", outputs=(output,))
 
 
 @needs_triton
@@ -582,7 +589,7 @@ def test_triton_extreme_densities(poisoned, raw, activation):
     for name in ("values", "values_fine"):
         inputs[name][..., -1] = raw
         inputs[name][:, 1, ::2, -1] *= -1  # the second ray alternates
-    assert_triton_errs_no_more(inputs, {"activation": activation, "white_background": True})
+    assert_errs_no_more(inputs, {"activation": activation, "white_background": True})
 
 
 @needs_triton
@@ -837,3 +844,150 @@ def test_triton_gradients_of_both_sets_lie_side_by_side():
     coarse, fine = torch.autograd.grad(triton_composite(**sets).rgb.sum(), values)
     assert coarse.stride() == fine.stride() == (2 * 7 * 3, 7 * 3, 3, 1)
     assert fine.data_ptr() - coarse.data_ptr() == 4 * 4 * 3
+
+
+cpu_composite = functools.partial(ops.composite, t_sorted=True, backend="cpu")
+on_the_cpu = functools.partial(assert_errs_no_more, kernel=cpu_composite)
+
+
+@needs_cpu
+@SETTINGS
+@pytest.mark.parametrize(
+    ("coarse", "fine", "colours", "rays"),
+    [(1, 0, 1, 1), (5, 0, 3, 20), (4, 7, 3, 3), (9, 1, 2, 5), (3, 2, 15, 2), (12, 12, 3, 200), (1500, 1300, 3, 1)],
+)
+def test_cpu_errs_no_more_than_the_reference(cpu_level, coarse, fine, colours, rays, settings):
+    colours = max(colours, 3) if "white_background" in settings else colours
+    inputs = with_everything(coarse, fine, colours, rays)
+    on_the_cpu(inputs, settings)
+    assert "Composite" in str(cpu_composite(**{**inputs, "values": inputs["values"].requires_grad_()}).rgb.grad_fn)
+
+
+@needs_cpu
+@SETTINGS
+def test_cpu_in_double_precision(cpu_level, settings):
+    inputs = with_everything(7, 5, 3, rays=4, batch=2)
+    actual, expected = (
+        outputs_and_gradients(function, inputs, settings, dtype=torch.float64)
+        for function in (cpu_composite, composite)
+    )
+    for name, y in actual.items():
+        assert_close(y, expected[name], name)
+
+
+@needs_cpu
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_cpu_gradient_from_one_output(cpu_level, output):
+    settings = {"white_background": True, "last_back": True, "last_interval": 0.3}
+    on_the_cpu(with_everything(4, 3, 3), settings, f"from {output}", outputs=(output,))
+
+
+@needs_cpu
+@pytest.mark.parametrize("activation", ["softplus", "relu"])
+@pytest.mark.parametrize("raw", [OPAQUE, -OPAQUE, 30.0, 0.0])
+def test_cpu_extreme_densities(cpu_level, raw, activation):
+    inputs = with_everything(9, 5, 3, rays=2)
+    del inputs["density_noise"]
+    for name in ("values", "values_fine"):
+        inputs[name][..., -1] = raw
+        inputs[name][:, 1, ::2, -1] *= -1  # the second ray alternates
+    on_the_cpu(inputs, {"activation": activation, "white_background": True})
+
+
+@needs_cpu
+def test_cpu_threads_agree(cpu_level, threads):
+    inputs = with_everything(12, 12, 3, rays=300, batch=2)
+    threads(1)
+    expected = outputs_and_gradients(cpu_composite, inputs, {})
+    threads(3)
+    for name, actual in outputs_and_gradients(cpu_composite, inputs, {}).items():
+        assert_close(actual, expected[name], f"{name} by three threads", "exact")
+
+
+@needs_cpu
+def test_cpu_takes_any_layout(cpu_level):
+    inputs, settings = with_everything(4, 3, 2, batch=2), {"last_interval": 0.3}
+    expected = outputs_and_gradients(cpu_composite, inputs, settings)
+    for changed, x in inputs.items():
+        for layout, view in layouts(x):
+            actual = outputs_and_gradients(cpu_composite, {**inputs, changed: view}, settings)
+            for name, y in actual.items():
+                assert_close(y, expected[name], f"{name}, {changed}: {layout}", "exact")
+
+
+@needs_cpu
+@pytest.mark.parametrize(
+    "nan", [{"t": (3,)}, {"t_fine": (2,)}, {"t": (2, 3), "t_fine": (1, 2)}, {"t": (0, 1, 2, 3)}], ids=str
+)
+def test_cpu_merges_nan_last(cpu_level, nan):
+    inputs = with_everything(4, 3, 2, rays=2)
+    for name, places in nan.items():
+        inputs[name][..., list(places)] = torch.nan
+    actual, expected = (outputs_and_gradients(function, inputs, {}) for function in (cpu_composite, composite))
+    for name in OUTPUTS:
+        assert_same_specials(actual[name], expected[name], name)
+
+
+@needs_cpu
+@pytest.mark.parametrize("activation", ["softplus", "relu"])
+@pytest.mark.parametrize("special", [math.nan, math.inf, -math.inf])
+def test_cpu_shows_what_is_not_finite(cpu_level, special, activation):
+    for name in ("values", "values_fine", "density_noise", "background"):
+        for channel in (0, -1):
+            inputs = with_everything(4, 3, 2, rays=2)
+            inputs[name][0, 0, ..., channel] = special
+            settings = {"activation": activation, "last_interval": 0.3}
+            actual, expected = (outputs_and_gradients(f, inputs, settings) for f in (cpu_composite, composite))
+            for what in OUTPUTS:
+                assert_same_specials(actual[what], expected[what], f"{what}, {special} in {name}")
+            for what in actual:  # the ray beside it
+                assert_close(actual[what][0, 1], expected[what][0, 1], f"{what}, {special} in {name}")
+
+
+@needs_cpu
+@pytest.mark.parametrize(("batch", "rays"), [(0, 2), (2, 0), (1, 2)])
+@pytest.mark.parametrize("fine", [None, 0])
+def test_cpu_empty(cpu_level, batch, rays, fine):
+    inputs = {"t": draw_uniform(batch, rays, 4).sort().values, "values": draw(batch, rays, 4, 3)}
+    if fine is not None:
+        inputs |= {"t_fine": inputs["t"][..., :0], "values_fine": inputs["values"][:, :, :0]}
+    actual, expected = (outputs_and_gradients(f, inputs, {}) for f in (cpu_composite, composite))
+    for name, y in actual.items():
+        assert_close(y, expected[name], name)
+
+
+@needs_cpu
+def test_cpu_draws_the_noise_of_the_reference(cpu_level):
+    results = []
+    for backend in ("cpu", "reference"):
+        torch.manual_seed(3)
+        results.append(ops.composite(**random_ray_sets(), noise_std=0.5, backend=backend).rgb)
+    assert_close(*results, "rgb")
+
+
+@needs_cpu
+def test_cpu_is_the_reference_where_t_has_a_gradient():
+    inputs = random_ray_sets()
+    inputs["t_fine"].requires_grad_()
+    results = [ops.composite(**inputs, backend=backend).rgb for backend in ("cpu", "reference")]
+    assert_close(*results, "rgb", "exact")
+    gradients = [torch.autograd.grad(y.square().sum(), inputs["t_fine"])[0] for y in results]
+    assert_close(*gradients, "gradient to t_fine", "exact")
+
+
+@needs_cpu
+def test_cpu_gradients_of_both_sets_lie_side_by_side(cpu_level):
+    sets = random_ray_sets()
+    values = sets["values"].requires_grad_(), sets["values_fine"].requires_grad_()
+    coarse, fine = torch.autograd.grad(cpu_composite(**sets).rgb.sum(), values)
+    assert coarse.stride() == fine.stride() == (2 * 7 * 3, 7 * 3, 3, 1)
+    assert fine.data_ptr() - coarse.data_ptr() == 8 * 4 * 3
+
+
+@needs_cpu
+def test_cpu_has_no_second_derivative(cpu_level):
+    inputs = with_everything(4, 3, 2)
+    inputs["values"].requires_grad_()
+    (gradient,) = torch.autograd.grad(cpu_composite(**inputs).rgb.sum(), inputs["values"], create_graph=True)
+    with pytest.raises(NotImplementedError, match=r'backend "cpu" has no second derivative; use backend="reference"'):
+        gradient.sum().backward()

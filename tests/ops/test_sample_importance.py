@@ -19,6 +19,7 @@ from checks import (
     assert_close,
     assert_error_within_reference,
     assert_finite,
+    assert_same_specials,
     draw,
     draw_uniform,
     layouts,
@@ -246,10 +247,13 @@ def test_samples_says_how_many_are_drawn():
     assert_close(samples, sample_importance(**inputs, u=u), "samples", "exact")
 
 
-BOTH = pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_triton)])
+needs_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="tensors are on the GPU")
+ALL = pytest.mark.parametrize(
+    "backend", ["reference", pytest.param("cpu", marks=needs_cpu), pytest.param("triton", marks=needs_triton)]
+)
 
 
-@BOTH
+@ALL
 def test_sorted_by_default(backend):
     inputs = {name: x.float().to(DEVICE) for name, x in rays().items()}
     expected = ops.sample_importance(**inputs, sorted=False, backend=backend).sort(dim=-1).values
@@ -260,7 +264,7 @@ def test_sorted_by_default(backend):
     assert (drawn.diff(dim=-1) >= 0).all()
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("sorted", [False, True])
 def test_unsorted_t_is_sorted_with_its_densities(backend, sorted):
     inputs = {name: x.float().to(DEVICE) for name, x in rays().items()}
@@ -406,23 +410,26 @@ def triton_rays(batch=1, rays_=3, samples=6, fine=9):
     return {name: x.float().to(DEVICE) for name, x in inputs.items()}
 
 
-def assert_triton_errs_no_more(kernel, reference, inputs, what, **settings):
+def assert_errs_no_more(kernel, reference, inputs, what, **settings):
     truth = reference(**{name: x.double() for name, x in inputs.items()}, **settings)
     assert_error_within_reference(kernel(**inputs, **settings), reference(**inputs, **settings), truth, what)
 
 
-@needs_triton
-@pytest.mark.parametrize(
+SETTINGS = pytest.mark.parametrize(
     "settings",
     [{}, {"activation": "relu", "density_shift": 0.7}, {"softplus_beta": 4.0, "last_interval": 1e-3}],
     ids=str,
 )
+
+
+@needs_triton
+@SETTINGS
 @pytest.mark.parametrize(
     ("samples", "fine", "rays_"), [(3, 1, 1), (6, 9, 20), (17, 33, 2), (48, 48, 2), (131, 9, 3), (6, 140, 3)]
 )
 def test_triton_errs_no_more_than_the_reference(poisoned, samples, fine, rays_, settings):
     inputs = triton_rays(1, rays_, samples, fine)
-    assert_triton_errs_no_more(triton_importance, sample_importance, inputs, "samples", **settings)
+    assert_errs_no_more(triton_importance, sample_importance, inputs, "samples", **settings)
     # sorted too: the same, in order
     expected = triton_importance(**inputs, **settings).sort(dim=-1).values
     assert_close(triton_importance(**inputs, **settings, sorted=True), expected, "sorted samples", "exact")
@@ -435,7 +442,7 @@ def test_triton_inversion_errs_no_more_than_the_reference(poisoned, bins):
     weights = draw_uniform(3, bins, seed=2)
     inputs = {"bins": edges, "weights": weights, "u": draw_uniform(3, 20, seed=3)}
     inputs = {name: x.float().to(DEVICE) for name, x in inputs.items()}
-    assert_triton_errs_no_more(triton_invert_cdf, invert_cdf, inputs, "samples")
+    assert_errs_no_more(triton_invert_cdf, invert_cdf, inputs, "samples")
     alone = triton_invert_cdf(*(x[1] for x in inputs.values()))
     assert_close(alone, triton_invert_cdf(**inputs)[1], "row 1 alone", "exact")
 
@@ -663,3 +670,78 @@ def test_triton_even_u_is_k_over_k_minus_one(poisoned):
         expected = triton_importance(inputs["t"], inputs["raw_density"], even)
         actual = triton_importance(inputs["t"], inputs["raw_density"], samples=fine, stochastic=False, sorted=True)
         assert_close(actual, expected, f"{fine} samples")
+
+
+cpu_importance = functools.partial(ops.sample_importance, sorted=False, t_sorted=True, backend="cpu")
+
+
+@needs_cpu
+@SETTINGS
+@pytest.mark.parametrize(
+    ("samples", "fine", "rays_"), [(3, 1, 1), (6, 9, 20), (12, 12, 400), (131, 9, 3), (6, 140, 3), (2500, 3000, 1)]
+)
+def test_cpu_errs_no_more_than_the_reference(cpu_level, threads, samples, fine, rays_, settings):
+    inputs = triton_rays(1, rays_, samples, fine)
+    assert_errs_no_more(cpu_importance, sample_importance, inputs, "samples", **settings)
+    actual = cpu_importance(**inputs, **settings)
+    expected = actual.sort(dim=-1).values
+    assert_close(cpu_importance(**inputs, **settings, sorted=True), expected, "sorted samples", "exact")
+    threads(3)
+    assert_close(cpu_importance(**inputs, **settings), actual, "by three threads", "exact")
+
+
+@needs_cpu
+@SETTINGS
+def test_cpu_in_double_precision(cpu_level, settings):
+    inputs = {name: x.double() for name, x in triton_rays(2, 5, 7, 9).items()}
+    assert_close(cpu_importance(**inputs, **settings), sample_importance(**inputs, **settings), "samples")
+
+
+@needs_cpu
+@pytest.mark.parametrize("scale", [0.0, 1e4])
+def test_cpu_extreme_densities(cpu_level, scale):
+    inputs = triton_rays(1, 4, 9, 16)
+    inputs["raw_density"] = inputs["raw_density"] * scale
+    samples = cpu_importance(**inputs, sorted=True)
+    assert_close(samples, sample_importance(**inputs).sort(dim=-1).values, "samples")
+
+
+@needs_cpu
+def test_cpu_takes_any_layout(cpu_level):
+    inputs = triton_rays(2)
+    expected = cpu_importance(**inputs)
+    for changed, x in inputs.items():
+        for name, view in layouts(x):
+            assert_close(cpu_importance(**{**inputs, changed: view}), expected, f"{changed}: {name}", "exact")
+    even = inputs["raw_density"][..., :1].expand(-1, -1, 6)
+    actual = cpu_importance(**{**inputs, "raw_density": even})
+    assert_close(actual, cpu_importance(**{**inputs, "raw_density": even.clone()}), "expanded densities", "exact")
+    values = torch.stack([torch.full_like(inputs["t"], torch.nan), inputs["raw_density"]], dim=-1)
+    actual = cpu_importance(**{**inputs, "raw_density": values[..., -1]})  # as a decoder leaves them
+    assert_close(actual, expected, "densities among colours", "exact")
+
+
+@needs_cpu
+@pytest.mark.parametrize(("batch", "rays_", "fine"), [(0, 2, 3), (2, 0, 3), (2, 2, 0)])
+def test_cpu_empty(cpu_level, batch, rays_, fine):
+    assert cpu_importance(**triton_rays(batch, rays_, 4, fine)).shape == (batch, rays_, fine)
+
+
+@needs_cpu
+@pytest.mark.parametrize("name", ["raw_density", "u", "t"])
+def test_cpu_shows_what_is_nan(cpu_level, name):
+    inputs = triton_rays(1, 2, 6, 4)
+    inputs[name][0, 0, -1] = torch.nan
+    actual, expected = cpu_importance(**inputs), sample_importance(**inputs)
+    assert_same_specials(actual, expected, f"NaN in {name}")
+    actual = cpu_importance(**inputs, sorted=True)
+    assert_same_specials(actual, expected.sort(dim=-1).values, f"NaN in {name}, sorted")
+
+
+@needs_cpu
+def test_cpu_draws_what_the_reference_draws(cpu_level):
+    results = []
+    for backend in ("cpu", "reference"):
+        torch.manual_seed(3)
+        results.append(ops.sample_importance(**rays(), noise_std=0.5, backend=backend))
+    assert_close(*results, "samples")

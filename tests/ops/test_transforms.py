@@ -174,13 +174,16 @@ def cases() -> dict[str, Case]:
         for name, (call, inputs, order) in found.items()
     }
     found |= renderer_cases(CPU, "cpu", 2, 5) | renderer_cases(TRITON, "triton", 8, 16)
-    values = n(1, 2, 5, 4), n(1, 2, 3, 4, seed=1), n(1, 2, 8, seed=2), n(1, 2, 3, seed=3)
-    found["composite-triton"] = Case("composite-triton", "composite", "triton", composite, values, 1)
-    for call, inputs in ((sample_importance, n(1, 2, 5)), (sample_stratified, U), (invert_cdf, n(1, 2, 4).square())):
+    for call, inputs in ((sample_stratified, U), (invert_cdf, n(1, 2, 4).square())):
         name = f"{call.__name__}-triton"
         found[name] = Case(name, "sample_importance", "triton", call, (inputs,), 0)
-    for backend, x in (("cpu", c(2, 3, 5, 6)), ("triton", n(2, 3, 5, 6))):
-        found[f"cut-{backend}"] = Case(f"cut-{backend}", "cut", backend, cut, (x,), 2)
+    for backend, r in (("cpu", c), ("triton", n)):
+        values = r(1, 2, 5, 4), r(1, 2, 3, 4, seed=1), r(1, 2, 8, seed=2), r(1, 2, 3, seed=3)
+        for call, inputs, order in ((composite, values, 1), (sample_importance, (r(1, 2, 5),), 0)):
+            found[f"{call.__name__}-{backend}"] = Case(
+                f"{call.__name__}-{backend}", call.__name__, backend, call, inputs, order
+            )
+        found[f"cut-{backend}"] = Case(f"cut-{backend}", "cut", backend, cut, (r(2, 3, 5, 6),), 2)
     return {name: case for name, case in found.items() if backends.status()[case.op][case.backend] is None}
 
 
