@@ -77,51 +77,69 @@ inline void accumulate(S* __restrict out, const S* __restrict src, S weight, i64
   for (i64 c = 0; c < n; c++) out[c] += weight * src[c];
 }
 
-template <typename S>
-void position_of(const DecodeTriplaneArgs& a, i64 point, S* out) {
-  const S* origin = static_cast<const S*>(a.origins);
-  if (!a.directions) {
-    for (int k = 0; k < 3; k++) out[k] = origin[point * 3 + k] / S(a.cube_scale);
-    return;
-  }
-  const i64 ray = point / a.samples;
-  const S t = static_cast<const S*>(a.t)[point];
-  const S* direction = static_cast<const S*>(a.directions) + ray * 3;
-  for (int k = 0; k < 3; k++) out[k] = (origin[ray * 3 + k] + t * direction[k]) / S(a.cube_scale);
-}
-
-// `neighbours` along the columns and the rows of an image's planes.
-template <typename S>
-Neighbours<S> columns_at(const DecodeTriplaneArgs& a, i64 image, S position) {
-  return neighbours(position, a.whole_width, a.first ? a.first[image * 2 + 1] : 0, a.width);
-}
-
-template <typename S>
-Neighbours<S> rows_at(const DecodeTriplaneArgs& a, i64 image, S position) {
-  return neighbours(position, a.whole_height, a.first ? a.first[image * 2] : 0, a.height);
-}
-
-// The four texels of one plane, as offsets in numbers, with their weights.
-template <typename S>
-struct Taps {
-  i64 offset[4];
-  S weight[4];
-
-  Taps(const DecodeTriplaneArgs& a, const Neighbours<S>& x, const Neighbours<S>& y, i64 plane) {
-    const i64 texel = 3 * a.channels, above = y.first * a.width, below = y.second * a.width;
-    const i64 shift = plane * a.channels;
-    offset[0] = (above + x.first) * texel + shift, weight[0] = x.first_weight * y.first_weight;
-    offset[1] = (below + x.first) * texel + shift, weight[1] = x.first_weight * y.second_weight;
-    offset[2] = (above + x.second) * texel + shift, weight[2] = x.second_weight * y.first_weight;
-    offset[3] = (below + x.second) * texel + shift, weight[3] = x.second_weight * y.second_weight;
-  }
-};
-
 // Some of the points, or all of them.
 struct Points {
   const i64* some;  // their numbers, or null
   i64 operator[](i64 i) const { return some ? some[i] : i; }
 };
+
+// Points first .. first + count, which rise, in units of the planes' half size: out[axis][point].
+template <typename S>
+void positions_of(const DecodeTriplaneArgs& a, const Points& points, i64 first, i64 count, S (*out)[kPoints]) {
+  const S *origins = static_cast<const S*>(a.origins), *directions = static_cast<const S*>(a.directions);
+  i64 ray = points[first] / a.samples;
+  for (i64 p = 0; p < count; p++) {
+    const i64 point = points[first + p];
+    while (point >= (ray + 1) * a.samples) ray++;
+    for (int k = 0; k < 3; k++)
+      out[k][p] = directions ? origins[ray * 3 + k] + static_cast<const S*>(a.t)[point] * directions[ray * 3 + k]
+                             : origins[ray * 3 + k];
+  }
+  for (int k = 0; k < 3; k++) {
+#pragma omp simd
+    for (i64 p = 0; p < count; p++) out[k][p] /= S(a.cube_scale);
+  }
+}
+
+// What points read along one axis: two neighbours, as offsets in numbers, with weight 0 where they are not stored.
+template <typename S>
+struct Neighbours {
+  i64 offset[2][kPoints];
+  S weight[2][kPoints];
+
+  // `size` texels of `whole` are stored, from `start` on, `step` numbers apart.
+  void find(const S* position, i64 count, i64 whole, i64 start, i64 size, i64 step) {
+    const int last = static_cast<int>(size) - 1, begin = static_cast<int>(start);
+    const S scale = S(whole - 1) / 2;
+#pragma omp simd
+    for (i64 p = 0; p < count; p++) {
+      // From 3 on both are outside, however few texels there are; NaN stays NaN, and is a weight of the first texel.
+      const S at = position[p], inside = at < S(-3) ? S(-3) : at > S(3) ? S(3) : at;
+      const S x = (inside + 1) * scale, x_floor = floor(x), part = x - x_floor;
+      const int first = x == x ? static_cast<int>(x_floor) - begin : 0, second = x == x ? first + 1 : 0;
+      weight[0][p] = (1 - part) * S(first >= 0 && first <= last);
+      weight[1][p] = part * S(second >= 0 && second <= last);
+      offset[0][p] = minimum(maximum(first, 0), last) * step;
+      offset[1][p] = minimum(maximum(second, 0), last) * step;
+    }
+  }
+  // Along the columns and the rows of an image's planes.
+  void columns(const DecodeTriplaneArgs& a, i64 image, const S* position, i64 count) {
+    find(position, count, a.whole_width, a.first ? a.first[image * 2 + 1] : 0, a.width, 3 * a.channels);
+  }
+  void rows(const DecodeTriplaneArgs& a, i64 image, const S* position, i64 count) {
+    find(position, count, a.whole_height, a.first ? a.first[image * 2] : 0, a.height, a.width * 3 * a.channels);
+  }
+};
+
+// f(offset, weight) for the four texels of a plane that point p reads.
+template <typename S, typename F>
+inline void for_taps(const Neighbours<S>& x, const Neighbours<S>& y, i64 p, i64 shift, const F& f) {
+  f(x.offset[0][p] + y.offset[0][p] + shift, x.weight[0][p] * y.weight[0][p]);
+  f(x.offset[0][p] + y.offset[1][p] + shift, x.weight[0][p] * y.weight[1][p]);
+  f(x.offset[1][p] + y.offset[0][p] + shift, x.weight[1][p] * y.weight[0][p]);
+  f(x.offset[1][p] + y.offset[1][p] + shift, x.weight[1][p] * y.weight[1][p]);
+}
 
 template <typename S>
 class Block {
@@ -147,7 +165,15 @@ class Block {
 
   // Features and hidden units of `count` points.
   void decode(const Points& points, i64 first, i64 count) {
-    for (i64 p = 0; p < count; p++) sample(points[first + p], feature.get() + p * channels_);
+    S positions[3][kPoints];
+    positions_of(a, points, first, count, positions);
+    const i64 each = a.rays * a.samples;
+    for (i64 p = 0, end; p < count; p = end) {  // the points of one image at a time
+      const i64 image = points[first + p] / each;
+      for (end = p + 1; end < count && points[first + end] < (image + 1) * each; end++) {
+      }
+      sample(image, positions, p, end);
+    }
     clear(feature.get() + count * channels_, (kPoints - count) * channels_);
     for (i64 p = 0; p < kPoints; p++)
       for (i64 c = 0; c < a.channels; c++) feature_columns_[c * kPoints + p] = feature[p * channels_ + c];
@@ -235,28 +261,34 @@ class Block {
     }
   }
 
-  void sample(i64 point, S* out) const {
-    S position[3];
-    position_of(a, point, position);
-    const i64 number = point / (a.rays * a.samples);
-    const S* image = static_cast<const S*>(a.planes) + number * a.height * a.width * 3 * a.channels;
-    const Neighbours<S> x0 = columns_at(a, number, position[0]), x1 = columns_at(a, number, position[1]);
-    const Neighbours<S> y1 = rows_at(a, number, position[1]), y2 = rows_at(a, number, position[2]);
-    const Taps<S> taps[3] = {{a, x0, y1, 0}, {a, x0, y2, 1}, {a, x1, y2, 2}};
+  // Features of points begin .. end, all of one image.
+  void sample(i64 image, const S (*positions)[kPoints], i64 begin, i64 end) {
+    const S* planes = static_cast<const S*>(a.planes) + image * a.height * a.width * 3 * a.channels;
+    const i64 count = end - begin;
+    columns_[0].columns(a, image, positions[0] + begin, count);
+    columns_[1].columns(a, image, positions[1] + begin, count);
+    rows_[0].rows(a, image, positions[1] + begin, count);
+    rows_[1].rows(a, image, positions[2] + begin, count);
     using V = Register<S>;
     constexpr i64 L = V::kSize;
-    i64 c = 0;
-    for (; c + L <= a.channels; c += L) {
-      V sum{};
-      for (const auto& of_plane : taps)
-        for (int k = 0; k < 4; k++) sum += of_plane.weight[k] * V::load(image + of_plane.offset[k] + c);
-      (sum / S(3)).store(out + c);
-    }
-    for (; c < a.channels; c++) {
-      S sum = 0;
-      for (const auto& of_plane : taps)
-        for (int k = 0; k < 4; k++) sum += of_plane.weight[k] * image[of_plane.offset[k] + c];
-      out[c] = sum / 3;
+    for (i64 p = 0; p < count; p++) {
+      S* out = feature.get() + (begin + p) * channels_;
+      auto for_planes = [&](auto f) __attribute__((always_inline)) {
+        for_taps(columns_[0], rows_[0], p, 0, f);
+        for_taps(columns_[0], rows_[1], p, a.channels, f);
+        for_taps(columns_[1], rows_[1], p, 2 * a.channels, f);
+      };
+      i64 c = 0;
+      for (; c + L <= a.channels; c += L) {
+        V sum{};
+        for_planes([&](i64 offset, S weight) { sum += weight * V::load(planes + offset + c); });
+        (sum / S(3)).store(out + c);
+      }
+      for (; c < a.channels; c++) {
+        S sum = 0;
+        for_planes([&](i64 offset, S weight) { sum += weight * planes[offset + c]; });
+        out[c] = sum / 3;
+      }
     }
   }
 
@@ -271,6 +303,7 @@ class Block {
  private:
   Scratch<S> feature_columns_, out_, grad_hidden_;  // [numbers][points]
   Scratch<S> grad_rows_;                            // [points][outputs]
+  Neighbours<S> columns_[2], rows_[2];
 };
 
 i64 chunk_points(i64 points) {
@@ -322,13 +355,18 @@ void scatter(const DecodeTriplaneArgs& a, const i64* kept, const i64* starts, co
   S* grad = static_cast<S*>(a.grad_planes) + image * a.height * a.width * 3 * a.channels;
   for (i64 texel = 0; texel < a.height * a.width; texel++)
     for (i64 c = 0; c < a.channels; c++) grad[(texel * 3 + plane) * a.channels + c] = 0;
-  for (i64 i = starts[image]; i < starts[image + 1]; i++) {
-    S position[3];
-    position_of(a, kept[i], position);
-    const Taps<S> taps(a, columns_at(a, image, position[kPlaneAxes[plane][0]]),
-                       rows_at(a, image, position[kPlaneAxes[plane][1]]), plane);
-    const S* row = to_features + i * a.channels;
-    for (int k = 0; k < 4; k++) accumulate(grad + taps.offset[k], row, taps.weight[k], a.channels);
+  S positions[3][kPoints];
+  Neighbours<S> columns, rows;
+  for (i64 first = starts[image]; first < starts[image + 1]; first += kPoints) {
+    const i64 count = minimum(kPoints, starts[image + 1] - first);
+    positions_of(a, Points{kept}, first, count, positions);
+    columns.columns(a, image, positions[kPlaneAxes[plane][0]], count);
+    rows.rows(a, image, positions[kPlaneAxes[plane][1]], count);
+    for (i64 p = 0; p < count; p++) {
+      const S* row = to_features + (first + p) * a.channels;
+      for_taps(columns, rows, p, plane * a.channels,
+               [&](i64 offset, S weight) { accumulate(grad + offset, row, weight, a.channels); });
+    }
   }
 }
 

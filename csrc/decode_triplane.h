@@ -27,24 +27,6 @@ struct DecodeTriplaneArgs {
 
 namespace EPIGRAF_ISA {
 
-// What a point reads along one axis: two neighbours, with weight 0 where they are not stored.
-template <typename S>
-struct Neighbours {
-  i64 first, second;
-  S first_weight, second_weight;
-};
-
-// `size` texels of `whole` are stored, from `start` on.
-template <typename S>
-EPIGRAF_HD Neighbours<S> neighbours(S position, i64 whole, i64 start, i64 size) {
-  // From 3 on both are outside, however few texels there are; NaN stays NaN, and is a weight of the first texel.
-  const S inside = position < S(-3) ? S(-3) : position > S(3) ? S(3) : position;
-  const S x = (inside + 1) * (S(whole - 1) / 2), x_floor = floor(x), part = x - x_floor;
-  const i64 first = x == x ? static_cast<i64>(x_floor) - start : 0, second = x == x ? first + 1 : 0;
-  const S first_weight = (1 - part) * S(first >= 0 && first < size), second_weight = part * S(second >= 0 && second < size);
-  return {minimum(maximum<i64>(first, 0), size - 1), minimum(maximum<i64>(second, 0), size - 1), first_weight, second_weight};
-}
-
 // Coordinates that each plane is read at: (horizontal, vertical).
 constexpr int kPlaneAxes[3][2] = {{0, 1}, {0, 2}, {1, 2}};
 

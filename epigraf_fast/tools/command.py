@@ -7,6 +7,7 @@ loaded.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import itertools
 import os
@@ -48,9 +49,12 @@ def begun() -> None:
     """Everything large is imported: Ctrl-C raises KeyboardInterrupt again, and nothing computes with denormal numbers.
 
     What lies behind a surface gets gradients of 1e-38 and less, with which a CPU takes many times as long. Threads
-    inherit it, so that it is said before there are any.
+    inherit it, so that it is said before there are any. Nor does the garbage collector look through all that was
+    imported, every time.
     """
     Progress.end_all()
+    if not gc.get_freeze_count():  # once a process: what is frozen is never freed
+        gc.freeze()
     if "torch" in sys.modules:
         sys.modules["torch"].set_flush_denormal(True)
     if signal.getsignal(signal.SIGINT) is _at_once:

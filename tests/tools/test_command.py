@@ -431,6 +431,22 @@ with running() if sys.argv[1] == "True" else contextlib.nullcontext():
     assert done.stdout.split() == (["0"] * 2 if is_command else [str(4 * 64 * 128 * 128)] * 2)
 
 
+def test_a_command_keeps_what_was_imported_from_the_garbage_collector() -> None:
+    program = """
+import gc, torch
+from epigraf_fast.tools.command import running
+
+for _ in range(2):
+    with running():
+        print(gc.get_freeze_count(), len(gc.get_objects()))
+        more = [[] for _ in range(1000)]
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    (frozen, left), (frozen_again, left_again) = (map(int, line.split()) for line in done.stdout.splitlines())
+    assert frozen >= frozen_again > 10 * left
+    assert left_again >= left + 1000
+
+
 def test_a_library_keeps_the_signals_of_its_program() -> None:
     program = "import signal, epigraf_fast; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
