@@ -991,3 +991,39 @@ def test_cpu_has_no_second_derivative(cpu_level):
     (gradient,) = torch.autograd.grad(cpu_composite(**inputs).rgb.sum(), inputs["values"], create_graph=True)
     with pytest.raises(NotImplementedError, match=r'backend "cpu" has no second derivative; use backend="reference"'):
         gradient.sum().backward()
+
+
+@needs_cpu
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"t": 0}, "t must not be a null pointer"),
+        ({"values": 6}, "values must be aligned to its elements of 4 bytes, got 6"),
+        ({"t_fine": 0}, "t_fine must not be a null pointer"),
+        ({"rgb": 0}, "rgb must not be a null pointer"),
+        ({"dtype": 1}, "dtype must be that of fp32 or fp64"),
+        ({"rays": -1}, "rays must be at least 0"),
+        ({"coarse": 0}, "coarse must be at least 1"),
+        ({"channels": 1}, "channels must be at least 2"),
+        ({"channels": 3, "white_background": True}, "channels must be at least 4"),
+        ({"rays": 1 << 47}, "colours must be at most 2^48"),
+        ({"softplus_beta": 0.0}, "softplus_beta must be positive"),
+        ({"last_interval": -1.0}, "last_interval must not be negative"),
+        ({"threads": 0}, "threads must be at least 1"),
+    ],
+)
+def test_binding_refuses_what_cannot_be_right(change, message, cpu_level):
+    from epigraf_fast import _C
+
+    inputs, rgb, single = with_everything(4, 3, 3, rays=1), torch.empty(3), torch.empty(3)
+    arguments = {name: inputs[name].data_ptr() for name in ("t", "values", "t_fine", "values_fine")}
+    arguments |= {"noise": 0, "background": 0, "rgb": rgb.data_ptr()}
+    arguments |= {name: single.data_ptr() + 4 * i for i, name in enumerate(("depth", "weight_sum", "transmittance"))}
+    arguments |= {"weights": 0, "dtype": 0, "rays": 1, "coarse": 4, "fine": 3, "channels": 4, "relu": False}
+    arguments |= {"softplus_beta": 1.0, "density_shift": 0.0, "last_interval": 1.0}
+    arguments |= {"last_back": False, "white_background": False, "threads": 1}
+    _C.composite_fwd_cpu(*arguments.values())
+    sets = {name: inputs[name] for name in ("t", "values", "t_fine", "values_fine")}
+    assert_close(rgb, composite(**sets, last_interval=1.0).rgb[0, 0], "rgb")
+    with pytest.raises(ValueError, match=re.escape(f"composite_fwd: {message}")):
+        _C.composite_fwd_cpu(*{**arguments, **change}.values())

@@ -745,3 +745,31 @@ def test_cpu_draws_what_the_reference_draws(cpu_level):
         torch.manual_seed(3)
         results.append(ops.sample_importance(**rays(), noise_std=0.5, backend=backend))
     assert_close(*results, "samples")
+
+
+@needs_cpu
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"t": 0}, "t must not be a null pointer"),
+        ({"u": 2}, "u must be aligned to its elements of 4 bytes, got 2"),
+        ({"t_fine": 0}, "t_fine must not be a null pointer"),
+        ({"dtype": 2}, "dtype must be that of fp32 or fp64"),
+        ({"samples": 2}, "samples must be at least 3"),
+        ({"fine": -1}, "fine must be at least 0"),
+        ({"stride": 0}, "stride must be at least 1"),
+        ({"softplus_beta": -1.0}, "softplus_beta must be positive"),
+        ({"threads": 0}, "threads must be at least 1"),
+    ],
+)
+def test_binding_refuses_what_cannot_be_right(change, message, cpu_level):
+    from epigraf_fast import _C
+
+    inputs, t_fine = triton_rays(1, 1, 4, 2), torch.empty(1, 1, 2)
+    arguments = {"t": inputs["t"].data_ptr(), "raw": inputs["raw_density"].data_ptr(), "u": inputs["u"].data_ptr()}
+    arguments |= {"t_fine": t_fine.data_ptr(), "dtype": 0, "rays": 1, "samples": 4, "fine": 2, "stride": 1}
+    arguments |= {"relu": False, "softplus_beta": 1.0, "density_shift": 0.0, "sorted": False, "threads": 1}
+    _C.sample_importance_cpu(*arguments.values())
+    assert_close(t_fine, sample_importance(**inputs), "samples")
+    with pytest.raises(ValueError, match=re.escape(f"sample_importance: {message}")):
+        _C.sample_importance_cpu(*{**arguments, **change}.values())
