@@ -24,6 +24,15 @@ struct Samples {
     absorbing(a.density, t.get(), alpha.get(), slope.get(), rays, samples);
   }
 
+  // The raw density of a ray's k-th sample.
+  S raw(i64 r, i64 k) const {
+    const S value = values(r, place[r * samples + k])[a.channels - 1];
+    return a.noise ? value + static_cast<const S*>(a.noise)[(first + r) * samples + k] : value;
+  }
+
+  // Whether relu made it 0: then its gradient is 0, whatever else is NaN.
+  bool is_clipped(i64 r, i64 k) const { return a.density.relu && raw(r, k) + S(a.density.density_shift) <= S(0); }
+
   const S* values(i64 r, i64 where) const {
     const i64 ray = first + r;
     return where < a.coarse ? static_cast<const S*>(a.values) + (ray * a.coarse + where) * a.channels
@@ -35,12 +44,11 @@ struct Samples {
     const i64 ray = first + r;
     const S* coarse = static_cast<const S*>(a.t) + ray * a.coarse;
     const S* fine = static_cast<const S*>(a.t_fine) + ray * a.fine;
-    const S* noise = static_cast<const S*>(a.noise) + (a.noise ? ray * samples : 0);
     for (i64 i = 0, j = 0, k = r * samples; k < (r + 1) * samples; k++) {
       const bool from_fine = j < a.fine && (i == a.coarse || fine[j] <= coarse[i] || coarse[i] != coarse[i]);
       t[k] = from_fine ? fine[j] : coarse[i];
       place[k] = from_fine ? a.coarse + j++ : i++;
-      alpha[k] = values(r, place[k])[a.channels - 1] + (a.noise ? noise[k - r * samples] : S(0));
+      alpha[k] = raw(r, k - r * samples);  // until `absorb`
     }
   }
 
@@ -114,7 +122,7 @@ void composite_bwd_of(const CompositeArgs& a, int threads) {
       for (i64 k = last; k >= 0; k--) {
         const double to_weight = grad_weight[k] + to_sum, behind = k == last ? 0 : to_passed;
         const S alpha = block.alpha[start + k];
-        const S to_raw = S((to_weight - behind) * passed[k]) * block.slope[start + k];
+        const S to_raw = block.is_clipped(r, k) ? S(0) : S((to_weight - behind) * passed[k]) * block.slope[start + k];
         to_passed = to_weight * alpha + (k == last ? to_passed : behind * (S(1) - alpha + S(kTransmittanceFloor)));
         S* out = static_cast<S*>(a.grad_values) + (ray * samples + block.place[start + k]) * a.channels;
         for (i64 c = 0; c < colours; c++) out[c] = w[k] * grad_rgb[c];

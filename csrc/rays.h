@@ -25,7 +25,7 @@ struct Softplus {
   static constexpr S linear = S(20);  // where e^-z is lost next to z in fp32; torch's softplus, too
   EPIGRAF_HD S value(S x) const {
     const S z = beta * x;
-    return (z > linear ? z : maximum(z, S(0)) + log1p_of(exp_of(z > S(0) ? -z : z))) / beta;
+    return z > linear ? x : (maximum(z, S(0)) + log1p_of(exp_of(z > S(0) ? -z : z))) / beta;
   }
   EPIGRAF_HD S slope(S x) const {
     const S z = beta * x, e = exp_of(z > S(0) ? -z : z), s = S(1) / (S(1) + e);
@@ -49,7 +49,8 @@ inline void absorb_by(const F& f, S shift, S* __restrict raw, S* __restrict inte
   }
 }
 
-// alpha = 1 - exp(-interval density) in place of raw densities and, with SLOPE, its derivative to them in `interval`.
+// alpha = 1 - exp(-interval density) in place of raw densities and, with SLOPE, its derivative to them in `interval`:
+// which may be NaN where a density is clipped, as 0 times an interval that is none.
 template <bool SLOPE, typename S>
 inline void absorb(const DensitySettings& density, const S* t, S* raw, S* interval, i64 rays, i64 samples) {
   const i64 n = rays * samples;

@@ -122,8 +122,10 @@ def check_density(
     check_positive(op, "softplus_beta", softplus_beta)
     check_finite(op, "density_shift", density_shift)
     check_positive(op, "last_interval", last_interval, or_zero=True)
-    if last_interval > torch.finfo(t.dtype).max:
-        raise ValueError(f"{op}: last_interval must be finite in {t.dtype} (because t is), got {last_interval}")
+    numbers = {"softplus_beta": softplus_beta, "density_shift": density_shift, "last_interval": last_interval}
+    for name, number in numbers.items():
+        if abs(number) > torch.finfo(t.dtype).max:
+            raise ValueError(f"{op}: {name} must be finite in {t.dtype} (because t is), got {number}")
 
 
 def check_planes(op: str, planes: Tensor) -> None:

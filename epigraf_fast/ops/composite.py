@@ -69,7 +69,7 @@ def composite(
         background: [B, R, C], added times the final transmittance.
         return_weights: Whether to return the weights too.
         t_sorted: The caller's word that t, and t_fine, rise along every ray, as those of `sample_stratified` and
-            `sample_importance` do. Saves sorting one set alone, and each of two, which backend triton merges.
+            `sample_importance` do. Saves sorting one set alone, and each of two, which backends triton and cpu merge.
 
     Returns:
         rgb [B, R, C]; depth [B, R], not normalized; weight_sum [B, R], before `last_back`; final_transmittance [B, R],

@@ -49,12 +49,9 @@ def begun() -> None:
     """Everything large is imported: Ctrl-C raises KeyboardInterrupt again, and nothing computes with denormal numbers.
 
     What lies behind a surface gets gradients of 1e-38 and less, with which a CPU takes many times as long. Threads
-    inherit it, so that it is said before there are any. Nor does the garbage collector look through all that was
-    imported, every time.
+    inherit it, so that it is said before there are any.
     """
     Progress.end_all()
-    if not gc.get_freeze_count():  # once a process: what is frozen is never freed
-        gc.freeze()
     if "torch" in sys.modules:
         sys.modules["torch"].set_flush_denormal(True)
     if signal.getsignal(signal.SIGINT) is _at_once:
@@ -72,9 +69,11 @@ def running() -> Iterator[None]:
     A `UserError`, or memory that is not there, is `error: ...` on stderr and exit code 2. Ctrl-C is `interrupted` and
     130, SIGTERM and SIGHUP are `terminated` and 143 and 129: they raise KeyboardInterrupt in the main thread, so that
     what is open closes. A second one, or three seconds in which the main thread does not get there, end the process at
-    once. Whichever way, no temporary output stays.
+    once. Whichever way, no temporary output stays. Until then the garbage collector does not look through what is here
+    now: all that was imported.
     """
     begun()
+    gc.freeze()
     interrupts = _Interrupts()
     try:
         with interrupts:
@@ -95,6 +94,8 @@ def running() -> Iterator[None]:
             print(f"error: {text}", file=sys.stderr)
             sys.exit(2)
         raise
+    finally:
+        gc.unfreeze()
 
 
 def require(module: str, package: str, extra: str, otherwise: str = "") -> ModuleType:

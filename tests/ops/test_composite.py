@@ -484,6 +484,16 @@ def test_float32_derivatives(scale):
         ({"softplus_beta": -1.0}, ValueError, "softplus_beta must be finite and positive, got -1.0"),
         ({"softplus_beta": math.inf}, ValueError, "softplus_beta must be finite and positive, got inf"),
         ({"softplus_beta": math.nan}, ValueError, "softplus_beta must be finite and positive, got nan"),
+        (
+            {"softplus_beta": 1e300, "t": draw(1, 2, 4).float()},
+            ValueError,
+            "softplus_beta must be finite in torch.float3",
+        ),
+        (
+            {"density_shift": -1e39, "t": draw(1, 2, 4).float()},
+            ValueError,
+            "density_shift must be finite in torch.float3",
+        ),
         ({"density_shift": math.nan}, ValueError, "density_shift must be a finite number, got nan"),
         ({"density_shift": -math.inf}, ValueError, "density_shift must be a finite number, got -inf"),
         ({"white_background": True}, ValueError, "values must hold at least 3 colours and a density (because white_b"),
@@ -892,6 +902,19 @@ def test_cpu_extreme_densities(cpu_level, raw, activation):
         inputs[name][..., -1] = raw
         inputs[name][:, 1, ::2, -1] *= -1  # the second ray alternates
     on_the_cpu(inputs, {"activation": activation, "white_background": True})
+
+
+@needs_cpu
+def test_cpu_large_densities_at_equal_depths(cpu_level):
+    """Where beta times a density is no number of fp32's any more, the density is."""
+    values = torch.ones(1, 1, 3, 4)
+    values[..., -1] = 1e37
+    t = torch.tensor([[[1.0, 1.0, 2.0]]])
+    results = [
+        ops.composite(t, values, softplus_beta=50.0, last_interval=0.0, backend=name) for name in ("cpu", "reference")
+    ]
+    for name in OUTPUTS[:4]:
+        assert_close(getattr(results[0], name), getattr(results[1], name), name)
 
 
 @needs_cpu

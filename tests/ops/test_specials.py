@@ -304,10 +304,7 @@ def test_sample_triplane_by_torchs_sampler(special):
     assert_same_specials(actual, expected, "features")
 
 
-@needs_triton
-@pytest.mark.parametrize("activation", ["softplus", "relu"])
-@pytest.mark.parametrize("fine", [0, 5])
-def test_composite_by_triton(activation, fine):
+def compare_composite(backend, activation, fine):
     sets = ["t", "values"] + (["t_fine", "values_fine"] if fine else [])
     outputs = ops.Composite._fields
     # A ray each: one number of what goes in, or of a gradient that comes in.
@@ -326,9 +323,9 @@ def test_composite_by_triton(activation, fine):
         spoiled[spoiled.shape[0] // 2 if spoiled.ndim else ...] = special  # of values: colours and density alike
     settings = {"activation": activation, "last_interval": 0.3, "white_background": True, "return_weights": True}
     results = []
-    for backend in ("triton", "reference"):
+    for name in (backend, "reference"):
         leaves = {name: x.float().to(DEVICE).requires_grad_(name[0] != "t") for name, x in tensors.items()}
-        ys = ops.composite(**leaves, **settings, backend=backend)
+        ys = ops.composite(**leaves, **settings, backend=name)
         wanted = {name: x for name, x in leaves.items() if x.requires_grad}
         incoming = [grads[name].float().to(DEVICE) for name in outputs]
         gradients = torch.autograd.grad(ys, wanted.values(), incoming)
@@ -338,10 +335,25 @@ def test_composite_by_triton(activation, fine):
             assert_same_specials(actual[0, ray], results[1][name][0, ray], f"{name}, {case}")
 
 
+by_activation = pytest.mark.parametrize("activation", ["softplus", "relu"])
+by_fine_samples = pytest.mark.parametrize("fine", [0, 5])
+
+
 @needs_triton
-@pytest.mark.parametrize("activation", ["softplus", "relu"])
-@pytest.mark.parametrize("sorted", [False, True])
-def test_sample_importance_by_triton(activation, sorted):
+@by_activation
+@by_fine_samples
+def test_composite_by_triton(activation, fine):
+    compare_composite("triton", activation, fine)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="compares on the CPU")
+@by_activation
+@by_fine_samples
+def test_composite_in_every_instruction_set(activation, fine, cpu_level):
+    compare_composite("cpu", activation, fine)
+
+
+def compare_sample_importance(backend, activation, sorted):
     cases = [("t", NAN), ("raw_density", NAN), ("raw_density", INF), ("raw_density", -INF), ("u", NAN)]  # a ray each
     shape = 1, len(cases)
     tensors = {"t": draw_uniform(*shape, 7, seed=1).sort().values, "raw_density": draw(*shape, 7, seed=2)}
@@ -350,5 +362,22 @@ def test_sample_importance_by_triton(activation, sorted):
         tensors[name][0, ray, 2] = special
     tensors = {name: x.float().to(DEVICE) for name, x in tensors.items()}
     settings = {"activation": activation, "sorted": sorted}
-    actual, expected = (ops.sample_importance(**tensors, **settings, backend=name) for name in ("triton", "reference"))
+    actual, expected = (ops.sample_importance(**tensors, **settings, backend=name) for name in (backend, "reference"))
     assert_same_specials(actual, expected, "t_fine")
+
+
+by_order = pytest.mark.parametrize("sorted", [False, True])
+
+
+@needs_triton
+@by_activation
+@by_order
+def test_sample_importance_by_triton(activation, sorted):
+    compare_sample_importance("triton", activation, sorted)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="compares on the CPU")
+@by_activation
+@by_order
+def test_sample_importance_in_every_instruction_set(activation, sorted, cpu_level):
+    compare_sample_importance("cpu", activation, sorted)
