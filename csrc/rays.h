@@ -6,7 +6,6 @@
 #include "elementary.h"
 
 namespace epigraf {
-
 namespace EPIGRAF_ISA {
 
 constexpr i64 kBlockSamples = 2048;

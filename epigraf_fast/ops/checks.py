@@ -222,10 +222,15 @@ def checked_resample(
     return checked
 
 
+def is_differentiated(*tensors: Tensor | None) -> bool:
+    """Whether a gradient to one of them is asked for."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 def check_no_gradient(op: str, **tensors: Tensor | None) -> None:
     """Raises NotImplementedError when a gradient to one of them is asked for, which only the reference gives."""
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+        if is_differentiated(tensor):
             raise NotImplementedError(
                 f'{op}: backend "triton" has no gradient to {name}; use backend="reference", or detach {name}'
             )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..reference.composite import INFINITE_INTERVAL, Composite
 from ..reference.composite import composite as _reference
-from . import composite_cpu, library
+from . import composite_cpu, library, native
 from .backends import resolve, served
 from .checks import (
     TRITON_DTYPES,
@@ -20,6 +20,7 @@ from .checks import (
     check_no_gradient,
     check_shape,
     check_together,
+    is_differentiated,
     no_second_derivative,
 )
 from .draws import check_no_seed, check_noise_std, is_noisy, seed_for_kernel, std_for_kernel
@@ -153,7 +154,7 @@ def composite(
     if noisy:
         density_noise = noise_std * torch.randn(*t.shape[:2], samples, dtype=t.dtype, device=t.device)
     inputs = t, values, t_fine, values_fine, density_noise, background
-    compiled = chosen == "cpu" and route is not library.REFERENCE and composite_cpu.takes(*inputs)
+    compiled = chosen == "cpu" and route is not library.REFERENCE and native.takes_on_cpu(*inputs)
     compiled = compiled and not is_differentiated(t, t_fine)
     if not t_sorted and (compiled or t_fine is None):  # the reference sorts two sets together in any case
         t, values = sort_samples(t, values)
@@ -172,11 +173,6 @@ def composite(
         return_weights=return_weights,
         **settings,
     )
-
-
-def is_differentiated(*tensors: Tensor | None) -> bool:
-    """Whether a gradient to one of them is asked for."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def _launched(

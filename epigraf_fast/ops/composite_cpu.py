@@ -4,19 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..reference.composite import Composite
 from . import native
 
 Gradients = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
-
-
-def takes(*tensors: Tensor | None) -> bool:
-    """Whether the extension is here, and has kernels for tensors of these dtypes."""
-    dtypes = {x.dtype for x in tensors if x is not None}
-    return native.lacking("cpu") is None and (dtypes == {torch.float32} or dtypes == {torch.float64})
 
 
 def fwd(

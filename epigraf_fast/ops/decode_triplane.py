@@ -14,7 +14,7 @@ from ..reference.decode_triplane import Network, decode_features, points_on_rays
 from ..reference.decode_triplane import decode_triplane as _reference
 from ..reference.decode_triplane import decode_triplane_rays as _reference_rays
 from ..reference.sample_triplane import PlaneRegion
-from . import decode_triplane_cpu, library
+from . import decode_triplane_cpu, library, native
 from .backends import resolve, served
 from .checks import (
     check_choice,
@@ -25,6 +25,7 @@ from .checks import (
     check_together,
     check_triton_network,
     checked_resample,
+    is_differentiated,
     no_second_derivative,
     resolve_deterministic,
 )
@@ -105,10 +106,7 @@ def _tensors_of(op: str, network: Network) -> dict[str, Tensor]:
 
 def _is_fused(planes: Tensor, rays: tuple[Tensor | None, ...], network: Network) -> bool:
     """Whether the extension decodes on the CPU; else torch's grid sampler does, which knows gradients to points."""
-    rays = [x for x in rays if x is not None]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in rays):
-        return False
-    return decode_triplane_cpu.takes(planes, *rays, *network)
+    return not is_differentiated(*rays) and native.takes_on_cpu(planes, *rays, *network)
 
 
 def _decode(

@@ -11,16 +11,6 @@ from ..reference.sample_triplane import PlaneRegion
 from . import native
 
 
-def takes(*tensors: Tensor) -> bool:
-    """Whether the extension is here, and has kernels for tensors of these dtypes."""
-    dtype = tensors[0].dtype
-    return (
-        native.lacking("cpu") is None
-        and dtype in (torch.float32, torch.float64)
-        and all(x.dtype == dtype for x in tensors)
-    )
-
-
 def fwd(
     planes: Tensor,
     origins: Tensor,

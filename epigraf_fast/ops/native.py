@@ -84,6 +84,12 @@ def _machine_code(name: str) -> bytes:
     return nvrtc.machine_code(name, *found, verdicts.folder("kernels"))
 
 
+def takes_on_cpu(*tensors: Tensor | None) -> bool:
+    """Whether the extension is here, and has the renderer's launchers for these dtypes: all fp32, or all fp64."""
+    dtypes = {x.dtype for x in tensors if x is not None}
+    return lacking("cpu") is None and (dtypes == {torch.float32} or dtypes == {torch.float64})
+
+
 def cpu_level() -> tuple[str, str | None] | None:
     """The instruction set that the CPU's launchers use, and the better one that this processor has and the build lacks.
 

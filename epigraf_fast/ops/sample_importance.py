@@ -12,7 +12,7 @@ from ..reference.composite import INFINITE_INTERVAL
 from ..reference.sample_importance import invert_cdf as _reference_invert_cdf
 from ..reference.sample_importance import sample_importance as _reference
 from ..reference.sample_importance import sample_stratified as _reference_stratified
-from . import library, sample_importance_cpu
+from . import library, native, sample_importance_cpu
 from .backends import resolve, served
 from .checks import check_density, check_dtype, check_integers, check_shape, check_together
 from .composite import sort_samples
@@ -250,7 +250,7 @@ def sample_importance(
             u = torch.rand(shape, dtype=t.dtype, device=t.device)
         else:
             u = torch.linspace(0, 1, samples, dtype=t.dtype, device=t.device).expand(shape)
-    if chosen == "cpu" and route is not library.REFERENCE and sample_importance_cpu.takes(t, raw_density, u):
+    if chosen == "cpu" and route is not library.REFERENCE and native.takes_on_cpu(t, raw_density, u):
         settings = _Settings(samples, sorted, **density, even=False, noise_std=None, backend=chosen)
         return library.call(route, _SampleImportance, t, raw_density, u, None, None, settings)
     t_fine = _reference(t, raw_density, u, last_interval=last_interval, **density)

@@ -7,9 +7,6 @@ from typing import Any
 from torch import Tensor
 
 from . import native
-from .composite_cpu import takes
-
-__all__ = ["fwd", "takes"]
 
 
 def fwd(t: Tensor, raw_density: Tensor, u: Tensor, settings: Any) -> Tensor:

@@ -7,7 +7,6 @@ loaded.
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib
 import itertools
 import os
@@ -69,11 +68,9 @@ def running() -> Iterator[None]:
     A `UserError`, or memory that is not there, is `error: ...` on stderr and exit code 2. Ctrl-C is `interrupted` and
     130, SIGTERM and SIGHUP are `terminated` and 143 and 129: they raise KeyboardInterrupt in the main thread, so that
     what is open closes. A second one, or three seconds in which the main thread does not get there, end the process at
-    once. Whichever way, no temporary output stays. Until then the garbage collector does not look through what is here
-    now: all that was imported.
+    once. Whichever way, no temporary output stays.
     """
     begun()
-    gc.freeze()
     interrupts = _Interrupts()
     try:
         with interrupts:
@@ -94,8 +91,6 @@ def running() -> Iterator[None]:
             print(f"error: {text}", file=sys.stderr)
             sys.exit(2)
         raise
-    finally:
-        gc.unfreeze()
 
 
 def require(module: str, package: str, extra: str, otherwise: str = "") -> ModuleType:

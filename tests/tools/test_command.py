@@ -431,21 +431,6 @@ with running() if sys.argv[1] == "True" else contextlib.nullcontext():
     assert done.stdout.split() == (["0"] * 2 if is_command else [str(4 * 64 * 128 * 128)] * 2)
 
 
-def test_a_command_keeps_what_was_imported_from_the_garbage_collector() -> None:
-    program = """
-import gc, torch
-from epigraf_fast.tools.command import running
-
-with running():
-    print(gc.get_freeze_count(), len(gc.get_objects()))
-print(gc.get_freeze_count())
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    frozen, left, after = map(int, done.stdout.split())
-    assert frozen > 10 * left
-    assert after == 0  # a program that calls a command gets its own back
-
-
 def test_a_library_keeps_the_signals_of_its_program() -> None:
     program = "import signal, epigraf_fast; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
