@@ -95,6 +95,9 @@ class RendererConfig:
     """Samples along a ray, evenly spaced; each is decoded."""
     fine_samples: int = 48
     """Samples more, drawn where the coarse ones have found something."""
+    stochastic: bool = True
+    """Training moves the coarse samples at random and draws the fine ones. Off: evenly spaced, as pictures are made.
+    With few samples a ray the draws are noise, which the discriminator sees and pictures do not have."""
     density_activation: Literal["softplus", "relu"] = "softplus"
     """How a raw density becomes one that is not negative."""
     softplus_beta: float = 1.0

@@ -164,7 +164,6 @@ class Generator(nn.Module):
         if self.background is None and layer == "background":
             raise ValueError('Generator: layer must be both (because there is no background), got "background"')
         if self.background is not None and layer != "foreground":
-            stochastic = render_options.get("stochastic")
             rgb, depth = self.background(
                 planes[:, self.plane_channels :],
                 ws,
@@ -172,7 +171,7 @@ class Generator(nn.Module):
                 resolution,
                 patch,
                 fov=fov,
-                stochastic=self.training if stochastic is None else stochastic,
+                stochastic=self.renderer.is_stochastic(render_options.get("stochastic")),
                 jitter=background_jitter,
                 with_depth=layer == "background",
             )

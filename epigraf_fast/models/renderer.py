@@ -75,6 +75,10 @@ class Renderer(nn.Module):
         self.config, self.backend = config, backend
         self.ray_start, self.ray_end, self.cube_scale = ray_start, ray_end, cube_scale
 
+    def is_stochastic(self, asked: bool | None = None) -> bool:
+        """Whether samples are drawn: what a call asks for, else in training mode, if the config has it."""
+        return self.training and self.config.stochastic if asked is None else asked
+
     def forward(
         self,
         planes: Tensor,
@@ -96,15 +100,15 @@ class Renderer(nn.Module):
             planes: [B, 3*C, H, W].
             ray_origins, ray_directions: [B, R, 3].
             region: Where the planes lie in whole ones, see `ops.sample_triplane`.
-            stochastic: Jitter and random importance samples; default: in training mode. False takes the evenly spaced
-                coarse depths and u = k / (K - 1).
+            stochastic: Jitter and random importance samples; default: in training mode, if the config has it. False
+                takes the evenly spaced coarse depths and u = k / (K - 1).
             density_noise_std: Of the noise on raw densities, 0 for none; a tensor always adds noise.
             draws: In place of fresh ones.
             background: [B, R, 3], what the rays see behind the planes.
         """
         config, (batch, rays), device = self.config, ray_origins.shape[:2], ray_origins.device
         jitter, u, coarse_noise, fine_noise, seed = draws
-        stochastic = self.training if stochastic is None else stochastic
+        stochastic = self.is_stochastic(stochastic)
         noisy = isinstance(density_noise_std, Tensor) or density_noise_std > 0
         composite = ops.backends.resolve("composite", self.backend, device.type)
         triton, merges = composite == "triton", composite in ("triton", "cpu")

@@ -354,6 +354,10 @@ def test_jitter_in_training_only(tiny_generator) -> None:
     assert torch.equal(back(background_jitter=jitter), back(background_jitter=jitter))
     generator.eval()
     assert torch.equal(back(), back())
+    even = tiny_generator(renderer={"background": "sphere", "stochastic": False})
+    even.load_state_dict(generator.state_dict())
+    assert even.training
+    assert torch.equal(even.render(planes, ANGLES, 4, ws=ws, layer="background").rgb, back())
 
 
 @pytest.mark.parametrize("kind", ["sphere", "plane"])

@@ -121,6 +121,10 @@ def test_evaluation_is_deterministic_and_training_is_not():
     assert_close(
         renderer(planes, decoder, *rays, stochastic=False).rgb, first.rgb, "deterministic in training", "exact"
     )
+    renderer, *_ = make(stochastic=False)
+    renderer.train()
+    assert_close(renderer(planes, decoder, *rays).rgb, first.rgb, "a config that draws none", "exact")
+    assert not torch.equal(renderer(planes, decoder, *rays, stochastic=True).rgb, first.rgb)
 
 
 @pytest.mark.parametrize("std", [0.0, 0.7])
