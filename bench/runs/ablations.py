@@ -30,7 +30,8 @@ PENDING = "No runs yet: `python -m bench.runs.ablations` makes them and writes t
 # What the first variant has otherwise than the preset.
 BASE = [
     *("--patch.resolution", "16", "--patch.anneal-kimg", "60", "--renderer.coarse-samples", "20"),
-    *("--optim.no-reuse-fakes", "--optim.g-lr", "0.002", "--optim.d-lr", "0.004"),
+    *("--renderer.stochastic", "--optim.no-reuse-fakes"),
+    *("--optim.g-lr", "0.002", "--optim.d-lr", "0.004"),
     *("--optim.lr-decay-kimg", "4", "--optim.lr-rampdown", "0"),
 ]
 # Name -> the flag, and what D sees.

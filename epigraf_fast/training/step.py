@@ -116,8 +116,8 @@ class Trainer:
         self.discriminator = build_discriminator(config, dataset.label_dim, device.type, half_on=half_on)
         self.generator.to(device)
         self.discriminator.to(device)
-        if device.type == "cuda":  # its convolutions want channels last of the kernels, too, or copy them in every call
-            self.discriminator.to(memory_format=torch.channels_last)
+        # Its convolutions want channels last of the kernels, too, or copy them in every call.
+        self.discriminator.to(memory_format=torch.channels_last)
         self.average = average_of(self.generator)
 
         optim = config.optim
@@ -590,8 +590,8 @@ class Trainer:
         for optimizer, name in ((self.g_optimizer, "g_optimizer"), (self.d_optimizer, "d_optimizer")):
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state[name]["state"]})
             for parameter, moments in optimizer.state.items():
-                # In the parameter's layout, which on a GPU may be another than where they were saved: a fused Adam
-                # reads memory as it lies, and that of a GPU refuses what differs.
+                # In the parameter's layout, which may be another than where they were saved: a fused Adam reads memory
+                # as it lies, and that of a GPU refuses what differs.
                 for moment in ("exp_avg", "exp_avg_sq"):
                     moments[moment] = torch.empty_like(parameter).copy_(moments[moment])
         self.cur_nimg, self.iterations = state["cur_nimg"], state["iterations"]
