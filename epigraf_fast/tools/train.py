@@ -21,7 +21,7 @@ import torch
 from ..config import Config, check, with_data_camera
 from ..data import ImageDataset, make_loader
 from ..errors import DeviceError, DivergenceError, Stopped, UserError
-from ..training import cores
+from ..training import cores, memory
 from ..training.advice import advice
 from ..training.defaults import tuned, with_loaders
 from ..training.distributed import FAULT, World, check_world
@@ -61,11 +61,10 @@ def main(args: Sequence[str] | None = None) -> int:
             config = with_data_camera(config, dataset.camera)
             check(config)
         require_same(config, dataset, device, world, dry_run=command.dry_run)
-        slow = advice(device) if world.rank == 0 else []
         config, precision = settled(config, capability_of(device), world)
         set_arithmetic(config)
         config, size = sized(config, dataset.label_dim, device, world)
-        remarks = [precision, *filter(None, [size]), *slow]
+        remarks = [precision, *filter(None, [size]), *(advice(device) if world.rank == 0 else [])]
         if world.rank == 0 and not command.dry_run:
             say("\n".join(remarks))
         if command.dry_run:
@@ -144,6 +143,7 @@ def step_of(trainer: Trainer) -> str:
     return f"step {trainer.iterations}, at {trainer.cur_nimg} images"
 
 
+@memory.spared_from_collections()
 def loop(config: Config, dataset: ImageDataset, trainer: Trainer, record: Record, stop: StopRequest) -> int:
     """Trains a run to its end, or until a signal."""
     world, total, fault = trainer.world, round(config.kimg * 1000), None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from in_part import IN_PART
 from torch import Tensor
 
 from epigraf_fast.config import Config
-from epigraf_fast.training.memory import meta_networks, parameter_count, step_bytes
+from epigraf_fast.training.memory import meta_networks, parameter_count, spared_from_collections, step_bytes
 from epigraf_fast.training.regions import largest_plan
 from epigraf_fast.training.step import Trainer
 
@@ -103,3 +104,26 @@ print(held - resident())
 
     assert given_back() > 2**25
     assert given_back("keep") < 2**25
+
+
+def test_collections_pass_over_what_was_there_before() -> None:
+    """They find the cycles that are made inside of the block, and those of before it are gone."""
+
+    class Node:
+        def __init__(self) -> None:
+            self.itself = self
+
+    def cycles() -> int:
+        return sum(type(thing) is Node for thing in gc.get_objects())
+
+    kept = [Node()]
+    Node()
+    with spared_from_collections():
+        assert gc.get_freeze_count() > 1000
+        assert cycles() == 0, "what was there is not looked at"
+        Node()
+        assert cycles() == 1
+        gc.collect()
+        assert cycles() == 0
+    assert gc.get_freeze_count() == 0
+    assert cycles() == len(kept)
