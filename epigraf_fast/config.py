@@ -426,7 +426,8 @@ def _demo() -> Config:
     What makes it learn in so few images: a finite last interval, so that empty space shows the white background instead
     of having to be painted; no density noise; many small iterations, in which D learns from the fakes of G's step; a
     discriminator that learns faster than G, sees the camera, and of a patch's scale and place the low frequencies (a
-    table's rows would be seen too rarely).
+    table's rows would be seen too rarely); samples of rays in the same places in training as in pictures (where 24 are
+    drawn, D sees noise).
     What brings its colours back: rates that fall to nothing (docs/training.md).
     """
     return Config(
@@ -434,7 +435,7 @@ def _demo() -> Config:
         resolution=64,
         batch=8,
         precision="auto",
-        kimg=33.0,
+        kimg=35.0,
         run_dir="runs/demo",
         log_kimg=0.2,
         snapshot_kimg=2.0,
@@ -456,6 +457,7 @@ def _demo() -> Config:
         renderer=RendererConfig(
             coarse_samples=12,
             fine_samples=12,
+            stochastic=False,
             density_shift=-3.0,
             density_noise=0.0,
             last_interval=1e-3,

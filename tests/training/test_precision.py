@@ -52,14 +52,14 @@ def _tf32_as_before() -> Iterator[None]:
 
 def small() -> Config:
     """The demo preset with fewer channels, planes and patches of 16 x 16, micro-batches of 4, rates that a few steps
-    learn by, and fakes of D's own."""
+    learn by, fakes of D's own, and samples along rays that are drawn."""
     demo = preset("demo")
     sizes = {"channel_max": 16, "channel_base": 128, "plane_resolution": 16, "plane_channels": 4}
     return dataclasses.replace(
         demo,
         batch=4,
         generator=dataclasses.replace(demo.generator, **sizes, decoder_hidden=8, z_dim=16, w_dim=16),
-        renderer=dataclasses.replace(demo.renderer, coarse_samples=6, fine_samples=4),
+        renderer=dataclasses.replace(demo.renderer, coarse_samples=6, fine_samples=4, stochastic=True),
         discriminator=dataclasses.replace(
             demo.discriminator, channel_base=256, channel_max=16, code_dim=16, patch_table_dim=4, patch_skip_highest=0
         ),
