@@ -97,7 +97,7 @@ class RendererConfig:
     """Samples more, drawn where the coarse ones have found something."""
     stochastic: bool = True
     """Training moves the coarse samples at random and draws the fine ones. Off: evenly spaced, as pictures are made.
-    With few samples a ray the draws are noise, which the discriminator sees and pictures do not have."""
+    With few samples a ray the draws are noise, which pictures do not have."""
     density_activation: Literal["softplus", "relu"] = "softplus"
     """How a raw density becomes one that is not negative."""
     softplus_beta: float = 1.0
@@ -426,8 +426,7 @@ def _demo() -> Config:
     What makes it learn in so few images: a finite last interval, so that empty space shows the white background instead
     of having to be painted; no density noise; many small iterations, in which D learns from the fakes of G's step; a
     discriminator that learns faster than G, sees the camera, and of a patch's scale and place the low frequencies (a
-    table's rows would be seen too rarely); samples of rays in the same places in training as in pictures (where 24 are
-    drawn, D sees noise).
+    table's rows would be seen too rarely); samples of rays in the same places in training as in pictures.
     What brings its colours back: rates that fall to nothing (docs/training.md).
     """
     return Config(

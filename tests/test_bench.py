@@ -202,16 +202,19 @@ def test_a_baseline_has_the_settings_of_what_it_is_compared_with(monkeypatch):
     assert published.fused_backend("cuda", compiled=True) == "reference"
 
 
-def tiny_step(name):
+def tiny_step(name, **renderer):
     args = step.parser().parse_args(["--device", "cpu", "--size", "tiny"])
-    return step.Step(step.variant(name, CPU), step.settings(args), CPU)
+    config = step.settings(args)
+    config = dataclasses.replace(config, renderer=dataclasses.replace(config.renderer, **renderer))
+    return step.Step(step.variant(name, CPU), config, CPU)
 
 
-def test_variants_of_a_step_compute_the_same():
+@pytest.mark.parametrize("stochastic", [True, False])
+def test_variants_of_a_step_compute_the_same(stochastic):
     """The published renderer and convolutions in place of ours: the same losses from the same draws."""
     losses = {}
     for name in ("reference", "published"):
-        one = tiny_step(name)
+        one = tiny_step(name, stochastic=stochastic)
         torch.manual_seed(1)
         one.run(regularize=True)
         losses[name] = one.trainer.statistics()

@@ -111,7 +111,7 @@ def render(
     """
     config, shape, device = renderer.config, ray_origins.shape[:2], ray_origins.device
     jitter, u, coarse_noise, fine_noise, _ = draws
-    stochastic = renderer.training if stochastic is None else stochastic
+    stochastic = renderer.is_stochastic(stochastic)
 
     def decode(t: Tensor) -> Tensor:
         return decode_triplane_rays(planes, ray_origins, ray_directions, t, network, renderer.cube_scale)

@@ -8,7 +8,6 @@ $ torchrun --nproc_per_node 8 train.py ffhq --data datasets/ffhq.zip --resume au
 """
 
 import contextlib
-import functools
 import json
 import signal
 import sys
@@ -61,10 +60,11 @@ def main(args: Sequence[str] | None = None) -> int:
             config = with_data_camera(config, dataset.camera)
             check(config)
         require_same(config, dataset, device, world, dry_run=command.dry_run)
+        slow = advice(device) if world.rank == 0 else []
         config, precision = settled(config, capability_of(device), world)
         set_arithmetic(config)
         config, size = sized(config, dataset.label_dim, device, world)
-        remarks = [precision, *filter(None, [size]), *(advice(device) if world.rank == 0 else [])]
+        remarks = [precision, *filter(None, [size]), *slow]
         if world.rank == 0 and not command.dry_run:
             say("\n".join(remarks))
         if command.dry_run:
@@ -131,16 +131,11 @@ def train(
                     if chosen and world.rank == 0:
                         say("\n  ".join(["chosen for this machine:", *chosen]))
                     record = Record(config, dataset, trainer, [*remarks, *chosen])
-                with contextlib.closing(record), world.watch.over(functools.partial(step_of, trainer), device):
+                with contextlib.closing(record), world.watch.over(trainer.where, device):
                     return loop(config, dataset, trainer, record, stop)
     except Stopped as stopped:  # before anything was trained
         say(str(stopped))
         return 128 + stopped.signal
-
-
-def step_of(trainer: Trainer) -> str:
-    """The step that a run is at, for people."""
-    return f"step {trainer.iterations}, at {trainer.cur_nimg} images"
 
 
 @memory.spared_from_collections()

@@ -160,6 +160,10 @@ class Trainer:
         betas = (self.config.optim.beta1**lazy, self.config.optim.beta2**lazy)
         return torch.optim.Adam(module.parameters(), lr=lr * lazy, betas=betas, eps=1e-8, fused=True)
 
+    def where(self) -> str:
+        """The step that the run is at, for people."""
+        return f"step {self.iterations}, at {self.cur_nimg} images"
+
     @annotate("iteration")
     def iteration(self, images: Tensor, labels: Tensor, angles: Tensor) -> None:
         """Trains on one batch, or on this process's share of it.

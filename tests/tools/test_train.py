@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import io
 import itertools
 import json
@@ -594,6 +595,7 @@ def test_signals(
     original = step.Trainer.iteration
 
     def iteration(trainer: step.Trainer, *batch: torch.Tensor) -> None:
+        assert gc.get_freeze_count() > 1000, "what was imported is not spared from collections"
         if trainer.iterations == 6:
             signal.raise_signal(number)
         original(trainer, *batch)
@@ -609,6 +611,7 @@ def test_signals(
     assert "Traceback" not in captured.err
     assert run(config, "--resume", "auto") == 0
     assert losses(run_dir) == expected
+    assert gc.get_freeze_count() == 0
 
 
 TWICE = """
