@@ -654,6 +654,12 @@ def test_colours_of_objects() -> None:
     found = colours.colour_statistics(images)
     assert (found["objects"], found["saturation"], found["colour"]) == (2, 2.0, [0.0, -1.0, 0.0])
     assert found["spread"] == pytest.approx((2**0.5 + 0 + 2**0.5) / 3)
+    assert found["unevenness"] == 0  # of the one with pixels inside: 2 by 2 have none
+    images[1, :, 5:, 6:] = torch.tensor([1.0, -1.0, -1.0])[:, None, None]
+    # Inside, with no background beside them, are rows 6 and 7 of columns 6 and 7. First all are red, then half are blue.
+    assert colours.unevenness(images).tolist() == [pytest.approx(0.0, abs=1e-6)]
+    images[1, :, 5:, 7] = torch.tensor([-1.0, -1.0, 1.0])[:, None]
+    assert colours.unevenness(images).tolist() == [pytest.approx(2**0.5)]
     opacity = np.zeros((6, 6, 6))
     opacity[0, 0, :3] = 1.0
     opacity[5, 5, 5] = 0.6
@@ -703,7 +709,7 @@ def test_what_a_distance_means(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(distances, "FeatureDistance", Distance)
     assert distances.main(["--images", "4", "--json", str(tmp_path / "x.json")]) == 0
-    same, *blurs, paler, grey, noise = seen
+    same, *blurs, paler, grey, noise, corners, hues, flat = seen
     first, second = distances.halves(distances.ImageDataset("builtin"), 4)
     assert torch.equal(same, second.float())
     assert not any(torch.equal(a, b) for a, b in itertools.product(first, second))
@@ -713,12 +719,62 @@ def test_what_a_distance_means(monkeypatch, tmp_path, capsys):
     assert spread[1] == pytest.approx(0.8 * spread[0], rel=0.02)
     assert spread[2] == 0
     assert float((noise - same)[same < 230].std()) == pytest.approx(4.0, rel=0.1)
-    assert [row["fd_efficientnet"] for row in json.loads((tmp_path / "x.json").read_text())["cases"]] == [*range(1, 8)]
+    inside = distances.solid(same).expand_as(same) > 0
+    assert [torch.equal(x[~inside], same[~inside]) for x in (corners, hues, flat)] == [False, True, False]
+    assert torch.equal(distances.solid(hues), distances.solid(same))
+    within = ((hues > 0) & (hues < 240)).all(dim=1)  # not clamped
+    assert float((hues - same).mean(dim=1)[within].abs().max()) < 1  # hues alone, but for what rounding does
+    assert 10 < float((hues - same)[inside].std()) < 30
+    assert all(len(x[:, where].unique(dim=1).T) == 1 for x, where in zip(flat, inside[:, 0], strict=True))
+    assert torch.equal(distances.rounded(5)(torch.eye(9)[None, None]), torch.zeros(1, 1, 9, 9))
+    assert [row["fd_efficientnet"] for row in json.loads((tmp_path / "x.json").read_text())["cases"]] == [*range(1, 11)]
     with pytest.raises(SystemExit, match="--images must be 2 to 4000"):
         distances.main(["--images", "4001"])
     page = (ROOT / "docs/training.md").read_text()
-    for row in json.loads((ROOT / "bench/results/distances.json").read_text())["cases"]:
+    stored = json.loads((ROOT / "bench/results/distances.json").read_text())
+    for row in stored["cases"]:
         assert f"{row['fd_efficientnet']:.1f}" in page
+    for row in stored["parts"]:
+        assert " | ".join(f"{value:.1f}" for value in list(row.values())[1:]) in page
+
+
+def test_what_the_distance_of_a_run_is_made_of(monkeypatch, tmp_path, capsys):
+    """Every part of the pictures of a run, and of the other half, is held against that part of the data."""
+    folder = tmp_path / "run"
+    small = (
+        "--kimg 0.008 --generator.plane-resolution 8 --patch.resolution 8 --grid 1 1 --metric-images 0 --turntable 0"
+    )
+    assert train.main(["demo", *small.split(), "--run-dir", str(folder)]) == 0
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    class Distance:
+        def update_real(self, images):
+            self.real = images
+
+        def reset_fake(self):
+            pass
+
+        def update_fake(self, images):
+            seen.append((self.real, images))
+
+        def compute(self):
+            return float(len(seen))
+
+    monkeypatch.setattr(distances, "FeatureDistance", Distance)
+    monkeypatch.setattr(distances, "CHANGES", {})
+    assert distances.main([str(folder), "--images", "4", "--json", str(tmp_path / "x.json")]) == 0
+    first, second = distances.halves(distances.ImageDataset("builtin"), 4)
+    painted = distances.pictures(folder, 4)
+    assert torch.equal(seen[0][0], first)
+    assert [torch.equal(x, y) for x, (_, y) in zip((second, painted), seen, strict=False)] == [True, True]
+    for (real, fake), reduce in zip(seen[::2], distances.PARTS.values(), strict=True):
+        for images, whole in ((real, first), (fake, second)):
+            assert torch.equal(images, distances.as_images(reduce(whole.float())))
+    assert set(seen[-1][0].unique().tolist()) == {64, 255}
+    stored = json.loads((tmp_path / "x.json").read_text())["parts"]
+    assert [row["part"] for row in stored] == list(distances.PARTS)
+    assert [row["the other half"] for row in stored] == [1, 3, 5, 7, 9]
+    assert folder.name in capsys.readouterr().out
 
 
 def test_loading_counts_images_a_second_of_computing(tmp_path, capsys):

@@ -7,6 +7,7 @@ for the same objects, of G itself and of its average, and their colours are comp
 - saturation: largest minus smallest channel of a pixel, mean over an object, then over objects;
 - spread: standard deviation of the objects' mean colours, mean over the channels;
 - colour: the mean of the objects' mean colours [3], which is steady where colours follow z;
+- unevenness: how far an object is from one hue, the standard deviation of its colours without their brightness;
 - crumbs (the newest checkpoint's average): share of opacity outside of the largest connected piece of an object, in the
   ball that every view shows whole.
 
@@ -61,15 +62,38 @@ def object_colours(images: Tensor) -> tuple[Tensor, Tensor]:
     return colour, saturation
 
 
+def unevenness(images: Tensor) -> Tensor:
+    """Standard deviation over an object of its colours, each minus the mean of its channels: root of the sum over them.
+
+    Of pixels with none of the background beside them, which soft outlines mix in.
+
+    Args:
+        images: [N, 3, R, R] in [-1, 1]; what is outside is clamped.
+
+    Returns:
+        [M], M the number of images with such pixels.
+    """
+    pixels = images.clamp(-1, 1)
+    empty = (pixels >= WHITE).all(dim=1, keepdim=True).float()
+    inner = 1 - torch.nn.functional.max_pool2d(empty, 3, 1, 1)
+    count = inner.sum(dim=(2, 3), keepdim=True)
+    chroma = pixels - pixels.mean(dim=1, keepdim=True)
+    away = chroma - (chroma * inner).sum(dim=(2, 3), keepdim=True) / count.clamp(min=1)
+    variance = (away.square() * inner).sum(dim=(1, 2, 3)) / count.flatten().clamp(min=1)
+    return variance[count.flatten() > 0].sqrt()
+
+
 def colour_statistics(images: Tensor) -> dict[str, Any]:
     """What the module says of images [N, 3, R, R] in [-1, 1]; `objects` counts those that are not all white."""
-    colour, saturation = object_colours(images)
+    (colour, saturation), uneven = object_colours(images), unevenness(images)
     if len(colour) < 2:
-        return {"objects": len(colour), "saturation": 0.0, "spread": 0.0, "colour": [1.0, 1.0, 1.0]}
+        nothing = {"saturation": 0.0, "spread": 0.0, "unevenness": 0.0, "colour": [1.0, 1.0, 1.0]}
+        return {"objects": len(colour), **nothing}
     return {
         "objects": len(colour),
         "saturation": float(saturation.mean()),
         "spread": float(colour.std(dim=0).mean()),
+        "unevenness": float(uneven.mean()) if len(uneven) else 0.0,
         "colour": colour.mean(dim=0).tolist(),
     }
 
@@ -154,7 +178,8 @@ def _line(row: dict[str, Any]) -> Iterable[str]:
     yield f"{row['cur_nimg'] / 1000:.1f} kimg"
     for name in ("G", "average"):
         colour = " ".join(f"{x:+.2f}" for x in row[name]["colour"])
-        yield f"{name}: saturation {row[name]['saturation']:.2f} spread {row[name]['spread']:.2f} colour {colour}"
+        saturation, spread, uneven = (row[name][what] for what in ("saturation", "spread", "unevenness"))
+        yield f"{name}: saturation {saturation:.2f} spread {spread:.2f} unevenness {uneven:.2f} colour {colour}"
 
 
 def data_statistics(dataset: ImageDataset, num: int) -> dict[str, Any]:
@@ -197,7 +222,7 @@ def main(argv: list[str] | None = None) -> int:
     config, _ = load_checkpoint(list_checkpoints(args.runs[0])[-1])
     dataset = ImageDataset(config.data, config.resolution, use_labels=config.loader.labels)
     data = data_statistics(dataset, 8 * args.objects)
-    print(f"data: saturation {data['saturation']:.2f} spread {data['spread']:.2f}")
+    print("data: " + " ".join(f"{what} {data[what]:.2f}" for what in ("saturation", "spread", "unevenness")))
     runs = [measure(run, args.objects) for run in args.runs]
     for run in runs:
         print(f"{run['run']}: crumbs {run['crumbs']:.4f}")

@@ -1,7 +1,8 @@
-"""What a distance to the data means: `python -m bench.runs.distances --json FILE`.
+"""What a distance to the data means: `python -m bench.runs.distances [RUN ...] --json FILE`.
 
 Two halves of the built-in images are compared by `fd_efficientnet`: as they are, which is the least that a generator
-can reach by so many images, and with one of them blurred, paler or noisy, each as a generator may fail.
+can reach by so many images, and with one of them spoiled, each as a generator may fail. With runs, also what their
+distances are made of: pictures and data are compared once both are reduced to a part of what they show.
 """
 
 from __future__ import annotations
@@ -9,18 +10,23 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from epigraf_fast.data import ImageDataset
+from epigraf_fast.training.checkpoint import list_checkpoints, load_checkpoint
 from epigraf_fast.training.metrics import FeatureDistance
 from epigraf_fast.training.progress import progress
+from epigraf_fast.training.snapshot import measure_fakes
 
 from .. import results
+from .colours import WHITE, generator_of
 
 BATCH = 50
+SOLID = 127.5 * (1 + WHITE)  # a pixel whose channels all exceed this is background
 
 
 def blurred(side: int) -> Callable[[Tensor], Tensor]:
@@ -44,6 +50,46 @@ def noisy(sigma: float) -> Callable[[Tensor], Tensor]:
     return lambda x: x + sigma * torch.randn(x.shape, generator=generator)
 
 
+def rounded(side: int) -> Callable[[Tensor], Tensor]:
+    """Each pixel the median of so many by so many: corners, and parts narrower than half of that, are lost."""
+
+    def change(x: Tensor) -> Tensor:
+        padded = F.pad(x, (side // 2,) * 4, mode="replicate")
+        return padded.unfold(2, side, 1).unfold(3, side, 1).flatten(4).median(dim=4).values
+
+    return change
+
+
+def solid(x: Tensor) -> Tensor:
+    """1 where an image shows its object, else 0: [B, 1, R, R]."""
+    return (x < SOLID).any(dim=1, keepdim=True).float()
+
+
+def iridescent(sigma: float) -> Callable[[Tensor], Tensor]:
+    """Objects of several hues: smooth noise of so many of 255 steps, and no brightness."""
+    generator = torch.Generator().manual_seed(0)
+
+    def change(x: Tensor) -> Tensor:
+        noise = sigma * torch.randn(len(x), 3, 4, 4, generator=generator)
+        noise = noise - noise.mean(dim=1, keepdim=True)
+        smooth = F.interpolate(noise, size=x.shape[2:], mode="bicubic", align_corners=True)
+        return torch.where(solid(x) > 0, (x + smooth).clamp(max=SOLID - 1), x)
+
+    return change
+
+
+def flat(x: Tensor) -> Tensor:
+    """Each object in its mean colour, without light and shadow."""
+    object_ = solid(x)
+    mean = (x * object_).sum(dim=(2, 3), keepdim=True) / object_.sum(dim=(2, 3), keepdim=True).clamp(min=1)
+    return torch.where(object_ > 0, mean, 255.0)
+
+
+def silhouette(x: Tensor) -> Tensor:
+    """Grey objects on white."""
+    return 255 - 191 * solid(x).expand_as(x)
+
+
 CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "as they are": lambda x: x,
     "blurred to 48 pixels": blurred(48),
@@ -52,6 +98,16 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "0.8 of the saturation": saturated(0.8),
     "grey": saturated(0.0),
     "noise of 4/255": noisy(4.0),
+    "corners rounded": rounded(5),
+    "hues that vary by 25/255": iridescent(25.0),
+    "without light and shadow": flat,
+}
+PARTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "all": lambda x: x,
+    "blurred to 32 pixels": blurred(32),
+    "grey": saturated(0.0),
+    "without light and shadow": flat,
+    "silhouettes": silhouette,
 }
 
 
@@ -63,8 +119,38 @@ def halves(dataset: ImageDataset, images: int) -> tuple[Tensor, Tensor]:
     return torch.stack([dataset[i][0] for i in chosen.tolist()]).chunk(2)
 
 
+def pictures(run: Path, num: int) -> Tensor:
+    """What the average generator of a run's newest checkpoint paints: [num, 3, R, R] uint8."""
+    config, state = load_checkpoint(list_checkpoints(run)[-1])
+    dataset, parts = ImageDataset(config.data, config.resolution, use_labels=config.loader.labels), []
+    generator = generator_of(config, state["trainer"], "average", dataset.label_dim)
+    measure_fakes(generator, dataset, config, num, parts.append)
+    return torch.cat(parts)
+
+
+def parts_of(first: Tensor, others: dict[str, Tensor]) -> list[results.Result]:
+    """Distances of other images to the first ones, each by every one of `PARTS` of both."""
+    rows, distances = [], progress(PARTS.items(), len(PARTS), "parts")
+    for part, reduce in distances:
+        distance = FeatureDistance()
+        for images in first.split(BATCH):
+            distance.update_real(as_images(reduce(images.float())))
+        rows.append({"part": part})
+        for name, other in others.items():
+            distance.reset_fake()
+            for images in other.split(BATCH):
+                distance.update_fake(as_images(reduce(images.float())))
+            rows[-1][name] = distance.compute()
+    return rows
+
+
+def as_images(x: Tensor) -> Tensor:
+    return x.round().clamp(0, 255).byte()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.runs.distances", description=__doc__.split(":")[0] + ".")
+    parser.add_argument("runs", nargs="*", type=Path, help="folders of runs on the built-in data")
     parser.add_argument("--images", type=int, default=1000, help="of each half (default: %(default)s)")
     parser.add_argument("--json", default=None, help="write the results there")
     args = parser.parse_args(argv)
@@ -75,11 +161,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, change in progress(CHANGES.items(), len(CHANGES), "distances"):
         distance.reset_fake()
         for part in second.split(BATCH):
-            distance.update_fake(change(part.float()).round().clamp(0, 255).byte())
+            distance.update_fake(as_images(change(part.float())))
         rows.append({"change": name, "fd_efficientnet": distance.compute()})
     print("\n".join(f"{row['change']:24} {row['fd_efficientnet']:6.1f}" for row in rows))
+    more = {}
+    if args.runs:
+        others = {"the other half": second, **{run.name: pictures(run, args.images) for run in args.runs}}
+        more["parts"] = parts_of(first, others)
+        print("\n".join(["", " " * 24 + "".join(f" {name:>16}" for name in others)]))
+        for row in more["parts"]:
+            print(f"{row['part']:24}" + "".join(f" {row[name]:16.1f}" for name in others))
     if args.json:
-        results.write(args.json, results.result("distances", {"data": "builtin", "images": args.images}, rows))
+        results.write(args.json, results.result("distances", {"data": "builtin", "images": args.images}, rows, **more))
     return 0
 
 
