@@ -656,7 +656,7 @@ def test_colours_of_objects() -> None:
     assert found["spread"] == pytest.approx((2**0.5 + 0 + 2**0.5) / 3)
     assert found["unevenness"] == 0  # of the one with pixels inside: 2 by 2 have none
     images[1, :, 5:, 6:] = torch.tensor([1.0, -1.0, -1.0])[:, None, None]
-    # Inside, with no background beside them, are rows 6 and 7 of columns 6 and 7. First all are red, then half are blue.
+    # Inside, with no background beside them, are rows 6 and 7 of columns 6 and 7: all red, then half of them blue.
     assert colours.unevenness(images).tolist() == [pytest.approx(0.0, abs=1e-6)]
     images[1, :, 5:, 7] = torch.tensor([-1.0, -1.0, 1.0])[:, None]
     assert colours.unevenness(images).tolist() == [pytest.approx(2**0.5)]
@@ -775,6 +775,14 @@ def test_what_the_distance_of_a_run_is_made_of(monkeypatch, tmp_path, capsys):
     assert [row["part"] for row in stored] == list(distances.PARTS)
     assert [row["the other half"] for row in stored] == [1, 3, 5, 7, 9]
     assert folder.name in capsys.readouterr().out
+    for command in (distances, colours):
+        with pytest.raises(SystemExit, match="empty has no checkpoints: name a run's folder"):
+            command.main([str(tmp_path / "empty"), *(["--images", "4"] if command is distances else [])])
+    config, state = distances.load_checkpoint(distances.newest_checkpoint(folder))
+    other = dataclasses.replace(config, data="other.zip")
+    monkeypatch.setattr(distances, "load_checkpoint", lambda path: (other, state))
+    with pytest.raises(SystemExit, match=r"run was trained on other\.zip: name runs on the built-in data"):
+        distances.pictures(folder, 4)
 
 
 def test_loading_counts_images_a_second_of_computing(tmp_path, capsys):

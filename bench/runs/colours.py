@@ -141,6 +141,14 @@ def crumbs(generator: Generator, z: Tensor, label: Tensor) -> float:
     return float(np.mean([outside_of_the_largest(opacity) for opacity in opacities(generator, z, label)]))
 
 
+def newest_checkpoint(run: Path) -> Path:
+    """Raises SystemExit where a folder has none."""
+    paths = list_checkpoints(run)
+    if not paths:
+        raise SystemExit(f"error: {run} has no checkpoints: name a run's folder")
+    return paths[-1]
+
+
 def generator_of(config: Config, trainer: dict[str, Any], name: str, label_dim: int) -> Generator:
     """ "generator" or "average" of a checkpoint's trainer, on the CPU, in evaluation mode."""
     generator = build_generator(config, label_dim, "cpu")
@@ -219,7 +227,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", default=None)
     parser.add_argument("--plot", type=Path, default=None)
     args = parser.parse_args(argv)
-    config, _ = load_checkpoint(list_checkpoints(args.runs[0])[-1])
+    newest = [newest_checkpoint(run) for run in args.runs]
+    config, _ = load_checkpoint(newest[0])
     dataset = ImageDataset(config.data, config.resolution, use_labels=config.loader.labels)
     data = data_statistics(dataset, 8 * args.objects)
     print("data: " + " ".join(f"{what} {data[what]:.2f}" for what in ("saturation", "spread", "unevenness")))

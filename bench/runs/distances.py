@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from epigraf_fast.data import ImageDataset
-from epigraf_fast.training.checkpoint import list_checkpoints, load_checkpoint
+from epigraf_fast.training.checkpoint import load_checkpoint
 from epigraf_fast.training.metrics import FeatureDistance
 from epigraf_fast.training.progress import progress
 from epigraf_fast.training.snapshot import measure_fakes
 
 from .. import results
-from .colours import WHITE, generator_of
+from .colours import WHITE, generator_of, newest_checkpoint
 
 BATCH = 50
 SOLID = 127.5 * (1 + WHITE)  # a pixel whose channels all exceed this is background
@@ -119,9 +119,16 @@ def halves(dataset: ImageDataset, images: int) -> tuple[Tensor, Tensor]:
     return torch.stack([dataset[i][0] for i in chosen.tolist()]).chunk(2)
 
 
+def as_images(x: Tensor) -> Tensor:
+    """Values 0 to 255 in uint8."""
+    return x.round().clamp(0, 255).byte()
+
+
 def pictures(run: Path, num: int) -> Tensor:
     """What the average generator of a run's newest checkpoint paints: [num, 3, R, R] uint8."""
-    config, state = load_checkpoint(list_checkpoints(run)[-1])
+    config, state = load_checkpoint(newest_checkpoint(run))
+    if config.data != "builtin":
+        raise SystemExit(f"error: {run} was trained on {config.data}: name runs on the built-in data")
     dataset, parts = ImageDataset(config.data, config.resolution, use_labels=config.loader.labels), []
     generator = generator_of(config, state["trainer"], "average", dataset.label_dim)
     measure_fakes(generator, dataset, config, num, parts.append)
@@ -130,8 +137,8 @@ def pictures(run: Path, num: int) -> Tensor:
 
 def parts_of(first: Tensor, others: dict[str, Tensor]) -> list[results.Result]:
     """Distances of other images to the first ones, each by every one of `PARTS` of both."""
-    rows, distances = [], progress(PARTS.items(), len(PARTS), "parts")
-    for part, reduce in distances:
+    rows = []
+    for part, reduce in progress(PARTS.items(), len(PARTS), "parts"):
         distance = FeatureDistance()
         for images in first.split(BATCH):
             distance.update_real(as_images(reduce(images.float())))
@@ -144,10 +151,6 @@ def parts_of(first: Tensor, others: dict[str, Tensor]) -> list[results.Result]:
     return rows
 
 
-def as_images(x: Tensor) -> Tensor:
-    return x.round().clamp(0, 255).byte()
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.runs.distances", description=__doc__.split(":")[0] + ".")
     parser.add_argument("runs", nargs="*", type=Path, help="folders of runs on the built-in data")
@@ -155,6 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", default=None, help="write the results there")
     args = parser.parse_args(argv)
     first, second = halves(ImageDataset("builtin"), args.images)
+    painted = {run.name: pictures(run, args.images) for run in args.runs}
     distance, rows = FeatureDistance(), []
     for part in first.split(BATCH):
         distance.update_real(part)
@@ -165,8 +169,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows.append({"change": name, "fd_efficientnet": distance.compute()})
     print("\n".join(f"{row['change']:24} {row['fd_efficientnet']:6.1f}" for row in rows))
     more = {}
-    if args.runs:
-        others = {"the other half": second, **{run.name: pictures(run, args.images) for run in args.runs}}
+    if painted:
+        others = {"the other half": second, **painted}
         more["parts"] = parts_of(first, others)
         print("\n".join(["", " " * 24 + "".join(f" {name:>16}" for name in others)]))
         for row in more["parts"]:
