@@ -690,9 +690,9 @@ def test_crumbs_are_where_every_view_shows_them(place: int, expected: float) -> 
     assert found == pytest.approx(expected, abs=1e-6)
 
 
-def test_what_a_distance_means(monkeypatch, tmp_path, capsys):
-    """Two halves that share no image; every change does what it says, and the page has the stored numbers."""
-    seen: list[torch.Tensor] = []
+def seen_by_distances(monkeypatch) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What the distances of `bench.runs.distances` are asked about, real and fake, each of one batch; they count."""
+    seen = []
 
     class Distance:
         def update_real(self, images):
@@ -702,14 +702,20 @@ def test_what_a_distance_means(monkeypatch, tmp_path, capsys):
             pass
 
         def update_fake(self, images):
-            seen.append(images.float())
+            seen.append((self.real, images))
 
         def compute(self):
             return float(len(seen))
 
     monkeypatch.setattr(distances, "FeatureDistance", Distance)
+    return seen
+
+
+def test_what_a_distance_means(monkeypatch, tmp_path, capsys):
+    """Two halves that share no image; every change does what it says, and the page has the stored numbers."""
+    seen = seen_by_distances(monkeypatch)
     assert distances.main(["--images", "4", "--json", str(tmp_path / "x.json")]) == 0
-    same, *blurs, paler, grey, noise, corners, hues, flat = seen
+    same, *blurs, paler, grey, noise, corners, hues, flat = (fake.float() for _, fake in seen)
     first, second = distances.halves(distances.ImageDataset("builtin"), 4)
     assert torch.equal(same, second.float())
     assert not any(torch.equal(a, b) for a, b in itertools.product(first, second))
@@ -745,22 +751,7 @@ def test_what_the_distance_of_a_run_is_made_of(monkeypatch, tmp_path, capsys):
         "--kimg 0.008 --generator.plane-resolution 8 --patch.resolution 8 --grid 1 1 --metric-images 0 --turntable 0"
     )
     assert train.main(["demo", *small.split(), "--run-dir", str(folder)]) == 0
-    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    class Distance:
-        def update_real(self, images):
-            self.real = images
-
-        def reset_fake(self):
-            pass
-
-        def update_fake(self, images):
-            seen.append((self.real, images))
-
-        def compute(self):
-            return float(len(seen))
-
-    monkeypatch.setattr(distances, "FeatureDistance", Distance)
+    seen = seen_by_distances(monkeypatch)
     monkeypatch.setattr(distances, "CHANGES", {})
     assert distances.main([str(folder), "--images", "4", "--json", str(tmp_path / "x.json")]) == 0
     first, second = distances.halves(distances.ImageDataset("builtin"), 4)
@@ -775,6 +766,8 @@ def test_what_the_distance_of_a_run_is_made_of(monkeypatch, tmp_path, capsys):
     assert [row["part"] for row in stored] == list(distances.PARTS)
     assert [row["the other half"] for row in stored] == [1, 3, 5, 7, 9]
     assert folder.name in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="runs must have different names, got run, run: rename or link"):
+        distances.main([str(folder), str(tmp_path / "other" / "run"), "--images", "4"])
     for command in (distances, colours):
         with pytest.raises(SystemExit, match="empty has no checkpoints: name a run's folder"):
             command.main([str(tmp_path / "empty"), *(["--images", "4"] if command is distances else [])])

@@ -26,6 +26,7 @@ from .. import results
 from .colours import WHITE, generator_of, newest_checkpoint
 
 BATCH = 50
+OTHERS = "the other half"  # what pictures are named beside
 SOLID = 127.5 * (1 + WHITE)  # a pixel whose channels all exceed this is background
 
 
@@ -157,6 +158,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--images", type=int, default=1000, help="of each half (default: %(default)s)")
     parser.add_argument("--json", default=None, help="write the results there")
     args = parser.parse_args(argv)
+    names = [run.name for run in args.runs]
+    if len({"part", OTHERS, *names}) < len(names) + 2:
+        raise SystemExit(f"error: runs must have different names, got {', '.join(names)}: rename or link one's folder")
     first, second = halves(ImageDataset("builtin"), args.images)
     painted = {run.name: pictures(run, args.images) for run in args.runs}
     distance, rows = FeatureDistance(), []
@@ -170,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("\n".join(f"{row['change']:24} {row['fd_efficientnet']:6.1f}" for row in rows))
     more = {}
     if painted:
-        others = {"the other half": second, **painted}
+        others = {OTHERS: second, **painted}
         more["parts"] = parts_of(first, others)
         print("\n".join(["", " " * 24 + "".join(f" {name:>16}" for name in others)]))
         for row in more["parts"]:
