@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -378,46 +379,36 @@ def preset(name: str) -> Config:
     """The settings of a preset: the paper's, for the data set of that name; `demo` for the built-in data on a CPU."""
     if name == "demo":
         return _demo()
+    if name not in PRESETS:
+        raise UserError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+    paper = Config(
+        data=f"datasets/{name}.zip",
+        resolution=256,
+        micro_batch="auto",
+        precision="auto",
+        kimg=15_000,
+        run_dir=f"runs/{name}",
+        augment=AugmentConfig(mode="ada"),
+    )
     if name == "ffhq":
-        return Config(
-            data="datasets/ffhq.zip",
+        return replace(
+            paper,
             resolution=512,
-            micro_batch="auto",
-            precision="auto",
             kimg=20_000,
-            run_dir="runs/ffhq",
             generator=GeneratorConfig(pose_conditioning=True),
             discriminator=DiscriminatorConfig(camera_conditioning=True),
             optim=OptimConfig(r1_gamma=0.1),
-            augment=AugmentConfig(mode="ada"),
         )
     if name == "cats":
-        return Config(
-            data="datasets/cats.zip",
-            resolution=256,
-            micro_batch="auto",
-            precision="auto",
-            kimg=15_000,
-            run_dir="runs/cats",
-            discriminator=DiscriminatorConfig(camera_conditioning=True),
-            augment=AugmentConfig(mode="ada"),
-        )
-    if name in ("plants", "food"):
-        return Config(
-            data=f"datasets/{name}.zip",
-            resolution=256,
-            micro_batch="auto",
-            precision="auto",
-            kimg=15_000,
-            run_dir=f"runs/{name}",
-            camera=CameraConfig(
-                prior="spherical_uniform", fov=30.0, radius=1.0, ray_start=0.75, ray_end=1.25, cube_scale=0.475
-            ),
-            renderer=RendererConfig(white_background=True),
-            loader=DataConfig(labels=True),
-            augment=AugmentConfig(mode="ada"),
-        )
-    raise UserError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+        return replace(paper, discriminator=DiscriminatorConfig(camera_conditioning=True))
+    return replace(
+        paper,
+        camera=CameraConfig(
+            prior="spherical_uniform", fov=30.0, radius=1.0, ray_start=0.75, ray_end=1.25, cube_scale=0.475
+        ),
+        renderer=RendererConfig(white_background=True),
+        loader=DataConfig(labels=True),
+    )
 
 
 def _demo() -> Config:
@@ -476,28 +467,70 @@ def _demo() -> Config:
     )
 
 
-def _power_of_two(value: int) -> bool:
-    return value > 0 and value & (value - 1) == 0
+# Settings, what their numbers have to be, and the same in words; of `grid` the smaller one.
+BOUNDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    (
+        "resolution patch.resolution generator.plane_resolution",
+        lambda x: x >= 8 and x & (x - 1) == 0,
+        "a power of two of at least 8",
+    ),
+    ("discriminator.minibatch_std_group", lambda x: x >= 1, "at least 1"),
+    (
+        """
+        keep_checkpoints patch.anneal_kimg patch.num_scales patch.beta_start patch.beta_end generator.z_dim
+        generator.w_dim generator.mapping_layers generator.plane_channels generator.channel_base generator.channel_max
+        generator.decoder_hidden generator.pose_swap_kimg discriminator.scales discriminator.channel_base
+        discriminator.channel_max discriminator.code_dim discriminator.patch_steps discriminator.camera_steps
+        renderer.softplus_beta renderer.background_start renderer.last_interval renderer.density_noise_kimg optim.g_lr
+        optim.d_lr optim.lr_decay_kimg optim.r1_interval optim.path_length_interval optim.blur_kimg augment.kimg
+        augment.interval camera.radius camera.ray_start camera.cube_scale grid
+        """,
+        lambda x: 0 < x < math.inf,
+        "finite and positive",
+    ),
+    (
+        """
+        metric_images turntable loader.workers renderer.density_noise optim.r1_gamma optim.blur_sigma optim.ema_rampup
+        optim.ema_kimg camera.yaw_spread camera.pitch_spread generator.decoder_fourier generator.clamp
+        discriminator.clamp patch.importance optim.path_length_weight discriminator.half_blocks
+        discriminator.patch_table_dim discriminator.patch_skip_lowest discriminator.patch_skip_highest
+        """,
+        lambda x: 0 <= x < math.inf,
+        "finite and zero or more",
+    ),
+    (
+        "kimg log_kimg snapshot_kimg checkpoint_kimg metric_kimg",
+        lambda x: 0.001 <= x < math.inf,
+        "finite and at least 0.001, which is one image",
+    ),
+    (
+        """
+        discriminator.camera_dropout generator.pose_swap_probability generator.pose_dropout generator.style_mixing
+        optim.lr_rampdown augment.p
+        """,
+        lambda x: 0 <= x <= 1,
+        "in [0, 1]",
+    ),
+    ("optim.beta1 optim.beta2", lambda x: 0 <= x < 1, "in [0, 1)"),
+    ("augment.target", lambda x: -1 <= x <= 1, "in [-1, 1], the mean of a sign"),
+    ("metric_images generator.decoder_fourier", lambda x: x != 1, "0 or at least 2"),
+    ("seed", lambda x: 0 <= x < 2**32, "in [0, 2^32)"),
+)
 
 
 def check(config: Config) -> None:
     """Raises UserError, one line naming the setting and the fix, unless the settings can train."""
     c = config
-    for name, value, least in (
-        ("resolution", c.resolution, 8),
-        ("patch.resolution", c.patch.resolution, 8),
-        ("generator.plane_resolution", c.generator.plane_resolution, 8),
-    ):
-        if not _power_of_two(value) or value < least:
-            raise UserError(f"{name} must be a power of two of at least {least}, got {value}")
+    values = flat(c) | {"grid": min(c.grid)}
+    for names, fits, words in BOUNDS:
+        for name in names.split():
+            value = values[name]
+            if value not in (None, "auto") and not fits(value):
+                raise UserError(f"{name} must be {words}, got {value}")
     if c.patch.resolution > c.resolution:
         raise UserError(
             f"patch.resolution must be at most the resolution {c.resolution}, got {c.patch.resolution}: "
             f"set --patch.resolution {c.resolution}"
-        )
-    if c.discriminator.minibatch_std_group < 1:
-        raise UserError(
-            f"discriminator.minibatch_std_group must be at least 1, got {c.discriminator.minibatch_std_group}"
         )
     if c.batch < 1 or c.micro < 1:
         raise UserError(f"batch must be a positive multiple of micro_batch, got {c.batch} and {c.micro}")
@@ -512,105 +545,9 @@ def check(config: Config) -> None:
         raise UserError(
             f"micro_batch must be a multiple of discriminator.minibatch_std_group = {group}, got {c.micro}: {advice}"
         )
-    positive = {
-        "keep_checkpoints": c.keep_checkpoints,
-        "patch.anneal_kimg": c.patch.anneal_kimg,
-        "patch.num_scales": c.patch.num_scales,
-        "patch.beta_start": c.patch.beta_start,
-        "patch.beta_end": c.patch.beta_end,
-        "generator.z_dim": c.generator.z_dim,
-        "generator.w_dim": c.generator.w_dim,
-        "generator.mapping_layers": c.generator.mapping_layers,
-        "generator.plane_channels": c.generator.plane_channels,
-        "generator.channel_base": c.generator.channel_base,
-        "generator.channel_max": c.generator.channel_max,
-        "generator.decoder_hidden": c.generator.decoder_hidden,
-        "generator.pose_swap_kimg": c.generator.pose_swap_kimg,
-        "discriminator.scales": c.discriminator.scales,
-        "discriminator.channel_base": c.discriminator.channel_base,
-        "discriminator.channel_max": c.discriminator.channel_max,
-        "discriminator.code_dim": c.discriminator.code_dim,
-        "discriminator.patch_steps": c.discriminator.patch_steps,
-        "discriminator.camera_steps": c.discriminator.camera_steps,
-        "renderer.softplus_beta": c.renderer.softplus_beta,
-        "renderer.background_start": c.renderer.background_start,
-        "renderer.last_interval": c.renderer.last_interval,
-        "renderer.density_noise_kimg": c.renderer.density_noise_kimg,
-        "optim.g_lr": c.optim.g_lr,
-        "optim.d_lr": c.optim.d_lr,
-        "optim.lr_decay_kimg": 1.0 if c.optim.lr_decay_kimg is None else c.optim.lr_decay_kimg,
-        "optim.r1_interval": c.optim.r1_interval,
-        "optim.path_length_interval": c.optim.path_length_interval,
-        "optim.blur_kimg": c.optim.blur_kimg,
-        "augment.kimg": c.augment.kimg,
-        "augment.interval": c.augment.interval,
-        "camera.radius": c.camera.radius,
-        "camera.ray_start": c.camera.ray_start,
-        "camera.cube_scale": c.camera.cube_scale,
-        "grid": min(c.grid),
-    }
-    not_negative = {
-        "metric_images": c.metric_images,
-        "turntable": c.turntable,
-        "loader.workers": 0 if c.loader.workers == "auto" else c.loader.workers,
-        "renderer.density_noise": c.renderer.density_noise,
-        "optim.r1_gamma": c.optim.r1_gamma,
-        "optim.blur_sigma": c.optim.blur_sigma,
-        "optim.ema_rampup": c.optim.ema_rampup,
-        "optim.ema_kimg": c.optim.ema_kimg or 0.0,
-        "camera.yaw_spread": c.camera.yaw_spread,
-        "camera.pitch_spread": c.camera.pitch_spread,
-        "generator.decoder_fourier": c.generator.decoder_fourier,
-        "generator.clamp": c.generator.clamp,
-        "discriminator.clamp": c.discriminator.clamp,
-        "patch.importance": c.patch.importance,
-        "optim.path_length_weight": c.optim.path_length_weight,
-        "discriminator.half_blocks": c.discriminator.half_blocks or 0,
-        "discriminator.patch_table_dim": c.discriminator.patch_table_dim,
-        "discriminator.patch_skip_lowest": c.discriminator.patch_skip_lowest,
-        "discriminator.patch_skip_highest": c.discriminator.patch_skip_highest,
-    }
-    for names, bound, words in ((positive, 0, "positive"), (not_negative, -1e-30, "zero or more")):
-        for name, value in names.items():
-            if not (math.isfinite(value) and value > bound):
-                raise UserError(f"{name} must be finite and {words}, got {value}")
-    finite = {
-        "renderer.density_shift": c.renderer.density_shift,
-        "camera.yaw_mean": c.camera.yaw_mean,
-        "camera.yaw_spread": c.camera.yaw_spread,
-        "camera.pitch_mean": c.camera.pitch_mean,
-        "camera.pitch_spread": c.camera.pitch_spread,
-    }
-    for name, value in finite.items():
-        if not math.isfinite(value):
-            raise UserError(f"{name} must be finite, got {value}")
-    for name in ("kimg", "log_kimg", "snapshot_kimg", "checkpoint_kimg"):
-        if not 0.001 <= getattr(c, name) < math.inf:
-            raise UserError(f"{name} must be finite and at least 0.001, which is one image, got {getattr(c, name)}")
-    for name, value in (
-        ("discriminator.camera_dropout", c.discriminator.camera_dropout),
-        ("generator.pose_swap_probability", c.generator.pose_swap_probability),
-        ("generator.pose_dropout", c.generator.pose_dropout),
-        ("generator.style_mixing", c.generator.style_mixing),
-        ("optim.lr_rampdown", c.optim.lr_rampdown),
-        ("augment.p", c.augment.p),
-    ):
-        if not 0 <= value <= 1:
-            raise UserError(f"{name} must be in [0, 1], got {value}")
-    for name, value in (("optim.beta1", c.optim.beta1), ("optim.beta2", c.optim.beta2)):
-        if not 0 <= value < 1:
-            raise UserError(f"{name} must be in [0, 1), got {value}")
-    if not -1 <= c.augment.target <= 1:
-        raise UserError(f"augment.target must be in [-1, 1], the mean of a sign, got {c.augment.target}")
-    if c.metric_images == 1:
-        raise UserError("metric_images must be 0 or at least 2, got 1")
-    if c.metric_kimg is not None and not 0.001 <= c.metric_kimg < math.inf:
-        raise UserError(f"metric_kimg must be finite and at least 0.001, which is one image, got {c.metric_kimg}")
     for name, value in (("metric_kimg", c.metric_kimg), ("inception", c.inception)):
         if value is not None and not c.metric_images:
             raise UserError(f"{name} needs images to measure: set --metric-images 2048")
-    if not 0 <= c.seed < 2**32:
-        raise UserError(f"seed must be in [0, 2^32), got {c.seed}")
     if not 1 <= c.optim.loss_scale <= 2**24 or math.frexp(c.optim.loss_scale)[0] != 0.5:
         raise UserError(
             f"optim.loss_scale must be a power of two from 1 to 2^24, got {c.optim.loss_scale:g}: set 16384"
@@ -650,8 +587,6 @@ def check(config: Config) -> None:
             f"discriminator.patch_skip_lowest and patch_skip_highest must leave some of the {levels} frequencies, "
             f"got {c.discriminator.patch_skip_lowest} and {c.discriminator.patch_skip_highest}"
         )
-    if c.generator.decoder_fourier == 1:
-        raise UserError("generator.decoder_fourier must be 0 or at least 2, got 1")
     if c.generator.backbone == "image":
         for name, value in (
             ("renderer.background", c.renderer.background != "none"),
@@ -662,7 +597,7 @@ def check(config: Config) -> None:
                 raise UserError(f"{name} belongs to generator.backbone triplane, image has no rays: leave it out")
     elif c.optim.path_length_weight:
         raise UserError("optim.path_length_weight must be 0 with generator.backbone triplane, as published")
-    for name, value in flat(c).items():
+    for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{name} must be finite, got {value}")
     check_camera(c.camera)
