@@ -209,10 +209,6 @@ def _ema_half_life(value: Any, stored: Stored) -> dict[str, Any]:
     return {"optim.ema_kimg": float(value * batch)}
 
 
-def _clamp(ours: str) -> Take:
-    return lambda value, stored: {ours: 0.0 if value is None else value}
-
-
 def _resumed(value: Any, stored: Stored) -> dict[str, Any]:
     """A run that began with another's weights has a faster ADA, and no ramp of the average."""
     kimg, rampup = (500.0, 0.05) if value in ("latest", None) else (100.0, 1e6)
@@ -244,48 +240,21 @@ def _probability(ours: str) -> Take:
     return take
 
 
-def _stochastic_camera(config: Config) -> bool:
-    return config.camera.prior != "custom"
+def _where(name: str, *values: Any) -> Callable[[Config], bool]:
+    """Whether one of our settings has one of these values."""
+    return lambda config: get(config, name) in values
 
 
-def _sphere(config: Config) -> bool:
-    return config.renderer.background == "sphere"
-
-
-def _poses_in_g(config: Config) -> bool:
-    return config.generator.pose_conditioning
-
-
-def _cameras_in_d(config: Config) -> bool:
-    return config.discriminator.camera_conditioning
-
-
-def _augmented(config: Config) -> bool:
-    return config.augment.mode != "none"
-
-
-def _fixed(config: Config) -> bool:
-    return config.augment.mode == "fixed"
-
-
-def _adaptive(config: Config) -> bool:
-    return config.augment.mode == "ada"
-
-
-def _beta(config: Config) -> bool:
-    return config.patch.distribution == "beta"
-
-
-def _discrete_scales(config: Config) -> bool:
-    return config.patch.distribution == "discrete"
-
-
-def _is_none(value: Any, config: Config) -> bool:
-    return value is None
-
-
-def _nothing(value: Any, config: Config) -> bool:
-    return value is None or value == 0
+# When a published setting has an effect, and what several say.
+CAMERA_PRIOR = _where("camera.prior", *PRIORS[1:])
+SPHERE = _where("renderer.background", "sphere")
+POSES_IN_G = _where("generator.pose_conditioning", True)
+CAMERAS_IN_D = _where("discriminator.camera_conditioning", True)
+AUGMENTED = _where("augment.mode", "ada", "fixed")
+FIXED = _where("augment.mode", "fixed")
+BETA = _where("patch.distribution", "beta")
+DISCRETE = _where("patch.distribution", "discrete")
+MODULATE = _choice("discriminator.modulate", {True: "input", False: "none"})
 
 
 def _camera_rows(section: str) -> Iterator[Setting]:
@@ -296,7 +265,20 @@ def _camera_rows(section: str) -> Iterator[Setting]:
     yield _imported(f"dataset.{section}.dist", "custom", "camera.prior", take=_choice("camera.prior", priors))
     for theirs, ours in (("horizontal", "yaw"), ("vertical", "pitch")):
         for part, name in (("mean", "mean"), ("stddev", "spread")):
-            yield _imported(f"dataset.{section}.{theirs}_{part}", "", f"camera.{ours}_{name}", when=_stochastic_camera)
+            yield _imported(f"dataset.{section}.{theirs}_{part}", "", f"camera.{ours}_{name}", when=CAMERA_PRIOR)
+
+
+def _pose_noise(section: str, when: Callable[[Config], bool]) -> Setting:
+    name = f"{section}.camera_cond_noise_std"
+    return _refused(name, "0", None, 0, note="no noise on poses", when=when, training=True)
+
+
+def _conv_clamp(network: str, ours: str) -> Setting:
+    def take(value: Any, stored: Stored) -> dict[str, Any]:
+        return {ours: 0.0 if value is None else value}
+
+    note = "None, as `training.fp32` makes it, is 0"
+    return _imported(f"{network}.conv_clamp", "256", ours, take=take, absent=256.0, note=note)
 
 
 TABLE: tuple[Setting, ...] = (
@@ -340,25 +322,11 @@ TABLE: tuple[Setting, ...] = (
     _refused("G.img_channels", "3", 3, note="images have three channels"),
     _told("model.generator.camera_cond", "false", "generator.pose_conditioning"),
     _told("G.mapping_kwargs.camera_cond", "false", "generator.pose_conditioning"),
-    _imported("model.generator.camera_cond_drop_p", "0", "generator.pose_dropout", absent=0.0, when=_poses_in_g),
-    _imported("G.mapping_kwargs.camera_cond_drop_p", "0", "generator.pose_dropout", when=_poses_in_g),
-    _imported("model.generator.camera_cond_spoof_p", "0.5", "generator.pose_swap_probability", when=_poses_in_g),
-    _refused(
-        "model.generator.camera_cond_noise_std",
-        "0",
-        fine=_nothing,
-        note="no noise on poses",
-        when=_poses_in_g,
-        training=True,
-    ),
-    _refused(
-        "G.mapping_kwargs.camera_cond_noise_std",
-        "0",
-        fine=_nothing,
-        note="no noise on poses",
-        when=_poses_in_g,
-        training=True,
-    ),
+    _imported("model.generator.camera_cond_drop_p", "0", "generator.pose_dropout", absent=0.0, when=POSES_IN_G),
+    _imported("G.mapping_kwargs.camera_cond_drop_p", "0", "generator.pose_dropout", when=POSES_IN_G),
+    _imported("model.generator.camera_cond_spoof_p", "0.5", "generator.pose_swap_probability", when=POSES_IN_G),
+    _pose_noise("model.generator", POSES_IN_G),
+    _pose_noise("G.mapping_kwargs", POSES_IN_G),
     _imported("model.generator.num_ray_steps", "48", "renderer.coarse_samples", "renderer.fine_samples"),
     _imported(
         "model.generator.clamp_mode",
@@ -391,9 +359,9 @@ TABLE: tuple[Setting, ...] = (
     _told("model.generator.tri_plane.feat_dim", "32", "generator.plane_channels"),
     _told("model.generator.tri_plane.mlp.hid_dim", "64", "generator.decoder_hidden"),
     _refused("model.generator.tri_plane.mlp.n_layers", "2", 2, note="the decoder has two layers"),
-    _refused("model.generator.tri_plane.view_hid_dim", "0", fine=_nothing, note="no view directions were published"),
-    _refused("model.generator.tri_plane.has_view_cond", "false", fine=_nothing, note="the same, later"),
-    _refused("model.generator.tri_plane.posenc_period_len", "0", fine=_nothing, note="no coordinates were published"),
+    _refused("model.generator.tri_plane.view_hid_dim", "0", None, 0, note="no view directions were published"),
+    _refused("model.generator.tri_plane.has_view_cond", "false", None, 0, note="the same, later"),
+    _refused("model.generator.tri_plane.posenc_period_len", "0", None, 0, note="no coordinates were published"),
     _no_effect("model.generator.tri_plane.fp32", "true", "roundings alone; false is `--precision fp16`"),
     _no_effect("model.generator.tri_plane.last_block_fp32", "", "roundings alone"),
     _told(
@@ -402,25 +370,18 @@ TABLE: tuple[Setting, ...] = (
         "renderer.background",
         take=_choice("renderer.background", {None: "none", "plane": "plane", "sphere": "sphere"}),
     ),
-    _imported("model.generator.bg_model.num_steps", "8", "renderer.background_samples", when=_sphere),
-    _imported("model.generator.bg_model.start", "1", "renderer.background_start", when=_sphere),
-    _refused("model.generator.bg_model.posenc_period_len", "64", 64, note="the sphere's encoding", when=_sphere),
-    _refused("model.generator.bg_model.output_channels", "4", 4, note="colour and density", when=_sphere),
-    _refused("model.generator.bg_model.coord_dim", "4", 4, note="direction and inverse radius", when=_sphere),
-    _refused("model.generator.bg_model.num_blocks", "2", 2, note="the sphere's network", when=_sphere),
-    _refused("model.generator.bg_model.fmm.enabled", "false", False, note="the sphere's network", when=_sphere),
+    _imported("model.generator.bg_model.num_steps", "8", "renderer.background_samples", when=SPHERE),
+    _imported("model.generator.bg_model.start", "1", "renderer.background_start", when=SPHERE),
+    _refused("model.generator.bg_model.posenc_period_len", "64", 64, note="the sphere's encoding", when=SPHERE),
+    _refused("model.generator.bg_model.output_channels", "4", 4, note="colour and density", when=SPHERE),
+    _refused("model.generator.bg_model.coord_dim", "4", 4, note="direction and inverse radius", when=SPHERE),
+    _refused("model.generator.bg_model.num_blocks", "2", 2, note="the sphere's network", when=SPHERE),
+    _refused("model.generator.bg_model.fmm.enabled", "false", False, note="the sphere's network", when=SPHERE),
     _no_effect("model.generator.bg_model.fmm.*", "", "off"),
     _no_effect("model.generator.bg_model.cbase", "32768", "widths are in the tensors"),
     _no_effect("model.generator.bg_model.cmax", "128", "widths are in the tensors"),
     _no_effect("model.generator.bg_model.num_fp16_blocks", "0", "roundings alone"),
-    _imported(
-        "G.conv_clamp",
-        "256",
-        "generator.clamp",
-        take=_clamp("generator.clamp"),
-        absent=256.0,
-        note="None, as `training.fp32` makes it, is 0",
-    ),
+    _conv_clamp("G", "generator.clamp"),
     _no_effect("G.num_fp16_res", "", "roundings alone"),
     _no_effect("G.fused_modconv_default", "", "roundings alone"),
     # Discriminator
@@ -438,31 +399,12 @@ TABLE: tuple[Setting, ...] = (
     ),
     _imported("D.img_resolution", "64", "patch.resolution"),
     _told("model.discriminator.camera_cond", "false", "discriminator.camera_conditioning"),
-    _imported("model.discriminator.camera_cond_drop_p", "0", "discriminator.camera_dropout", when=_cameras_in_d),
-    _refused(
-        "model.discriminator.camera_cond_noise_std",
-        "0",
-        fine=_nothing,
-        note="no noise on poses",
-        when=_cameras_in_d,
-        training=True,
-    ),
-    _told(
-        "model.discriminator.hyper_mod",
-        "true",
-        "discriminator.modulate",
-        take=_choice("discriminator.modulate", {True: "input", False: "none"}),
-    ),
+    _imported("model.discriminator.camera_cond_drop_p", "0", "discriminator.camera_dropout", when=CAMERAS_IN_D),
+    _pose_noise("model.discriminator", CAMERAS_IN_D),
+    _told("model.discriminator.hyper_mod", "true", "discriminator.modulate", take=MODULATE),
     _imported("model.discriminator.mbstd_group_size", "4", "discriminator.minibatch_std_group"),
     _imported("D.epilogue_kwargs.mbstd_group_size", "4", "discriminator.minibatch_std_group"),
-    _imported(
-        "D.conv_clamp",
-        "256",
-        "discriminator.clamp",
-        take=_clamp("discriminator.clamp"),
-        absent=256.0,
-        note="None, as `training.fp32` makes it, is 0",
-    ),
+    _conv_clamp("D", "discriminator.clamp"),
     _no_effect("D.num_fp16_res", "4", "roundings alone; `--discriminator.half-blocks` is the same"),
     _refused("D.block_kwargs.freeze_layers", "0", 0, note="every layer learns", training=True),
     # Losses and optimizers
@@ -470,7 +412,7 @@ TABLE: tuple[Setting, ...] = (
     _imported("model.discriminator.optim.lr", "0.002", "optim.d_lr"),
     _imported("model.generator.optim.betas", "0, 0.99", "optim.beta1", "optim.beta2", take=_betas),
     _imported("model.discriminator.optim.betas", "0, 0.99", "optim.beta1", "optim.beta2", take=_betas),
-    _refused("model.generator.optim.grad_clip", "null", fine=_is_none, note="gradients are not clipped", training=True),
+    _refused("model.generator.optim.grad_clip", "null", None, note="gradients are not clipped", training=True),
     _imported(
         "model.generator.ema_multiplier",
         "0.3125",
@@ -508,12 +450,7 @@ TABLE: tuple[Setting, ...] = (
     ),
     _refused("training.freezed", "0", 0, note="every layer learns", training=True),
     _refused("training.patch.enabled", "true", True, note="patches alone", training=True),
-    _told(
-        "training.patch.patch_params_cond",
-        "true",
-        "discriminator.modulate",
-        take=_choice("discriminator.modulate", {True: "input", False: "none"}),
-    ),
+    _told("training.patch.patch_params_cond", "true", "discriminator.modulate", take=MODULATE),
     _imported("training.patch.resolution", "64", "patch.resolution"),
     _imported("training.patch.mbstd_group_size", "4", "discriminator.minibatch_std_group"),
     _imported(
@@ -523,10 +460,10 @@ TABLE: tuple[Setting, ...] = (
         take=_choice("patch.distribution", {"beta": "beta", "uniform": "uniform", "discrete_uniform": "discrete"}),
     ),
     _imported("training.patch.anneal_kimg", "10,000", "patch.anneal_kimg", take=_at_once("patch.anneal_kimg")),
-    _imported("training.patch.beta_val_start", "0.001", "patch.beta_start", when=_beta),
-    _imported("training.patch.beta_val_end", "0.8", "patch.beta_end", when=_beta),
-    _refused("training.patch.alpha", "1", 1, note="Beta(1, beta)", when=_beta, training=True),
-    _imported("training.patch.discrete_support", "0.25, 1", "patch.num_scales", take=_discrete, when=_discrete_scales),
+    _imported("training.patch.beta_val_start", "0.001", "patch.beta_start", when=BETA),
+    _imported("training.patch.beta_val_end", "0.8", "patch.beta_end", when=BETA),
+    _refused("training.patch.alpha", "1", 1, note="Beta(1, beta)", when=BETA, training=True),
+    _imported("training.patch.discrete_support", "0.25, 1", "patch.num_scales", take=_discrete, when=DISCRETE),
     _refused(
         "training.patch.min_scale_trg",
         "patch / image",
@@ -543,23 +480,21 @@ TABLE: tuple[Setting, ...] = (
         "augment.mode",
         take=_choice("augment.mode", {"noaug": "none", "ada": "ada", "fixed": "fixed"}),
     ),
-    _imported("training.p", "0.2", "augment.p", take=_strength, when=_fixed, note="where it is fixed; ada begins at 0"),
-    _imported("training.target", "0.6", "augment.target", when=_adaptive),
+    _imported("training.p", "0.2", "augment.p", take=_strength, when=FIXED, note="where it is fixed; ada begins at 0"),
+    _imported("training.target", "0.6", "augment.target", when=_where("augment.mode", "ada")),
     *(
         _imported(
             f"training.augment.probs.{theirs}",
             "0" if theirs == "xflip" else "1",
             f"augment.{ours}",
             take=_probability(f"augment.{ours}"),
-            when=_augmented,
+            when=AUGMENTED,
             note="0 or 1",
         )
         for theirs, ours in (("xflip", "x_flip"), *((name, name) for name in AUGMENTATIONS), ("lumaflip", "luma_flip"))
     ),
     *(
-        _refused(
-            f"training.augment.probs.{name}", "", fine=_nothing, note="not in EpiGRAF", when=_augmented, training=True
-        )
+        _refused(f"training.augment.probs.{name}", "", None, 0, note="not in EpiGRAF", when=AUGMENTED, training=True)
         for name in ("imgfilter", "noise", "cutout")
     ),
     _no_effect("training.fp32", "false", "as `conv_clamp` and `num_fp16_res` say"),
