@@ -9,7 +9,6 @@ $ epigraf figures curves runs/demo --out curves.png
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,11 +23,12 @@ from ..camera import Patch
 from ..config import Config, PatchConfig
 from ..errors import UserError
 from ..models.discriminator import Discriminator
-from ..training.checkpoint import find_checkpoint, load_checkpoint
-from ..training.identify import what_else
+from ..training.checkpoint import load_checkpoint
 from ..training.log import read_stats
-from ..training.pretrained import find_generator
+from ..training.networks import build_discriminator
+from ..training.pretrained import find_generator, label_dim_of
 from ..training.schedule import patch_beta, patch_min_scale
+from ..training.snapshot import read_metrics
 from . import plotting
 from .arguments import Overwrite, about, check_effect, default, filled, parse, real, whole
 from .command import running, waiting
@@ -79,30 +79,16 @@ def load_discriminator(path: Path) -> tuple[Config, Discriminator]:
     Raises:
         UserError: There is none, or a generator alone.
     """
-    if find_generator(path).suffix == ".safetensors":
+    file = find_generator(path)
+    if file.suffix == ".safetensors":
         raise UserError(
             f"{path} is a generator alone: D, which this figure draws, is not in it; give a run's checkpoint"
         )
-    file = find_checkpoint("auto" if path.is_dir() else str(path), path)
-    if file is None:
-        other = what_else(path)
-        hint = f"is {other}" if other else "holds no checkpoint: give a checkpoint or a run folder"
-        raise UserError(f"{path} {hint}")
     config, content = load_checkpoint(file)
     if config.discriminator.scales > 1:
         raise UserError("the discriminators of this run are not modulated: there is nothing to draw")
-    state = content["trainer"]["discriminator"]
-
-    def build(label_dim: int) -> Discriminator:
-        return Discriminator(config.discriminator, config.resolution, config.patch.resolution, label_dim=label_dim)
-
-    label_dim = 0
-    if "head.embed.weight" in state:
-        with torch.device("meta"):
-            plain = build(0)
-        label_dim = state["head.embed.weight"].shape[1] - (plain.head.c_dim if plain.head is not None else 0)
-    discriminator = build(label_dim)
-    discriminator.load_state_dict(state)
+    discriminator = build_discriminator(config, label_dim_of(config, content["trainer"]["average"]))
+    discriminator.load_state_dict(content["trainer"]["discriminator"])
     return config, discriminator.eval()
 
 
@@ -185,16 +171,8 @@ def draw_modulation(discriminator: Discriminator, smallest: float, seed: int) ->
 def draw_curves(run_dir: Path) -> Any:
     """Losses, logits, speed and the rest of stats.jsonl, one panel a group; distances of metrics.json in their own."""
     lines = read_stats(run_dir / "stats.jsonl")
-    path = run_dir / "metrics.json"
-    if path.is_file():
-        try:
-            entries = json.loads(path.read_text())
-            lines = [
-                *lines,
-                *({f"metrics/{k}": v for k, v in e.items()} | {"cur_nimg": e["cur_nimg"]} for e in entries),
-            ]
-        except (ValueError, TypeError, KeyError, AttributeError):
-            raise UserError(f"{path} is damaged: move it away to draw the rest") from None
+    for entry in read_metrics(run_dir):
+        lines.append({f"metrics/{name}": value for name, value in entry.items()} | {"cur_nimg": entry["cur_nimg"]})
     hidden = {"cur_nimg", "kimg", "seconds", "sec_per_kimg", "images", "metrics/cur_nimg", "metrics/images"}
     groups: dict[str, set[str]] = {}
     for line in lines:

@@ -47,17 +47,21 @@ def load_generator(
     if three_d and config.generator.backbone == "image":
         raise UserError(f"{path} is a generator of images (generator.backbone image): it has no planes to look into")
     config = dataclasses.replace(config, backend="auto")  # that of the run need not be here
-    embed = state.get("mapping.embed.weight")
-    label_dim = 0 if embed is None else embed.shape[1] - 2 * config.generator.pose_conditioning
     try:
         with torch.random.fork_rng(devices=[]):  # the values drawn here are replaced
-            generator = build_generator(config, label_dim, device.type)
+            generator = build_generator(config, label_dim_of(config, state), device.type)
         generator.load_state_dict(state)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()  # the first line names the class
         raise UserError(f"{path}: the generator does not fit its settings: {reason[:200]}") from None
     generator.label_values = label_values
     return config, generator.eval().requires_grad_(False).to(device)
+
+
+def label_dim_of(config: Config, state: dict[str, Tensor]) -> int:
+    """How many numbers a label has, 0 for none, as the generator's tensors tell."""
+    embed = state.get("mapping.embed.weight")
+    return 0 if embed is None else embed.shape[1] - 2 * config.generator.pose_conditioning
 
 
 def find_generator(path: Path) -> Path:

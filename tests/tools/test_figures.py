@@ -141,7 +141,7 @@ def test_faults(
     assert "holds no stats.jsonl" in one_error_line(figures.main, "curves", tmp_path)
     for content in ("[", "{}x", "[1]", '[{"fd": 3}]', "3"):
         (tmp_path / "metrics.json").write_text(content)
-        assert "metrics.json is damaged: move it away" in one_error_line(figures.main, "curves", tmp_path)
+        assert "metrics.json is damaged: " in one_error_line(figures.main, "curves", tmp_path)
     assert "holds no checkpoint" in one_error_line(figures.main, "modulation", tmp_path)
     assert "--out must end in .png, .pdf or .svg" in one_error_line(figures.main, "scales", "--out", tmp_path / "x.txt")
     config = tiny_config(discriminator={"modulate": "none"})
