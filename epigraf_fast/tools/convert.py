@@ -15,7 +15,7 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -32,41 +32,39 @@ from ..training.checkpoint import checkpoint_path, save_checkpoint
 from ..training.identify import SNAPSHOT, what_else
 from ..training.memory import meta_networks
 from ..training.pretrained import check_finite, find_generator, load_generator, save_safetensors
-from .arguments import Checkpoint, Overwrite, about, check_effect, default, optional, real, whole
+from .arguments import Checkpoint, Overwrite, about, check_effect, default, real
 from .arguments import parse as parse_options
 from .command import check_folder, output_folder, running, waiting
 from .published import Optimizer, Snapshot, read_snapshot
 from .published_settings import LABEL_DIM, Stored, apply, get, import_settings, parse
 
-# Published name -> ours, the first pattern that matches the whole name.
+# Published names and ours, which translate both ways: the first pair that fits the whole name.
 GENERATOR_NAMES = (
-    (r"synthesis\.tri_plane_decoder\.(b\d+)\.torgb\.(.+)", r"synthesis.\1.to_planes.\2"),
-    (r"synthesis\.tri_plane_decoder\.(b\d+\..+)", r"synthesis.\1"),
-    (r"synthesis\.tri_plane_mlp\.model\.([01])\.(weight|bias)", r"decoder.fc\1.\2"),
-    (r"synthesis\.bg_model\.blocks\.0\.conv1\.(.+)", r"background.layer0.\1"),
-    (r"synthesis\.bg_model\.blocks\.1\.conv0\.(.+)", r"background.layer1.\1"),
-    (r"synthesis\.bg_model\.blocks\.1\.conv1\.(.+)", r"background.layer2.\1"),
-    (r"synthesis\.bg_model\.blocks\.([01])\.to_out\.(.+)", r"background.out\1.\2"),
-    (r"mapping\.mean_camera_pose", r"mean_camera_pose"),
-    (r"(mapping\..+)", r"\1"),
+    ("synthesis.tri_plane_decoder.b{res}.torgb.{rest}", "synthesis.b{res}.to_planes.{rest}"),
+    ("synthesis.tri_plane_decoder.b{res}.{rest}", "synthesis.b{res}.{rest}"),
+    ("synthesis.tri_plane_mlp.model.0.{last}", "decoder.fc0.{last}"),
+    ("synthesis.tri_plane_mlp.model.1.{last}", "decoder.fc1.{last}"),
+    ("synthesis.bg_model.blocks.0.conv1.{rest}", "background.layer0.{rest}"),
+    ("synthesis.bg_model.blocks.1.conv0.{rest}", "background.layer1.{rest}"),
+    ("synthesis.bg_model.blocks.1.conv1.{rest}", "background.layer2.{rest}"),
+    ("synthesis.bg_model.blocks.0.to_out.{rest}", "background.out0.{rest}"),
+    ("synthesis.bg_model.blocks.1.to_out.{rest}", "background.out1.{rest}"),
+    ("mapping.mean_camera_pose", "mean_camera_pose"),
+    ("mapping.{rest}", "mapping.{rest}"),
 )
 DISCRIMINATOR_NAMES = (
-    (r"scalar_enc\.const_embed\.weight", r"patch_encoder.table"),
-    (r"hyper_mod_mapping\.(.+)", r"hypernetwork.\1"),
-    (r"head_mapping\.(.+)", r"head.\1"),
-    (r"b4\.(conv|fc|out)\.(.+)", r"\1.\2"),
-    (r"(b\d+)\.fromrgb\.(.+)", r"\1.from_rgb.\2"),
-    (r"(b\d+)\.conv1\.affine\.(.+)", r"\1.affine.\2"),
-    (r"(b\d+\..+)", r"\1"),
+    ("scalar_enc.const_embed.weight", "patch_encoder.table"),
+    ("hyper_mod_mapping.{rest}", "hypernetwork.{rest}"),
+    ("head_mapping.{rest}", "head.{rest}"),
+    ("b4.conv.{rest}", "conv.{rest}"),
+    ("b4.fc.{rest}", "fc.{rest}"),
+    ("b4.out.{rest}", "out.{rest}"),
+    ("b{res}.fromrgb.{rest}", "b{res}.from_rgb.{rest}"),
+    ("b{res}.conv1.affine.{rest}", "b{res}.affine.{rest}"),
+    ("b{res}.{rest}", "b{res}.{rest}"),
 )
+PARTS = {"res": r"(?P<res>\d+)", "rest": r"(?P<rest>.+)", "last": r"(?P<last>weight|bias)"}
 BACKGROUND = "synthesis.bg_model.blocks."
-BACKGROUND_LAYERS = {
-    "layer0": "0.conv1",
-    "layer1": "1.conv0",
-    "layer2": "1.conv1",
-    "out0": "0.to_out",
-    "out1": "1.to_out",
-}
 EXPORTS = {"ours": "G_ema.safetensors", "published": "G_ema-published.safetensors"}
 CAMERA_STEPS = "head_mapping.camera_scalar_enc"
 COEFFICIENTS = ".fourier_encoder.fourier_coefs"
@@ -118,11 +116,11 @@ def account_for(tensors: dict[str, Tensor], network: str) -> Account:
     return account
 
 
-def _translate(name: str, patterns: Sequence[tuple[str, str]]) -> str | None:
-    for pattern, ours in patterns:
-        found = re.fullmatch(pattern, name)
+def _translate(name: str, names: Iterable[tuple[str, str]]) -> str | None:
+    for template, other in names:
+        found = re.fullmatch(template.replace(".", r"\.").format(**PARTS), name)
         if found:
-            return found.expand(ours)
+            return other.format(**found.groupdict())
     return None
 
 
@@ -369,27 +367,15 @@ def optimizer_state(
 
 def published_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our average generator under the published names, constants included."""
-    back = {}
+    names, back = [(ours, theirs) for theirs, ours in GENERATOR_NAMES], {}
     for name, tensor in state.items():
-        layer = re.fullmatch(r"synthesis\.(b\d+)\.(.+)", name)
-        behind = re.fullmatch(r"background\.(\w+)\.(.+)", name)
-        fully_connected = re.fullmatch(r"decoder\.fc([01])\.(.+)", name)
-        if layer:
-            block, rest = f"synthesis.tri_plane_decoder.{layer[1]}", layer[2].replace("to_planes.", "torgb.")
-            back[f"{block}.{rest}"] = tensor
-            back[f"{block}.resample_filter"] = low_pass_filter()
-            if re.fullmatch(r"conv[01]\.bias", rest):
-                back[f"{block}.{rest.removesuffix('bias')}resample_filter"] = low_pass_filter()
-        elif fully_connected:
-            back[f"synthesis.tri_plane_mlp.model.{fully_connected[1]}.{fully_connected[2]}"] = tensor
-        elif behind:
-            back[f"{BACKGROUND}{BACKGROUND_LAYERS[behind[1]]}.{behind[2]}"] = tensor
-        elif name == "mean_camera_pose":
-            back["mapping.mean_camera_pose"] = tensor
-        elif name.startswith("mapping."):
-            back[name] = tensor
-        else:
+        theirs = _translate(name, names)
+        if theirs is None:
             raise UserError(f"{name} has no published name")
+        back[theirs] = tensor
+        layer = re.match(r"(synthesis\.tri_plane_decoder\.b\d+\.)(conv[01]\.)?", theirs)
+        if layer:
+            back |= {f"{prefix}resample_filter": low_pass_filter() for prefix in (layer[1], layer[0])}
     if any(name.startswith(BACKGROUND) for name in back):
         back[f"{BACKGROUND}0.scalar_enc{COEFFICIENTS}"] = octaves(len(ScalarEncoder(ENCODER_STEPS).frequencies))
     return back
@@ -401,7 +387,6 @@ def import_snapshot(
     *,
     preset_name: str | None = None,
     settings: Mapping[str, Any] | None = None,
-    patch_resolution: int | None = None,
     kimg: float | None = None,
     average: bool = False,
 ) -> list[str]:
@@ -412,7 +397,6 @@ def import_snapshot(
     Args:
         preset_name: Whose settings stand for those that the snapshot does not tell; default: they are asked for.
         settings: Ours, by dotted name, that hold whatever the snapshot says.
-        patch_resolution: As the setting patch.resolution.
         kimg: Thousands of images seen; default: as stored, else as the file's name says.
         average: The average generator alone, and no questions about training.
 
@@ -420,15 +404,12 @@ def import_snapshot(
         The report, line by line.
     """
     snapshot = read_snapshot(path)
-    given = dict(settings or {})
-    if patch_resolution is not None:
-        given["patch.resolution"] = patch_resolution
     base = dataclasses.replace(preset(preset_name or "ffhq"), run_dir=str(out))
     training = not average and {"G", "D"} <= snapshot.networks.keys()
     wanted = ("G_ema", "G", "D") if training else ("G_ema",)
     tensors = {name: network for name, network in snapshot.networks.items() if name in wanted}
     try:
-        config, label_dim, told = config_of(snapshot, base, given, base_name=preset_name, training=training)
+        config, label_dim, told = config_of(snapshot, base, settings, base_name=preset_name, training=training)
         images, iterations, counted = images_seen(snapshot, path, kimg, config.batch) if training else (0, 0, [])
         generator, discriminator = meta_networks(config, label_dim)
         modules = {"G_ema": generator, "G": generator, "D": discriminator}
@@ -547,7 +528,7 @@ def export_generator(path: Path, out: Path, names: str = "ours") -> list[str]:
 
 # Flag -> the kind of checkpoint that it is for, and what holds without it.
 PICKLE, OURS = "a .pkl", "a checkpoint of ours"
-FOR_KINDS = dict.fromkeys(("preset", "set", "patch_resolution", "average", "kimg"), (PICKLE,)) | {"names": (OURS,)}
+FOR_KINDS = dict.fromkeys(("preset", "set", "average", "kimg"), (PICKLE,)) | {"names": (OURS,)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -562,8 +543,6 @@ class Options:
     """Of a .pkl: whose settings stand for those that it does not tell."""
     set: UseAppendAction[Annotated[tuple[str, ...], about(metavar="NAME=VALUE")]] = ()
     """Of a .pkl: one of our settings, as camera.fov=12, whatever it says; may be given again."""
-    patch_resolution: Annotated[int | None, whole(8, 4096), optional] = None
-    """Of a .pkl: the same as --set patch.resolution=N."""
     average: bool = False
     """Of a .pkl: the average generator alone, nothing to train on from."""
     kimg: Annotated[float | None, real(0, 1e7), default("as it says")] = None
@@ -590,7 +569,6 @@ def run(options: Options) -> list[str]:
                 options.out,
                 preset_name=options.preset,
                 settings=dict(parse(text) for text in options.set),
-                patch_resolution=options.patch_resolution,
                 kimg=options.kimg,
                 average=options.average,
             )
