@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from ..config import Config, differences, preset, to_dict
 from ..data import ImageDataset
 from ..errors import UserError
 from ..training.checkpoint import check_resumable, find_checkpoint, load_checkpoint
-from ..training.endurance import explain_out_of_memory
+from ..training.endurance import device_bytes, explain_out_of_memory
 from ..training.log import read_stats
 from ..training.memory import meta_networks, parameter_count, step_bytes
 from ..training.precision import capability_of, settled
@@ -53,20 +52,13 @@ def facts(
             "camera": "of the data" if dataset.camera else "of the settings",
         },
         "parameters": {"G": parameter_count(generator), "D": parameter_count(discriminator)},
-        "memory": {"fixed": fixed, "micro_batch": step, "machine": memory_of(device)},
+        "memory": {"fixed": fixed, "micro_batch": step, "machine": device_bytes(device)},
         "iterations": -(-round(config.kimg * 1000) // config.batch),
         "device": str(device),
         "processes": processes,
         "resume": None if checkpoint is None else {"from": str(checkpoint), "images": cur_nimg, "changes": changes},
         "seconds_left": seconds_left(config, cur_nimg),
     }
-
-
-def memory_of(device: torch.device) -> int:
-    """Bytes that a GPU, or the machine, has in all."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def seconds_left(config: Config, cur_nimg: int) -> float | None:

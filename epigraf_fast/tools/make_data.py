@@ -18,7 +18,6 @@ import dataclasses
 import importlib.util
 import io
 import json
-import math
 import random
 import re
 import zipfile
@@ -35,6 +34,7 @@ from ..errors import UserError, not_installed
 from ..files import READ_ERRORS, reason, walk
 from .arguments import Overwrite, check_effect, default, optional, parse, real, whole
 from .command import Progress, check_output, heard, output, running, uninterrupted, waiting
+from .poses import border_fov
 
 MESH_SUFFIXES = (".obj", ".ply", ".stl", ".glb", ".gltf")
 SUPERSAMPLING = 4
@@ -104,11 +104,6 @@ class Mesh:
     path: Path
     color: tuple[float, float, float] | None = None  # None: the file's own materials
     label: int | None = None
-
-
-def vtk_view_angle(fov: float, resolution: int) -> float:
-    """VTK's view angle (degrees) for our `fov`: ours ends at the centres of the border pixels, VTK's at their edges."""
-    return 2 * math.degrees(math.atan(math.tan(math.radians(fov) / 2) * resolution / (resolution - 1)))
 
 
 def downsample(image: np.ndarray, factor: int) -> np.ndarray:
@@ -191,7 +186,7 @@ class Renderer:
         self.plotter = pyvista.Plotter(off_screen=True, window_size=(size, size), lighting="none")
         self.plotter.set_background("white")
         self.plotter.render_window.SetMultiSamples(0)
-        self.plotter.camera.view_angle = vtk_view_angle(recipe.fov, resolution)
+        self.plotter.camera.view_angle = border_fov(recipe.fov, resolution)  # VTK's goes from border to border
 
     def render(self, mesh: Mesh, angles: torch.Tensor) -> tuple[list[np.ndarray], float]:
         """V views of a mesh, [R, R, 3] uint8, and their mean alpha.

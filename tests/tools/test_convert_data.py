@@ -17,8 +17,7 @@ import torch
 from epigraf_fast.camera import cam2world_matrix, frustum_extent
 from epigraf_fast.data import ImageDataset
 from epigraf_fast.tools import convert_data
-from epigraf_fast.tools.make_data import vtk_view_angle
-from epigraf_fast.tools.poses import to_angles
+from epigraf_fast.tools.poses import border_fov, to_angles
 
 FOCAL = 4.2647  # of EG3D's FFHQ labels
 
@@ -85,9 +84,7 @@ def test_from_eg3d(eg3d: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         np.testing.assert_allclose(ours[:3, 0], turn @ theirs[:3, 0], atol=1e-6)  # right
         np.testing.assert_allclose(ours[:3, 1], -turn @ theirs[:3, 1], atol=1e-6)  # up
     # The outermost pixel centres lie half a pixel inside the borders, as in the rendering tool.
-    assert vtk_view_angle(dataset.camera["fov"], 16) == pytest.approx(
-        math.degrees(2 * math.atan(0.5 / FOCAL)), abs=1e-4
-    )
+    assert border_fov(dataset.camera["fov"], 16) == pytest.approx(math.degrees(2 * math.atan(0.5 / FOCAL)), abs=1e-4)
     values = {key: dataset.camera[key] for key in ("fov", "radius", "ray_start", "ray_end")}
     assert 0 <= dataset.camera["cube_scale"] - frustum_extent(**values) < 2e-4
 
@@ -246,7 +243,7 @@ def replace_images(nerf: Path, size: tuple[int, int]) -> list[np.ndarray]:
 
 def fov_of(out: Path, resolution: int) -> float:
     """Degrees between the borders, of the camera that was stored."""
-    return vtk_view_angle(ImageDataset(out, resolution).camera["fov"], resolution)
+    return border_fov(ImageDataset(out, resolution).camera["fov"], resolution)
 
 
 RAYS = ("--ray-start", 2, "--ray-end", 6)

@@ -22,6 +22,7 @@ from epigraf_fast.data import ImageDataset
 from epigraf_fast.errors import UserError
 from epigraf_fast.tools import make_data
 from epigraf_fast.tools.make_data import RECIPES
+from epigraf_fast.tools.poses import border_fov
 
 
 def test_a_scaled_recipe_shows_the_same_in_other_units():
@@ -47,7 +48,7 @@ def test_recipe_keeps_its_frustum_in_the_cube_and_its_sphere_in_sight(name):
 
 
 def test_view_angle_puts_fov_on_pixel_centres():
-    half = math.radians(make_data.vtk_view_angle(30, 64)) / 2
+    half = math.radians(border_fov(30, 64)) / 2
     # The outermost centres lie half a pixel, 1/64 of the half width, inside VTK's frustum.
     assert math.tan(half) * (1 - 1 / 64) == pytest.approx(math.tan(math.radians(15)))
 
