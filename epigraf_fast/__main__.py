@@ -38,7 +38,14 @@ def main(args: Sequence[str] | None = None) -> int:
     name = " ".join(words[: 2 if words[:1] == ["data"] else 1])
     if name in COMMANDS:
         module = importlib.import_module(f".tools.{COMMANDS[name][0]}", __package__)
-        return module.main(words[len(name.split()) :]) or 0
+        rest = words[len(name.split()) :]
+        if name == "train":  # ends in a way of its own
+            return module.main(rest)
+        from .tools.arguments import parse
+
+        with running():
+            module.run(parse(module.Options, name, module.__doc__, rest))
+        return 0
     begun()
     if words[:1] and words[0] in COMPLETION:
         from .tools.complete import complete

@@ -1,17 +1,25 @@
-"""What tests of training's command line share: flags of a config, the losses of a run, the one line of a fault."""
+"""What tests of command lines share: a tool's command, flags of a config, the losses of a run, the line of a fault."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import nn
 
+from epigraf_fast.__main__ import COMMANDS, main
 from epigraf_fast.config import Config, differences, preset
 from epigraf_fast.training.log import read_stats
 
 SPEED = ("seconds", "sec_per_kimg", "img_per_sec")
 CLOCKED = ("time/", "gpu/")
+
+
+def run_tool(tool: ModuleType, *words: object) -> int:
+    """Runs the command whose module in epigraf_fast.tools this is."""
+    names = {f"epigraf_fast.tools.{module}": name for name, (module, _) in COMMANDS.items()}
+    return main([*names[tool.__name__].split(), *map(str, words)])
 
 
 def flags(config: Config, base: str = "demo") -> list[str]:

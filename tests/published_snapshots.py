@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from command_lines import run_tool
 from epigraf_fast.tools import convert
 
 LISTS = Path(__file__).parent / "data" / "published_state_dict.txt"
@@ -353,7 +354,7 @@ def write_snapshot(
 def refusal(path: Path, out: Path, capsys: pytest.CaptureFixture[str], *options: str) -> str:
     """The one error line of a conversion, which leaves nothing behind."""
     with pytest.raises(SystemExit) as caught:
-        convert.main([str(path), "--out", str(out), *options])
+        run_tool(convert, path, "--out", out, *options)
     assert caught.value.code == 2
     captured = capsys.readouterr()
     assert captured.out == ""

@@ -144,7 +144,7 @@ class GeneratorOptions:
 # Reading
 
 
-def parse(options: type[T], command: str, document: str, args: Sequence[str] | None) -> T:
+def parse(options: type[T], command: str, document: str, args: Sequence[str]) -> T:
     """The options of `epigraf COMMAND`.
 
     Args:

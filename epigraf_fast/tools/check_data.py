@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,8 +24,8 @@ from ..config import PRESETS, CameraConfig, preset, with_data_camera
 from ..data import ImageDataset
 from ..training.sampling import prior_angles
 from . import plotting
-from .arguments import Json, Overwrite, default, optional, parse, whole
-from .command import Progress, running, waiting
+from .arguments import Json, Overwrite, default, optional, whole
+from .command import Progress, waiting
 
 DRAWN = 200  # cameras in the plot
 BINS = 40
@@ -172,11 +172,6 @@ class Options:
     """The .png, .pdf or .svg to draw the poses in."""
     overwrite: Overwrite = False
     json: Json = False
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    with running():
-        run(parse(Options, "data check", __doc__, args))
 
 
 def run(options: Options) -> None:

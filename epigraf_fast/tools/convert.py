@@ -15,7 +15,7 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -33,8 +33,7 @@ from ..training.identify import SNAPSHOT, what_else
 from ..training.memory import meta_networks
 from ..training.pretrained import check_finite, find_generator, load_generator, save_safetensors
 from .arguments import Checkpoint, Overwrite, about, check_effect, default, real
-from .arguments import parse as parse_options
-from .command import check_folder, output_folder, running, waiting
+from .command import check_folder, output_folder, waiting
 from .published import Optimizer, Snapshot, read_snapshot
 from .published_settings import LABEL_DIM, Stored, apply, get, import_settings, parse
 
@@ -551,12 +550,7 @@ class Options:
     """Of ours: names of the exported tensors."""
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    with running():
-        print(*run(parse_options(Options, "convert", __doc__, args)), sep="\n")
-
-
-def run(options: Options) -> list[str]:
+def run(options: Options) -> None:
     pickled = options.checkpoint.suffix == ".pkl" or what_else(options.checkpoint) == SNAPSHOT
     check_effect(options, PICKLE if pickled else OURS, FOR_KINDS)
     names = options.names or "ours"
@@ -564,7 +558,7 @@ def run(options: Options) -> list[str]:
     check_folder("--out", options.out, written, overwrite=options.overwrite)
     with waiting(f"converting {options.checkpoint.name}"):
         if pickled:
-            return import_snapshot(
+            report = import_snapshot(
                 options.checkpoint,
                 options.out,
                 preset_name=options.preset,
@@ -572,4 +566,6 @@ def run(options: Options) -> list[str]:
                 kimg=options.kimg,
                 average=options.average,
             )
-        return export_generator(options.checkpoint, options.out, names)
+        else:
+            report = export_generator(options.checkpoint, options.out, names)
+    print(*report, sep="\n")

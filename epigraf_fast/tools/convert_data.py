@@ -50,8 +50,8 @@ from ..files import (
     upright,
     upright_size,
 )
-from .arguments import Overwrite, about, check_effect, default, filled, optional, parse, real, whole
-from .command import Progress, check_output, output, running
+from .arguments import Overwrite, about, check_effect, default, filled, optional, real, whole
+from .command import Progress, check_output, output
 from .poses import (
     AXES,
     EG3D_YAW,
@@ -341,12 +341,7 @@ class Options:
     """To others: distance of the cameras, if the set stores none."""
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    with running():
-        print(*run(parse(Options, "data convert", __doc__, args)), sep="\n")
-
-
-def run(options: Options) -> list[str]:
+def run(options: Options) -> None:
     check_effect(options, options.direction, FOR_DIRECTIONS)
     eg3d = options.direction.endswith("eg3d")
     conventions = {"axes": "opencv", "up": "y"} if eg3d else {"axes": "opengl", "up": "z"}
@@ -359,5 +354,7 @@ def run(options: Options) -> list[str]:
     if options.crop and options.out.suffix != ".zip":
         raise UserError(f"--crop cuts the images: the output must be a .zip, got {options.out}")
     if options.direction in FROM:
-        return from_others(options, read_eg3d if eg3d else read_nerf, yaw_offset)
-    return to_others(options, eg3d, yaw_offset)
+        report = from_others(options, read_eg3d if eg3d else read_nerf, yaw_offset)
+    else:
+        report = to_others(options, eg3d, yaw_offset)
+    print(*report, sep="\n")

@@ -14,7 +14,6 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
 from importlib import metadata
 from typing import Any, Literal
 
@@ -27,7 +26,6 @@ from ..training import proof
 from ..training.metrics import PACKAGES as METRICS_PACKAGES
 from ..training.networks import find_device
 from ..training.precision import capability_of, settled
-from .command import running
 
 Report = dict[str, Any]
 
@@ -231,11 +229,7 @@ class Options:
     """To check; default: the GPU, if there is one."""
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    from .arguments import parse  # here, as those that only ask for a report may lack tyro
-
-    with running():
-        options = parse(Options, "doctor", __doc__, args)
-        if options.check:
-            raise SystemExit(check_kernels(options.preset, find_device(options.device)))
-        print(json.dumps(report(), indent=2) if options.json else format_report(report()))
+def run(options: Options) -> None:
+    if options.check:
+        raise SystemExit(check_kernels(options.preset, find_device(options.device)))
+    print(json.dumps(report(), indent=2) if options.json else format_report(report()))

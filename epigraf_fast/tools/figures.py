@@ -9,7 +9,6 @@ $ epigraf figures curves runs/demo --out curves.png
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,8 +29,8 @@ from ..training.pretrained import find_generator, label_dim_of
 from ..training.schedule import patch_beta, patch_min_scale
 from ..training.snapshot import read_metrics
 from . import plotting
-from .arguments import Overwrite, about, check_effect, default, filled, parse, real, whole
-from .command import running, waiting
+from .arguments import Overwrite, about, check_effect, default, filled, real, whole
+from .command import waiting
 
 MAX_DENSITY = 5.0  # what Fig. 3 clamps densities to
 FILTERS = 5  # random filters of a layer in Fig. 7
@@ -227,11 +226,6 @@ class Options:
     """For schedules: images an iteration."""
     seed: Annotated[int | None, whole(0, 2**63 - 1), default(DEFAULTS["seed"])] = None
     """For modulation: which filters are shown."""
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    with running():
-        run(parse(Options, "figures", __doc__, args))
 
 
 def run(options: Options) -> None:

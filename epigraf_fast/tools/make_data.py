@@ -32,8 +32,8 @@ import torch
 from ..camera import cam2world_matrix, sample_angles
 from ..errors import UserError, not_installed
 from ..files import READ_ERRORS, reason, walk
-from .arguments import Overwrite, check_effect, default, optional, parse, real, whole
-from .command import Progress, check_output, heard, output, running, uninterrupted, waiting
+from .arguments import Overwrite, check_effect, default, optional, real, whole
+from .command import Progress, check_output, heard, output, uninterrupted, waiting
 from .poses import border_fov
 
 MESH_SUFFIXES = (".obj", ".ply", ".stl", ".glb", ".gltf")
@@ -392,11 +392,6 @@ class Options:
     """Factor on every length: the units of the scene, not the pictures."""
     seed: Annotated[int, whole(0, 2**63 - 1)] = 0
     """Which objects and cameras are drawn."""
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    with running():
-        run(parse(Options, "data make", __doc__, args))
 
 
 def run(options: Options) -> None:

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,8 +26,8 @@ from ..errors import UserError
 from ..models.generator import Generator
 from ..training.pretrained import load_generator
 from ..training.sampling import circle_angles, showing_pose, surface_depth, turntable_angles
-from .arguments import NUMBERS, PATHS, GeneratorOptions, Json, Overwrite, default, parse, real, whole
-from .command import Progress, check_output, output, require, running, waiting
+from .arguments import NUMBERS, PATHS, GeneratorOptions, Json, Overwrite, default, real, whole
+from .command import Progress, check_output, output, require, waiting
 from .render import OPAQUE, Scene, check_generator_arguments, save_picture
 
 MESHES = (".ply", ".obj", ".glb", ".png")
@@ -343,11 +343,6 @@ class Options(GeneratorOptions):
     largest: bool = False
     """Drop all but the largest component."""
     json: Json = False
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    with running():
-        run(parse(Options, "mesh", __doc__, args))
 
 
 def run(options: Options) -> None:

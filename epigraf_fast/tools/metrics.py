@@ -32,8 +32,8 @@ from ..training.pretrained import BUILTIN, find_generator, load_generator
 from ..training.sampling import fixed_latents, known_labels, surface_depth
 from ..training.snapshot import METRIC_SEED, measure_fakes, real_images
 from . import plotting
-from .arguments import Checkpoint, Device, Json, Overwrite, about, default, optional, parse, real, whole
-from .command import Progress, check_output, output, running, waiting
+from .arguments import Checkpoint, Device, Json, Overwrite, about, default, optional, real, whole
+from .command import Progress, check_output, output, waiting
 
 SOLID = 0.9  # opacity of the rays whose points are carried over to the other view
 OCCLUSION = 0.02  # a point this share of the ray range behind the other view's surface is hidden there
@@ -247,11 +247,6 @@ class Options:
     overwrite: Overwrite = False
     device: Device = None
     json: Json = False
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    with running():
-        run(parse(Options, "metrics", __doc__, args))
 
 
 def run(options: Options) -> None:

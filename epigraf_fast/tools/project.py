@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -34,8 +34,8 @@ from ..models.generator import Generator
 from ..training.log import to_uint8
 from ..training.pretrained import load_generator
 from ..training.sampling import latents_of_seeds, prior_angles, turntable_angles
-from .arguments import PATHS, Checkpoint, Device, Json, Overwrite, default, parse, real, whole
-from .command import Progress, check_output, output, require, running, waiting
+from .arguments import PATHS, Checkpoint, Device, Json, Overwrite, default, real, whole
+from .command import Progress, check_output, output, require, waiting
 from .render import ENCODERS, FFMPEG, save_picture, video
 
 POOL = 64  # random objects, of which the best become starts
@@ -378,11 +378,6 @@ class Options:
     """Pixels a side at which image and renderings are compared."""
     device: Device = None
     json: Json = False
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    with running():
-        run(parse(Options, "project", __doc__, args))
 
 
 def run(options: Options) -> None:

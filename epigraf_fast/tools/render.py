@@ -47,12 +47,11 @@ from .arguments import (
     default,
     filled,
     optional,
-    parse,
     real,
     several,
     whole,
 )
-from .command import Progress, check_output, output, output_folder, require, running, waiting
+from .command import Progress, check_output, output, output_folder, require, waiting
 
 PICTURES = ("grid", "images", "steps", "mixing")
 VIDEOS = ("turntable", "interpolation", "fly-around")
@@ -396,11 +395,6 @@ class Options(GeneratorOptions, Kind):
     """For fly-around and interpolation: how far it goes up and down, radians."""
     zoom: Annotated[float | None, real(0.1, 10), default(DEFAULTS["zoom"])] = None
     """For fly-around: how much closer the camera looks halfway; 1 is no closer."""
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    with running():
-        run(parse(Options, "render", __doc__, args))
 
 
 def run(options: Options) -> None:

@@ -33,8 +33,8 @@ from ..errors import UserError
 from ..models.generator import Generator, Images
 from ..training.pretrained import load_generator
 from ..training.sampling import known_labels, showing_pose
-from .arguments import Checkpoint, Device, default, parse, whole
-from .command import heard, require, running, waiting
+from .arguments import Checkpoint, Device, default, whole
+from .command import heard, require, waiting
 from .mesh import automatic_threshold, density_volume, extract, glb_of, measured, statistics
 from .render import FFMPEG, SHOWN, Painted, Scene, pictures, video
 
@@ -461,11 +461,6 @@ class Options:
     resolution: Annotated[int | None, whole(SMALLEST, 4096), default("four times that of training, up to 1024")] = None
     """Pixels a side of sharp frames."""
     device: Device = None
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    with running():
-        run(parse(Options, "viewer", __doc__, args))
 
 
 def run(options: Options) -> None:

@@ -6,10 +6,12 @@ import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
+from command_lines import run_tool
 from epigraf_fast.config import (
     CameraConfig,
     Config,
@@ -79,11 +81,11 @@ def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def one_error_line(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """`one_error_line(main, *arguments)`: runs a command that must fail with one line and exit code 2."""
+    """`one_error_line(tool, *words)`: runs a command that must fail with one line and exit code 2."""
 
-    def one_error_line(main: Callable[[list[str]], None], *arguments: object) -> str:
+    def one_error_line(tool: ModuleType, *words: object) -> str:
         with pytest.raises(SystemExit) as caught:
-            main([str(argument) for argument in arguments])
+            run_tool(tool, *words)
         assert caught.value.code == 2
         message = capsys.readouterr().err
         assert message.startswith("error: "), message

@@ -21,7 +21,7 @@ from torch import nn
 from tyro.constructors import PrimitiveConstructorSpec
 
 from checks import small_files
-from command_lines import Features
+from command_lines import Features, run_tool
 from epigraf_fast.data import ImageDataset
 from epigraf_fast.errors import UserError
 from epigraf_fast.tools import arguments, command
@@ -135,7 +135,7 @@ def test_numbers_out_of_bounds_are_one_line(tool: str, flag: str) -> None:
 @pytest.mark.parametrize(("tool", "flag"), RANGES)
 def test_wrong_ranges_are_one_line(tool: str, flag: str, one_error_line: Callable[..., str]) -> None:
     for text in ("abc", "0-2,9-5", "-3", "nan", "1-", "", "0-99999999", "9" * 30):
-        message = one_error_line(module(tool).main, *REQUIRED[tool], f"{flag}={text}")
+        message = one_error_line(module(tool), *REQUIRED[tool], f"{flag}={text}")
         assert message.startswith(f"error: {flag} must ")
 
 
@@ -218,7 +218,7 @@ def test_what_would_be_ignored_is_refused(
     places = {"RUN": tiny_run, "PLAIN": plain_run, "DATA": tiny_data}
     tool, *rest = line.split()
     rest = [str(places.get(word, word)).replace("OUT", str(tmp_path / "out")) for word in rest]
-    assert words in one_error_line(module(tool).main, *rest)
+    assert words in one_error_line(module(tool), *rest)
     assert not list(tmp_path.iterdir())
 
 
@@ -242,7 +242,7 @@ FILES = {
 
 def message_for(case: str, name: object, one_error_line: Callable[..., str]) -> str:
     *before, _ = FILES[case]
-    return one_error_line(module(case.split()[0]).main, *before, name)
+    return one_error_line(module(case.split()[0]), *before, name)
 
 
 @pytest.mark.parametrize("case", FILES)
@@ -269,7 +269,7 @@ def test_outputs_that_cannot_be_written_are_one_line_before_any_work(
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, one_error_line: Callable[..., str]) -> None:
-    convert = module("convert").main
+    convert = module("convert")
     (tmp_path / "file").touch()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "G_ema.safetensors").touch()
@@ -310,8 +310,8 @@ def run(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> Callable[[str], None
     def run(line: str, *more: str) -> None:
         tool, *rest = line.split()
         places = {"RUN": tiny_run, "DATA": tiny_data}
-        module(tool).main(
-            [str(places.get(word, word)).replace("OUT", str(tmp_path / "out")) for word in rest] + [*more]
+        run_tool(
+            module(tool), *(str(places.get(word, word)).replace("OUT", str(tmp_path / "out")) for word in rest), *more
         )
 
     return run
@@ -375,9 +375,9 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, call
     monkeypatch.setattr(owner, name, interrupted)
 
 
-def interrupted(main: Callable[[list[str]], None], *words: object) -> None:
+def interrupted(tool: ModuleType, *words: object) -> None:
     with pytest.raises(SystemExit) as caught:
-        main([str(word) for word in words])
+        run_tool(tool, *words)
     assert caught.value.code == 130
 
 
@@ -417,7 +417,7 @@ def test_an_interruption_leaves_nothing_half(
 def test_meshes_that_are_done_are_kept(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mesh = module("mesh")
     interrupt_at(monkeypatch, mesh, "extract", 2)
-    interrupted(mesh.main, tiny_run, "--out", tmp_path / "x.ply", "--resolution", 12, "--seeds", "0-2")
+    interrupted(mesh, tiny_run, "--out", tmp_path / "x.ply", "--resolution", 12, "--seeds", "0-2")
     assert [path.name for path in tmp_path.iterdir()] == ["x-0.ply"]
 
 
@@ -427,7 +427,7 @@ def test_measurements_that_are_done_are_kept(tiny_run: Path, tmp_path: Path, mon
     monkeypatch.setattr("epigraf_fast.training.metrics.EfficientNetFeatures", Features)
     interrupt_at(monkeypatch, metrics, "consistency", 2)
     out = tmp_path / "x.json"
-    interrupted(metrics.main, tiny_run, "--images", 4, "--objects", 1, "--out", out)
+    interrupted(metrics, tiny_run, "--images", 4, "--objects", 1, "--out", out)
     assert [Path(result["checkpoint"]).name for result in json.loads(out.read_text())] == ["checkpoint-000000008.pt"]
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -458,7 +458,7 @@ def test_objects_that_are_rendered_are_kept(
         interrupt_at(monkeypatch, Views, "render", 1)
     out = tmp_path / "x.zip"
     line = ["--recipe", "megascans", "--meshes", tmp_path / "meshes", "--views", 3, "--resolution", 8, "--out", out]
-    interrupted(make_data.main, *line)
+    interrupted(make_data, *line)
     printed = capsys.readouterr()
     assert printed.err == "interrupted\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == (["meshes"] if first else ["meshes", "x.zip"])
@@ -586,14 +586,14 @@ def test_what_is_no_checkpoint_is_named(
             "convert": [things[name], "--out", tmp_path / "x"],
             "figures": ["modulation", things[name], "--out", tmp_path / "x.png"],
         }[tool]
-        message = one_error_line(module(tool).main, *line)
+        message = one_error_line(module(tool), *line)
         assert THINGS[name] in message
         assert str(things[name]) in message
     if tool == "figures":  # which draws the discriminator
         for path in (plain_run, plain_run / "G_ema.safetensors", "builtin"):
-            message = one_error_line(module(tool).main, "modulation", path, "--out", tmp_path / "x.png")
+            message = one_error_line(module(tool), "modulation", path, "--out", tmp_path / "x.png")
             assert "is a generator alone: D, which this figure draws, is not in it" in message
     if tool == "convert":
-        message = one_error_line(module(tool).main, things["renamed.pt"], "--out", tmp_path / "x")
+        message = one_error_line(module(tool), things["renamed.pt"], "--out", tmp_path / "x")
         assert "it is no EpiGRAF snapshot" in message
     assert [path.name for path in tmp_path.iterdir()] == ["things"]

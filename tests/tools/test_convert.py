@@ -34,6 +34,7 @@ from published_snapshots import (
 )
 from torch import Tensor
 
+from command_lines import run_tool
 from epigraf_fast.camera import sample_angles
 from epigraf_fast.config import preset
 from epigraf_fast.data import ImageDataset, make_loader
@@ -100,7 +101,7 @@ def test_a_snapshot_becomes_a_checkpoint(
     """Values, settings, optimizers and counters arrive, and the run can be continued from there."""
     path, out = tmp_path / "network-snapshot-000128.pkl", tmp_path / "out"
     networks = write_snapshot(path, *shapes)
-    convert.main([str(path), "--out", str(out), "--preset", "plants"])  # for the pitches of the prior
+    run_tool(convert, path, "--out", out, "--preset", "plants")  # for the pitches of the prior
     report = capsys.readouterr().out
     assert re.search(
         r"^G_ema: (\d+) tensors: \d+ taken, \d+ constants checked, 0 unused, 0 left$", report, re.MULTILINE
@@ -163,7 +164,7 @@ def test_training_goes_on_from_a_snapshot(tmp_path: Path, shapes: tuple[Shapes, 
     """The checkpoint fits a trainer of its settings, optimizers included, and takes a step."""
     path, out = tmp_path / "network-snapshot-000004.pkl", tmp_path / "out"
     write_snapshot(path, *shapes, images=4000)
-    convert.main([str(path), "--out", str(out), "--preset", "ffhq"])
+    run_tool(convert, path, "--out", out, "--preset", "ffhq")
     config, content = load_checkpoint(find_checkpoint(str(out), tmp_path / "none"))
     config = dataclasses.replace(config, batch=4, micro_batch=4)
     dataset = ImageDataset(tiny_data, config.resolution)
@@ -184,7 +185,7 @@ def test_the_generator_is_the_same_from_every_file_and_back(tmp_path: Path, shap
     """Checkpoint and safetensors render equal images; back-conversion gives every published tensor."""
     path, out = tmp_path / "x.pkl", tmp_path / "out"
     networks = write_snapshot(path, *shapes, package="")
-    convert.main([str(path), "--out", str(out), "--preset", "ffhq"])
+    run_tool(convert, path, "--out", out, "--preset", "ffhq")
     pictures = []
     for source in (out, out / "G_ema.safetensors"):
         config, generator = load_generator(source, "cpu")
@@ -196,7 +197,7 @@ def test_the_generator_is_the_same_from_every_file_and_back(tmp_path: Path, shap
     assert torch.isfinite(pictures[0]).all()
     assert torch.equal(*pictures)
 
-    convert.main([str(out), "--out", str(tmp_path / "back"), "--names", "published"])
+    run_tool(convert, out, "--out", tmp_path / "back", "--names", "published")
     from safetensors.torch import load_file
 
     back = load_file(tmp_path / "back" / "G_ema-published.safetensors")
@@ -209,19 +210,19 @@ def test_an_export_does_not_overwrite_what_it_reads(
     tiny_run: Path, tmp_path: Path, one_error_line: Callable[..., str]
 ) -> None:
     """Neither by its own name nor through a link."""
-    convert.main([str(tiny_run), "--out", str(tmp_path / "one")])
+    run_tool(convert, tiny_run, "--out", tmp_path / "one")
     (tmp_path / "two").mkdir()
     (tmp_path / "two/G_ema.safetensors").symlink_to(tmp_path / "one/G_ema.safetensors")
     before = (tmp_path / "one/G_ema.safetensors").read_bytes()
     for out in ("one", "two"):
-        message = one_error_line(convert.main, tmp_path / "one", "--out", tmp_path / out, "--overwrite")
+        message = one_error_line(convert, tmp_path / "one", "--out", tmp_path / out, "--overwrite")
         assert "G_ema.safetensors is what is read: choose another folder" in message
     assert (tmp_path / "one/G_ema.safetensors").read_bytes() == before
 
 
 def test_our_checkpoints_are_exported_under_our_names(tiny_run: Path, tmp_path: Path) -> None:
     """Every tensor of the average generator of the newest checkpoint; the file is read like a checkpoint."""
-    convert.main([str(tiny_run), "--out", str(tmp_path)])
+    run_tool(convert, tiny_run, "--out", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["G_ema.safetensors"]
     config, generator = load_generator(tmp_path / "G_ema.safetensors", "cpu")
     expected_config, expected = load_generator(tiny_run, "cpu")
@@ -235,7 +236,7 @@ def test_background_and_cameras(tmp_path: Path, capsys: pytest.CaptureFixture[st
     """Both are found in the shapes; every tensor of the background arrives, and goes back."""
     path, out = tmp_path / "x.pkl", tmp_path / "out"
     networks = write_snapshot(path, *shapes_of(BACKGROUND), changes=WITH_CAMERAS)
-    convert.main([str(path), "--out", str(out), "--preset", "ffhq"])
+    run_tool(convert, path, "--out", out, "--preset", "ffhq")
     assert "G_ema: " in capsys.readouterr().out
     config, generator = load_generator(out, "cpu")
     assert config.generator.pose_conditioning
@@ -247,7 +248,7 @@ def test_background_and_cameras(tmp_path: Path, capsys: pytest.CaptureFixture[st
         for part in ("weight", "bias", "affine.weight", "affine.bias"):
             assert torch.equal(state[f"background.{ours}.{part}"], theirs[f"synthesis.bg_model.blocks.{name}.{part}"])
 
-    convert.main([str(out), "--out", str(tmp_path / "back"), "--names", "published"])
+    run_tool(convert, out, "--out", tmp_path / "back", "--names", "published")
     from safetensors.torch import load_file
 
     back = load_file(tmp_path / "back" / "G_ema-published.safetensors")
@@ -261,10 +262,10 @@ def test_without_optimizers_or_discriminator(
 ) -> None:
     path = tmp_path / "x.pkl"
     write_snapshot(path, *shapes, optimizers=False)
-    convert.main([str(path), "--out", str(tmp_path / "a"), "--kimg", "1", "--preset", "ffhq"])
+    run_tool(convert, path, "--out", tmp_path / "a", "--kimg", "1", "--preset", "ffhq")
     assert "Adam of D: not there" in capsys.readouterr().out
     write_snapshot(path, shapes[0], None)
-    convert.main([str(path), "--out", str(tmp_path / "b"), "--preset", "ffhq"])
+    run_tool(convert, path, "--out", tmp_path / "b", "--preset", "ffhq")
     assert "no checkpoint to train on from" in capsys.readouterr().out
     assert not (tmp_path / "b" / "checkpoints").exists()
     assert load_generator(tmp_path / "b", "cpu")[0].generator.w_dim == 16

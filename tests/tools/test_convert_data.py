@@ -14,6 +14,7 @@ import PIL.Image
 import pytest
 import torch
 
+from command_lines import run_tool
 from epigraf_fast.camera import cam2world_matrix, frustum_extent
 from epigraf_fast.data import ImageDataset
 from epigraf_fast.tools import convert_data
@@ -36,7 +37,7 @@ def eg3d_label(eye: tuple[float, float, float], focal: float = FOCAL) -> list[fl
 
 
 def run(*arguments: object) -> None:
-    convert_data.main([str(argument) for argument in arguments])
+    run_tool(convert_data, *arguments)
 
 
 def images(folder: Path, names: list[str], size: int, alpha: bool = False) -> None:
@@ -184,7 +185,7 @@ def test_wrong_labels_are_one_line(
     metadata = json.loads((eg3d / "dataset.json").read_text())
     spoil(metadata)
     (eg3d / "dataset.json").write_text(json.dumps(metadata))
-    assert words in one_error_line(convert_data.main, "from-eg3d", eg3d, "--out", tmp_path / "x.json")
+    assert words in one_error_line(convert_data, "from-eg3d", eg3d, "--out", tmp_path / "x.json")
     assert not (tmp_path / "x.json").exists()
 
 
@@ -192,7 +193,7 @@ def test_wrong_arguments_are_one_line(
     eg3d: Path, nerf: Path, tmp_path: Path, one_error_line: Callable[..., str], tiny_data: Path
 ) -> None:
     def fault(*arguments: object) -> str:
-        return one_error_line(convert_data.main, *arguments)
+        return one_error_line(convert_data, *arguments)
 
     assert "there is no" in fault("from-nerf", tmp_path / "none.json", "--out", tmp_path / "x.zip")
     assert "must end in .json or .zip" in fault("from-nerf", nerf, "--out", tmp_path / "x.tar")
@@ -304,7 +305,7 @@ def test_lenses_that_ours_is_not_are_refused(
     one_error_line: Callable[..., str],
 ) -> None:  # fmt: skip
     """By the name of the frame, where one is meant."""
-    message = one_error_line(convert_data.main, "from-nerf", edited(nerf, edit), "--out", tmp_path / "x.zip", *RAYS)
+    message = one_error_line(convert_data, "from-nerf", edited(nerf, edit), "--out", tmp_path / "x.zip", *RAYS)
     assert str(nerf) in message
     for word in words:
         assert word in message
@@ -317,11 +318,9 @@ def test_images_that_are_not_square(nerf: Path, tmp_path: Path, one_error_line: 
     arguments = "from-nerf", nerf, "--out", tmp_path / "x.zip", *RAYS
     for more in ((), ("--resolution", 8)):
         assert "image of ./train/r_0 is 32x16, not square: add --crop" in one_error_line(
-            convert_data.main, *arguments, *more
+            convert_data, *arguments, *more
         )
-    assert "must be a .zip" in one_error_line(
-        convert_data.main, "from-nerf", nerf, "--out", tmp_path / "x.json", "--crop"
-    )
+    assert "must be a .zip" in one_error_line(convert_data, "from-nerf", nerf, "--out", tmp_path / "x.json", "--crop")
     run(*arguments, "--crop")
     dataset = ImageDataset(tmp_path / "x.zip", 16, mirror=False)
     for number, pixels in enumerate(pictures):
@@ -360,7 +359,7 @@ def test_lenses_that_differ_by_frame_are_cut_to_the_narrowest(
             frame.update(fl_x=fx, fl_y=fy, w=size, h=size)
 
     arguments = "from-nerf", edited(nerf, edit), "--out", tmp_path / "x.zip", "--crop"
-    assert "give a --resolution" in one_error_line(convert_data.main, *arguments)
+    assert "give a --resolution" in one_error_line(convert_data, *arguments)
     run(*arguments, "--resolution", 8, *RAYS)
     half = 20 / 100  # the smallest
     assert fov_of(tmp_path / "x.zip", 8) == pytest.approx(math.degrees(2 * math.atan(half)), abs=1e-4)
@@ -381,7 +380,7 @@ def test_eg3d_intrinsics_are_looked_at(eg3d: Path, tmp_path: Path, one_error_lin
             metadata["labels"][2][1][place] = value
         path = eg3d / "spoilt.json"
         path.write_text(json.dumps(metadata))
-        return one_error_line(convert_data.main, "from-eg3d", path, "--out", tmp_path / "x.zip")
+        return one_error_line(convert_data, "from-eg3d", path, "--out", tmp_path / "x.zip")
 
     assert "00/2.png has its principal point off the centre" in spoil((18, 0.6))
     assert "00/2.png has pixels that are not square" in spoil((20, 4.0))
@@ -417,7 +416,7 @@ def test_axes_and_worlds_of_every_kind(
     angles = json.loads((tmp_path / "x.json").read_text())["camera_angles"]
     np.testing.assert_allclose(np.array(list(angles.values()))[:, :2], ANGLES, atol=1e-6)
     if (axes, up) != ("opengl", "z"):
-        message = one_error_line(convert_data.main, "from-nerf", nerf, "--out", tmp_path / "y.json")
+        message = one_error_line(convert_data, "from-nerf", nerf, "--out", tmp_path / "y.json")
         assert f"add --axes {axes} --up {up}" in message
         assert "train/r_" in message
         assert not (tmp_path / "y.json").exists()
@@ -430,7 +429,7 @@ def test_an_eg3d_set_with_z_up(eg3d: Path, tmp_path: Path, one_error_line: Calla
         label[:16] = (np.array([[1.0, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 0], [0, 0, 0, 1]]) @ matrix).flatten().tolist()
     (eg3d / "z.json").write_text(json.dumps(metadata))
     assert "--axes opencv --up z" in one_error_line(
-        convert_data.main, "from-eg3d", eg3d / "z.json", "--out", tmp_path / "x.json"
+        convert_data, "from-eg3d", eg3d / "z.json", "--out", tmp_path / "x.json"
     )
     for name, more in (("dataset", ()), ("z", ("--up", "z"))):
         run("from-eg3d", eg3d / f"{name}.json", "--out", tmp_path / f"{name}.json", *more)
@@ -446,13 +445,13 @@ def test_distances_that_differ_are_refused_by_name(
             row[3] *= 1.05
 
     edited(nerf, edit)
-    message = one_error_line(convert_data.main, "from-nerf", nerf, "--out", tmp_path / "x.json")
+    message = one_error_line(convert_data, "from-nerf", nerf, "--out", tmp_path / "x.json")
     assert "camera of ./train/r_1 is 4.232 from the origin, that of most 4.03" in message
     assert "--distance-tolerance 0.01" in message
     run("from-nerf", nerf, "--out", tmp_path / "x.json", "--distance-tolerance", 0.06)
     assert "distance 4.03 (up to 5.00% off)" in capsys.readouterr().out
     edited(nerf, lambda m: [row.__setitem__(3, 0.0) for f in m["frames"] for row in f["transform_matrix"][:3]])
-    message = one_error_line(convert_data.main, "from-nerf", nerf, "--out", tmp_path / "y.json")
+    message = one_error_line(convert_data, "from-nerf", nerf, "--out", tmp_path / "y.json")
     assert "camera of ./train/r_0 stands in the origin" in message
 
 
@@ -460,7 +459,7 @@ def test_the_camera_that_looks_aside_is_named(eg3d: Path, tmp_path: Path, one_er
     metadata = json.loads((eg3d / "dataset.json").read_text())
     metadata["labels"][2][1][3] = 1.0  # its position's x
     (eg3d / "dataset.json").write_text(json.dumps(metadata))
-    message = one_error_line(convert_data.main, "from-eg3d", eg3d, "--out", tmp_path / "x.json")
+    message = one_error_line(convert_data, "from-eg3d", eg3d, "--out", tmp_path / "x.json")
     assert "camera of 00/2.png looks" in message
     assert "centre the scene" in message
 
@@ -517,7 +516,7 @@ def test_images_without_one_meaning_are_refused(
     more = {"save_all": True, "append_images": others} if others else {}
     first.save(nerf.parent / "train/r_1.png", kind, **more)
     assert f"image train/r_1.png is {words}" in one_error_line(
-        convert_data.main, "from-nerf", nerf, "--out", tmp_path / "x.zip", *resolution
+        convert_data, "from-nerf", nerf, "--out", tmp_path / "x.zip", *resolution
     )
     assert not list(tmp_path.glob("x.zip*"))
 
@@ -529,7 +528,7 @@ def test_truncated_images_are_not_passed_on(
     path = nerf.parent / "train/r_1.png"
     PIL.Image.fromarray(noise((20, 20))).save(path)
     path.write_bytes(path.read_bytes()[:-100])
-    message = one_error_line(convert_data.main, "from-nerf", nerf, "--out", tmp_path / "x.zip", *resolution)
+    message = one_error_line(convert_data, "from-nerf", nerf, "--out", tmp_path / "x.zip", *resolution)
     assert "image train/r_1.png cannot be read (image file is truncated" in message
     assert not list(tmp_path.glob("x.zip*"))
 
@@ -573,7 +572,7 @@ def test_our_own_oblong_images_are_not_squashed_either(
     run("from-eg3d", eg3d, "--out", eg3d / "ours.json", "--ray-start", 2.25, "--ray-end", 3.3)
     PIL.Image.fromarray(noise((16, 8))).save(eg3d / "00/1.png")
     arguments = "to-eg3d", eg3d / "ours.json", "--out", tmp_path / "x.zip", "--resolution", 8
-    assert "image 00/1.png is 16x8, not square" in one_error_line(convert_data.main, *arguments)
+    assert "image 00/1.png is 16x8, not square" in one_error_line(convert_data, *arguments)
 
 
 # Names
@@ -621,10 +620,10 @@ def test_leftovers_are_counted_and_named(
     np.testing.assert_allclose(ImageDataset(tmp_path / "x.zip", mirror=False).angles[:, :2], ANGLES[[0, 2]], atol=1e-6)
     for number in (0, 2):
         (nerf.parent / f"train/r_{number}.png").unlink()
-    message = one_error_line(convert_data.main, "from-nerf", nerf, "--out", tmp_path / "y.zip")
+    message = one_error_line(convert_data, "from-nerf", nerf, "--out", tmp_path / "y.zip")
     assert "an image is train/other.png, a pose ./train/r_0" in message
     (nerf.parent / "train/other.png").unlink()
-    assert "holds no image" in one_error_line(convert_data.main, "from-nerf", nerf, "--out", tmp_path / "y.zip")
+    assert "holds no image" in one_error_line(convert_data, "from-nerf", nerf, "--out", tmp_path / "y.zip")
 
 
 @pytest.mark.parametrize("link", ["the file itself", "symlink", "hard link", "linked folder"])
@@ -647,10 +646,10 @@ def test_the_source_is_never_overwritten(
             folder = tmp_path / f"link-{source.suffix[1:]}"
             folder.symlink_to(source.parent)
             out = folder / source.name
-        message = one_error_line(convert_data.main, "from-eg3d", source, "--out", out, "--overwrite")
+        message = one_error_line(convert_data, "from-eg3d", source, "--out", out, "--overwrite")
         assert "is what is read: choose another output" in message
         if source.suffix == ".json":
-            one_error_line(convert_data.main, "from-eg3d", eg3d, "--out", out, "--overwrite")
+            one_error_line(convert_data, "from-eg3d", eg3d, "--out", out, "--overwrite")
         assert source.read_bytes() == before
         assert out.samefile(source)
 
@@ -670,7 +669,7 @@ def test_damaged_archives_are_one_line(eg3d: Path, tmp_path: Path, one_error_lin
         return bytearray(path.read_bytes())
 
     def fault() -> str:
-        return one_error_line(convert_data.main, "from-eg3d", path, "--out", tmp_path / "x.zip")
+        return one_error_line(convert_data, "from-eg3d", path, "--out", tmp_path / "x.zip")
 
     pack(zipfile.ZIP_LZMA)
     run("from-eg3d", path, "--out", tmp_path / "lzma.zip")

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from checks import HANG
+from command_lines import run_tool
 from epigraf_fast import __version__, machine
 from epigraf_fast.ops import backends, native
 from epigraf_fast.tools import doctor
@@ -27,9 +28,8 @@ def test_command_prints_json() -> None:
     assert report.keys() == doctor.report().keys()
 
 
-def test_command_prints_text(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["doctor"])
-    doctor.main()
+def test_command_prints_text(capsys: pytest.CaptureFixture[str]) -> None:
+    run_tool(doctor)
     text = capsys.readouterr().out
     for word in (torch.__version__, *backends.OPS, *backends.BACKENDS, *doctor.EXTRAS, *doctor.OPT_IN):
         assert word in text

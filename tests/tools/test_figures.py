@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from checks import assert_close
+from command_lines import run_tool
 from epigraf_fast.camera import Patch
 from epigraf_fast.config import Config, PatchConfig
 from epigraf_fast.tools import figures
@@ -110,7 +111,7 @@ def test_pictures(figure: str, run: tuple[Trainer, Path], capsys: pytest.Capture
     out = run[1] / "figures" / "out.png"
     line = [figure, "--out", str(out)]
     line += [str(run[1])] if figure in ("modulation", "curves") else []
-    figures.main(line)
+    run_tool(figures, *line)
     assert capsys.readouterr().out == f"wrote {out}\n"
     with PIL.Image.open(out) as picture:
         assert min(picture.size) > 100
@@ -136,16 +137,16 @@ def test_faults(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit):
-        figures.main(["curves"])
+        run_tool(figures, "curves")
     assert "curves needs a run" in capsys.readouterr().err
-    assert "holds no stats.jsonl" in one_error_line(figures.main, "curves", tmp_path)
+    assert "holds no stats.jsonl" in one_error_line(figures, "curves", tmp_path)
     for content in ("[", "{}x", "[1]", '[{"fd": 3}]', "3"):
         (tmp_path / "metrics.json").write_text(content)
-        assert "metrics.json is damaged: " in one_error_line(figures.main, "curves", tmp_path)
-    assert "holds no checkpoint" in one_error_line(figures.main, "modulation", tmp_path)
-    assert "--out must end in .png, .pdf or .svg" in one_error_line(figures.main, "scales", "--out", tmp_path / "x.txt")
+        assert "metrics.json is damaged: " in one_error_line(figures, "curves", tmp_path)
+    assert "holds no checkpoint" in one_error_line(figures, "modulation", tmp_path)
+    assert "--out must end in .png, .pdf or .svg" in one_error_line(figures, "scales", "--out", tmp_path / "x.txt")
     config = tiny_config(discriminator={"modulate": "none"})
     trainer, _ = tiny_trainer(config)
     save_checkpoint(tmp_path, config, trainer.state_dict(), 1)
     arguments = "modulation", tmp_path, "--out", tmp_path / "x.png"
-    assert "is not modulated" in one_error_line(figures.main, *arguments)
+    assert "is not modulated" in one_error_line(figures, *arguments)

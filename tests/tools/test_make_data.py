@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from checks import HANG
+from command_lines import run_tool
 from epigraf_fast.camera import cam2world_matrix, frustum_extent
 from epigraf_fast.data import ImageDataset
 from epigraf_fast.errors import UserError
@@ -108,7 +109,7 @@ def test_a_mesh_is_never_overwritten(tmp_path, capsys):
     arguments = ["--recipe", "megascans", "--meshes", str(tmp_path), "--overwrite"]
     for name, words in (("a.obj", "--out must end in .zip"), ("link.zip", "is one of the meshes: choose another")):
         with pytest.raises(SystemExit) as caught:
-            make_data.main([*arguments, "--out", str(tmp_path / name)])
+            run_tool(make_data, *arguments, "--out", tmp_path / name)
         assert caught.value.code == 2
         assert words in capsys.readouterr().err
 
@@ -141,7 +142,7 @@ def test_material_file(tmp_path):
 )
 def test_command_line_faults_are_one_line(arguments, words, tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
-        make_data.main([*arguments, "--out", str(tmp_path / "x.zip")])
+        run_tool(make_data, *arguments, "--out", tmp_path / "x.zip")
     assert caught.value.code == 2
     message = capsys.readouterr().err
     assert words in message
@@ -266,7 +267,7 @@ def test_folder_to_data_set(pyvista, tmp_path, capsys):
     box.save(tmp_path / "meshes/flat/box.stl")  # solid, but of a volume of 1
     arguments = ["--recipe", "megascans", "--meshes", str(tmp_path / "meshes"), "--views", "3", "--resolution", "16"]
     for name in ("one.zip", "two.zip"):
-        make_data.main([*arguments, "--attribution", "ours", "--out", str(tmp_path / "sets" / name)])
+        run_tool(make_data, *arguments, "--attribution", "ours", "--out", tmp_path / "sets" / name)
     told = capsys.readouterr()
     assert "6 images of 2 objects, 3 meshes dropped" in told.out
     for name, rule in (
@@ -294,10 +295,10 @@ def test_folder_to_data_set(pyvista, tmp_path, capsys):
 
     capsys.readouterr()
     with pytest.raises(SystemExit):
-        make_data.main([*arguments, "--min-alpha", "0.99", "--out", str(tmp_path / "sets/none.zip")])
+        run_tool(make_data, *arguments, "--min-alpha", "0.99", "--out", tmp_path / "sets/none.zip")
     assert re.search(r"a/ball\.stl: it covers 0\.\d+ of its images, --min-alpha is 0\.99", capsys.readouterr().err)
     assert sorted(path.name for path in (tmp_path / "sets").iterdir()) == ["one.zip", "two.zip"]
-    make_data.main([*arguments, "--min-box-volume", "0.5", "--scale", "4", "--out", str(tmp_path / "sets/all.zip")])
+    run_tool(make_data, *arguments, "--min-box-volume", "0.5", "--scale", "4", "--out", tmp_path / "sets/all.zip")
     kept = ImageDataset(tmp_path / "sets/all.zip", 16, use_labels=True, mirror=False)
     assert kept.labels.sum(dim=0).tolist() == [3, 3, 3]
 
@@ -306,7 +307,7 @@ def test_builtin_set_is_reproduced(pyvista, tmp_path):
     """The first object of the shipped set comes out again, but for the rounding of another OpenGL driver."""
     pytest.importorskip("pybullet_data", reason="needs the extra make_dataset")
     out = tmp_path / "objects.zip"
-    make_data.main(["--recipe", "builtin", "--objects", "1", "--out", str(out)])
+    run_tool(make_data, "--recipe", "builtin", "--objects", "1", "--out", out)
     ours, shipped = ImageDataset(out, mirror=False), ImageDataset("builtin", mirror=False)
     assert torch.equal(ours.angles, shipped.angles[:10])
     for index in range(10):

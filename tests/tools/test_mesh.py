@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from checks import assert_close
+from command_lines import run_tool
 from epigraf_fast.models.feature_decoder import FeatureDecoder
 from epigraf_fast.models.generator import Generator
 from epigraf_fast.tools import mesh
@@ -177,7 +178,7 @@ def test_files(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     import mrcfile
 
     paths = [tmp_path / f"x{suffix}" for suffix in (".ply", ".obj", ".glb", ".mrc")]
-    mesh.main([str(tiny_run), "--out", *map(str, paths), "--resolution", "24", "--seeds", "3", "--truncation", "0.7"])
+    run_tool(mesh, tiny_run, "--out", *paths, "--resolution", "24", "--seeds", "3", "--truncation", "0.7")
     printed = capsys.readouterr().out
     for words in ("seed 3: densities", "(found)", "watertight: yes", "components: ", "wrote "):
         assert words in printed
@@ -201,7 +202,7 @@ def test_files(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def test_several_seeds_as_json(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = [str(tiny_run), "--out", str(tmp_path / "x.ply"), "--resolution", "12", "--seeds", "0-1", "--largest"]
-    mesh.main([*line, "--json"])
+    run_tool(mesh, *line, "--json")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x-0.ply", "x-1.ply"]
     for seed, result in enumerate(json.loads(capsys.readouterr().out)):
         loaded = trimesh.load(result["files"][0], force="mesh", process=False)
@@ -224,7 +225,7 @@ def test_faults_are_one_line(
     arguments: tuple[str, ...], words: str, tiny_run: Path, tmp_path: Path, one_error_line: Callable[..., str]
 ) -> None:
     arguments = tuple(tmp_path / a if a.startswith("x.") else a for a in arguments)
-    assert words in one_error_line(mesh.main, tiny_run, *arguments)
+    assert words in one_error_line(mesh, tiny_run, *arguments)
     assert not list(tmp_path.iterdir())
 
 
@@ -244,5 +245,5 @@ def test_missing_packages_are_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    message = one_error_line(mesh.main, tiny_run, "--out", tmp_path / f"x{suffix}", "--resolution", 12)
+    message = one_error_line(mesh, tiny_run, "--out", tmp_path / f"x{suffix}", "--resolution", 12)
     assert "is not installed: pip install -e '.[tools]' in epigraf_fast's folder" in message

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from checks import assert_close, draw
+from command_lines import run_tool
 from epigraf_fast.camera import cam2world_matrix, camera_rays
 from epigraf_fast.config import CameraConfig
 from epigraf_fast.data import ImageDataset
@@ -147,7 +148,7 @@ def test_a_folder_of_checkpoints(
     out = tmp_path / "x" / "metrics.json"
     arguments = ["--images", "12", "--objects", "3", "--inception", str(inception)]
     plot = tmp_path / "x" / "metrics.png"
-    metrics.main([str(tiny_run), *arguments, "--out", str(out), "--plot", str(plot)])
+    run_tool(metrics, tiny_run, *arguments, "--out", out, "--plot", plot)
     assert plot.stat().st_size > 10_000
     results = json.loads(out.read_text())
     assert [Path(result["checkpoint"]).name for result in results] == [
@@ -177,7 +178,7 @@ def test_a_folder_of_checkpoints(
     assert metrics.kept(tiny_run, results) == results
     assert f"{metrics.KEPT} is damaged, and begun anew" in capsys.readouterr().err
     (tiny_run / metrics.KEPT).unlink()
-    metrics.main([results[1]["checkpoint"], *arguments, "--out", str(out), "--overwrite", "--json"])
+    run_tool(metrics, results[1]["checkpoint"], *arguments, "--out", out, "--overwrite", "--json")
     assert json.loads(out.read_text()) == json.loads(capsys.readouterr().out) == results[1:]
 
 
@@ -198,7 +199,7 @@ def test_faults_are_one_line(
 ) -> None:
     pytest.importorskip("efficientnet_lite_pytorch", reason="needs the extra metrics")
     arguments = tuple(tiny_run if a == "RUN" else a for a in arguments)
-    assert words in one_error_line(metrics.main, *arguments)
+    assert words in one_error_line(metrics, *arguments)
 
 
 def test_another_number_of_classes_is_one_line(
@@ -208,7 +209,7 @@ def test_another_number_of_classes_is_one_line(
         metadata["labels"] = [[name, number % 2] for number, (name, _) in enumerate(metadata["labels"])]
 
     data = write_data(tmp_path / "two.zip", edit=edit)
-    assert "has 2 classes" in one_error_line(metrics.main, tiny_run, "--data", data)
+    assert "has 2 classes" in one_error_line(metrics, tiny_run, "--data", data)
 
 
 def test_a_class_that_was_not_trained_is_one_line(
@@ -219,7 +220,7 @@ def test_a_class_that_was_not_trained_is_one_line(
     content = torch.load(path, weights_only=True)
     content["trainer"]["label_values"] = torch.tensor([1, 2])
     torch.save(content, tmp_path / path.name)
-    message = one_error_line(metrics.main, tmp_path / path.name, "--data", tiny_data)
+    message = one_error_line(metrics, tmp_path / path.name, "--data", tiny_data)
     assert "has images of class 0, without which" in message
 
 
@@ -228,4 +229,4 @@ def test_weights_without_features_are_one_line(
 ) -> None:
     pytest.importorskip("efficientnet_lite_pytorch", reason="needs the extra metrics")
     torch.jit.script(nn.Linear(3, 3)).save(str(tmp_path / "x.pt"))
-    assert "gives no features" in one_error_line(metrics.main, tiny_run, "--inception", tmp_path / "x.pt")
+    assert "gives no features" in one_error_line(metrics, tiny_run, "--inception", tmp_path / "x.pt")

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from bench.runs import project as bench
+from command_lines import run_tool
 from epigraf_fast.models.generator import Generator
 from epigraf_fast.tools import project
 from epigraf_fast.training.pretrained import load_generator
@@ -67,7 +68,7 @@ def test_files(
     )
     outs = [tmp_path / f"fit{suffix}" for suffix in (".gif", ".png", ".npz")]
     line = [str(tiny_run), str(tmp_path / "x.png"), "--out", *map(str, outs), "--steps", "6"]
-    project.main([*line, "--yaw", "0.6", "--pitch", "1.2", "--json"])
+    run_tool(project, *line, "--yaw", "0.6", "--pitch", "1.2", "--json")
     result = json.loads(capsys.readouterr().out)
     assert (result["yaw"], result["pitch"], result["files"]) == (
         pytest.approx(0.6),
@@ -149,5 +150,5 @@ def test_faults_are_one_line(
 ) -> None:
     path = tmp_path / "x.png"
     path.write_text("no") if picture is None else PIL.Image.new("RGB", picture).save(path)
-    assert words in one_error_line(project.main, tiny_run, path, "--out", tmp_path / "y.png", *more)
+    assert words in one_error_line(project, tiny_run, path, "--out", tmp_path / "y.png", *more)
     assert [file.name for file in tmp_path.iterdir()] == ["x.png"]

@@ -25,6 +25,7 @@ from published_snapshots import (
 from torch import Tensor
 
 from checks import assert_close, draw
+from command_lines import run_tool
 from epigraf_fast.camera import cam2world_matrix, camera_rays
 from epigraf_fast.config import Config, differences, preset
 from epigraf_fast.data import ImageDataset, make_loader
@@ -170,7 +171,7 @@ def test_a_snapshot_of_the_launcher_needs_no_preset(tmp_path: Path, capsys: pyte
         "D.img_resolution": 16,
     }
     write_snapshot(tmp_path / "x.pkl", *shapes_of(DEFAULT), optimizers=False, changes=changes)
-    convert.main([str(tmp_path / "x.pkl"), "--out", str(tmp_path / "out")])
+    run_tool(convert, tmp_path / "x.pkl", "--out", tmp_path / "out")
     assert "preset" not in capsys.readouterr().out
     config, _ = load_generator(tmp_path / "out", "cpu")
     assert (config.camera.fov, config.camera.cube_scale, config.camera.prior) == (15.0, 0.5, "normal")
@@ -225,7 +226,7 @@ def test_what_is_asked_for_is_taken(
         answers += ["--set", "optim.r1_gamma=0.1"]
     if words:
         assert re.search(words, refusal(path, out, capsys))
-    convert.main([str(path), "--out", str(out), *answers])
+    run_tool(convert, path, "--out", out, *answers)
     assert f"as you say: {answer.partition('=')[0].replace('-', '_')} = " in capsys.readouterr().out
 
 
@@ -243,7 +244,7 @@ def test_a_preset_speaks_aloud(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert f" {name}" in line
     assert "dataset.cube_scale" not in line
     assert "renderer.coarse_samples" not in line
-    convert.main([str(path), "--out", str(out), "--preset", "plants"])
+    run_tool(convert, path, "--out", out, "--preset", "plants")
     report = capsys.readouterr().out
     for text in ("camera.fov = 30.0", "renderer.white_background = True", "optim.r1_gamma = 0.05", "batch = 64"):
         assert re.search(rf"not told by the snapshot, as the preset plants has it: .*{text}", report)
@@ -260,7 +261,7 @@ def test_the_average_alone_asks_nothing_about_training(tmp_path: Path, capsys: p
     }
     write_snapshot(path, *shapes_of(DEFAULT), optimizers=False, changes=changes, images=None)
     assert "--average converts" in refusal(path, out, capsys, "--preset", "ffhq", "--set", "patch.resolution=8")
-    convert.main([str(path), "--out", str(out), "--average"])
+    run_tool(convert, path, "--out", out, "--average")
     assert "D: " not in capsys.readouterr().out
     assert sorted(x.name for x in out.iterdir()) == ["G_ema.safetensors", "config.json"]
 
@@ -270,7 +271,7 @@ def test_a_pose_is_no_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     path, out = tmp_path / "x.pkl", tmp_path / "out"
     shapes = shapes_of(BACKGROUND)[0]
     write_snapshot(path, shapes, None, changes=EVERYTHING_TOLD | {"dataset.c_dim": ..., "dataset.resolution": ...})
-    convert.main([str(path), "--out", str(out)])
+    run_tool(convert, path, "--out", out)
     config, generator = load_generator(out, "cpu")
     assert (config.generator.pose_conditioning, generator.label_dim, config.resolution) == (True, 0, 16)
     unknown = {
@@ -283,17 +284,8 @@ def test_a_pose_is_no_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     write_snapshot(path, shapes, None, changes=EVERYTHING_TOLD | unknown, edit=lambda c: c.pop("training_set_kwargs"))
     capsys.readouterr()
     assert "does not tell resolution, generator.pose_conditioning: give" in refusal(path, tmp_path / "no", capsys)
-    convert.main(
-        [
-            str(path),
-            "--out",
-            str(tmp_path / "two"),
-            "--set",
-            "generator.pose_conditioning=false",
-            "--set",
-            "resolution=16",
-        ]
-    )
+    answers = "--set", "generator.pose_conditioning=false", "--set", "resolution=16"
+    run_tool(convert, path, "--out", tmp_path / "two", *answers)
     config, generator = load_generator(tmp_path / "two", "cpu")
     assert (config.generator.pose_conditioning, generator.label_dim, config.loader.labels) == (False, 2, True)
 
@@ -625,7 +617,7 @@ def test_images_seen(
 def test_a_renamed_file_keeps_its_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, out = tmp_path / "renamed.pkl", tmp_path / "out"
     write_snapshot(path, *shapes_of(DEFAULT), optimizers=False, changes=PITCHES)
-    convert.main([str(path), "--out", str(out)])
+    run_tool(convert, path, "--out", out)
     trainer = load_checkpoint(find_checkpoint(str(out), tmp_path / "none"))[1]["trainer"]
     assert (trainer["cur_nimg"], trainer["iterations"]) == (128_000, 2001)
     capsys.readouterr()
@@ -645,7 +637,7 @@ def test_a_lost_augmentation_is_said(tmp_path: Path, capsys: pytest.CaptureFixtu
             changes=PITCHES | changes,
             edit=lambda content: content.update(augment_pipe=None),
         )
-        convert.main([str(path), "--out", str(tmp_path / f"out{number}")])
+        run_tool(convert, path, "--out", tmp_path / f"out{number}")
         report = capsys.readouterr().out
         assert words in report if words else "strength" not in report
 
@@ -656,7 +648,7 @@ def test_without_noise_images(tmp_path: Path, tiny_data: Path, capsys: pytest.Ca
     g_shapes, d_shapes = shapes_of(DEFAULT)
     g_shapes = {name: x for name, x in g_shapes.items() if ".noise_" not in name}
     theirs = write_snapshot(path, g_shapes, d_shapes, changes=PITCHES | {"model.generator.use_noise": False})
-    convert.main([str(path), "--out", str(out)])
+    run_tool(convert, path, "--out", out)
     report = capsys.readouterr().out
     assert "no noise images (use_noise is false)" in report
     assert re.search(
@@ -678,7 +670,7 @@ def test_without_noise_images(tmp_path: Path, tiny_data: Path, capsys: pytest.Ca
         if name.endswith("noise_strength"):
             assert parameter == 0
 
-    convert.main([str(out), "--out", str(tmp_path / "back"), "--names", "published"])
+    run_tool(convert, out, "--out", tmp_path / "back", "--names", "published")
     from safetensors.torch import load_file
 
     assert load_file(tmp_path / "back" / "G_ema-published.safetensors").keys() == theirs["G_ema"].keys()
@@ -781,7 +773,7 @@ def test_images_are_the_published_ones(background: str, activation: str, tmp_pat
     if background == "plane":
         shapes = with_painted_plane(shapes)
     write_snapshot(tmp_path / "x.pkl", shapes, None, changes=changes)
-    convert.main([str(tmp_path / "x.pkl"), "--out", str(tmp_path / "out")])
+    run_tool(convert, tmp_path / "x.pkl", "--out", tmp_path / "out")
     config, generator = load_generator(tmp_path / "out", "cpu")
     assert config.renderer.background == background
     generator = generator.double()
@@ -804,7 +796,7 @@ def test_the_command_to_train_on_holds_every_setting(tmp_path: Path, capsys: pyt
     edit = lambda content: content["training_set_kwargs"].update(xflip=False)  # noqa: E731
     write_snapshot(path, *shapes_of(BACKGROUND), changes=changes, edit=edit)
     for options in ([], ["--preset", "food"]):
-        convert.main([str(path), "--out", str(out / str(len(options))), *options])
+        run_tool(convert, path, "--out", out / str(len(options)), *options)
         line = re.search(r"^to train on: python train.py (.+)$", capsys.readouterr().out, re.MULTILINE)[1]
         command = train.parse(shlex.split(line))
         config, _ = load_checkpoint(find_checkpoint(command.resume, tmp_path / "none"))

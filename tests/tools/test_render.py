@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from checks import HANG, assert_close
+from command_lines import run_tool
 from epigraf_fast.camera import cam2world_matrix, camera_rays
 from epigraf_fast.models import region
 from epigraf_fast.models.renderer import Images
@@ -33,7 +34,7 @@ def read(path: Path) -> np.ndarray:
 def run(*arguments: object) -> None:
     """At the resolution of training, unless another is given."""
     size = [] if "--resolution" in arguments else ["--resolution", "16"]
-    render.main([*(str(argument) for argument in arguments), *size])
+    run_tool(render, *arguments, *size)
 
 
 def test_a_grid_shows_every_seed_from_every_side(tiny_run: Path, tmp_path: Path) -> None:
@@ -120,7 +121,7 @@ def test_objects_seen_from_all_around_are_shown_from_above_and_aside(tiny_run: P
     generator.camera = dataclasses.replace(generator.camera, prior="spherical_uniform")
     yaw, pitch, roll = render.showing_pose(generator).tolist()
     assert (0.3 < yaw < 1.2, 0.8 < pitch < 1.4, roll) == (True, True, 0)
-    render.main(["grid", str(tiny_run), "--out", str(tmp_path / "x.png"), "--seeds", "0"])
+    run_tool(render, "grid", tiny_run, "--out", tmp_path / "x.png", "--seeds", "0")
     assert read(tmp_path / "x.png").shape == (256, 256, 3)
 
 
@@ -214,11 +215,11 @@ def test_memory_at_1024_is_bounded(tiny_run: Path, tmp_path: Path) -> None:
     """A million rays, in a process of its own: what they take beyond a tiny picture is far below all samples."""
     program = f"""
 import resource, sys
-from epigraf_fast.tools import render
+from epigraf_fast.__main__ import main
 sizes = []
 for size in (16, 1024):
-    render.main(["grid", {str(tiny_run)!r}, "--out", {str(tmp_path / "x.png")!r}, "--seeds", "0", "--ray-samples", "10",
-                 "--resolution", str(size), "--device", "cpu", "--overwrite"])
+    main(["render", "grid", {str(tiny_run)!r}, "--out", {str(tmp_path / "x.png")!r}, "--seeds", "0", "--ray-samples",
+          "10", "--resolution", str(size), "--device", "cpu", "--overwrite"])
     sizes.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 print((sizes[1] - sizes[0]) // 1024)
 """
@@ -268,7 +269,7 @@ def test_fly_around_zooms(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.Mo
     fov = load_generator(tiny_run, "cpu")[1].camera.fov
     for number, (given, zoom) in enumerate(((("--zoom", "3"), 3.0), ((), 1.5))):
         out = tmp_path / f"{number}.gif"
-        render.main(["fly-around", str(tiny_run), "--out", str(out), "--frames", "4", "--seeds", "0", *given])
+        run_tool(render, "fly-around", tiny_run, "--out", out, "--frames", "4", "--seeds", "0", *given)
         frames, fovs = taken.pop()
         assert frames == 4
         halves = [math.tan(math.radians(angle) / 2) / math.tan(math.radians(fov) / 2) for angle in fovs]
@@ -303,7 +304,7 @@ def test_faults_are_one_line(
     (tmp_path / "empty").mkdir()
     places = {"RUN": tiny_run, "NOWHERE": tmp_path / "none", "EMPTY": tmp_path / "empty"}
     arguments = tuple(tmp_path / a if a.startswith("x.") else places.get(a, a) for a in arguments)
-    assert words in one_error_line(render.main, *arguments)
+    assert words in one_error_line(render, *arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
@@ -311,7 +312,7 @@ def test_missing_ffmpeg_is_one_line(
     tiny_run: Path, tmp_path: Path, one_error_line: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
-    message = one_error_line(render.main, "turntable", tiny_run, "--out", tmp_path / "x.mp4", "--frames", 2)
+    message = one_error_line(render, "turntable", tiny_run, "--out", tmp_path / "x.mp4", "--frames", 2)
     assert "imageio-ffmpeg is not installed" in message
     assert not list(tmp_path.iterdir())
 

@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from checks import HANG, assert_close
+from command_lines import run_tool
 from epigraf_fast.camera import cam2world_matrix
 from epigraf_fast.errors import UserError
 from epigraf_fast.tools import viewer
@@ -64,10 +65,10 @@ def test_an_occupied_port_is_one_line(tiny_run: Path, one_error_line: Callable[.
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        message = one_error_line(viewer.main, tiny_run, "--port", port)
+        message = one_error_line(viewer, tiny_run, "--port", port)
     assert f"port {port} of 127.0.0.1 cannot be used (Address already in use): choose another with --port" in message
-    assert "--port must be" in one_error_line(viewer.main, tiny_run, "--port", 70000)
-    assert "there is no checkpoint" in one_error_line(viewer.main, "nowhere")
+    assert "--port must be" in one_error_line(viewer, tiny_run, "--port", 70000)
+    assert "there is no checkpoint" in one_error_line(viewer, "nowhere")
 
 
 @pytest.mark.parametrize("port", [0, 8080])
@@ -81,7 +82,7 @@ def test_a_host_that_is_not_here_is_one_line_before_any_work(port: int, one_erro
         ("2001:db8::1", "--host 2001:db8::1 is not of this machine ("),
         ("[::1]", "--host [::1] is no name or address ("),
     ):
-        assert words in one_error_line(viewer.main, "nowhere", "--host", host, "--port", port)
+        assert words in one_error_line(viewer, "nowhere", "--host", host, "--port", port)
 
 
 def has_ipv6() -> bool:
@@ -121,7 +122,7 @@ def test_ctrl_c_ends_a_viewer(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(viewer.Viewer, "stop", stopping)
     monkeypatch.setattr(viewer, "time", SimpleNamespace(sleep=sleep, perf_counter=time.perf_counter))
-    viewer.main([str(tiny_run), "--port", "0", "--device", "cpu"])
+    run_tool(viewer, tiny_run, "--port", "0", "--device", "cpu")
     assert len(stopped) == 1
     assert not stopped[0].painter.is_alive()
 
@@ -130,7 +131,7 @@ def test_missing_viser_is_one_line(
     tiny_run: Path, one_error_line: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "viser", None)
-    assert "viser is not installed: pip install -e '.[viewer]'" in one_error_line(viewer.main, tiny_run)
+    assert "viser is not installed: pip install -e '.[viewer]'" in one_error_line(viewer, tiny_run)
 
 
 @pytest.fixture
