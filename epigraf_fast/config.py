@@ -521,11 +521,11 @@ BOUNDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 def check(config: Config) -> None:
     """Raises UserError, one line naming the setting and the fix, unless the settings can train."""
     c = config
-    values = flat(c) | {"grid": min(c.grid)}
+    values, unset = flat(c) | {"grid": min(c.grid)}, flat(Config())
     for names, fits, words in BOUNDS:
         for name in names.split():
-            value = values[name]
-            if value not in (None, "auto") and not fits(value):
+            value = values[name]  # not a number only where the default is none
+            if not (fits(value) if isinstance(value, int | float) else value == unset[name]):
                 raise UserError(f"{name} must be {words}, got {value}")
     if c.patch.resolution > c.resolution:
         raise UserError(

@@ -190,6 +190,8 @@ def test_demo_needs_no_data_and_no_gpu() -> None:
         ("optim.beta1", 1.0, r"optim.beta1 must be in [0, 1), got 1.0"),
         ("optim.beta2", -0.1, r"optim.beta2 must be in [0, 1), got -0.1"),
         ("generator.z_dim", 0, "generator.z_dim must be finite and positive, got 0"),
+        ("generator.z_dim", None, "generator.z_dim must be finite and positive, got None"),
+        ("optim.g_lr", "auto", "optim.g_lr must be finite and positive, got auto"),
         ("generator.mapping_layers", 0, "generator.mapping_layers must be finite and positive, got 0"),
         ("generator.pose_swap_probability", 1.5, "generator.pose_swap_probability must be in [0, 1], got 1.5"),
         ("generator.pose_dropout", 1.5, "generator.pose_dropout must be in [0, 1], got 1.5"),
