@@ -97,21 +97,22 @@ class Generator(nn.Module):
             config.mapping_layers,
             backend=backend,
         )
-        if config.decoder_fourier or config.view_direction:
-            self.decoder = FeatureDecoder(
-                config.plane_channels,
-                config.decoder_hidden,
-                fourier=config.decoder_fourier,
-                view_direction=config.view_direction,
-                backend=renderer_backend,
+        if config.backbone == "triplane":  # an image has neither
+            if config.decoder_fourier or config.view_direction:
+                self.decoder = FeatureDecoder(
+                    config.plane_channels,
+                    config.decoder_hidden,
+                    fourier=config.decoder_fourier,
+                    view_direction=config.view_direction,
+                    backend=renderer_backend,
+                )
+            else:
+                self.decoder = Decoder(
+                    config.plane_channels, config.decoder_hidden, precision=precision, backend=renderer_backend
+                )
+            self.renderer = Renderer(
+                renderer, camera.ray_start, camera.ray_end, camera.cube_scale, backend=renderer_backend
             )
-        else:
-            self.decoder = Decoder(
-                config.plane_channels, config.decoder_hidden, precision=precision, backend=renderer_backend
-            )
-        self.renderer = Renderer(
-            renderer, camera.ray_start, camera.ray_end, camera.cube_scale, backend=renderer_backend
-        )
         self.register_buffer("mean_camera_pose", torch.tensor([camera.yaw_mean, camera.pitch_mean, 0.0]))
         self.label_values: Tensor | None = None  # what it was trained on (see ImageDataset), where that is known
 

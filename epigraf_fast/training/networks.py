@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..models.augment import Augment
 from ..models.discriminator import Discriminator, discriminator_class
 from ..models.generator import Generator
-from ..models.image_generator import ImageGenerator, generator_class
+from ..models.image_generator import generator_class
 from ..ops import backends, convolution, convolution_layout
 from .precision import half_blocks_of, mode_of
 
@@ -133,7 +133,7 @@ def _beyond_triton(config: Config) -> dict[str, str]:
 
 def build_generator(
     config: Config, label_dim: int, device_type: str | None = None, *, half_on: tuple[str, ...] = ("cuda",)
-) -> Generator | ImageGenerator:
+) -> Generator:
     """The generator, on torch's default device.
 
     Args:

@@ -14,7 +14,6 @@ from torch import Tensor
 from ..config import Config, from_dict, to_dict
 from ..errors import UserError, not_installed
 from ..models.generator import Generator
-from ..models.image_generator import ImageGenerator
 from .checkpoint import list_checkpoints, load_checkpoint
 from .identify import what_else
 from .networks import build_generator, find_device
@@ -23,9 +22,7 @@ BUILTIN = Path("builtin")  # the name of the model that comes with the package, 
 BUILTIN_FILE = "objects64.safetensors"
 
 
-def load_generator(
-    path: Path, device: str | None = None, *, three_d: bool = True
-) -> tuple[Config, Generator | ImageGenerator]:
+def load_generator(path: Path, device: str | None = None, *, three_d: bool = True) -> tuple[Config, Generator]:
     """Settings and average generator, with the labels that it knows, in evaluation mode and without gradients.
 
     Args:

@@ -10,6 +10,8 @@ from epigraf_fast.camera import Patch, extract_patches
 from epigraf_fast.config import CameraConfig, GeneratorConfig, RendererConfig
 from epigraf_fast.models.generator import Generator
 from epigraf_fast.models.image_generator import ImageGenerator, generator_class
+from epigraf_fast.models.mapping import StyleMapping
+from epigraf_fast.models.synthesis import Synthesis
 from epigraf_fast.training.losses import path_lengths
 from epigraf_fast.training.memory import parameter_count
 
@@ -36,6 +38,18 @@ def test_size() -> None:
         generator = ImageGenerator(GeneratorConfig(), RendererConfig(), CameraConfig(), image_resolution=512)
     channels = [512, 512, 512, 512, 512, 256, 128, 64]
     assert parameter_count(generator) == 28_983_507 - 2372 - 93 * sum(c + 1 for c in channels)
+
+
+def test_weights_are_those_of_synthesis_and_mapping_alone() -> None:
+    """Their names, order and values for a seed, so that checkpoints fit; and no number more is drawn."""
+    generator, drawn = make(label_dim=3), torch.rand(4)
+    torch.manual_seed(0)
+    synthesis = Synthesis(8, 16, 3, channel_base=64, channel_max=8)
+    parts = torch.nn.ModuleDict({"synthesis": synthesis, "mapping": StyleMapping(6, 3, 8, synthesis.num_ws, 2)})
+    assert torch.equal(drawn, torch.rand(4))
+    state, expected = generator.state_dict(), parts.double().state_dict()
+    assert list(state) == ["mean_camera_pose", *expected]
+    assert all(torch.equal(state[name], value) for name, value in expected.items())
 
 
 def test_images_are_those_of_the_synthesis_network() -> None:
