@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..camera import Patch, cam2world_matrix, camera_rays, extract_patches
-from ..config import CameraConfig
+from ..config import CameraConfig, RendererConfig
 from .layers import FullyConnected, ScalarEncoder
 
 ENCODER_STEPS = 64
@@ -32,33 +32,12 @@ class ModulatedLinear(nn.Module):
         return ops.bias_act(torch.bmm(x, weight.transpose(1, 2)), self.bias, dim=2, act="lrelu")
 
 
-class ToOutput(nn.Module):
+class ToOutput(ModulatedLinear):
     """y = x (W s / sqrt(n_in))^T + b."""
-
-    def __init__(self, n_in: int, n_out: int, w_dim: int) -> None:
-        super().__init__()
-        self.affine = FullyConnected(w_dim, n_in, bias_init=1.0)
-        self.weight = nn.Parameter(torch.randn(n_out, n_in))
-        self.bias = nn.Parameter(torch.zeros(n_out))
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:  # [B, N, n_in], [B, w_dim] -> [B, N, n_out]
         weight = self.weight * (self.affine(w) / math.sqrt(x.shape[2]))[:, None, :]
         return torch.baddbmm(self.bias, x, weight.transpose(1, 2))
-
-
-def inverse_radii(start: float, samples: int, jitter: Tensor) -> Tensor:
-    """Evenly from `start` to 0, ends included, each moved inside its stratum (to the midpoints with its neighbours).
-
-    Args:
-        jitter: [..., samples] in [0, 1).
-
-    Returns:
-        [..., samples], falling.
-    """
-    radii = torch.linspace(start, 0, samples, dtype=jitter.dtype, device=jitter.device)
-    middle = (radii[1:] + radii[:-1]) / 2
-    first, last = torch.cat([radii[:1], middle]), torch.cat([middle, radii[-1:]])
-    return first + (last - first) * jitter
 
 
 def sphere_points(ray_origins: Tensor, ray_directions: Tensor, inverse_radius: Tensor) -> Tensor:
@@ -138,12 +117,11 @@ class SphereBackground(nn.Module):
 
     Args:
         w_dim: Width of the style vectors.
+        config: For the samples and the density, to which neither shift nor noise is added; with `white_background`
+            what the last sample lets through is white. `background_start` is in (0, 1].
         camera: For radius and field of view.
-        samples, start: Inverse radii from `start`, in (0, 1], to 0.
         channel_base, channel_max: Width of block b is min(channel_base / 2^(b + 2), channel_max).
-        activation, softplus_beta: Of the density, see `ops.composite`; neither shift nor noise is added to it.
-        white_background: Whether what the last sample lets through is white.
-        backend: Of the integration, see `ops`.
+        backend: Of samples and integration, see `ops`.
     """
 
     num_ws, extra_channels = 4, 0
@@ -151,23 +129,17 @@ class SphereBackground(nn.Module):
     def __init__(
         self,
         w_dim: int,
+        config: RendererConfig,
         camera: CameraConfig,
         *,
-        samples: int = 16,
-        start: float = 1.0,
         channel_base: int = 32768,
         channel_max: int = 128,
-        activation: str = "softplus",
-        softplus_beta: float = 1.0,
-        white_background: bool = False,
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        if not 0 < start <= 1:
-            raise ValueError(f"SphereBackground: start must be in (0, 1], got {start}")
-        self.camera, self.samples, self.start = camera, samples, start
-        self.activation, self.softplus_beta = activation, softplus_beta
-        self.white_background, self.backend = white_background, backend
+        if not 0 < config.background_start <= 1:
+            raise ValueError(f"SphereBackground: start must be in (0, 1], got {config.background_start}")
+        self.config, self.camera, self.backend = config, camera, backend
         self.encoder = ScalarEncoder(ENCODER_STEPS)
         narrow, wide = (max(1, min(channel_base // 2 ** (block + 2), channel_max)) for block in (0, 1))
         self.layer0 = ModulatedLinear(4 * self.encoder.dim, narrow, w_dim)
@@ -209,12 +181,12 @@ class SphereBackground(nn.Module):
         radius, fov = self.camera.radius, self.camera.fov if fov is None else fov
         matrix = cam2world_matrix(angles, radius)
         origins, directions = camera_rays(matrix, fov, resolution, patch)
-        origins, ws = origins / radius, ws[:, -self.num_ws :]
+        origins, ws, samples = origins / radius, ws[:, -self.num_ws :], self.config.background_samples
         if stochastic and jitter is None:
-            jitter = torch.rand(*origins.shape[:2], self.samples, dtype=origins.dtype, device=origins.device)
+            jitter = torch.rand(*origins.shape[:2], samples, dtype=origins.dtype, device=origins.device)
         chunk = origins.shape[1]
         if not torch.is_grad_enabled():
-            chunk = max(1, CHUNK // (len(ws) * self.samples))
+            chunk = max(1, CHUNK // (len(ws) * samples))
         parts = []
         for first in range(0, origins.shape[1], chunk):
             part = slice(first, first + chunk)
@@ -232,24 +204,30 @@ class SphereBackground(nn.Module):
         with_depth: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Colours and depths of rays [B, R, 3], in radii of the sphere, with style vectors [B, 4, w_dim]."""
-        shape = (*ray_origins.shape[:2], self.samples)
-        if jitter is None:
-            inverse = torch.linspace(self.start, 0, self.samples, dtype=ray_origins.dtype, device=ray_origins.device)
-            inverse = inverse.expand(shape)
-        else:
-            inverse = inverse_radii(self.start, self.samples, jitter)
-        points = sphere_points(ray_origins, ray_directions, inverse)
-        values = self.decode(points.flatten(1, 2), ws).view(*shape, 4)
+        config = self.config
+        t = ops.sample_stratified(
+            *ray_origins.shape[:2],
+            config.background_samples,
+            -config.background_start,
+            0.0,
+            jitter=jitter,
+            stochastic=False,
+            dtype=ray_origins.dtype,
+            device=ray_origins.device,
+            backend=self.backend,
+        )
+        points = sphere_points(ray_origins, ray_directions, -t)
+        values = self.decode(points.flatten(1, 2), ws).view(*t.shape, 4)
         result = ops.composite(
-            -inverse,
+            t,
             values,
-            activation=self.activation,
-            softplus_beta=self.softplus_beta,
-            white_background=self.white_background,
+            activation=config.density_activation,
+            softplus_beta=config.softplus_beta,
+            white_background=config.white_background,
             return_weights=with_depth,
             t_sorted=True,
             backend=self.backend,
         )
         if not with_depth:
             return result.rgb, None
-        return result.rgb, (result.weights * conventional_depth(ray_origins, ray_directions, inverse)).sum(dim=-1)
+        return result.rgb, (result.weights * conventional_depth(ray_origins, ray_directions, -t)).sum(dim=-1)

@@ -61,15 +61,7 @@ class Generator(nn.Module):
             self.background = PlaneBackground(image_resolution or config.plane_resolution)
         if renderer.background == "sphere":
             self.background = SphereBackground(
-                config.w_dim,
-                camera,
-                samples=renderer.background_samples,
-                start=renderer.background_start,
-                channel_base=config.channel_base,
-                activation=renderer.density_activation,
-                softplus_beta=renderer.softplus_beta,
-                white_background=renderer.white_background,
-                backend=renderer_backend,
+                config.w_dim, renderer, camera, channel_base=config.channel_base, backend=renderer_backend
             )
         if self.background is not None:
             interval = min(renderer.last_interval, BACKGROUND_INTERVAL)

@@ -11,14 +11,13 @@ from torch import Tensor
 
 from checks import assert_close, assert_finite, draw, draw_uniform
 from epigraf_fast.camera import Patch, cam2world_matrix, camera_rays, extract_patches
-from epigraf_fast.config import CameraConfig, preset
+from epigraf_fast.config import CameraConfig, RendererConfig, preset
 from epigraf_fast.models.background import (
     ModulatedLinear,
     PlaneBackground,
     SphereBackground,
     ToOutput,
     conventional_depth,
-    inverse_radii,
     sphere_points,
 )
 from epigraf_fast.models.renderer import Images
@@ -35,7 +34,8 @@ def rays(resolution: int = 5) -> tuple[Tensor, Tensor]:
 
 def background(**settings) -> SphereBackground:
     torch.manual_seed(0)
-    return SphereBackground(8, CAMERA, samples=6, channel_max=12, **settings).double()
+    config = RendererConfig(**{"background_samples": 6, **settings})
+    return SphereBackground(8, config, CAMERA, channel_max=12).double()
 
 
 def count(kind: str) -> tuple[int, int]:
@@ -103,14 +103,19 @@ def test_a_ray_through_the_centre() -> None:
 
 
 def test_inverse_radii_by_hand() -> None:
-    """1, 2/3, 1/3, 0: strata end at 5/6, 1/2, 1/6."""
-    assert_close(
-        inverse_radii(1.0, 4, torch.zeros(4).double()), torch.tensor([1, 5 / 6, 1 / 2, 1 / 6]), "first", "hand"
-    )
-    assert_close(inverse_radii(1.0, 4, torch.ones(4).double()), torch.tensor([5 / 6, 1 / 2, 1 / 6, 0]), "last", "hand")
-    assert_close(
-        inverse_radii(0.5, 3, torch.full((3,), 0.5).double()), torch.tensor([0.4375, 0.25, 0.0625]), "middle", "hand"
-    )
+    """1, 2/3, 1/3, 0: strata end at 5/6, 1/2, 1/6; and half of that."""
+    for start, jitter, expected in (
+        (1.0, 0.0, [1, 5 / 6, 1 / 2, 1 / 6]),
+        (1.0, 1.0, [5 / 6, 1 / 2, 1 / 6, 0]),
+        (1.0, None, [1, 2 / 3, 1 / 3, 0]),
+        (0.5, 0.5, [11 / 24, 1 / 3, 1 / 6, 1 / 24]),
+    ):
+        network, seen = background(background_samples=4, background_start=start), []
+        network.decode = lambda points, ws, seen=seen: seen.append(points) or points
+        jitter = None if jitter is None else torch.full((2, 25, 4), jitter).double()
+        network.integrate(draw(2, 4, 8), *rays(), jitter)
+        inverse = seen[0][..., 3].view(2, 25, 4)
+        assert_close(inverse, torch.tensor(expected).double().expand(2, 25, 4), "inverse radii", "hand")
 
 
 # The network
@@ -183,7 +188,7 @@ def test_integration_by_hand(white: bool) -> None:
 @pytest.mark.parametrize(
     ("settings", "density"),
     [
-        ({"activation": "relu"}, 0.5),
+        ({"density_activation": "relu"}, 0.5),
         ({"softplus_beta": 4.0}, math.log1p(math.exp(4 * 0.5)) / 4),
         ({}, math.log1p(math.exp(0.5))),
     ],
@@ -199,7 +204,7 @@ def test_the_density_has_the_activation_of_the_settings(settings: dict, density:
 
 
 def test_relu_lets_negative_densities_through() -> None:
-    network = background(activation="relu", white_background=True)
+    network = background(density_activation="relu", white_background=True)
     network.decode = lambda points, ws: torch.tensor([0.1, 0.2, 0.3, -0.5]).double().expand(*points.shape[:2], 4)
     rgb, _ = network.integrate(draw(2, 4, 8), *rays())
     assert_close(rgb, torch.ones(2, 25, 3).double(), "colour", "hand")
@@ -278,7 +283,7 @@ def test_layers_add_up(tiny_generator, kind: str) -> None:
 def test_white_is_behind_the_background_alone(tiny_generator) -> None:
     generator = tiny_generator(renderer={"background": "sphere", "white_background": True})
     assert not generator.renderer.config.white_background
-    assert generator.background.white_background
+    assert generator.background.config.white_background
 
 
 @pytest.mark.parametrize("kind", ["sphere", "plane"])
@@ -303,7 +308,8 @@ def test_the_sphere_follows_the_settings_of_the_density(tiny_generator) -> None:
     generator = tiny_generator(
         renderer={"background": "sphere", "density_activation": "relu", "softplus_beta": 2.0, "density_shift": 1.0}
     )
-    assert (generator.background.activation, generator.background.softplus_beta) == ("relu", 2.0)
+    config = generator.background.config
+    assert (config.density_activation, config.softplus_beta) == ("relu", 2.0)
 
 
 def test_without_a_background(tiny_generator) -> None:
