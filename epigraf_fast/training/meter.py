@@ -7,7 +7,7 @@ import ctypes
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -18,27 +18,11 @@ SAMPLING = 1.0  # seconds between two looks at how busy the GPU is
 GIB = 2**30
 
 
-class Gauge(Protocol):
-    """What a device tells of itself."""
-
-    def mark(self) -> Any:
-        """A point in its work: what was launched before comes before it. Nothing waits."""
-
-    def passed(self, mark: Any) -> bool:
-        """Whether the device is past it. Nothing waits."""
-
-    def seconds(self, start: Any, end: Any) -> float:
-        """Between two points, waiting for the second."""
-
-    def idle(self) -> float | None:
-        """The share of the last moments in which no kernel ran; None: not known."""
-
-    def memory(self) -> tuple[int, int]:
-        """Bytes that this process held at most since the last call, and those of the device."""
-
-
 class CudaGauge:
-    """Of a GPU: CUDA events on its current stream, its allocator, and the driver's own count of busy moments."""
+    """What a GPU tells of itself: CUDA events on its current stream, its allocator, the driver's count of busy moments.
+
+    A mark is a point in its work: what was launched before comes before it. Only `seconds` waits, for the later mark.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -59,10 +43,12 @@ class CudaGauge:
         return start.elapsed_time(end) / 1000
 
     def idle(self) -> float | None:
+        """The share of the last moments in which no kernel ran; None: not known."""
         busy = self.driver()
         return None if busy is None else 1 - busy
 
     def memory(self) -> tuple[int, int]:
+        """Bytes that this process held at most since the last call, and those of the device."""
         most = torch.cuda.max_memory_reserved(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         return most, self.total
@@ -106,7 +92,7 @@ class Meter:
         gpus: That train together.
     """
 
-    def __init__(self, gauge: Gauge | None = None, gpus: int = 1) -> None:
+    def __init__(self, gauge: CudaGauge | None = None, gpus: int = 1) -> None:
         self.gauge, self.gpus = gauge, gpus
         self.totals: dict[str, float] = {}  # seconds since the last `read`
         self.marks: deque[tuple[str, Any, Any]] = deque()  # of phases that the GPU may not have come to yet
@@ -189,8 +175,3 @@ def summary(found: dict[str, float]) -> str:
     if "gpu/days" in found:
         words.append(f"the whole run takes {found['gpu/days']:.3g} GPU-days at this speed")
     return "; ".join([", ".join(words[: len(times)]), *words[len(times) :]] if times else words)
-
-
-def gauge_of(device: torch.device) -> Gauge | None:
-    """Of a GPU; None for a CPU."""
-    return CudaGauge(device) if device.type == "cuda" else None

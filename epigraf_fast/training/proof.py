@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
@@ -43,16 +43,6 @@ ELSEWHERE = (
     *("log_kimg", "snapshot_kimg", "checkpoint_kimg", "keep_checkpoints", "grid", "metric_images", "metric_kimg"),
     *("turntable", "loader.workers", "loader.mirror"),
 )
-
-
-class Child(Protocol):
-    """A process, as `subprocess.Popen` is one."""
-
-    pid: int
-
-    def poll(self) -> int | None: ...
-
-    def kill(self) -> None: ...
 
 
 class Finding(NamedTuple):
@@ -95,7 +85,7 @@ def signature(config: Config, label_dim: int, micro: int) -> str:
     return verdicts.signature(settings | {"label_dim": label_dim, "micro": micro})
 
 
-def start_child(path: Path, errors: Any) -> Child:
+def start_child(path: Path, errors: Any) -> subprocess.Popen:
     """A Python of its own that checks the request in a file: it shares no CUDA context with this one."""
     command = [sys.executable, "-m", f"{__package__}.proof_items", str(path)]
     package = str(Path(__file__).parents[2])
@@ -111,7 +101,7 @@ def prove(
     request: Request,
     *,
     settings: bool = True,
-    start: Callable[[Path, Any], Child] = start_child,
+    start: Callable[[Path, Any], subprocess.Popen] = start_child,
     patience: float = PATIENCE,
 ) -> Items:
     """Checks every kernel that this machine has, then networks on those that passed.
@@ -162,7 +152,7 @@ def able_to_record(values: dict[str, Any]) -> bool:
     return True
 
 
-def _check(request: Request, start: Callable[[Path, Any], Child], patience: float) -> Items:
+def _check(request: Request, start: Callable[[Path, Any], subprocess.Popen], patience: float) -> Items:
     """The verdicts of a request's items, by as many children as it takes."""
     found: Items = {}
     with tempfile.TemporaryDirectory(prefix="epigraf-proof-") as folder:
@@ -175,7 +165,7 @@ def _check(request: Request, start: Callable[[Path, Any], Child], patience: floa
     return found
 
 
-def _watch(items: Sequence[str], path: Path, start: Callable[[Path, Any], Child], patience: float) -> Items:
+def _watch(items: Sequence[str], path: Path, start: Callable[[Path, Any], subprocess.Popen], patience: float) -> Items:
     """What one child found: at least one item's verdict, that of the item that ended it included."""
     report, found, current = path.with_suffix(".report"), {}, items[0]
     with open(path.with_suffix(".errors"), "w+b") as errors:
@@ -319,7 +309,7 @@ def find(
     *,
     settings: bool = True,
     recheck: bool = False,
-    start: Callable[[Path, Any], Child] = start_child,
+    start: Callable[[Path, Any], subprocess.Popen] = start_child,
 ) -> Finding:
     """What an earlier check of the same found, or else one that is made now, and kept.
 

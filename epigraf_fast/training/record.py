@@ -16,7 +16,7 @@ from .checkpoint import checkpoint_path, keep_best, random_state, save_checkpoin
 from .endurance import require_finite
 from .files import append, require_writable
 from .log import RunLog
-from .meter import Meter, gauge_of, summary
+from .meter import CudaGauge, Meter, summary
 from .progress import waiting
 from .regions import announcement
 from .snapshot import Snapshots, is_best
@@ -44,7 +44,8 @@ class Record:
             for folder in ("checkpoints", "samples", "tensorboard"):
                 require_writable(self.run_dir / folder)
             self.log = RunLog(self.run_dir, config.kimg, trainer.cur_nimg)
-            self.meter = self.metered.enter_context(Meter(gauge_of(trainer.device), trainer.world.size))
+            gauge = CudaGauge(trainer.device) if trainer.device.type == "cuda" else None
+            self.meter = self.metered.enter_context(Meter(gauge, trainer.world.size))
             with self.log.sparing("config.json"), replacing(self.run_dir / "config.json") as temporary:
                 temporary.write_text(json.dumps(to_dict(config), indent=2) + "\n")
             start = {"cur_nimg": trainer.cur_nimg, "device": str(trainer.device), "choices": list(choices)}
