@@ -196,15 +196,6 @@ class World:
             dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.control)
         return largest.tolist()
 
-    def gather(self, value: Any) -> list[Any] | None:
-        """The plain values of all processes in order, for rank 0; None for the others."""
-        if self.size == 1:
-            return [value]
-        values = [None] * self.size if self.rank == 0 else None
-        with self.noticing():
-            dist.gather_object(value, values, group=self.control)
-        return values
-
     @contextlib.contextmanager
     def noticing(self) -> Iterator[None]:
         """Around an exchange, which raises some RuntimeError when another process is gone."""

@@ -126,14 +126,6 @@ class RunLog:
         else:
             self.failing.discard(what)
 
-    def image(self, name: str, picture: np.ndarray, cur_nimg: int) -> None:
-        """Adds a uint8 [H, W, 3] picture to TensorBoard."""
-        self.board.image(name, picture, cur_nimg)
-
-    def scalar(self, name: str, value: float, cur_nimg: int) -> None:
-        """Adds a number to TensorBoard alone."""
-        self.board.scalar(name, value, cur_nimg)
-
     def flush(self) -> None:
         """Brings to the disk what can be."""
         with self.sparing("stats.jsonl"):

@@ -113,7 +113,7 @@ class Record:
         """
         require_finite(self.trainer, self.run_dir)
         self.trainer.share_statistics()
-        random_states = self.trainer.world.gather(random_state())
+        random_states = self.trainer.world.exchange(random_state())
         self.trainer.world.watch.excuse()
         if self.log is not None:
             state, keep = self.trainer.state_dict(), self.config.keep_checkpoints

@@ -89,10 +89,10 @@ class Snapshots:
             paths.append(self.run_dir / "samples" / f"{name}-{cur_nimg:09d}.png")
             with self.log.sparing("samples/"):
                 save_png(picture, paths[-1])
-            self.log.image(f"samples/{name}", picture, cur_nimg)
+            self.log.board.image(f"samples/{name}", picture, cur_nimg)
         if self.config.generator.backbone == "triplane":
             share = non_flat_share(batches, camera)
-            self.log.scalar("geometry/non_flat", share, cur_nimg)
+            self.log.board.scalar("geometry/non_flat", share, cur_nimg)
             if cur_nimg and share < 0.5:
                 self.log.say(f"warning: {1 - share:.0%} of the shapes are flat; are the camera poses right?")
         return paths[0], paths[1]

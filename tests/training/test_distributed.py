@@ -205,7 +205,7 @@ def test_alone_nothing_is_exchanged() -> None:
     state = torch.get_rng_state()
     world.reseed(0, 0)
     assert torch.equal(torch.get_rng_state(), state)
-    assert (tensor.item(), world.agree(15, 0), world.gather("x")) == (3.0, [15, 0], ["x"])
+    assert (tensor.item(), world.agree(15, 0), world.exchange("x")) == (3.0, [15, 0], ["x"])
     world.close()
 
 

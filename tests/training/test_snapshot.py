@@ -34,9 +34,10 @@ TinyTrainer = Callable[[Config], tuple[Trainer, Iterator]]
 
 
 class Log:
-    """Keeps the pictures that would go to TensorBoard."""
+    """Keeps what would be said, and, as its own board, what would go to TensorBoard."""
 
     def __init__(self) -> None:
+        self.board = self
         self.pictures: list[tuple[str, np.ndarray, int]] = []
         self.said: list[str] = []
         self.scalars: list[tuple[str, float, int]] = []
