@@ -21,7 +21,7 @@ from ..atomic import replacing
 from ..errors import UserError
 from .board import Board
 from .files import append
-from .progress import Sparing
+from .progress import Sparing, say
 
 
 class RunLog:
@@ -140,8 +140,8 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """Prints a line above the bar."""
-        with contextlib.suppress(OSError):
-            self.bar.write(text)
+        with self.bar.external_write_mode(self.bar.fp):  # `write` clears bars of sys.stderr alone
+            say(text)
 
     def close(self) -> None:
         self.flush()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,6 +71,17 @@ def test_lines(tmp_path: Path, clock: SimpleNamespace, open_log: Callable[..., R
     log.close()
     assert scalars(tmp_path, "loss/G") == [(40, 0.5), (240, 0.25)]
     assert scalars(tmp_path, "img_per_sec") == [(40, 20.0), (240, 50.0)]
+
+
+def test_what_is_said_stands_above_the_bar(open_log: Callable[..., RunLog], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a line of its own, and the bar comes again below, where both go to one terminal or file."""
+    screen = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(sys, "stderr", screen)
+    open_log().say("a word")
+    said, bar = (line.rpartition("\r")[2] for line in screen.getvalue().split("\n"))
+    assert said == "a word"
+    assert bar.endswith("0.0/1.0 kimg [00:00<?]")
 
 
 def test_pauses_do_not_count_as_training(clock: SimpleNamespace, open_log: Callable[..., RunLog]) -> None:
