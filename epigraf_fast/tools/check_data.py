@@ -22,10 +22,10 @@ from tyro.conf import Positional
 from ..camera import cam2world_matrix, camera_rays, frustum_extent
 from ..config import PRESETS, CameraConfig, preset, with_data_camera
 from ..data import ImageDataset
+from ..progress import Progress, waiting
 from ..training.sampling import prior_angles
 from . import plotting
 from .arguments import Json, Overwrite, default, optional, whole
-from .command import Progress, waiting
 
 DRAWN = 200  # cameras in the plot
 BINS = 40

@@ -1,4 +1,4 @@
-"""How a command waits, is interrupted, writes its files and ends.
+"""How a command begins, is interrupted, writes its files and ends.
 
 Little is imported at first, and nothing but Python's own modules, so that Ctrl-C is heard early, long before torch is
 loaded.
@@ -15,19 +15,18 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any, ClassVar, NoReturn
 
 from ..errors import UserError, not_installed
+from ..progress import Progress
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LOST = b"\0"  # no signal's number
 GRACE = 3.0  # seconds that the main thread may take from a signal to the end of what it does
 REPEATED = 0.5  # seconds within which signals are one: `timeout` sends each to a process and to its group
-PATIENCE = {True: 1.0, False: 10.0}  # seconds until a wait is shown, on a terminal and in a file
-LONGEST_PAUSE = 60.0  # seconds between two lines in a file
 
 
 # Interruption
@@ -227,109 +226,6 @@ def _leave_at_once(number: int) -> NoReturn:
     with contextlib.suppress(OSError):
         os.write(2, line.encode())
     os._exit(128 + number)
-
-
-# Waiting
-
-
-class Progress:
-    """Shows what a long piece of work is and how far it has got: a line that moves on a terminal, a few in a file.
-
-    Nothing is shown of what takes less than a second (ten in a file). A thread writes, so that work in a single call
-    is shown too. One inside of another is shown behind it.
-
-    Args:
-        items: To go through, `for item in Progress(items, "objects")`.
-        what: The name of the work or of its items.
-        total: Their number, where it is counted by `update`; None: nothing to count.
-    """
-
-    _open: ClassVar[list[Progress]] = []
-
-    def __init__(self, items: Iterable[Any] | None = None, what: str = "", total: int | None = None) -> None:
-        self.items, self.what, self.done = items, what, 0
-        self.total = len(items) if hasattr(items, "__len__") else total
-        self.ended = threading.Event()
-        self.thread: threading.Thread | None = None
-
-    def __enter__(self) -> Progress:
-        self.began = time.monotonic()
-        Progress._open.append(self)
-        if len(Progress._open) == 1:
-            self.thread = threading.Thread(target=self._show, name="progress", daemon=True)
-            self.thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self in Progress._open:
-            Progress._open.remove(self)
-        self.ended.set()
-        if self.thread is not None:
-            self.thread.join()
-
-    def __iter__(self) -> Iterator[Any]:
-        with self:
-            for item in self.items:
-                yield item
-                self.update()
-
-    def update(self, count: int = 1) -> None:
-        """So many more are done."""
-        self.done += count
-
-    @staticmethod
-    def end_all() -> None:
-        """Ends those that an exception has left open."""
-        for progress in list(Progress._open):
-            progress.__exit__()
-
-    @staticmethod
-    def say(text: str) -> None:
-        """A line on stderr, of which a bar that is being shown leaves nothing behind."""
-        print(f"\r\033[K{text}" if Progress._open and sys.stderr.isatty() else text, file=sys.stderr)
-
-    def line(self, width: int | None = None) -> str:
-        """What is shown; with a bar where a width is given."""
-        seconds = time.monotonic() - self.began
-        if self.total is None:
-            return f"{self.what} ... {seconds:.0f} s"
-        from tqdm import tqdm
-
-        bar = "{percentage:3.0f}%|{bar}| " if width else ""
-        layout = f"{{desc}}: {bar}{{n_fmt}}/{{total_fmt}} [{{elapsed}}<{{remaining}}]"
-        return tqdm.format_meter(
-            self.done, self.total, seconds, ncols=width, prefix=self.what, ascii=" #", bar_format=layout
-        )
-
-    def _show(self) -> None:
-        stream = sys.stderr
-        terminal = stream.isatty()
-        pause, shown = PATIENCE[terminal], False
-        with contextlib.suppress(OSError, ValueError):  # a stream that is closed
-            while not self.ended.wait(pause):
-                now = time.monotonic()
-                running = [
-                    part for part in list(Progress._open) if part is self or now - part.began > PATIENCE[terminal]
-                ]
-                if not running:
-                    continue
-                if terminal:
-                    width = (os.get_terminal_size(stream.fileno()).columns or 80) - 1
-                    line = ", ".join(part.line(width if len(running) == 1 else None) for part in running)
-                    stream.write(f"\r\033[K{line[:width]}")
-                    pause, shown = 0.2, True
-                else:
-                    stream.write(", ".join(part.line() for part in running) + "\n")
-                    pause = min(1.5 * pause, LONGEST_PAUSE)
-                stream.flush()
-            if shown:
-                stream.write("\r\033[K")
-                stream.flush()
-
-
-def waiting(what: str) -> Progress:
-    """`with waiting("reading the checkpoint"):` for work that is one piece."""
-    return Progress(what=what)
 
 
 # Outputs

@@ -28,12 +28,13 @@ from ..config import PRESETS, Config, check, differences, preset, to_dict
 from ..errors import UserError
 from ..models.background import ENCODER_STEPS
 from ..models.layers import LOW_PASS, ScalarEncoder, channels_at
+from ..progress import waiting
 from ..training.checkpoint import checkpoint_path, save_checkpoint
 from ..training.identify import SNAPSHOT, what_else
 from ..training.memory import meta_networks
 from ..training.pretrained import check_finite, find_generator, load_generator, save_safetensors
 from .arguments import Checkpoint, Overwrite, about, check_effect, default, real
-from .command import check_folder, output_folder, waiting
+from .command import check_folder, output_folder
 from .published import Optimizer, Snapshot, read_snapshot
 from .published_settings import LABEL_DIM, Stored, apply, get, import_settings, parse
 

@@ -50,8 +50,9 @@ from ..files import (
     upright,
     upright_size,
 )
+from ..progress import Progress
 from .arguments import Overwrite, about, check_effect, default, filled, optional, real, whole
-from .command import Progress, check_output, output
+from .command import check_output, output
 from .poses import (
     AXES,
     EG3D_YAW,

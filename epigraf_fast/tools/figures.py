@@ -22,6 +22,7 @@ from ..camera import Patch
 from ..config import Config, PatchConfig
 from ..errors import UserError
 from ..models.discriminator import Discriminator
+from ..progress import waiting
 from ..training.checkpoint import load_checkpoint
 from ..training.log import read_stats
 from ..training.networks import build_discriminator
@@ -30,7 +31,6 @@ from ..training.schedule import patch_beta, patch_min_scale
 from ..training.snapshot import read_metrics
 from . import plotting
 from .arguments import Overwrite, about, check_effect, default, filled, real, whole
-from .command import waiting
 
 MAX_DENSITY = 5.0  # what Fig. 3 clamps densities to
 FILTERS = 5  # random filters of a layer in Fig. 7

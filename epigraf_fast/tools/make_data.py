@@ -32,8 +32,9 @@ import torch
 from ..camera import cam2world_matrix, sample_angles
 from ..errors import UserError, not_installed
 from ..files import READ_ERRORS, reason, walk
+from ..progress import Progress, waiting
 from .arguments import Overwrite, check_effect, default, optional, real, whole
-from .command import Progress, check_output, heard, output, uninterrupted, waiting
+from .command import check_output, heard, output, uninterrupted
 from .poses import border_fov
 
 MESH_SUFFIXES = (".obj", ".ply", ".stl", ".glb", ".gltf")

@@ -24,10 +24,11 @@ from torch import Tensor
 from ..camera import cam2world_matrix, camera_rays, frustum_extent
 from ..errors import UserError
 from ..models.generator import Generator
+from ..progress import Progress, waiting
 from ..training.pretrained import load_generator
 from ..training.sampling import circle_angles, showing_pose, surface_depth, turntable_angles
 from .arguments import NUMBERS, PATHS, GeneratorOptions, Json, Overwrite, default, real, whole
-from .command import Progress, check_output, output, require, waiting
+from .command import check_output, output, require
 from .render import OPAQUE, Scene, check_generator_arguments, save_picture
 
 MESHES = (".ply", ".obj", ".glb", ".png")

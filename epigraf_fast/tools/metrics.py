@@ -26,6 +26,7 @@ from ..config import CameraConfig, Config
 from ..data import ImageDataset
 from ..errors import UserError
 from ..models.generator import Generator, Images
+from ..progress import Progress, waiting
 from ..training.checkpoint import NAME, list_checkpoints
 from ..training.metrics import FeatureDistance, ScriptFeatures, kernel_distance
 from ..training.pretrained import BUILTIN, find_generator, load_generator
@@ -33,7 +34,7 @@ from ..training.sampling import fixed_latents, known_labels, surface_depth
 from ..training.snapshot import METRIC_SEED, measure_fakes, real_images
 from . import plotting
 from .arguments import Checkpoint, Device, Json, Overwrite, about, default, optional, real, whole
-from .command import Progress, check_output, output, waiting
+from .command import check_output, output
 
 SOLID = 0.9  # opacity of the rays whose points are carried over to the other view
 OCCLUSION = 0.02  # a point this share of the ray range behind the other view's surface is hidden there
@@ -140,10 +141,8 @@ class Distances:
                 distance.update_fake(images)
             if self.features is not None:
                 fakes.append(self.features(images))
-            bar.update(len(images))
 
-        with Progress(what="generated images", total=num) as bar:
-            measure_fakes(generator, dataset, config, num, use)
+        measure_fakes(generator, dataset, config, num, use)
         values = {}
         for name, distance in self.frechet.items():
             with waiting(f"computing {name}"):

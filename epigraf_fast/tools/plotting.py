@@ -6,7 +6,8 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .command import check_output, output, require, waiting
+from ..progress import waiting
+from .command import check_output, output, require
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -31,11 +31,12 @@ from ..config import CameraConfig
 from ..errors import UserError
 from ..files import READ_ERRORS, reason
 from ..models.generator import Generator
+from ..progress import Progress, waiting
 from ..training.log import to_uint8
 from ..training.pretrained import load_generator
 from ..training.sampling import latents_of_seeds, prior_angles, turntable_angles
 from .arguments import PATHS, Checkpoint, Device, Json, Overwrite, default, real, whole
-from .command import Progress, check_output, output, require, waiting
+from .command import check_output, output, require
 from .render import ENCODERS, FFMPEG, save_picture, video
 
 POOL = 64  # random objects, of which the best become starts

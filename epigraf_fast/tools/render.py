@@ -35,6 +35,7 @@ from ..camera import cam2world_matrix, camera_rays
 from ..errors import UserError
 from ..models.generator import Generator, Images
 from ..ops import PlaneRegion
+from ..progress import Progress, waiting
 from ..training.log import depth_to_uint8, tile, to_uint8
 from ..training.pretrained import load_generator
 from ..training.sampling import circle_angles, latents_of_seeds, showing_pose, surface_depth, turntable_angles
@@ -51,7 +52,7 @@ from .arguments import (
     several,
     whole,
 )
-from .command import Progress, check_output, output, output_folder, require, waiting
+from .command import check_output, output, output_folder, require
 
 PICTURES = ("grid", "images", "steps", "mixing")
 VIDEOS = ("turntable", "interpolation", "fly-around")

@@ -20,6 +20,7 @@ import torch
 from ..config import Config, check, with_data_camera
 from ..data import ImageDataset, make_loader
 from ..errors import DeviceError, DivergenceError, Stopped, UserError
+from ..progress import Progress, waiting
 from ..training import cores, memory
 from ..training.advice import advice
 from ..training.defaults import tuned, with_loaders
@@ -31,14 +32,14 @@ from ..training.log import flush_output
 from ..training.networks import set_arithmetic
 from ..training.precision import capability_of, settled
 from ..training.profile import DATA, annotate, traced
-from ..training.progress import say, waiting
+from ..training.progress import say
 from ..training.proof import settle, suspecting
 from ..training.record import Record
 from ..training.start import build, pick_device, require_same
 from ..training.step import Trainer
 from ..training.warmup import choose_layouts, warm_up
 from . import doctor, dry_run
-from .command import Progress, begun
+from .command import begun
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -31,10 +31,11 @@ from ..camera import Patch, cam2world_matrix
 from ..config import Config
 from ..errors import UserError
 from ..models.generator import Generator, Images
+from ..progress import waiting
 from ..training.pretrained import load_generator
 from ..training.sampling import known_labels, showing_pose
 from .arguments import Checkpoint, Device, default, whole
-from .command import heard, require, waiting
+from .command import heard, require
 from .mesh import automatic_threshold, density_volume, extract, glb_of, measured, statistics
 from .render import FFMPEG, SHOWN, Painted, Scene, pictures, video
 

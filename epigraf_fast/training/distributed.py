@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..config import Config, micro_batch_for, micro_of
 from ..errors import Stopped, UserError
-from .progress import waiting
+from ..progress import waiting
 from .watchdog import LIMIT, VARIABLE, Watchdog
 
 # While rank 0 draws pictures or measures FID, the others wait. A dead process is noticed by torchrun, not by this.

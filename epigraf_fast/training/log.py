@@ -19,9 +19,10 @@ from torch import Tensor
 
 from ..atomic import replacing
 from ..errors import UserError
+from ..progress import Sparing
 from .board import Board
 from .files import append
-from .progress import Sparing, say
+from .progress import say
 
 
 class RunLog:

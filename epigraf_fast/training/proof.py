@@ -27,8 +27,9 @@ from ..data import ImageDataset
 from ..errors import DeviceError, UserError
 from ..ops import backends, verdicts
 from ..ops.verdicts import FAILED, PASSED, SLOWER, SUSPECT, Items, Verdict
+from ..progress import waiting
 from .distributed import World
-from .progress import say, waiting
+from .progress import say
 from .proof_items import BEGUN, BOTH, GRADIENTS, GRAPHS, RECORDED, SETTINGS, TIME, Request
 
 TIMED = ("cuda",)  # kinds of devices whose kernels have to be faster than what they replace

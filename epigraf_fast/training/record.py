@@ -12,12 +12,12 @@ from ..atomic import replacing
 from ..config import Config, to_dict
 from ..data import ImageDataset
 from ..errors import SaveError
+from ..progress import waiting
 from .checkpoint import checkpoint_path, keep_best, random_state, save_checkpoint
 from .endurance import require_finite
 from .files import append, require_writable
 from .log import RunLog
 from .meter import CudaGauge, Meter, summary
-from .progress import waiting
 from .regions import announcement
 from .snapshot import Snapshots, is_best
 from .step import Trainer

@@ -147,6 +147,6 @@ def render_turntable(generator: Generator, z: Tensor, label: Tensor, frames: int
     planes = generator.synthesis(ws, noise_mode="const")
     views = [
         generator.render(planes, angle.expand(len(z), -1), resolution, ws=ws, stochastic=False).rgb
-        for angle in progress(angles, frames, "drawing the turntable", "frame")
+        for angle in progress(angles, frames, "drawing the turntable")
     ]
     return torch.stack(views)

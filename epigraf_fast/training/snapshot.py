@@ -17,9 +17,10 @@ from ..data import ImageDataset
 from ..errors import UserError
 from ..models.generator import Generator
 from ..models.renderer import Images
+from ..progress import waiting
 from .log import RunLog, depth_to_uint8, save_gif, save_png, tile, to_uint8, unused
 from .metrics import FeatureDistance, ScriptFeatures
-from .progress import progress, waiting
+from .progress import progress
 from .sampling import BATCH, fixed_latents, render_images, render_turntable, surface_depth
 
 TURNTABLE_FRAMES = 36

@@ -16,13 +16,14 @@ from .. import __version__
 from ..config import Config, flat
 from ..data import ImageDataset
 from ..errors import CheckpointError, UserError
+from ..progress import waiting
 from .checkpoint import check_resumable, find_checkpoint, load_checkpoint, set_random_state
 from .distributed import World
 from .endurance import explain_out_of_memory
 from .memory import keep_freed_memory
 from .networks import choose_backends, find_device, set_arithmetic
 from .precision import capability_of, require
-from .progress import say, waiting
+from .progress import say
 from .step import Trainer
 
 # Settings that each process may have its own of: where its machine keeps things, and how it reads them.

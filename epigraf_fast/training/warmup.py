@@ -18,8 +18,9 @@ from ..config import Config
 from ..models.decoder import Decoder
 from ..ops import Network, convolution_layout, tuning, verdicts
 from ..ops.checks import resolve_deterministic
+from ..progress import waiting
 from .precision import mode_of
-from .progress import say, waiting
+from .progress import say
 from .step import Trainer
 
 FILE = "kernels.json"

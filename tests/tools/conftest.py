@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from command_lines import run_tool
+from epigraf_fast import progress
 from epigraf_fast.config import (
     CameraConfig,
     Config,
@@ -23,7 +24,6 @@ from epigraf_fast.config import (
     to_dict,
 )
 from epigraf_fast.data import ImageDataset, make_loader
-from epigraf_fast.tools import command
 from epigraf_fast.training.checkpoint import save_checkpoint
 from epigraf_fast.training.step import Trainer
 
@@ -76,7 +76,7 @@ def tiny_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is said of waits, however slow the machine is: what a test reads are results and errors."""
-    monkeypatch.setattr(command, "PATIENCE", {True: threading.TIMEOUT_MAX, False: threading.TIMEOUT_MAX})
+    monkeypatch.setattr(progress, "PATIENCE", {True: threading.TIMEOUT_MAX, False: threading.TIMEOUT_MAX})
 
 
 @pytest.fixture

@@ -20,11 +20,14 @@ import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
 from checks import HANG
+from epigraf_fast import progress
 from epigraf_fast.__main__ import COMMANDS, main
 from epigraf_fast.errors import UserError
+from epigraf_fast.progress import Progress, waiting
 from epigraf_fast.tools import arguments, command
 from epigraf_fast.tools.arguments import real, whole
-from epigraf_fast.tools.command import Progress, check_folder, check_output, output, output_folder, running
+from epigraf_fast.tools.command import check_folder, check_output, output, output_folder, running
+from epigraf_fast.training.progress import progress as progress_of_training
 
 
 def tree(folder: Path) -> list[str]:
@@ -451,7 +454,7 @@ def read_until(descriptor: int, *words: str) -> str:
 
 def test_a_terminal_shows_what_it_is_and_how_far(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = pty.openpty()
-    monkeypatch.setattr(command, "PATIENCE", {True: 0.01, False: threading.TIMEOUT_MAX})
+    monkeypatch.setattr(progress, "PATIENCE", {True: 0.01, False: threading.TIMEOUT_MAX})
     with os.fdopen(theirs, "w") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
         for number in Progress(range(4), "objects"):
@@ -460,15 +463,18 @@ def test_a_terminal_shows_what_it_is_and_how_far(monkeypatch: pytest.MonkeyPatch
         with Progress(what="images", total=10) as bar:
             bar.update(7)
             read_until(ours, "images: ", "| 7/10 [")
-        with Progress(range(3), "outer"), command.waiting("reading"):
+        with Progress(range(3), "outer"), waiting("reading"):
             read_until(ours, "outer: 0/3 [", ", reading ... 0 s")
-        time.sleep(0)  # the thread has ended, its line is cleared
-        assert os.read(ours, 1000).decode().endswith("\r\x1b[K")
+        with Progress(what="outer"):
+            for number in progress_of_training(range(2), 2, "inner"):
+                assert "\n" not in read_until(ours, f" s, inner: {number}/2 [")  # one display on one line
+        # the thread has ended, its line is cleared
+        assert re.search(r"\r *\r$", os.read(ours, 1000).decode())
     os.close(ours)
 
 
 def test_a_file_gets_a_few_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(command, "PATIENCE", {True: threading.TIMEOUT_MAX, False: 0.01})
+    monkeypatch.setattr(progress, "PATIENCE", {True: threading.TIMEOUT_MAX, False: 0.01})
     text, deadline = "", time.monotonic() + HANG
     with Progress(what="images", total=10) as bar:
         bar.update(7)

@@ -24,6 +24,7 @@ from checks import small_files
 from command_lines import Features, run_tool
 from epigraf_fast.data import ImageDataset
 from epigraf_fast.errors import UserError
+from epigraf_fast.progress import Progress
 from epigraf_fast.tools import arguments, command
 from epigraf_fast.training.checkpoint import list_checkpoints
 from epigraf_fast.training.identify import what_else
@@ -489,6 +490,12 @@ WAITS = {
         *("measuring the mesh", "writing x.ply"),
         *("faces", "faces", "writing x.png", "writing x.mrc"),
     ],
+    "metrics RUN --images 4 --objects 1": [
+        *("reading checkpoint and data set", "reading the feature networks", "real images"),
+        *("measuring: generated images", "computing fd_efficientnet", "re-projected objects"),
+        *("reading checkpoint and data set", "measuring: generated images", "computing fd_efficientnet"),
+        "re-projected objects",
+    ],
     "figures schedules --out OUT/x.png": ["drawing x.png"],
     "check_data DATA --plot OUT/x.png": ["reading dataset.json", "images checked", "drawing x.png"],
     "convert RUN --out OUT": ["converting RUN"],
@@ -500,13 +507,11 @@ WAITS = {
 def test_every_wait_has_a_name(
     line: str, run: Callable[[str], None], tiny_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen, enter = [], command.Progress.__enter__
-
-    def entered(self: command.Progress) -> command.Progress:
-        seen.append(self.what)
-        return enter(self)
-
-    monkeypatch.setattr(command.Progress, "__enter__", entered)
+    if line.startswith("metrics"):
+        pytest.importorskip("torchmetrics", reason="needs the extra metrics")
+        monkeypatch.setattr("epigraf_fast.training.metrics.EfficientNetFeatures", Features)
+    seen, enter = [], Progress.__enter__
+    monkeypatch.setattr(Progress, "__enter__", lambda self: seen.append(self.what) or enter(self))
     run(line)
     assert seen == [what.replace("RUN", tiny_run.name) for what in WAITS[line]]
 

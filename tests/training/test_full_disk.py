@@ -17,12 +17,13 @@ import torch
 
 from checks import HANG, small_files
 from command_lines import Distance, assert_one_error_line, flags
+from epigraf_fast import progress
 from epigraf_fast.config import Config
 from epigraf_fast.data import ImageDataset
 from epigraf_fast.tools import train
 from epigraf_fast.training import board as board_module
 from epigraf_fast.training import log as log_module
-from epigraf_fast.training import progress, snapshot, warmup
+from epigraf_fast.training import snapshot, warmup
 from epigraf_fast.training.board import Board
 from epigraf_fast.training.checkpoint import list_checkpoints
 from epigraf_fast.training.log import RunLog, read_stats
@@ -176,12 +177,12 @@ def test_events_that_find_no_room_are_bounded(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
-@pytest.mark.parametrize("quiet", [2.0, 0.0])
+@pytest.mark.parametrize("patience", [10.0, 0.001])
 def test_the_terminal_is_a_file_on_a_full_disk(
-    quiet: float, tiny_config: TinyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    patience: float, tiny_config: TinyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the start takes so long that it is shown."""
-    monkeypatch.setattr(progress, "QUIET", quiet)
+    monkeypatch.setattr(progress, "PATIENCE", {False: patience})
     config = tiny_config(kimg=0.016, snapshot_kimg=0.008)
     full = Path("/dev/full")
     assert in_another_process(lambda: train.main(flags(config)), full, full) == 0

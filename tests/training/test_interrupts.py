@@ -14,15 +14,16 @@ import pytest
 
 from checks import HANG
 from command_lines import Distance, flags, losses
+from epigraf_fast import progress as progress_module
 from epigraf_fast.config import Config
 from epigraf_fast.data import ImageDataset
 from epigraf_fast.errors import Stopped
+from epigraf_fast.progress import Progress, waiting
 from epigraf_fast.tools import train
 from epigraf_fast.training import endurance, snapshot, start
-from epigraf_fast.training import progress as progress_module
 from epigraf_fast.training.checkpoint import list_checkpoints
 from epigraf_fast.training.endurance import StopRequest
-from epigraf_fast.training.progress import progress, waiting
+from epigraf_fast.training.progress import progress
 
 TinyConfig = Callable[..., Config]
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
@@ -58,7 +59,7 @@ def _no_echo(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything is shown, and often."""
-    for name, value in (("QUIET", 0.0), ("INTERVAL", 0.001), ("LOG_INTERVAL", 0.001)):
+    for name, value in (("PATIENCE", {False: 0.001}), ("LONGEST_PAUSE", 0.001)):
         monkeypatch.setattr(progress_module, name, value)
 
 
@@ -75,20 +76,20 @@ def wait_for(words: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_one_slow_call(capsys: pytest.CaptureFixture[str]) -> None:
     """Its time passes on the terminal although nothing in it says how far it is."""
     with waiting("reading the checkpoint"):
-        wait_for("reading the checkpoint [00:01]", capsys)
+        wait_for("reading the checkpoint ... 1 s\n", capsys)
 
 
 @pytest.mark.usefixtures("soon")
 def test_many_calls(capsys: pytest.CaptureFixture[str]) -> None:
     seen = []
-    for item in progress("abcd", 4, "measuring", "image"):
+    for item in progress(iter("abcd"), 4, "measuring"):
         seen.append(item)
-        wait_for(f"| {len(seen) - 1}/4 [", capsys)
+        wait_for(f"measuring: {len(seen) - 1}/4 [", capsys)
     assert seen == list("abcd")
 
 
 def test_what_is_quick_is_not_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(progress_module, "QUIET", 1e6)
+    monkeypatch.setattr(progress_module, "PATIENCE", {False: 1e6})
     with waiting("reading"):
         assert list(progress(range(100), 100, "measuring")) == list(range(100))
     assert capsys.readouterr() == ("", "")
@@ -102,24 +103,13 @@ def test_a_bar_ends_with_what_failed(capsys: pytest.CaptureFixture[str]) -> None
 
     with pytest.raises(ValueError, match="a fault"):
         list(progress(fail(), 2, "measuring"))
-    assert not [thread for thread in progress_module.threading.enumerate() if thread.name.endswith("(show)")]
+    assert not [thread for thread in progress_module.threading.enumerate() if thread.name == "progress"]
 
 
 def test_every_wait_of_a_run_is_named(tiny_config: TinyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the data to the last measurement."""
-    named = []
-    original = progress_module.waiting
-
-    def waiting(what: str, total: int | None = None, unit: str = "it", *, shown: bool = True) -> Any:
-        named.append((what, total))
-        return original(what, total, unit, shown=shown)
-
-    monkeypatch.setattr(progress_module, "waiting", waiting)
-    for module in (train, start, snapshot, train.Record.__init__.__globals__, train.World.join.__globals__):
-        if isinstance(module, dict):
-            monkeypatch.setitem(module, "waiting", waiting)
-        else:
-            monkeypatch.setattr(module, "waiting", waiting)
+    named, enter = [], Progress.__enter__
+    monkeypatch.setattr(Progress, "__enter__", lambda self: named.append((self.what, self.total)) or enter(self))
     monkeypatch.setattr(snapshot, "FeatureDistance", Distance)
     assert run(tiny_config(kimg=0.008, metric_images=20, turntable=1)) == 0
     drawing = ("drawing the samples", 1)
