@@ -218,10 +218,11 @@ class _BiasActBackward:
     "bias_act_double_backward(Tensor? grad_grad_x, Tensor? grad_grad_bias, Tensor grad_y, Tensor? x, Tensor? bias, "
     "int? dim, int act, float gain, float clamp, bool[3] needed) -> (Tensor, Tensor, Tensor)"
 )
-class _BiasActDoubleBackward:
+class _BiasActDoubleBackward(library.Last):
     """Gradients to what `_BiasActBackward` takes, where they are needed."""
 
     Settings = BiasActSettings
+    refusal = 'bias_act: only backend="reference" has a third derivative'
 
     @staticmethod
     def ready(grad_grad_x: Tensor | None, grad_grad_bias: Tensor | None, grad_y: Tensor, *rest: Any) -> tuple[Any, ...]:
@@ -276,11 +277,3 @@ class _BiasActDoubleBackward:
     ) -> tuple[Tensor | None, ...]:
         backward = functools.partial(_BiasActBackward.reference, settings=settings, wants_bias=settings.dim is not None)
         return library.pull_back(backward, (grad_y, x, bias), (grad_grad_x, grad_grad_bias))
-
-    @staticmethod
-    def keep(ctx: Any, inputs: tuple[Any, ...], gradients: tuple[Tensor | None, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise NotImplementedError('bias_act: only backend="reference" has a third derivative')

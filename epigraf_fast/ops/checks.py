@@ -280,8 +280,3 @@ def check_triton_network(op: str, planes: Tensor, network: Network, points: dict
 def resolve_deterministic(deterministic: bool | None) -> bool:
     """None stands for torch's own setting."""
     return torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic
-
-
-def no_second_derivative(op: str, backend: str = "triton") -> NotImplementedError:
-    """The error of an op whose backward cannot be differentiated."""
-    return NotImplementedError(f'{op}: backend "{backend}" has no second derivative; use backend="reference"')

@@ -21,7 +21,6 @@ from .checks import (
     check_shape,
     check_together,
     is_differentiated,
-    no_second_derivative,
 )
 from .draws import check_no_seed, check_noise_std, is_noisy, seed_for_kernel, std_for_kernel
 from .ranges import annotate
@@ -319,10 +318,11 @@ class _Composite:
     f"Tensor? grad_weights, {_INPUTS}, {_SETTINGS}, float? std, bool to_density_noise, bool to_background) -> "
     "(Tensor, Tensor, Tensor, Tensor)"
 )
-class _CompositeBackward:
+class _CompositeBackward(library.Last):
     """The gradients by a kernel, as a function of the incoming ones and of the inputs."""
 
     Settings = _Settings
+    refusal = 'composite: backend "{0.backend}" has no second derivative; use backend="reference"'
 
     @staticmethod
     @annotate("composite_bwd")
@@ -347,11 +347,3 @@ class _CompositeBackward:
             return _Composite.reference(*inputs, settings, grad_outputs[4] is not None, std)
 
         return library.pull_back(forward, (tensors[1], *tensors[3:6]), grad_outputs)
-
-    @staticmethod
-    def keep(ctx: Any, inputs: tuple[Any, ...], gradients: tuple[Tensor | None, ...]) -> None:
-        ctx.backend = inputs[-4].backend
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> None:
-        raise no_second_derivative("composite", ctx.backend)

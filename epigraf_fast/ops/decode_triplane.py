@@ -26,7 +26,6 @@ from .checks import (
     check_triton_network,
     checked_resample,
     is_differentiated,
-    no_second_derivative,
     resolve_deterministic,
 )
 from .ranges import annotate
@@ -381,10 +380,11 @@ def _joined(first: Tensor, second: Tensor) -> Tensor:
     f"decode_triplane_backward(Tensor grad_y, {_INPUTS}, {_OPTIONS}, ScalarType b1_dtype, bool[2] needs) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-class _DecodeTriplaneBackward:
+class _DecodeTriplaneBackward(library.Last):
     """To planes and to the network, where these are needed."""
 
     Settings = _Settings
+    refusal = 'decode_triplane: backend "{0.backend}" has no second derivative; use backend="reference"'
 
     @staticmethod
     @annotate("decode_triplane_bwd")
@@ -418,11 +418,3 @@ class _DecodeTriplaneBackward:
         b1 = grad_y.new_zeros(grad_y.shape[-1], dtype=b1_dtype)  # no gradient depends on it
         gradients = library.pull_back(forward, (*tensors, b1), (grad_y,))
         return gradients[0], *gradients[4:]
-
-    @staticmethod
-    def keep(ctx: Any, inputs: tuple[Any, ...], gradients: tuple[Tensor | None, ...]) -> None:
-        ctx.backend = inputs[-3].backend
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> None:
-        raise no_second_derivative("decode_triplane", ctx.backend)

@@ -212,10 +212,11 @@ def _with_settings(function: Callable[..., Any], settings: Any, *tensors: Tensor
     f"Tensor? blur, {VECTORS}, {SETTINGS}) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-class _LayerEpilogueDoubleBackward:
+class _LayerEpilogueDoubleBackward(library.Last):
     """With the blur, of which the second derivative is rare, x and its gradients are filtered by `upfirdn2d`."""
 
     Settings = Epilogue
+    refusal = 'layer_epilogue: only backend="reference" has a third derivative'
 
     @staticmethod
     def ready(*args: Any) -> tuple[Any, ...]:
@@ -284,14 +285,6 @@ class _LayerEpilogueDoubleBackward:
 
         gradients = library.pull_back(backward, tensors, incoming)
         return *gradients[:3], *gradients[4:]
-
-    @staticmethod
-    def keep(ctx: Any, inputs: tuple[Any, ...], gradients: tuple[Tensor | None, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise NotImplementedError('layer_epilogue: only backend="reference" has a third derivative')
 
 
 def _bends(dot_x: Any, dot_demod: Any, dot_bias: Any, dot_noise: Any, dot_strength: Any, *dot_styles: Any) -> bool:

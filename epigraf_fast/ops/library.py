@@ -144,6 +144,20 @@ def register(schema: str) -> Callable[[type], type]:
     return registered
 
 
+class Last:
+    """Base of a registered class whose results have no further derivative: its backward raises `refusal`."""
+
+    refusal: str  # {0} in it stands for the settings
+
+    @classmethod
+    def keep(cls, ctx: Any, inputs: tuple[Any, ...], outputs: Any) -> None:
+        ctx.settings = inputs[cls.tensors]
+
+    @classmethod
+    def backward(cls, ctx: Any, *grads: Tensor | None) -> None:
+        raise NotImplementedError(cls.refusal.format(ctx.settings))
+
+
 def _apart(y: Tensor | None) -> Tensor | None:
     """What is part of a larger tensor, as contiguous memory of its own: results of an op must not share theirs."""
     if y is None or y.numel() * y.element_size() == y.untyped_storage().nbytes():

@@ -21,7 +21,6 @@ from .checks import (
     check_shape,
     check_together,
     check_triton_planes,
-    no_second_derivative,
     resolve_deterministic,
 )
 from .ranges import annotate
@@ -161,7 +160,9 @@ class _SampleTriplane:
     "sample_triplane_backward(Tensor grad_features, Tensor points, Tensor? first, SymInt[2]? whole, "
     "SymInt height, SymInt width, ScalarType dtype, bool deterministic) -> Tensor"
 )
-class _SampleTriplaneBackward:
+class _SampleTriplaneBackward(library.Last):
+    refusal = 'sample_triplane: backend "triton" has no second derivative; use backend="reference"'
+
     @staticmethod
     @annotate("sample_triplane_bwd")
     def run(
@@ -191,11 +192,3 @@ class _SampleTriplaneBackward:
         planes = points.new_zeros(len(points), 3 * grad_features.shape[2], height, width, dtype=dtype)
         forward = functools.partial(_reference, points=points, region=as_region(first, whole))
         return library.pull_back(forward, (planes,), (grad_features,))[0]
-
-    @staticmethod
-    def keep(ctx: Any, inputs: tuple[Any, ...], grad_planes: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise no_second_derivative("sample_triplane")
