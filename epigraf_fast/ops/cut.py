@@ -59,7 +59,7 @@ def cut(x: Tensor, first: Tensor, size: tuple[int, int], *, backend: str | None 
         if route is library.PLAIN:
             _check_room(first, size, x.shape[2:])
         return x
-    return library.call(route, _Cut, x, first, tuple(size), chosen)
+    return library.call(route, _Cut, x, first, tuple(size), False, chosen)
 
 
 def _check_room(first: Tensor, size: Sequence[int], whole: Sequence[int]) -> None:
@@ -70,77 +70,48 @@ def _check_room(first: Tensor, size: Sequence[int], whole: Sequence[int]) -> Non
         raise ValueError(f"cut: first must leave room for {list(size)} in {list(whole)}, got {first.tolist()}")
 
 
-@library.register("cut(Tensor x, Tensor first, SymInt[2] size, str backend) -> Tensor")
+@library.register("cut(Tensor x, Tensor first, SymInt[2] size, bool paste, str backend) -> Tensor")
 class _Cut:
+    """A copy of rectangles, or to `paste` its transpose: of what was cut an image of that size, with zeros around."""
+
     @staticmethod
-    def empty(x: Tensor, first: Tensor, size: Sequence[int], backend: str) -> Tensor:
+    def empty(x: Tensor, first: Tensor, size: Sequence[int], paste: bool, backend: str) -> Tensor:
         return _like(x, size, backend)
 
     @staticmethod
-    @annotate("cut")
-    def run(x: Tensor, first: Tensor, size: Sequence[int], backend: str) -> Tensor:
-        _check_room(first, size, x.shape[2:])
-        if backend == "triton":
-            from ..kernels import cut as kernels
+    def run(x: Tensor, first: Tensor, size: Sequence[int], paste: bool, backend: str) -> Tensor:
+        with annotate("paste" if paste else "cut"):
+            if not paste:
+                _check_room(first, size, x.shape[2:])
+            if backend == "triton":
+                from ..kernels import cut as kernels
 
-            return kernels.cut(x, first, tuple(size))
-        if backend == "reference":
-            return _reference(x, first, size)
-        y = _like(x, size, backend)
-        for image, (row, column) in enumerate(first.tolist()):
-            y[image] = x[image, :, row : row + size[0], column : column + size[1]]
-        return y
+                return (kernels.paste if paste else kernels.cut)(x, first, tuple(size))
+            if backend == "reference":
+                return _Cut.reference(x, first, size, paste, backend)
+            y = _like(x, size, backend)
+            whole, part = (y.zero_(), x) if paste else (x, y)
+            rows, columns = part.shape[2:]
+            for image, (row, column) in enumerate(first.tolist()):
+                inside = whole[image, :, row : row + rows, column : column + columns]
+                target, source = (inside, part[image]) if paste else (part[image], inside)
+                target.copy_(source)
+            return y
 
     @staticmethod
-    def reference(x: Tensor, first: Tensor, size: Sequence[int], backend: str) -> Tensor:
-        return _reference(x, first, size)
+    def reference(x: Tensor, first: Tensor, size: Sequence[int], paste: bool, backend: str) -> Tensor:
+        return (_reference_paste if paste else _reference)(x, first, size)
 
     @staticmethod
     def keep(ctx: Any, inputs: tuple[Any, ...], y: Tensor) -> None:
-        x, first, _, ctx.backend = inputs
+        x, first, _, ctx.paste, ctx.backend = inputs
         ctx.size = tuple(x.shape[2:])
         ctx.save_for_backward(first)
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None, None]:
-        return library.apply(_Paste, grad_y, *ctx.saved_tensors, ctx.size, ctx.backend), None, None, None
-
-
-@library.register("paste(Tensor y, Tensor first, SymInt[2] size, str backend) -> Tensor")
-class _Paste:
-    """The transpose of `_Cut`: zeros around."""
-
-    @staticmethod
-    def empty(y: Tensor, first: Tensor, size: Sequence[int], backend: str) -> Tensor:
-        return _like(y, size, backend)
-
-    @staticmethod
-    @annotate("paste")
-    def run(y: Tensor, first: Tensor, size: Sequence[int], backend: str) -> Tensor:
-        if backend == "triton":
-            from ..kernels import cut as kernels
-
-            return kernels.paste(y, first, tuple(size))
-        if backend == "reference":
-            return _reference_paste(y, first, size)
-        x = _like(y, size, backend).zero_()
-        for image, (row, column) in enumerate(first.tolist()):
-            x[image, :, row : row + y.shape[2], column : column + y.shape[3]] = y[image]
-        return x
-
-    @staticmethod
-    def reference(y: Tensor, first: Tensor, size: Sequence[int], backend: str) -> Tensor:
-        return _reference_paste(y, first, size)
-
-    @staticmethod
-    def keep(ctx: Any, inputs: tuple[Any, ...], x: Tensor) -> None:
-        y, first, _, ctx.backend = inputs
-        ctx.size = tuple(y.shape[2:])
-        ctx.save_for_backward(first)
-
-    @staticmethod
-    def backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor, None, None, None]:
-        return library.apply(_Cut, grad_x, *ctx.saved_tensors, ctx.size, ctx.backend), None, None, None
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        options = ctx.size, not ctx.paste, ctx.backend
+        return library.apply(_Cut, grad_y, *ctx.saved_tensors, *options), None, None, None, None
 
 
 def _like(x: Tensor, size: Sequence[int], backend: str) -> Tensor:
