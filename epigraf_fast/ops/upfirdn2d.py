@@ -101,12 +101,10 @@ def upfirdn2d(
     check_dtype("upfirdn2d", "x", x, tuple(native.DTYPES), f'backend is "{chosen}"')
     dtype = native.compute_dtype(x.dtype)
     kernel = kernel.detach() if kernel.dtype == dtype else kernel.detach().to(dtype)
-    settings = _Settings(size, up, down, (padding[0], padding[2]), flip, float(gain))
-    if added is None:
-        return library.call(route, _UpFirDn2d, x, kernel, settings)
     bias = None if bias is None else bias.to(dtype)
     limit = math.inf if clamp is None else float(clamp)
-    return library.call(route, _UpFirDn2dAndAdd, x, kernel, added, bias, settings, limit)
+    settings = _Settings(size, up, down, (padding[0], padding[2]), flip, float(gain), limit)
+    return library.call(route, _UpFirDn2d, x, kernel, added, bias, settings)
 
 
 class _Settings(NamedTuple):
@@ -116,11 +114,12 @@ class _Settings(NamedTuple):
     padding: tuple[int, int]  # before x and y; what lies behind follows from the sizes
     flip: bool
     gain: float
+    clamp: float  # of what is added; infinite where there is none
 
     def adjoint(self, size: tuple[int, int], kernel: Tensor) -> _Settings:
         """The transposed map, back to `size`: up and down change places, and the taps their direction."""
         padding = kernel.shape[-1] - 1 - self.padding[0], kernel.shape[0] - 1 - self.padding[1]
-        return _Settings(size, self.down, self.up, padding, not self.flip, self.gain)
+        return _Settings(size, self.down, self.up, padding, not self.flip, self.gain, math.inf)
 
     def behind(self, size: Sequence[int], kernel: Tensor) -> tuple[int, int, int, int]:
         """Padding of x of this size, before and behind, which gives the size of the output."""
@@ -130,36 +129,28 @@ class _Settings(NamedTuple):
         return self.padding[0], x_after, self.padding[1], y_after
 
 
-def _launch(
-    x: Tensor, kernel: Tensor, added: Tensor | None, bias: Tensor | None, settings: _Settings, clamp: float
-) -> Tensor:
-    y = _UpFirDn2d.empty(x, kernel, settings)
-    added = None if added is None else native.dense_as(added, y)
-    dtypes = native.DTYPES[x.dtype], native.DTYPES[x.dtype if added is None else added.dtype]
-    taps = kernel.shape[0], kernel.shape[-1]
-    flags = kernel.ndim == 1, not x.is_contiguous(), settings.flip
-    sizes = *x.shape, *settings.size, *taps
-    factors = settings.up, settings.down, *settings.padding, settings.gain
-    native.launch("upfirdn2d", (x, kernel, added, bias, y), *dtypes, *sizes, *flags, *factors, clamp)
-    return y
-
-
 @library.register(
-    "upfirdn2d(Tensor x, Tensor kernel, "
-    "SymInt[2] size, int up, int down, SymInt[2] padding, bool flip, float gain) -> Tensor"
+    "upfirdn2d(Tensor x, Tensor kernel, Tensor? added, Tensor? bias, "
+    "SymInt[2] size, int up, int down, SymInt[2] padding, bool flip, float gain, float clamp) -> Tensor"
 )
 class _UpFirDn2d:
-    """The map is linear: its gradient is the adjoint map, and so on to any order. The kernel is in what is computed."""
+    """The map is linear: its gradient is the adjoint map, and so on to any order. The kernel is in what is computed.
+
+    What is added, which is dense, has the derivatives of `bias_act`.
+    """
 
     Settings = _Settings
     constants = ("kernel",)
 
     @staticmethod
-    def ready(x: Tensor, kernel: Tensor, settings: _Settings) -> tuple[Any, ...]:
-        return native.dense(x), kernel.contiguous(), settings
+    def ready(
+        x: Tensor, kernel: Tensor, added: Tensor | None, bias: Tensor | None, settings: _Settings
+    ) -> tuple[Any, ...]:
+        added = None if added is None else native.dense(added)
+        return native.dense(x), kernel.contiguous(), added, None if bias is None else bias.contiguous(), settings
 
     @staticmethod
-    def empty(x: Tensor, kernel: Tensor, settings: _Settings) -> Tensor:
+    def empty(x: Tensor, kernel: Tensor, added: Tensor | None, bias: Tensor | None, settings: _Settings) -> Tensor:
         return torch.empty(
             (*x.shape[:2], *settings.size),
             dtype=x.dtype,
@@ -168,59 +159,31 @@ class _UpFirDn2d:
         )
 
     @staticmethod
-    def run(x: Tensor, kernel: Tensor, settings: _Settings) -> Tensor:
-        return _launch(x, kernel, None, None, settings, math.inf)
+    def run(x: Tensor, kernel: Tensor, added: Tensor | None, bias: Tensor | None, settings: _Settings) -> Tensor:
+        y = _UpFirDn2d.empty(x, kernel, added, bias, settings)
+        added = None if added is None else native.dense_as(added, y)
+        dtypes = native.DTYPES[x.dtype], native.DTYPES[x.dtype if added is None else added.dtype]
+        taps = kernel.shape[0], kernel.shape[-1]
+        flags = kernel.ndim == 1, not x.is_contiguous(), settings.flip
+        sizes = *x.shape, *settings.size, *taps
+        factors = settings.up, settings.down, *settings.padding, settings.gain, settings.clamp
+        native.launch("upfirdn2d", (x, kernel, added, bias, y), *dtypes, *sizes, *flags, *factors)
+        return y
 
     @staticmethod
-    def reference(x: Tensor, kernel: Tensor, settings: _Settings) -> Tensor:
+    def reference(x: Tensor, kernel: Tensor, added: Tensor | None, bias: Tensor | None, settings: _Settings) -> Tensor:
+        """Of a map to which nothing is added, as that of a gradient."""
         up, down, padding = settings.up, settings.down, settings.behind(x.shape[2:], kernel)
         return _reference(x, kernel, up=up, down=down, padding=padding, flip=settings.flip, gain=settings.gain)
 
     @staticmethod
     def keep(ctx: Any, inputs: tuple[Any, ...], y: Tensor) -> None:
-        x, kernel, ctx.settings = inputs
-        ctx.size = x.shape[2:]
-        ctx.save_for_backward(kernel)
-
-    @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None]:
-        (kernel,) = ctx.saved_tensors
-        return library.apply(_UpFirDn2d, grad_y, kernel, ctx.settings.adjoint(ctx.size, kernel)), None, None
-
-
-@library.register(
-    "upfirdn2d_add(Tensor x, Tensor kernel, Tensor added, Tensor? bias, "
-    "SymInt[2] size, int up, int down, SymInt[2] padding, bool flip, float gain, float clamp) -> Tensor"
-)
-class _UpFirDn2dAndAdd:
-    """What is added, which is dense, has the derivatives of `bias_act`."""
-
-    Settings = _Settings
-    constants = ("kernel",)
-    run = staticmethod(_launch)
-
-    @staticmethod
-    def ready(x: Tensor, kernel: Tensor, added: Tensor, bias: Tensor | None, *settings: Any) -> tuple[Any, ...]:
-        return (
-            native.dense(x),
-            kernel.contiguous(),
-            native.dense(added),
-            None if bias is None else bias.contiguous(),
-            *settings,
-        )
-
-    @staticmethod
-    def empty(x: Tensor, kernel: Tensor, added: Tensor, bias: Tensor | None, settings: _Settings, _: float) -> Tensor:
-        return _UpFirDn2d.empty(x, kernel, settings)
-
-    @staticmethod
-    def keep(ctx: Any, inputs: tuple[Any, ...], y: Tensor) -> None:
-        x, kernel, added, bias, ctx.settings, clamp = inputs
-        if _within(added, bias, clamp):  # which is so but for networks that diverge: nothing need be kept for it
-            clamp = math.inf
-        ctx.of_added = BiasActSettings(None if bias is None else 1, 0, 1.0, clamp)
-        ctx.size, ctx.dtype = x.shape[2:], added.dtype
-        ctx.save_for_backward(kernel, *((None, None) if ctx.of_added.constant else (added, bias)))
+        x, kernel, added, bias, ctx.settings = inputs
+        ctx.size, ctx.dtype, ctx.of_added = x.shape[2:], None if added is None else added.dtype, None
+        clamp = ctx.settings.clamp
+        if clamp < math.inf and not _within(added, bias, clamp):  # where networks diverge; else nothing is kept
+            ctx.of_added = BiasActSettings(None if bias is None else 1, 0, 1.0, clamp)
+        ctx.save_for_backward(kernel, *((None, None) if ctx.of_added is None else (added, bias)))
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
@@ -228,18 +191,18 @@ class _UpFirDn2dAndAdd:
         needs = ctx.needs_input_grad
         grad_x = grad_added = grad_bias = None
         if needs[0]:
-            grad_x = library.apply(_UpFirDn2d, grad_y, kernel, ctx.settings.adjoint(ctx.size, kernel))
-        if ctx.of_added.constant:  # its derivative is 1
+            grad_x = library.apply(_UpFirDn2d, grad_y, kernel, None, None, ctx.settings.adjoint(ctx.size, kernel))
+        if ctx.of_added is None:
             grad_added = grad_y.to(ctx.dtype) if needs[2] else None
             grad_bias = grad_y.sum((0, 2, 3), dtype=native.compute_dtype(ctx.dtype)) if needs[3] else None
         elif needs[2] or needs[3]:
             grad_added, grad_bias = bias_act_backward(grad_y.to(ctx.dtype), added, bias, ctx.of_added, needs[3])
-        return grad_x, None, grad_added, grad_bias, None, None
+        return grad_x, None, grad_added, grad_bias, None
 
 
 def _within(added: Tensor, bias: Tensor | None, clamp: float) -> bool:
     """Whether nothing comes near the clamp, on a CPU; a GPU is not waited for."""
-    if clamp == math.inf or added.device.type != "cpu" or not added.numel():
+    if added.device.type != "cpu" or not added.numel():
         return False
     if library.route(added, bias) is not library.PLAIN:  # whose numbers may not be there
         return False
