@@ -20,11 +20,12 @@ from .layer_epilogue_derivatives import (
     VECTORS,
     Epilogue,
     LayerEpilogueBackward,
+    Vectors,
     blurred,
     by_reference,
     dense,
-    is_channels_last,
     recovered,
+    resized,
 )
 
 
@@ -139,19 +140,9 @@ def layer_epilogue(
     return library.call(route, _LayerEpilogue, x, *vectors, settings)[: len(styles)]
 
 
-def like_output(x: Tensor, blur: Tensor | None) -> Tensor:
-    """Memory for an output, in the layout of x."""
-    if blur is None:
-        return torch.empty_like(x)
-    layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
-    batch, channels, height, width = x.shape
-    size = batch, channels, height - 1, width - 1
-    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)
-
-
 @library.register(f"layer_epilogue(Tensor x, Tensor? blur, {VECTORS}, {SETTINGS}) -> (Tensor, Tensor)")
 class _LayerEpilogue:
-    """Vectors and noise ([1 or B, H, W]) have the dtype that is computed in; the second output may be None."""
+    """The second output may be None."""
 
     Settings = Epilogue
     constants = ("blur",)
@@ -163,14 +154,14 @@ class _LayerEpilogue:
 
     @staticmethod
     def empty(x: Tensor, blur: Tensor | None, *args: Any) -> tuple[Tensor, Tensor | None]:
-        return like_output(x, blur), like_output(x, blur) if args[-1].outputs == 2 else None
+        return resized(x, blur, -1), resized(x, blur, -1) if args[-1].outputs == 2 else None
 
     @staticmethod
     def run(x: Tensor, blur: Tensor | None, *args: Any) -> tuple[Tensor, Tensor | None]:
-        demod, bias, noise, strength, style0, style1, settings = args
+        vectors, settings = Vectors(*args[:-1]), args[-1]
         outputs = _LayerEpilogue.empty(x, blur, settings)
-        sizes = settings.for_launch(outputs[0], noise)
-        native.launch("layer_epilogue_fwd", (x, blur, demod, bias, noise, strength, style0, style1, *outputs), *sizes)
+        sizes = settings.for_launch(outputs[0], vectors.noise)
+        native.launch("layer_epilogue_fwd", (x, blur, *vectors, *outputs), *sizes)
         return outputs
 
     reference = staticmethod(by_reference)
@@ -188,8 +179,8 @@ class _LayerEpilogue:
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, blur, demod, bias, noise, strength, style0, style1, *outputs = ctx.saved_tensors
-        styles = style0, style1
+        x, blur, *vectors, out0, out1 = ctx.saved_tensors
+        outputs, styles = (out0, out1), vectors[4:]
         if all(grad is None for grad in grads):
             return (None,) * 9
         if x is None and sum(y is not None for y in outputs) == 1:  # which says all only with its own style beside it
@@ -200,14 +191,14 @@ class _LayerEpilogue:
         present = [k for k, grad in enumerate(grads) if grad is not None]
         grads = [grads[k] for k in present] + [None] * (2 - len(present))
         of_styles, outputs = ([xs[k] for k in present] + [None] * (2 - len(present)) for xs in (styles, outputs))
-        given = [True, *(tensor is not None for tensor in (blur, demod, bias, noise, strength, style0, style1))]
+        given = [True, *(tensor is not None for tensor in (blur, *vectors))]
         needs = tuple(
             needed and library.wanted(ctx, sum(given[:place])) for place, needed in enumerate(ctx.needs_input_grad[:8])
         )
-        vectors = demod, bias, noise, strength, *of_styles
+        vectors = *vectors[:4], *of_styles
         again, dtype = x is None and torch.is_grad_enabled(), grads[0].dtype
         if again:  # x as a function of the outputs: differentiable, where the kernel that reads them is not
-            x = recovered(outputs, *vectors, ctx.settings)
+            x = recovered(outputs, vectors, ctx.settings)
             grads = [None if grad is None else grad.to(x.dtype) for grad in grads]
             blur, kernel, outputs = None, blur, (None, None)
         result = library.apply(LayerEpilogueBackward, *grads, x, blur, *vectors, *outputs, ctx.settings, needs)

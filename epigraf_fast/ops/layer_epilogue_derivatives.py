@@ -32,18 +32,38 @@ class Epilogue(NamedTuple):
         return native.DTYPES[y.dtype], is_channels_last(y), *numbers, batch, channels, height, width, stride
 
 
+class Vectors(NamedTuple):
+    """What there is besides images, or gradients to it, in the dtype that is computed in; noise is [1 or B, H, W]."""
+
+    demod: Tensor | None
+    bias: Tensor | None
+    noise: Tensor | None
+    strength: Tensor | None
+    style0: Tensor | None
+    style1: Tensor | None
+
+    def gradients(self, images: int, needs: Sequence[bool]) -> Vectors:
+        """Memory for gradients, where these are needed: that of the noise for so many images."""
+        *of_vectors, to_style0, to_style1 = needs
+        needs = *of_vectors, to_style0 or to_style1, to_style0 or to_style1
+        made = Vectors(*map(native.like, self._replace(noise=None), needs))
+        if self.noise is None or not needs[2]:
+            return made
+        return made._replace(noise=self.noise.new_empty((images, *self.noise.shape[1:])))
+
+
 def is_channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last)
 
 
-def _input(y: Tensor, blur: Tensor | None) -> Tensor:
-    """Memory for what is like x, in the layout of y, which is like an output."""
+def resized(x: Tensor, blur: Tensor | None, more: int) -> Tensor:
+    """Memory in the layout of x, with so many more rows and columns where there is a blur: -1 for outputs, 1 back."""
     if blur is None:
-        return torch.empty_like(y)
-    layout = torch.channels_last if is_channels_last(y) else torch.contiguous_format
-    batch, channels, height, width = y.shape
-    size = batch, channels, height + 1, width + 1
-    return torch.empty(size, dtype=y.dtype, device=y.device, memory_format=layout)
+        return torch.empty_like(x)
+    layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+    batch, channels, height, width = x.shape
+    size = batch, channels, height + more, width + more
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
 def dense(x: Tensor) -> Tensor:
@@ -56,7 +76,7 @@ def blurred(x: Tensor, kernel: Tensor, *, adjoint: bool = False, backend: str | 
     return upfirdn2d(x, kernel, padding=2 if adjoint else 1, flip=adjoint, gain=4, backend=backend or x.device.type)
 
 
-VECTORS = "Tensor? demod, Tensor? bias, Tensor? noise, Tensor? strength, Tensor? style0, Tensor? style1"
+VECTORS = ", ".join(f"Tensor? {name}" for name in Vectors._fields)
 SETTINGS = "float slope, float gain, float clamp, int outputs, bool keep_x"
 
 
@@ -78,19 +98,11 @@ def by_reference(x: Tensor, blur: Tensor | None, *args: Any) -> tuple[Tensor, Te
     return outputs[0], outputs[1] if settings.outputs == 2 else None
 
 
-def recovered(
-    outputs: Sequence[Tensor | None],
-    demod: Tensor | None,
-    bias: Tensor | None,
-    noise: Tensor | None,
-    strength: Tensor | None,
-    style0: Tensor | None,
-    style1: Tensor | None,
-    settings: Epilogue,
-) -> Tensor:
+def recovered(outputs: Sequence[Tensor | None], vectors: Sequence[Tensor | None], settings: Epilogue) -> Tensor:
     """The blur(x), or x, of these outputs, in the dtype that is computed in; beyond the clamp where it was clipped."""
+    demod, bias, noise, strength, *styles = vectors
     y = None
-    for out, style in zip(outputs, (style0, style1), strict=True):
+    for out, style in zip(outputs, styles, strict=True):
         if out is None:
             continue
         one = torch.ones((), dtype=native.compute_dtype(out.dtype), device=out.device)
@@ -134,46 +146,39 @@ class LayerEpilogueBackward:
         x, out0, out1 = (None if tensor is None else dense(tensor) for tensor in (x, out0, out1))
         like = next(tensor for tensor in (x, out0, out1) if tensor is not None)
         grad0, grad1 = (None if grad is None else _in_layout(grad, like) for grad in (grad0, grad1))
-        return grad0, grad1, x, blur, *native.contiguous(*vectors), out0, out1, settings, needs
+        vectors = Vectors(*native.contiguous(*vectors))
+        if grad1 is None:
+            vectors = vectors._replace(style1=None)
+        return grad0, grad1, x, blur, *vectors, out0, out1, settings, needs
 
     @staticmethod
     def empty(
         grad0: Tensor, grad1: Tensor | None, x: Tensor | None, blur: Tensor | None, *args: Any
     ) -> tuple[Tensor | None, ...]:
-        demod, bias, noise, strength, style0, style1, _, _, _, needs = args
-        of_styles = any(needs[6:8])
-        vectors = (
-            native.like(demod, needs[2]),
-            native.like(bias, needs[3]),
-            native.like(noise, needs[4]),
-            native.like(strength, needs[5]),
-        )
-        return (
-            _input(grad0, blur),
-            *vectors,
-            native.like(style0, of_styles),
-            native.like(style1, of_styles and grad1 is not None),
-        )
+        *vectors, _, _, _, needs = args
+        vectors = Vectors(*vectors)
+        images = 0 if vectors.noise is None else len(vectors.noise)
+        return resized(grad0, blur, 1), *vectors.gradients(images, needs[2:])
 
     @staticmethod
     def run(
         grad0: Tensor, grad1: Tensor | None, x: Tensor | None, blur: Tensor | None, *args: Any
     ) -> tuple[Tensor | None, ...]:
-        demod, bias, noise, strength, style0, style1, out0, out1, settings, needs = args
+        *vectors, out0, out1, settings, needs = args
+        vectors = Vectors(*vectors)
         if x is not None and blur is not None and native.on_gpu(x):  # rare: the kernel with the blur reads outputs
-            grad_x, *vectors = LayerEpilogueBackward.run(grad0, grad1, blurred(x, blur), None, *args)
-            return blurred(grad_x, blur, adjoint=True), *vectors
-        grad_x = _input(grad0, blur)
-        style1 = None if grad1 is None else style1
-        grads = _Sums(grad0, blur is not None, demod, bias, noise, strength, style0, style1, needs)
-        tensors = x, blur, demod, bias, noise, strength, style0, style1, out0, out1
-        sizes = settings.for_launch(grad0, noise)
-        native.launch("layer_epilogue_bwd", (*tensors, grad0, grad1, grad_x, *grads.for_launch()), *sizes)
-        grad_noise = grads.map
+            grad_x, *grads = LayerEpilogueBackward.run(grad0, grad1, blurred(x, blur), None, *args)
+            return blurred(grad_x, blur, adjoint=True), *grads
+        grad_x = resized(grad0, blur, 1)
+        grads = vectors.gradients(len(grad0), needs[2:])
+        results = grad_x, *_for_launch(grads), _partials(grad0, blur is not None)
+        sizes = settings.for_launch(grad0, vectors.noise)
+        native.launch("layer_epilogue_bwd", (x, blur, *vectors, out0, out1, grad0, grad1, *results), *sizes)
+        grad_noise = grads.noise
         if grad_noise is not None:
-            grad_noise = grad_noise if strength is None else grad_noise * strength
-            grad_noise = grad_noise.sum(0, keepdim=True) if len(noise) == 1 else grad_noise
-        return grad_x, grads.demod, grads.bias, grad_noise, grads.strength, grads.style0, grads.style1
+            grad_noise = grad_noise if vectors.strength is None else grad_noise * vectors.strength
+            grad_noise = grad_noise.sum(0, keepdim=True) if len(vectors.noise) == 1 else grad_noise
+        return grad_x, *grads._replace(noise=grad_noise)
 
     @staticmethod
     def reference(grad0: Tensor, grad1: Tensor | None, *args: Any) -> tuple[Tensor | None, ...]:
@@ -181,7 +186,7 @@ class LayerEpilogueBackward:
         settings = settings._replace(outputs=1 if grad1 is None else 2)
         x, blur, *vectors = tensors
         if x is None:
-            tensors = recovered((out0, out1), *vectors, settings).to(grad0.dtype), None, *vectors
+            tensors = recovered((out0, out1), vectors, settings).to(grad0.dtype), None, *vectors
         function = functools.partial(_with_settings, by_reference, settings)
         grad_x, _, *vectors = library.pull_back(function, tensors, (grad0, grad1))
         if x is None and blur is not None:
@@ -207,9 +212,8 @@ def _with_settings(function: Callable[..., Any], settings: Any, *tensors: Tensor
 
 
 @library.register(
-    "layer_epilogue_double_backward(Tensor? dot_x, Tensor? dot_demod, Tensor? dot_bias, Tensor? dot_noise, "
-    "Tensor? dot_strength, Tensor? dot_style0, Tensor? dot_style1, Tensor grad0, Tensor? grad1, Tensor x, "
-    f"Tensor? blur, {VECTORS}, {SETTINGS}) -> "
+    f"layer_epilogue_double_backward(Tensor? dot_x, {VECTORS.replace('? ', '? dot_')}, Tensor grad0, Tensor? grad1, "
+    f"Tensor x, Tensor? blur, {VECTORS}, {SETTINGS}) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 class _LayerEpilogueDoubleBackward(library.Last):
@@ -220,61 +224,55 @@ class _LayerEpilogueDoubleBackward(library.Last):
 
     @staticmethod
     def ready(*args: Any) -> tuple[Any, ...]:
-        dot_x, dot_demod, dot_bias, dot_noise, dot_strength, dot_style0, dot_style1, *rest = args
-        *tensors, settings = rest
+        dot_x, dots, tensors, settings = args[0], Vectors(*args[1:7]), args[7:-1], args[-1]
         *tensors, _, _, _, _ = LayerEpilogueBackward.ready(*tensors, None, None, settings, None)
-        rest = *tensors, settings
-        dot_demod, dot_bias, dot_style0, dot_style1 = native.contiguous(dot_demod, dot_bias, dot_style0, dot_style1)
-        return dot_x, dot_demod, dot_bias, dot_noise, dot_strength, dot_style0, dot_style1, *rest
+        dots = Vectors(*native.contiguous(*dots._replace(noise=None)))._replace(noise=dots.noise)
+        return dot_x, *dots, *tensors, settings
 
     @staticmethod
     def empty(*args: Any) -> tuple[Tensor | None, ...]:
-        grad0, grad1, x, _, demod, bias, noise, strength, style0, style1, _ = args[7:]
-        vectors = (native.like(v) for v in (demod, bias, noise, strength, style0))
-        of_x = native.like(x, _bends(*args[:7]))
-        return native.like(grad0), native.like(grad1), of_x, *vectors, native.like(style1, grad1 is not None)
+        dots, (grad0, grad1, x, _, *vectors, _) = Vectors(*args[1:7]), args[7:]
+        return native.like(grad0), native.like(grad1), native.like(x, _bends(dots)), *map(native.like, vectors)
 
     @staticmethod
     def run(*args: Any) -> tuple[Tensor | None, ...]:
-        dot_x, dot_demod, dot_bias, dot_noise, dot_strength, dot_style0, dot_style1, *rest = args
-        grad0, grad1, x, blur, demod, bias, noise, strength, style0, style1, settings = rest
+        dot_x, dots, (grad0, grad1, x, blur, *vectors, settings) = args[0], Vectors(*args[1:7]), args[7:]
+        vectors = Vectors(*vectors)
+        noise, strength = vectors.noise, vectors.strength
         if blur is not None:
             x = blurred(x, blur)
             dot_x = None if dot_x is None else blurred(dot_x, blur)
         dot_x = None if dot_x is None else _in_layout(dot_x, x)
         along_noise = None  # by how much strength noise changes, [B, H, W]
-        if dot_strength is not None:
-            along_noise = dot_strength * noise
-        if dot_noise is not None:
-            added = dot_noise if strength is None else dot_noise * strength
+        if dots.strength is not None:
+            along_noise = dots.strength * noise
+        if dots.noise is not None:
+            added = dots.noise if strength is None else dots.noise * strength
             along_noise = added if along_noise is None else along_noise + added
         if along_noise is not None:
             along_noise = along_noise.expand(len(x), -1, -1).contiguous()
         grad_grads = torch.empty_like(x), None if grad1 is None else torch.empty_like(x)
         grad_x = torch.empty_like(x)
-        style1 = None if grad1 is None else style1
-        sums = _Sums(x, False, demod, bias, noise, strength, style0, style1, (True,) * 8)
+        grads = vectors.gradients(len(x), (True,) * 6)
         gradient_map = None if along_noise is None else torch.empty_like(along_noise)
-        tensors = x, demod, bias, noise, strength, style0, style1, grad0, grad1
-        incoming = dot_x, dot_demod, dot_bias, along_noise, dot_style0, dot_style1
-        results = *grad_grads, grad_x, *sums.for_launch(gradient_map)
+        incoming = dot_x, dots.demod, dots.bias, along_noise, dots.style0, dots.style1
+        results = *grad_grads, grad_x, *_for_launch(grads), gradient_map, _partials(x, False)
         sizes = settings.for_launch(x, noise)
-        native.launch("layer_epilogue_double_bwd", (*tensors, *incoming, *results), *sizes)
-        grad_noise, grad_strength = sums.map, sums.strength
+        native.launch("layer_epilogue_double_bwd", (x, *vectors, grad0, grad1, *incoming, *results), *sizes)
+        grad_noise, grad_strength = grads.noise, grads.strength
         if grad_noise is not None:
             if strength is not None:
                 grad_noise = grad_noise * strength
-            if dot_strength is not None:
-                grad_noise = grad_noise + dot_strength * gradient_map
-            if dot_noise is not None and strength is not None:
-                grad_strength = grad_strength + (gradient_map * dot_noise).sum()
+            if dots.strength is not None:
+                grad_noise = grad_noise + dots.strength * gradient_map
+            if dots.noise is not None and strength is not None:
+                grad_strength = grad_strength + (gradient_map * dots.noise).sum()
             grad_noise = grad_noise.sum(0, keepdim=True) if len(noise) == 1 else grad_noise
-        if not _bends(*args[:7]):
+        if not _bends(dots):
             grad_x = None  # of nothing but zeros, which would be added to what is as large
         elif blur is not None:
             grad_x = blurred(grad_x, blur, adjoint=True)
-        vectors = sums.demod, sums.bias, grad_noise, grad_strength, sums.style0, sums.style1
-        return *grad_grads, grad_x, *vectors
+        return *grad_grads, grad_x, *grads._replace(noise=grad_noise, strength=grad_strength)
 
     @staticmethod
     def reference(*args: Any) -> tuple[Tensor | None, ...]:
@@ -287,41 +285,21 @@ class _LayerEpilogueDoubleBackward(library.Last):
         return *gradients[:3], *gradients[4:]
 
 
-def _bends(dot_x: Any, dot_demod: Any, dot_bias: Any, dot_noise: Any, dot_strength: Any, *dot_styles: Any) -> bool:
+def _bends(dots: Vectors) -> bool:
     """Whether a gradient that is differentiated depends on x beyond its sign."""
-    return any(dot is not None for dot in (dot_demod, *dot_styles))
+    return any(dot is not None for dot in (dots.demod, dots.style0, dots.style1))
 
 
-class _Sums:
-    """Memory for the gradients of vectors and noise, where these are there and a gradient is needed."""
+def _for_launch(grads: Vectors) -> tuple[Tensor | None, ...]:
+    """As launchers take them: the noise's last."""
+    demod, bias, noise, *others = grads
+    return demod, bias, *others, noise
 
-    def __init__(
-        self,
-        y: Tensor,
-        blurred: bool,
-        demod: Tensor | None,
-        bias: Tensor | None,
-        noise: Tensor | None,
-        strength: Tensor | None,
-        style0: Tensor | None,
-        style1: Tensor | None,
-        needs: tuple[bool, ...],
-    ) -> None:
-        self.demod, self.bias, self.strength = (
-            native.like(demod, needs[2]),
-            native.like(bias, needs[3]),
-            native.like(strength, needs[5]),
-        )
-        self.style0, self.style1 = native.like(style0, any(needs[6:8])), native.like(style1, any(needs[6:8]))
-        self.map = None
-        if noise is not None and needs[4]:
-            self.map = noise.new_empty((len(y), *noise.shape[1:]))
-        count = native.extension().layer_epilogue_partials(*y.shape, blurred, native.on_gpu(y))
-        self.partials = y.new_empty(count, dtype=native.compute_dtype(y.dtype))
 
-    def for_launch(self, *more: Tensor | None) -> tuple[Tensor | None, ...]:
-        vectors = self.demod, self.bias, self.strength, self.style0, self.style1
-        return *vectors, self.map, *more, self.partials
+def _partials(y: Tensor, blurred: bool) -> Tensor:
+    """Memory for sums over parts of y, of which a launcher makes the vectors' gradients."""
+    count = native.extension().layer_epilogue_partials(*y.shape, blurred, native.on_gpu(y))
+    return y.new_empty(count, dtype=native.compute_dtype(y.dtype))
 
 
 def _in_layout(x: Tensor, like: Tensor) -> Tensor:
