@@ -207,37 +207,6 @@ def _sample_importance_kernel(
     tl.store(t_fine_ptr + row * K + k, t_fine, mask=drawn)
 
 
-@triton.jit
-def _invert_cdf_kernel(
-    bins_ptr,
-    weights_ptr,
-    u_ptr,
-    scratch_ptr,
-    samples_ptr,
-    num_rows,
-    bins_stride,
-    weights_stride,
-    u_stride,
-    M: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """The inversion by itself: M weights over M + 1 bins. One program owns BLOCK_R rows."""
-    row = (tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R))[:, None]
-    row_exists = row < num_rows
-    j = tl.arange(0, BLOCK_S)[None, :]
-    k = tl.arange(0, BLOCK_K)[None, :]
-    in_slot = (j > 0) & (j <= M)
-    bins = tl.load(bins_ptr + row * bins_stride + j, mask=row_exists & (j <= M), other=0.0)
-    weights = tl.load(weights_ptr + row * weights_stride + j - 1, mask=row_exists & in_slot, other=0.0)
-    u = tl.load(u_ptr + row * u_stride + k, mask=row_exists & (k < K), other=0.0)
-    pdf = tl.where(in_slot, weights.to(tl.float32) + WEIGHT_FLOOR, 0.0)
-    samples = _invert_cdf(bins, pdf, u.to(tl.float32), scratch_ptr, row, M + 1, BLOCK_S)
-    tl.store(samples_ptr + row * K + k, samples, mask=row_exists & (k < K))
-
-
 def _tile(knots: int, samples: int) -> dict[str, int | bool]:
     """Blocks that hold all knots and all samples of a ray; short rays share a warp, none is cut."""
     block_s, block_k = (max(triton.next_power_of_2(n), 2) for n in (knots, samples))
@@ -345,27 +314,3 @@ def fwd(
             **options,
         )
     return t_fine
-
-
-def invert_cdf(bins: Tensor, weights: Tensor, u: Tensor) -> Tensor:
-    """One launch: bins [N, M + 1] fp32, weights [N, M], u [N, K] -> samples [N, K] fp32. Rows need to be dense."""
-    samples = torch.empty(u.shape, dtype=torch.float32, device=bins.device)
-    if samples.numel() == 0:
-        return samples
-    options = _tile(bins.shape[1], u.shape[1])
-    with torch.cuda.device_of(bins):
-        _invert_cdf_kernel[(triton.cdiv(len(bins), options["BLOCK_R"]),)](
-            bins,
-            weights,
-            u,
-            _scratch(*bins.shape, u.shape[1], bins.device),
-            samples,
-            len(bins),
-            bins.stride(0),
-            weights.stride(0),
-            u.stride(0),
-            M=weights.shape[1],
-            K=u.shape[1],
-            **options,
-        )
-    return samples

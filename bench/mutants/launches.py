@@ -189,12 +189,11 @@ def triton_cases(arch: int) -> Iterator[tuple[str, Callable[[], Any]]]:
     t, t_fine = (_uniform(1, RAYS, n, seed=n).sort(-1).values for n in (5, 3))
     density = {"activation": "softplus", "softplus_beta": 1.0, "density_shift": 0.5}
     yield "sample_stratified_kernel", lambda: sample_importance.stratified(5, RAYS, 7, 0.9, 1.1, None, seed, cpu)
-    raw, bins, u = _draw(1, RAYS, 5, seed=1), _draw(RAYS, 7, seed=2).sort(-1).values, _uniform(RAYS, 5, seed=3)
+    raw = _draw(1, RAYS, 5, seed=1)
     yield (
         "sample_importance_kernel",
         lambda: sample_importance.fwd(t, raw, None, seed, 7, sorted=True, noise_std=torch.tensor([0.5]), **density),
     )
-    yield "invert_cdf_kernel", lambda: sample_importance.invert_cdf(bins, _uniform(RAYS, 6, seed=4), u)
 
     planes = _draw(2, 24, 5, 3, seed=5).contiguous(memory_format=torch.channels_last)
     points = 2.8 * _uniform(2, 75, 3, seed=6) - 1.4  # some outside

@@ -119,9 +119,6 @@ def _ray_launches() -> Iterator[tuple[str, Callable[[], Any]]]:
             options = {"sorted": True, "even": kind == " even", "noise_std": std if kind == " noise" else None}
             fwd = functools.partial(sample_importance.fwd, t, raw_density, None, seed, fine, **options, **density)
             yield f"importance S={coarse}+{fine}{kind}", fwd
-    for knots, fine in ((SAMPLES - 1, SAMPLES), (257, 256), (longest, longest)):
-        inputs = _meta(rows, knots), _meta(rows, knots - 1), _meta(rows, fine)
-        yield f"invert_cdf S={knots}+{fine}", functools.partial(sample_importance.invert_cdf, *inputs)
 
 
 def _cut_launches() -> Iterator[tuple[str, Callable[[], Any]]]:

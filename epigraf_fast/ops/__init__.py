@@ -18,7 +18,7 @@ from .draws import draw_seed
 from .layer_epilogue import layer_epilogue
 from .modulated_conv2d import conv2d_resample, modulated_conv2d, modulated_layer
 from .modulation import Modulation, OfWeight, modulation
-from .sample_importance import invert_cdf, sample_importance, sample_stratified
+from .sample_importance import sample_importance, sample_stratified
 from .sample_triplane import PlaneRegion, sample_triplane
 from .upfirdn2d import upfirdn2d
 
@@ -36,7 +36,6 @@ __all__ = [
     "decode_triplane_coarse_to_fine",
     "decode_triplane_rays",
     "draw_seed",
-    "invert_cdf",
     "layer_epilogue",
     "modulated_conv2d",
     "modulated_layer",

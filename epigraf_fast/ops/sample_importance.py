@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..reference.composite import INFINITE_INTERVAL
-from ..reference.sample_importance import invert_cdf as _reference_invert_cdf
 from ..reference.sample_importance import sample_importance as _reference
 from ..reference.sample_importance import sample_stratified as _reference_stratified
 from . import library, native, sample_importance_cpu
@@ -92,49 +91,6 @@ def sample_stratified(
             return torch.linspace(ray_start, ray_end, samples, dtype=dtype, device=device).expand(shape)
         jitter = torch.rand(shape, dtype=dtype, device=device)
     return _reference_stratified(ray_start, ray_end, jitter)
-
-
-def invert_cdf(bins: Tensor, weights: Tensor, u: Tensor, *, backend: str | None = None) -> Tensor:
-    """Samples of the piecewise constant density `weights` over `bins`, by inversion of its CDF (method.md 5).
-
-    weights + 1e-5 are normalized and summed to a CDF of M + 1 knots with leading 0; i is the first knot with CDF >= u;
-    lower = max(i - 1, 0), upper = min(i, M), d = CDF[upper] - CDF[lower], 1 where below 1e-5;
-    sample = bins[lower] + (u - CDF[lower]) / d (bins[upper] - bins[lower]).
-
-    Args:
-        bins: [..., M + 1] sorted.
-        weights: [..., M], not negative.
-        u: [..., K] in [0, 1].
-
-    Returns:
-        [..., K], in the order of u, dtype of bins.
-
-    Backend triton: bins is fp32, M + 1 and K are at most 4096.
-
-    Derivatives: none; the result carries no gradient.
-
-    Raises:
-        ValueError, TypeError: Wrong shapes, dtypes or devices; unknown or missing backend.
-    """
-    check_together("invert_cdf", bins=bins, weights=weights, u=u)
-    bins, weights, u = bins.detach(), weights.detach(), u.detach()
-    if bins.ndim < 1 or bins.shape[-1] < 2:
-        raise ValueError(f"invert_cdf: bins must have shape [..., M + 1] with M of at least 1, got {list(bins.shape)}")
-    check_shape("invert_cdf", "weights", weights, (*bins.shape[:-1], bins.shape[-1] - 1))
-    check_shape("invert_cdf", "u", u, (*bins.shape[:-1], "K"))
-    route = library.route(bins, weights, u)
-
-    def check() -> None:
-        if route is not library.REFERENCE:
-            check_dtype("invert_cdf", "bins", bins, (torch.float32,), 'backend is "triton"')
-            _check_lengths("invert_cdf", {"bins": bins.shape[-1], "u": u.shape[-1]})
-
-    chosen = served("sample_importance", backend, bins.device.type, check)
-    if chosen == "triton" and route is not library.REFERENCE:
-        num_rows = bins.shape[:-1].numel()
-        flat = (x.reshape(num_rows, x.shape[-1]) for x in (bins, weights, u))
-        return library.call(route, _InvertCdf, *flat).reshape(u.shape)
-    return _reference_invert_cdf(bins, weights, u)
 
 
 def _check_lengths(op: str, lengths: dict[str, int]) -> None:
@@ -287,26 +243,6 @@ class _SampleStratified:
     @staticmethod
     def empty(jitter: Tensor | None, seed: Tensor | None, batch: int, rays: int, samples: int, *_: float) -> Tensor:
         return (seed if jitter is None else jitter).new_empty(batch, rays, samples, dtype=torch.float32)
-
-
-@library.register("invert_cdf(Tensor bins, Tensor weights, Tensor u) -> Tensor")
-class _InvertCdf:
-    """Of rows."""
-
-    @staticmethod
-    def ready(*tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(x.contiguous() for x in tensors)
-
-    @staticmethod
-    @annotate("invert_cdf")
-    def run(bins: Tensor, weights: Tensor, u: Tensor) -> Tensor:
-        from ..kernels import sample_importance as kernels
-
-        return kernels.invert_cdf(bins, weights, u)
-
-    @staticmethod
-    def empty(bins: Tensor, weights: Tensor, u: Tensor) -> Tensor:
-        return bins.new_empty(u.shape)
 
 
 class _Settings(NamedTuple):

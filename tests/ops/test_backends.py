@@ -53,7 +53,6 @@ CALLS = {
         "sample_importance",
         functools.partial(ops.sample_importance, T, draw(1, 2, 4, dtype=torch.float32), T / 3),
     ),
-    "invert_cdf": ("sample_importance", functools.partial(ops.invert_cdf, T[0, 0], T[0, 0, 1:], T[0, 0] / 3)),
     "composite": ("composite", functools.partial(ops.composite, T, draw(1, 2, 4, 4, dtype=torch.float32))),
     "cut": ("cut", functools.partial(ops.cut, draw(1, 2, 4, 4), torch.tensor([[1, 2]]), (3, 2))),
     "bias_act": ("bias_act", functools.partial(ops.bias_act, draw(2, 3), draw(3))),

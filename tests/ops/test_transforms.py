@@ -146,10 +146,6 @@ def sample_stratified(jitter, **more):
     return ops.sample_stratified(*jitter.shape, 0.5, 1.5, jitter=jitter, **more)
 
 
-def invert_cdf(weights, **more):
-    return ops.invert_cdf(T.to(weights.dtype), weights, U.to(weights.dtype), **more)
-
-
 def cut(x, **more):
     return ops.cut(x, torch.tensor([[1, 2], [0, 3]]), (3, 2), **more)
 
@@ -174,9 +170,8 @@ def cases() -> dict[str, Case]:
         for name, (call, inputs, order) in found.items()
     }
     found |= renderer_cases(CPU, "cpu", 2, 5) | renderer_cases(TRITON, "triton", 8, 16)
-    for call, inputs in ((sample_stratified, U), (invert_cdf, n(1, 2, 4).square())):
-        name = f"{call.__name__}-triton"
-        found[name] = Case(name, "sample_importance", "triton", call, (inputs,), 0)
+    name = "sample_stratified-triton"
+    found[name] = Case(name, "sample_importance", "triton", sample_stratified, (U,), 0)
     for backend, r in (("cpu", c), ("triton", n)):
         values = r(1, 2, 5, 4), r(1, 2, 3, 4, seed=1), r(1, 2, 8, seed=2), r(1, 2, 3, seed=3)
         for call, inputs, order in ((composite, values, 1), (sample_importance, (r(1, 2, 5),), 0)):
@@ -417,7 +412,6 @@ OURS = re.compile("epigraf_fast::")
 UNDIFFERENTIABLE = {
     "sample_stratified",
     "sample_importance",
-    "invert_cdf",
     "sample_triplane_backward",
     "decode_triplane_backward",
     "composite_backward",
