@@ -15,16 +15,17 @@ forward mode and with batched gradients a convolution, or that gradient of it, i
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from . import library
+from .convolution_derivatives import Arithmetic, differentiable
 from .convolution_derivatives import conv2d as plain_conv2d
 from .convolution_derivatives import conv_transpose2d as plain_conv_transpose2d
+from .convolution_layout import Plan
 
 LOW = 13  # bits of fp32's 23 that TF32 has not
 LEAST = 64  # channels from which on the products weigh more than what splitting reads and writes
@@ -45,16 +46,14 @@ def conv2d(x: Tensor, weight: Tensor, stride: int = 1, padding: int = 0) -> Tens
     """torch's conv2d: x [B, C_in, H, W], weight [C_out, C_in, k, k]. Derivatives of any order."""
     if not _is_split(x, weight):
         return plain_conv2d(x, weight, stride, padding)
-    return _Convolution.apply(x, weight, stride, padding)
+    return differentiable(x, weight, Plan(stride, padding, False), _Products)
 
 
 def conv_transpose2d(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
     """torch's conv_transpose2d: x [B, C_in, H, W], weight [C_in, C_out, k, k]. Derivatives of any order."""
     if not _is_split(x, weight):
         return plain_conv_transpose2d(x, weight, stride)
-    height, width = ((n - 1) * stride + weight.shape[-1] for n in x.shape[2:])
-    shape = len(x), weight.shape[1], height, width
-    return _ToInput.apply(x, weight, _Plan(shape, tuple(weight.shape), stride, 0))
+    return differentiable(x, weight, Plan(stride, 0, True), _Products)
 
 
 def _is_split(x: Tensor, weight: Tensor) -> bool:
@@ -63,115 +62,54 @@ def _is_split(x: Tensor, weight: Tensor) -> bool:
     return suited and library.route(x, weight) is not library.REFERENCE
 
 
-class _Plan(NamedTuple):
-    """A convolution that is not transposed.
-
-    Args:
-        x, weight: The shapes of its factors.
-    """
-
-    x: tuple[int, ...]
-    weight: tuple[int, ...]
-    stride: int
-    padding: int
-
-
-# The three members of <grad, conv(x, weight)>: each is linear in two of its factors, and its gradients are the others.
-
-
-class _Convolution(torch.autograd.Function):
-    """y [B, C_out, h, w] of x and weight, summed over C_in."""
+class _Products(Arithmetic):
+    """Of factors that are split along what is summed over; a transposed convolution is a gradient, as torch has it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.plan = _Plan(tuple(x.shape), tuple(weight.shape), stride, padding)
-        with _tf32():
-            return F.conv2d(_split(x, 1, "aab"), _split(weight, 1, "aba"), stride=stride, padding=padding)
+    def convolution(x: Tensor, weight: Tensor, plan: Plan) -> Tensor:
+        if not plan.transposed:
+            return _convolution(x, weight, plan)
+        height, width = ((n - 1) * plan.stride + weight.shape[-1] for n in x.shape[2:])
+        return _to_input(x, weight, (len(x), weight.shape[1], height, width), plan)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        to_x, to_weight = library.wanted(ctx, 0), library.wanted(ctx, 1)
-        return (
-            _to_input(grad, x, weight, ctx.plan) if to_x else None,
-            _to_weight(grad, x, weight, ctx.plan) if to_weight else None,
-            None,
-            None,
-        )
+    def gradients(
+        grad: Tensor, x: Tensor, weight: Tensor, plan: Plan, wanted: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        to_x = to_weight = None
+        if wanted[0]:
+            to_x = _convolution(grad, weight, plan) if plan.transposed else _to_input(grad, weight, x.shape, plan)
+        if wanted[1]:
+            to_weight = _to_weight(*((x, grad) if plan.transposed else (grad, x)), weight.shape, plan)
+        return to_x, to_weight
 
 
-class _ToInput(torch.autograd.Function):
-    """Of the shape of x, of grad and weight, summed over C_out."""
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor, weight: Tensor, plan: _Plan) -> Tensor:
-        ctx.save_for_backward(grad, weight)
-        ctx.plan = plan
-        with _tf32():
-            like = torch.empty(plan.x, dtype=grad.dtype, device=grad.device, memory_format=_layout(grad))  # never read
-            return _backward(_split(grad, 1, "aab"), like, _split(weight, 0, "aba"), plan, 0)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        of_y, weight = ctx.saved_tensors
-        to_y, to_weight = library.wanted(ctx, 0), library.wanted(ctx, 1)
-        return (
-            _convolution(grad, weight, ctx.plan) if to_y else None,
-            _to_weight(of_y, grad, weight, ctx.plan) if to_weight else None,
-            None,
-        )
+# The three members of <grad, conv(x, weight)>, of a convolution that is not transposed.
 
 
-class _ToWeight(torch.autograd.Function):
-    """Of the shape of weight, of grad and x, summed over images and pixels."""
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor, x: Tensor, plan: _Plan) -> Tensor:
-        ctx.save_for_backward(grad, x)
-        ctx.plan = plan
-        with _tf32():
-            like = torch.empty(plan.weight, dtype=x.dtype, device=x.device, memory_format=_layout(x))
-            return _backward(_split(grad, 0, "aab"), _split(x, 0, "aba"), like, plan, 1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        of_y, x = ctx.saved_tensors
-        to_y, to_x = library.wanted(ctx, 0), library.wanted(ctx, 1)
-        return (
-            _convolution(x, grad, ctx.plan) if to_y else None,
-            _to_input(of_y, x, grad, ctx.plan) if to_x else None,
-            None,
-        )
+def _convolution(x: Tensor, weight: Tensor, plan: Plan) -> Tensor:
+    """Summed over C_in."""
+    with _tf32():
+        return F.conv2d(_split(x, 1, "aab"), _split(weight, 1, "aba"), stride=plan.stride, padding=plan.padding)
 
 
-# In a backward, where gradients may be batched or dual: the members of above, or torch's own.
+def _to_input(grad: Tensor, weight: Tensor, size: Sequence[int], plan: Plan) -> Tensor:
+    """Of this size, summed over C_out."""
+    like = torch.empty(size, dtype=grad.dtype, device=grad.device, memory_format=_layout(grad))  # never read
+    return _backward(_split(grad, 1, "aab"), like, _split(weight, 0, "aba"), plan, 0)
 
 
-def _convolution(x: Tensor, weight: Tensor, plan: _Plan) -> Tensor:
-    if library.route_of_gradients(x, weight) is library.REFERENCE:
-        return F.conv2d(x, weight, stride=plan.stride, padding=plan.padding)
-    return _Convolution.apply(x, weight, plan.stride, plan.padding)
+def _to_weight(grad: Tensor, x: Tensor, size: Sequence[int], plan: Plan) -> Tensor:
+    """Of this size, summed over images and pixels."""
+    like = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=_layout(x))
+    return _backward(_split(grad, 0, "aab"), _split(x, 0, "aba"), like, plan, 1)
 
 
-def _to_input(grad: Tensor, x: Tensor, weight: Tensor, plan: _Plan) -> Tensor:
-    if library.route_of_gradients(grad, x, weight) is library.REFERENCE:
-        return _backward(grad, x, weight, plan, 0)
-    return _ToInput.apply(grad, weight, plan)
-
-
-def _to_weight(grad: Tensor, x: Tensor, weight: Tensor, plan: _Plan) -> Tensor:
-    if library.route_of_gradients(grad, x, weight) is library.REFERENCE:
-        return _backward(grad, x, weight, plan, 1)
-    return _ToWeight.apply(grad, x, plan)
-
-
-def _backward(grad: Tensor, x: Tensor, weight: Tensor, plan: _Plan, which: int) -> Tensor:
+def _backward(grad: Tensor, x: Tensor, weight: Tensor, plan: Plan, which: int) -> Tensor:
     """torch's gradient of a convolution to x (0) or to the weight (1)."""
-    stride, padding = [plan.stride] * 2, [plan.padding] * 2
-    mask = [which == 0, which == 1, False]
-    found = torch.ops.aten.convolution_backward(grad, x, weight, None, stride, padding, [1, 1], False, [0, 0], 1, mask)
-    return found[which]
+    arguments, mask = plan._replace(transposed=False).arguments(), [which == 0, which == 1, False]
+    with _tf32():
+        return torch.ops.aten.convolution_backward(grad, x, weight, None, *arguments, mask)[which]
 
 
 def _split(x: Tensor, dim: int, parts: str) -> Tensor:
