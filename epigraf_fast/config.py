@@ -416,8 +416,9 @@ def _demo() -> Config:
 
     What makes it learn in so few images: a finite last interval, so that empty space shows the white background instead
     of having to be painted; no density noise; many small iterations, in which D learns from the fakes of G's step; a
-    discriminator that learns faster than G, sees the camera, and of a patch's scale and place the low frequencies (a
-    table's rows would be seen too rarely); samples of rays in the same places in training as in pictures.
+    discriminator that learns faster than G, and sees of a patch's scale and place the low frequencies (a table's rows
+    would be seen too rarely), and nothing of the camera; samples of rays in the same places in training as in pictures;
+    few latent numbers, each of which is seen often.
     What brings its colours back: rates that fall to nothing (docs/training.md).
     """
     return Config(
@@ -436,7 +437,7 @@ def _demo() -> Config:
             prior="spherical_uniform", fov=30.0, radius=32.0, ray_start=24.0, ray_end=40.0, cube_scale=15.2
         ),
         generator=GeneratorConfig(
-            z_dim=128,
+            z_dim=16,
             w_dim=128,
             plane_resolution=64,
             plane_channels=16,
@@ -459,7 +460,6 @@ def _demo() -> Config:
             code_dim=128,
             patch_table_dim=0,
             patch_skip_highest=6,
-            camera_conditioning=True,
         ),
         patch=PatchConfig(resolution=32, anneal_kimg=24.0),
         loader=DataConfig(workers=0),

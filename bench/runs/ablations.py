@@ -30,6 +30,7 @@ PENDING = "No runs yet: `python -m bench.runs.ablations` makes them and writes t
 # What the first variant has otherwise than the preset.
 BASE = [
     *("--patch.resolution", "16", "--patch.anneal-kimg", "60", "--renderer.coarse-samples", "20"),
+    *("--generator.z-dim", "128", "--discriminator.camera-conditioning"),
     *("--renderer.stochastic", "--optim.no-reuse-fakes"),
     *("--optim.g-lr", "0.002", "--optim.d-lr", "0.004"),
     *("--optim.lr-decay-kimg", "4", "--optim.lr-rampdown", "0"),

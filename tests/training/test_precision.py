@@ -52,7 +52,7 @@ def _tf32_as_before() -> Iterator[None]:
 
 def small() -> Config:
     """The demo preset with fewer channels, planes and patches of 16 x 16, micro-batches of 4, rates that a few steps
-    learn by, fakes of D's own, and samples along rays that are drawn."""
+    learn by, fakes of D's own, samples along rays that are drawn, and cameras that D sees."""
     demo = preset("demo")
     sizes = {"channel_max": 16, "channel_base": 128, "plane_resolution": 16, "plane_channels": 4}
     return dataclasses.replace(
@@ -61,7 +61,13 @@ def small() -> Config:
         generator=dataclasses.replace(demo.generator, **sizes, decoder_hidden=8, z_dim=16, w_dim=16),
         renderer=dataclasses.replace(demo.renderer, coarse_samples=6, fine_samples=4, stochastic=True),
         discriminator=dataclasses.replace(
-            demo.discriminator, channel_base=256, channel_max=16, code_dim=16, patch_table_dim=4, patch_skip_highest=0
+            demo.discriminator,
+            channel_base=256,
+            channel_max=16,
+            code_dim=16,
+            patch_table_dim=4,
+            patch_skip_highest=0,
+            camera_conditioning=True,
         ),
         patch=dataclasses.replace(demo.patch, resolution=16, anneal_kimg=60.0),
         optim=dataclasses.replace(demo.optim, g_lr=0.006, d_lr=0.008, reuse_fakes=False),
