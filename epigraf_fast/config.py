@@ -419,7 +419,7 @@ def _demo() -> Config:
     discriminator that learns faster than G, and sees of a patch's scale and place the low frequencies (a table's rows
     would be seen too rarely), and nothing of the camera; samples of rays in the same places in training as in pictures;
     few latent numbers, each of which is seen often.
-    What brings its colours back: rates that fall to nothing (docs/training.md).
+    What brings its colours back: rates that fall to nothing (docs/demo.md).
     """
     return Config(
         data="builtin",

@@ -736,7 +736,7 @@ def test_what_a_distance_means(monkeypatch, tmp_path, capsys):
     assert [row["fd_efficientnet"] for row in json.loads((tmp_path / "x.json").read_text())["cases"]] == [*range(1, 11)]
     with pytest.raises(SystemExit, match="--images must be 2 to 4000"):
         distances.main(["--images", "4001"])
-    page = (ROOT / "docs/training.md").read_text()
+    page = (ROOT / "docs/demo.md").read_text()
     stored = json.loads((ROOT / "bench/results/distances.json").read_text())
     for row in stored["cases"]:
         assert f"{row['fd_efficientnet']:.1f}" in page
