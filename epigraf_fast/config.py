@@ -522,6 +522,9 @@ def check(config: Config) -> None:
     """Raises UserError, one line naming the setting and the fix, unless the settings can train."""
     c = config
     values, unset = flat(c) | {"grid": min(c.grid)}, flat(Config())
+    for name, value in values.items():
+        if type(unset[name]) in (int, float) and not isinstance(value, int | float):
+            raise UserError(f"{name} must be a number, got {value}")
     for names, fits, words in BOUNDS:
         for name in names.split():
             value = values[name]  # not a number only where the default is none

@@ -55,20 +55,13 @@ def small() -> Config:
     learn by, fakes of D's own, samples along rays that are drawn, and cameras that D sees."""
     demo = preset("demo")
     sizes = {"channel_max": 16, "channel_base": 128, "plane_resolution": 16, "plane_channels": 4}
+    of_d = {"channel_base": 256, "channel_max": 16, "code_dim": 16, "patch_table_dim": 4, "patch_skip_highest": 0}
     return dataclasses.replace(
         demo,
         batch=4,
         generator=dataclasses.replace(demo.generator, **sizes, decoder_hidden=8, z_dim=16, w_dim=16),
         renderer=dataclasses.replace(demo.renderer, coarse_samples=6, fine_samples=4, stochastic=True),
-        discriminator=dataclasses.replace(
-            demo.discriminator,
-            channel_base=256,
-            channel_max=16,
-            code_dim=16,
-            patch_table_dim=4,
-            patch_skip_highest=0,
-            camera_conditioning=True,
-        ),
+        discriminator=dataclasses.replace(demo.discriminator, **of_d, camera_conditioning=True),
         patch=dataclasses.replace(demo.patch, resolution=16, anneal_kimg=60.0),
         optim=dataclasses.replace(demo.optim, g_lr=0.006, d_lr=0.008, reuse_fakes=False),
     )
